@@ -1,0 +1,39 @@
+"""The legend: one letter per dimension, one name per axis.
+
+Local arrays carry their shape as a suffix (`memory_BKPD`); docstrings spell the same letters as
+`[B, K, P, D]`:
+
+    B  batch                       T  answer tokens
+    K  retrieved passages          D  model width
+    M  kept passages               H  attention heads
+    P  passage tokens              C  channels of a head
+    Q  question tokens             F  width of the gated feed-forward
+    N  Q + P, one live sequence    V  vocabulary
+    L  layers of a stack           W  beams
+
+The names below label the dimensions of parameters and activations. `partitioning.AXIS_RULES` is the
+only place where a name meets the mesh. Parameter names are those of T5X, so that its partitioners
+and checkpoints understand our trees.
+"""
+
+# Parameters (T5X's names).
+VOCAB = "vocab"
+EMBED = "embed"
+JOINED_KV = "joined_kv"
+HEADS = "heads"
+MLP = "mlp"
+RELPOS_BUCKETS = "relpos_buckets"
+LAYERS = "layers"
+
+# Activations.
+BATCH = "batch"
+PASSAGES = "passages"
+LENGTH = "length"
+ACT_EMBED = "activation_embed"
+ACT_HEADS = "activation_heads"
+ACT_KV = "activation_kv"
+ACT_MLP = "activation_mlp"
+ACT_VOCAB = "activation_vocab"
+
+# The memory table: rows of the store, spread over every device.
+MEMORY_ROWS = "memory_rows"

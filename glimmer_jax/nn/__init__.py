@@ -1,0 +1,1 @@
+"""Building blocks of T5: layers, attention, relative position."""
