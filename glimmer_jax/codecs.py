@@ -77,4 +77,5 @@ def straight_through(codec: Codec, states: jax.Array) -> jax.Array:
     """
     # float32, because a codec may need more range than a bfloat16 activation's rounding leaves.
     stored = codec.decode(codec.encode(states.astype(jnp.float32)), states.dtype)
-    return states + jax.lax.stop_gradient(stored - states)
+    # In this order the value is exactly `stored`: the difference is exactly zero.
+    return jax.lax.stop_gradient(stored) + (states - jax.lax.stop_gradient(states))

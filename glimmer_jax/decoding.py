@@ -1,0 +1,151 @@
+"""Greedy and beam search over any step function, with early stop.
+
+A step takes the last token of every beam, `[B, W]`, its position, and a cache whose leaves have
+`[B, W]` on the two axes after `cache_offset`; it returns logits `[B, W, V]` and the new cache. What
+is the same for all beams (the encoder's keys and values) is closed over by the step and never moves.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Step = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+# Less than any score, and finite: differences of two of them are not NaN.
+WORST = -1e30
+
+
+def greedy(
+    step: Step, cache: Any, *, batch: int, length: int, eos_id: int
+) -> tuple[jax.Array, jax.Array]:
+    """The most probable token, again and again, until all rows have ended.
+
+    Args:
+      step: see the module's docstring; called with one beam.
+      cache: its cache before the first token.
+      batch: B.
+      length: T, tokens to produce at most, the end token included.
+      eos_id: token that ends a row.
+
+    Returns:
+      int32 `[B, T]`, 0 after the end token; float32 `[B]` summed log probability.
+    """
+
+    def unfinished(state):
+        index, _, _, ended, _, _ = state
+        return (index < length) & ~jnp.all(ended)
+
+    def advance(state):
+        index, last, cache, ended, tokens, score = state
+        logits, cache = step(last[:, None], index, cache)
+        log_probs = jax.nn.log_softmax(logits[:, 0])
+        new = jnp.argmax(log_probs, axis=-1).astype(jnp.int32)
+        gain = jnp.take_along_axis(log_probs, new[:, None], axis=-1)[:, 0]
+        new = jnp.where(ended, 0, new)
+        score = score + jnp.where(ended, 0.0, gain)
+        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, new[:, None], index, axis=1)
+        return index + 1, new, cache, ended | (new == eos_id), tokens, score
+
+    state = (
+        jnp.int32(0),
+        jnp.zeros((batch,), jnp.int32),
+        cache,
+        jnp.zeros((batch,), bool),
+        jnp.zeros((batch, length), jnp.int32),
+        jnp.zeros((batch,), jnp.float32),
+    )
+    _, _, _, _, tokens, score = jax.lax.while_loop(unfinished, advance, state)
+    return tokens, score
+
+
+def length_penalty(length: Any, alpha: float) -> Any:
+    """What a summed log probability is divided by (arXiv 1609.08144, equation 14)."""
+    return jnp.power((5.0 + length) / 6.0, alpha)
+
+
+def beam(
+    step: Step,
+    cache: Any,
+    *,
+    batch: int,
+    beams: int,
+    length: int,
+    eos_id: int,
+    alpha: float = 0.6,
+    cache_offset: int = 0,
+) -> tuple[jax.Array, jax.Array]:
+    """Beam search with a length penalty.
+
+    Keeps `beams` unfinished and `beams` finished hypotheses for each row, and stops when no
+    unfinished one can overtake the worst finished one.
+
+    Args:
+      step: see the module's docstring.
+      cache: its cache before the first token.
+      batch: B.
+      beams: W.
+      length: T, tokens to produce at most, the end token included.
+      eos_id: token that ends a hypothesis.
+      alpha: exponent of the length penalty; 0 is none.
+      cache_offset: axes in front of `[B, W]` in the cache's leaves (1 for scanned layers).
+
+    Returns:
+      int32 `[B, W, T]` and float32 `[B, W]` penalised scores, the best hypothesis last, as T5X has
+      it.
+    """
+
+    def gather(tree, index_BW, offset=0):
+        def one(leaf):
+            shape = (1,) * offset + index_BW.shape + (1,) * (leaf.ndim - 2 - offset)
+            return jnp.take_along_axis(leaf, index_BW.reshape(shape), axis=1 + offset)
+
+        return jax.tree.map(one, tree)
+
+    def unfinished(state):
+        index, _, live_scores, _, _, finished_scores = state
+        # Log probabilities only fall: this is the best that any live hypothesis can still reach.
+        best_live = live_scores[:, 0] / length_penalty(length, alpha)
+        return (index < length) & jnp.any(best_live > jnp.min(finished_scores, axis=1))
+
+    def advance(state):
+        index, cache, live_scores, live_tokens, finished_tokens, finished_scores = state
+        previous = jnp.maximum(index - 1, 0)
+        last = jax.lax.dynamic_index_in_dim(live_tokens, previous, axis=2, keepdims=False)
+        last = jnp.where(index == 0, 0, last)
+        logits, cache = step(last, index, cache)
+        log_probs = jax.nn.log_softmax(logits) + live_scores[:, :, None]
+        vocab = log_probs.shape[-1]
+        # Twice as many as beams: even if half of them end here, `beams` live ones are left.
+        scores, flat = jax.lax.top_k(log_probs.reshape(batch, -1), 2 * beams)
+        origin, new = flat // vocab, (flat % vocab).astype(jnp.int32)
+        tokens = gather(live_tokens, origin)
+        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, new[:, :, None], index, axis=2)
+        ended = new == eos_id
+
+        live_scores, chosen = jax.lax.top_k(jnp.where(ended, WORST, scores), beams)
+        live_tokens = gather(tokens, chosen)
+        cache = gather(cache, gather(origin, chosen), cache_offset)
+
+        # On the last position everything that is still alive counts as finished.
+        done = ended | (index == length - 1)
+        penalised = jnp.where(done, scores / length_penalty(index + 1, alpha), WORST)
+        pool_scores = jnp.concatenate([finished_scores, penalised], axis=1)
+        pool_tokens = jnp.concatenate([finished_tokens, tokens], axis=1)
+        finished_scores, chosen = jax.lax.top_k(pool_scores, beams)
+        finished_tokens = gather(pool_tokens, chosen)
+        return index + 1, cache, live_scores, live_tokens, finished_tokens, finished_scores
+
+    # All beams start equal; only the first one counts, or they would all be the same hypothesis.
+    first = jnp.where(jnp.arange(beams) == 0, 0.0, WORST).astype(jnp.float32)
+    state = (
+        jnp.int32(0),
+        cache,
+        jnp.tile(first[None], (batch, 1)),
+        jnp.zeros((batch, beams, length), jnp.int32),
+        jnp.zeros((batch, beams, length), jnp.int32),
+        jnp.full((batch, beams), WORST, jnp.float32),
+    )
+    *_, tokens, scores = jax.lax.while_loop(unfinished, advance, state)
+    return tokens[:, ::-1], scores[:, ::-1]

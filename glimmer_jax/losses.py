@@ -1,0 +1,105 @@
+"""Losses as pure functions, each a value per token or per question; the caller averages.
+
+Cross-entropy with z-loss as in T5X; perplexity distillation as in Atlas (arXiv 2208.03299, section
+2.2) and GLIMMER (arXiv 2306.10231); supervised reranking where gold passages are known.
+"""
+
+import jax
+import jax.numpy as jnp
+
+KL_DIRECTIONS = ("lm_to_rank", "rank_to_lm")
+
+
+def token_losses(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy and squared log-normaliser (z) of each token.
+
+    Args:
+      logits: float32 `[..., T, V]`.
+      targets: int32 `[..., T]`.
+
+    Returns:
+      float32 `[..., T]` twice, in nats and nats squared.
+    """
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return log_z - chosen, jnp.square(log_z)
+
+
+def log_likelihood(
+    logits: jax.Array, targets: jax.Array, weights: jax.Array, *, mean: bool
+) -> jax.Array:
+    """log p(target), summed over real tokens or averaged over them.
+
+    Args:
+      logits: float32 `[..., T, V]`.
+      targets: int32 `[..., T]`.
+      weights: float32 `[..., T]`, 0 for padding.
+      mean: divide by the number of real tokens.
+
+    Returns:
+      float32 `[...]`; 0 for a target without real tokens.
+    """
+    total = -jnp.sum(token_losses(logits, targets)[0] * weights, axis=-1)
+    if mean:
+        total = total / jnp.maximum(jnp.sum(weights, axis=-1), 1.0)
+    return total
+
+
+def _masked_log_softmax(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Log-softmax over the True entries of the last axis; 0 at the others (never -inf or NaN)."""
+    x = jnp.where(mask, x, -1e30)
+    return jnp.where(mask, jax.nn.log_softmax(x, axis=-1), 0.0)
+
+
+def distillation(
+    scores: jax.Array,
+    lm_log_likelihood: jax.Array,
+    mask: jax.Array,
+    *,
+    temperature: float,
+    direction: str = "lm_to_rank",
+) -> jax.Array:
+    """KL between what the reader found useful and what the reranker prefers.
+
+    `p_lm = softmax(log p(answer | passage) / temperature)`, without gradient;
+    `p_rank = softmax(score / temperature)`; both over the real passages.
+
+    Args:
+      scores: float32 `[B, K]`; entries outside the mask may be -inf.
+      lm_log_likelihood: float32 `[B, K]`.
+      mask: bool `[B, K]`, passages that exist.
+      temperature: tau of both distributions.
+      direction: `lm_to_rank` is KL(p_lm || p_rank), as in Atlas; `rank_to_lm` the reverse.
+
+    Returns:
+      float32 `[B]`, in nats; 0 for fewer than two real passages.
+    """
+    if direction not in KL_DIRECTIONS:
+        raise ValueError(f"KL direction must be one of {KL_DIRECTIONS}, got {direction!r}.")
+    log_lm = _masked_log_softmax(jax.lax.stop_gradient(lm_log_likelihood) / temperature, mask)
+    log_rank = _masked_log_softmax(jnp.where(mask, scores, 0.0) / temperature, mask)
+    first, second = (log_lm, log_rank) if direction == "lm_to_rank" else (log_rank, log_lm)
+    terms = jnp.where(mask, jnp.exp(first) * (first - second), 0.0)
+    return jnp.sum(terms, axis=-1) * (jnp.sum(mask, axis=-1) >= 2)
+
+
+def supervised_rerank(
+    scores: jax.Array, gold: jax.Array, mask: jax.Array, *, temperature: float
+) -> jax.Array:
+    """-log of the probability that the reranker gives to the gold passages together.
+
+    Args:
+      scores: float32 `[B, K]`.
+      gold: `[B, K]`, nonzero for a passage that holds the answer.
+      mask: bool `[B, K]`, passages that exist.
+      temperature: tau of the softmax over scores.
+
+    Returns:
+      float32 `[B]`, in nats; 0 for a question without a gold passage among its own.
+    """
+    log_rank = _masked_log_softmax(jnp.where(mask, scores, 0.0) / temperature, mask)
+    is_gold = (gold > 0) & mask
+    has_gold = jnp.any(is_gold, axis=-1)
+    # Where there is no gold the sum is taken over everything, so that no log of zero has a gradient.
+    chosen = jnp.where(is_gold | ~has_gold[:, None], log_rank, -1e30)
+    return jnp.where(has_gold, -jax.nn.logsumexp(chosen, axis=-1), 0.0)

@@ -1,0 +1,317 @@
+"""FiD, LUMEN and GLIMMER: one T5 encoder, cut at M and at M + R.
+
+    layers [0, M)      memory encoder   the passage alone; its output is what is stored
+    layers [M, M+R)    Live-A           [question ; passage], every passage; ends in a score
+    layers [M+R, L)    Live-B           [question ; passage], the best passages only
+    decoder                             attends to all tokens of the kept passages
+
+    FiD      (arXiv 2007.01282)  M = 0, R = 0, every passage kept
+    LUMEN    (arXiv 2301.10448)  M > 0, R = 0, every passage kept, memory frozen, own question encoder
+    GLIMMER  (arXiv 2306.10231)  M > 0, R > 0, m of K passages kept, memory trained with the rest
+
+What is stored is the residual stream after layer M as it is, without a norm: only then is M = 0
+exactly FiD. The question sits at the right end of its Q slots and the passage follows at once, so
+that all distances are those of the unpadded text, and one static position bias serves every batch.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from glimmer_jax import axes, codecs
+from glimmer_jax.models.t5 import Cache, Decoder, EncoderStack, T5Config, position_bias
+from glimmer_jax.nn.layers import Dropout, Embed, RMSNorm
+from glimmer_jax.partitioning import constrain
+
+Batch = dict[str, Any]
+
+
+def memory_layers(num_layers: int, alpha: float) -> int:
+    """M for a live proportion `alpha` of `num_layers`: the live part is rounded to whole layers."""
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha, the live proportion, must be in [0, 1], got {alpha}.")
+    return num_layers - round(alpha * num_layers)
+
+
+def rerank_layers(num_layers: int, alpha: float, beta: float) -> int:
+    """R for a reranking proportion `beta` of the live layers; at least one unless beta is 0."""
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"beta, the reranking part of the live layers, is in [0, 1], got {beta}.")
+    live = num_layers - memory_layers(num_layers, alpha)
+    return min(live, max(1, round(beta * live))) if beta else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class GlimmerConfig:
+    """Where the encoder is cut, and what is trained."""
+
+    t5: T5Config
+    memory_layers: int = 0  # M, layers computed ahead of time
+    rerank_layers: int = 0  # R, live layers that every passage goes through before the choice
+    num_kept: int | None = None  # m, passages that are read on; None keeps all
+    freeze_memory: bool = False  # memory encoder and its embedding are not trained
+    share_question_encoder: bool = True  # the question goes through the memory encoder itself
+    separate_reranker: bool = False  # scores come from R layers of their own, nothing is reused
+    memory_codec: str = "bf16"  # how memory is stored, and rounded while training
+
+    def __post_init__(self):
+        m, r, layers = self.memory_layers, self.rerank_layers, self.t5.num_encoder_layers
+        if m < 0 or r < 0 or m + r > layers:
+            raise ValueError(
+                f"memory_layers={m} and rerank_layers={r} must fit into the encoder's {layers} "
+                "layers."
+            )
+        if self.num_kept is not None and self.num_kept < 1:
+            raise ValueError(f"num_kept must be at least 1, or None for all; got {self.num_kept}.")
+        if self.num_kept is not None and r == 0:
+            raise ValueError(
+                f"num_kept={self.num_kept} needs scores to choose by, and rerank_layers is 0. Set "
+                "rerank_layers, or retrieve fewer passages."
+            )
+        if self.separate_reranker and r == 0:
+            raise ValueError("separate_reranker needs rerank_layers of at least 1.")
+        if m == 0 and (self.freeze_memory or not self.share_question_encoder):
+            raise ValueError(
+                "With memory_layers=0 there is no memory encoder to freeze or to copy; leave "
+                "freeze_memory=False and share_question_encoder=True."
+            )
+        codecs.get(self.memory_codec)
+
+
+class Live(NamedTuple):
+    """What the first live layers leave for the choice."""
+
+    states: jax.Array  # [B, K, N, D]
+    mask: jax.Array  # bool [B, K, N], real tokens of existing passages
+    scores: jax.Array  # float32 [B, K], -inf where there is no passage
+
+
+class MemoryEncoder(EncoderStack):
+    """The lower layers with their own position table. No norm at the end."""
+
+    def setup(self):
+        super().setup()
+        self.relpos_bias = position_bias(self.config, bidirectional=True)
+
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:  # type: ignore[override]
+        """Embedded tokens `[..., P, D]`, bool mask `[..., P]` -> states `[..., P, D]`."""
+        return super().__call__(x, mask, self.relpos_bias(x.shape[-2], x.shape[-2]))
+
+
+class LiveEncoder(nn.Module):
+    """The upper layers: Live-A, Live-B, one position table, the encoder's final norm."""
+
+    config: GlimmerConfig
+
+    def setup(self):
+        t5, cut = self.config.t5, self.config.memory_layers + self.config.rerank_layers
+        self.relpos_bias = position_bias(t5, bidirectional=True)
+        self.live_a = EncoderStack(t5, self.config.rerank_layers)
+        self.live_b = EncoderStack(t5, t5.num_encoder_layers - cut)
+        self.encoder_norm = RMSNorm(jnp.dtype(t5.dtype))
+        self.dropout = Dropout(t5.dropout_rate)
+
+    def bias(self, length: int) -> jax.Array:
+        return self.relpos_bias(length, length)
+
+    def first(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """Live-A over `[..., N, D]`."""
+        return self.live_a(x, mask, self.bias(x.shape[-2]))
+
+    def last(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """Live-B and the final norm over `[..., N, D]`."""
+        return self.dropout(self.encoder_norm(self.live_b(x, mask, self.bias(x.shape[-2]))))
+
+
+class Reranker(nn.Module):
+    """A score from the first real token; with `num_layers`, after layers of its own."""
+
+    config: T5Config
+    num_layers: int = 0
+
+    def setup(self):
+        self.stack = EncoderStack(self.config, self.num_layers)
+        # The raw residual stream is large; without a norm the score would be, too.
+        self.norm = RMSNorm(jnp.float32)
+        # Zero, so that at step 0 all passages tie and the retriever's order stands.
+        self.kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(nn.initializers.zeros, (axes.EMBED,)),
+            (self.config.emb_dim,),
+            jnp.float32,
+        )
+
+    def __call__(self, x: jax.Array, mask: jax.Array, bias: jax.Array) -> jax.Array:
+        """`[B, K, N, D]`, `[B, K, N]` -> float32 `[B, K]`."""
+        x = self.stack(x, mask, bias)
+        first = jnp.argmax(mask, axis=-1)[..., None, None]
+        return self.norm(jnp.take_along_axis(x, first, axis=-2)[..., 0, :]) @ self.kernel
+
+
+def select(live: Live, num_kept: int | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The m best passages, in the retriever's order.
+
+    Hard: no gradient goes through the choice. Ties go to the earlier passage.
+
+    Args:
+      live: states of all K passages and their scores.
+      num_kept: m; None keeps all.
+
+    Returns:
+      States `[B, m, N, D]`, mask `[B, m, N]`, and int32 indices `[B, m]` into the K passages.
+
+    Raises:
+      ValueError: m is more than K.
+    """
+    num_passages = live.scores.shape[1]
+    if num_kept is None or num_kept == num_passages:
+        kept = jnp.broadcast_to(jnp.arange(num_passages), live.scores.shape)
+        return live.states, live.mask, kept
+    if num_kept > num_passages:
+        raise ValueError(
+            f"num_kept={num_kept} passages cannot be kept of {num_passages} retrieved ones. Retrieve "
+            "more (TASK_FEATURE_LENGTHS' K) or keep fewer (num_kept)."
+        )
+    _, kept = jax.lax.top_k(jax.lax.stop_gradient(live.scores), num_kept)
+    kept = jnp.sort(kept, axis=1)
+    states = jnp.take_along_axis(live.states, kept[:, :, None, None], axis=1)
+    mask = jnp.take_along_axis(live.mask, kept[:, :, None], axis=1)
+    return states, mask, kept
+
+
+class Glimmer(nn.Module):
+    """The family. Methods are the stations of paper order: memory, rerank, read, answer."""
+
+    config: GlimmerConfig
+
+    def setup(self):
+        config, t5 = self.config, self.config.t5
+        self.token_embedder = self._embedder()
+        # A frozen encoder gets no dropout: its training states are those that the store will give.
+        memory_t5 = dataclasses.replace(t5, dropout_rate=0.0) if config.freeze_memory else t5
+        if config.memory_layers:
+            self.memory_encoder = MemoryEncoder(memory_t5, config.memory_layers)
+        if config.freeze_memory:
+            # T5 shares its embedding with the decoder, which is trained: the memory would go stale.
+            self.memory_embedder = self._embedder()
+        if not config.share_question_encoder:
+            self.question_encoder = MemoryEncoder(t5, config.memory_layers)
+        self.live_encoder = LiveEncoder(config)
+        if config.rerank_layers:
+            layers = config.rerank_layers if config.separate_reranker else 0
+            self.reranker = Reranker(t5, layers)
+        self.decoder = Decoder(t5)
+        self.dropout = Dropout(t5.dropout_rate)
+
+    def _embedder(self) -> Embed:
+        t5 = self.config.t5
+        return Embed(t5.vocab_size, t5.emb_dim, jnp.dtype(t5.dtype))
+
+    def _encode_memory(self, tokens: jax.Array) -> jax.Array:
+        """Layers [0, M) over tokens `[..., X]` with the memory's weights -> `[..., X, D]`."""
+        if not self.config.memory_layers:
+            return self.dropout(self.token_embedder(tokens))
+        if not self.config.freeze_memory:
+            return self.memory_encoder(self.dropout(self.token_embedder(tokens)), tokens > 0)
+        states = self.memory_encoder(self.memory_embedder(tokens), tokens > 0)
+        return jax.lax.stop_gradient(states)
+
+    def encode_question(self, question_tokens: jax.Array) -> jax.Array:
+        """int32 `[B, Q]`, right-aligned -> states `[B, Q, D]` for the live sequence."""
+        if self.config.share_question_encoder:
+            return self._encode_memory(question_tokens)
+        x = self.dropout(self.token_embedder(question_tokens))
+        return self.question_encoder(x, question_tokens > 0)
+
+    def encode_memory(self, passage_tokens: jax.Array) -> dict[str, jax.Array]:
+        """int32 `[..., P]` -> what the store keeps: the codec's arrays `[..., P, *trailing]`."""
+        return codecs.get(self.config.memory_codec).encode(self._encode_memory(passage_tokens))
+
+    def passage_states(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Memory of a batch's passages, from tokens or from the store alike.
+
+        Returns:
+          States `[B, K, P, D]` and bool mask `[B, K, P]`.
+        """
+        codec = codecs.get(self.config.memory_codec)
+        if "passage_memory" in batch:
+            states = codec.decode(batch["passage_memory"], jnp.dtype(self.config.t5.dtype))
+            positions = jnp.arange(states.shape[2])[None, None]
+            return states, positions < batch["passage_lengths"][..., None]
+        tokens = batch["passage_tokens"]
+        states = self._encode_memory(tokens)
+        if self.config.memory_layers:
+            states = codecs.straight_through(codec, states)
+        return states, tokens > 0
+
+    def rerank(self, batch: Batch) -> Live:
+        """Question and memory together through Live-A, and the score of every passage.
+
+        Args:
+          batch: `question_tokens` and either `passage_tokens`, or `passage_memory` with
+            `passage_lengths`; see `models.model`.
+        """
+        question_BQ = batch["question_tokens"]
+        question_BQD = self.encode_question(question_BQ)
+        passages_BKPD, passage_mask_BKP = self.passage_states(batch)
+        num_passages = passages_BKPD.shape[1]
+
+        exists_BK = jnp.any(passage_mask_BKP, axis=-1)
+        # A question without passages reads one empty passage, so that there is an answer at all.
+        none_B1 = ~jnp.any(exists_BK, axis=-1, keepdims=True)
+        exists_BK = exists_BK | (none_B1 & (jnp.arange(num_passages) == 0)[None])
+
+        def each_passage(x):
+            return jnp.broadcast_to(x[:, None], (x.shape[0], num_passages, *x.shape[1:]))
+
+        states = jnp.concatenate([each_passage(question_BQD), passages_BKPD], axis=2)
+        states = constrain(states, (axes.BATCH, axes.PASSAGES, axes.LENGTH, axes.ACT_EMBED))
+        mask = jnp.concatenate([each_passage(question_BQ > 0), passage_mask_BKP], axis=2)
+        mask = mask & exists_BK[..., None]
+
+        if not self.config.rerank_layers:
+            scores = jnp.zeros(exists_BK.shape, jnp.float32)
+        else:
+            if not self.config.separate_reranker:
+                states = self.live_encoder.first(states, mask)
+            scores = self.reranker(states, mask, self.live_encoder.bias(states.shape[2]))
+        return Live(states, mask, jnp.where(exists_BK, scores, -jnp.inf))
+
+    def read(self, states: jax.Array, mask: jax.Array) -> jax.Array:
+        """The remaining live layers over kept passages, `[B, M, N, D]` -> the same shape."""
+        if self.config.separate_reranker:
+            states = self.live_encoder.first(states, mask)
+        return self.live_encoder.last(states, mask)
+
+    def decode(self, encoded: jax.Array, mask: jax.Array, decoder_input_tokens: jax.Array):
+        """Logits `[..., T, V]` of targets `[..., T]` over encoder states `[..., S, D]`."""
+        x = self.dropout(self.token_embedder(decoder_input_tokens))
+        return self.decoder(x, encoded, mask)
+
+    def start_decoding(self, encoded: jax.Array) -> Any:
+        """Cross-attention keys and values of all decoder layers, once for each question."""
+        return self.decoder.cross_keys_values(encoded)
+
+    def empty_cache(self, batch: int, beams: int, length: int) -> Cache:
+        return self.decoder.empty_cache(batch, beams, length)
+
+    def decode_step(self, tokens, index, cache, cross_keys_values, mask):
+        """One token `[B, W]` of every beam -> logits `[B, W, V]` and the new cache."""
+        x = self.token_embedder(tokens)
+        return self.decoder.step(x, index, cache, cross_keys_values, mask)
+
+    def __call__(self, batch: Batch) -> tuple[jax.Array, Live, jax.Array]:
+        """Logits float32 `[B, T, V]`, the live states of all passages, kept indices `[B, m]`."""
+        live = self.rerank(batch)
+        states, mask, kept = select(live, self.config.num_kept)
+        encoded, mask = fuse(self.read(states, mask), mask)
+        return self.decode(encoded, mask, batch["decoder_input_tokens"]), live, kept
+
+
+def fuse(states: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Kept passages side by side: `[B, M, N, D]`, `[B, M, N]` -> `[B, M*N, D]`, `[B, M*N]`."""
+    batch, kept, length, dim = states.shape
+    return states.reshape(batch, kept * length, dim), mask.reshape(batch, kept * length)

@@ -1,0 +1,91 @@
+"""Multi-head attention, T5's way: no 1/sqrt(C) in the logits, a position bias added to them."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from glimmer_jax import axes
+from glimmer_jax.nn.layers import Dense, Dropout
+from glimmer_jax.partitioning import constrain
+
+# What a masked logit becomes. Finite, so that a row without any key gives zeros below, not NaN.
+MASKED = -1e30
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    bias: jax.Array | None = None,
+    dropout: Dropout | None = None,
+) -> jax.Array:
+    """Unscaled dot-product attention.
+
+    Args:
+      query: `[..., X, H, C]`, any float dtype.
+      key: `[..., Y, H, C]`.
+      value: `[..., Y, H, C]`.
+      mask: bool, broadcastable to `[..., H, X, Y]`; False keys are not seen.
+      bias: float32 `[H, X, Y]`, added to the logits.
+      dropout: applied to the weights.
+
+    Returns:
+      `[..., X, H, C]` in the dtype of `value`; zeros for a query that sees no key.
+    """
+    # float32 logits and softmax: T5's logits are unscaled and overflow the precision of bfloat16.
+    logits = jnp.einsum("...xhc,...yhc->...hxy", query, key, preferred_element_type=jnp.float32)
+    if bias is not None:
+        logits = logits + jnp.expand_dims(bias, tuple(range(logits.ndim - 3)))
+    logits = jnp.where(mask, logits, MASKED)
+    peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    weights = jnp.where(mask, jnp.exp(logits - peak), 0.0)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = (weights / jnp.where(total > 0, total, 1.0)).astype(value.dtype)
+    if dropout is not None:
+        weights = dropout(weights)
+    return jnp.einsum("...hxy,...yhc->...xhc", weights, value)
+
+
+class Attention(nn.Module):
+    """Projections around `attend`; kernels are `[D, H*C]` and `[H*C, D]` as in T5X."""
+
+    emb_dim: int
+    num_heads: int
+    head_dim: int
+    dropout_rate: float
+    dtype: Any
+
+    def setup(self):
+        joined = self.num_heads * self.head_dim
+        names = (axes.EMBED, axes.JOINED_KV)
+        # T5 folds the missing 1/sqrt(C) into the start of the query projection.
+        self.query = Dense(joined, names, self.dtype, init_scale=1.0 / self.head_dim)
+        self.key = Dense(joined, names, self.dtype)
+        self.value = Dense(joined, names, self.dtype)
+        self.out = Dense(self.emb_dim, (axes.JOINED_KV, axes.EMBED), self.dtype)
+        self.dropout = Dropout(self.dropout_rate)
+
+    def _split_heads(self, x: jax.Array) -> jax.Array:
+        x = x.reshape(*x.shape[:-1], self.num_heads, self.head_dim)
+        return constrain(
+            x, (axes.BATCH, *(None,) * (x.ndim - 3), axes.ACT_HEADS, axes.ACT_KV)
+        )
+
+    def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`[..., Y, D]` -> keys and values, each `[..., Y, H, C]`."""
+        return self._split_heads(self.key(x)), self._split_heads(self.value(x))
+
+    def __call__(
+        self,
+        x: jax.Array,
+        keys_values: tuple[jax.Array, jax.Array],
+        mask: jax.Array,
+        bias: jax.Array | None = None,
+    ) -> jax.Array:
+        """Queries `[..., X, D]` against keys and values `[..., Y, H, C]` -> `[..., X, D]`."""
+        query = self._split_heads(self.query(x))
+        out = attend(query, *keys_values, mask, bias, self.dropout)
+        return self.out(out.reshape(*out.shape[:-2], -1))

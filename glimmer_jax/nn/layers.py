@@ -1,0 +1,131 @@
+"""T5's small layers: projection, embedding, RMSNorm, gated feed-forward, dropout.
+
+Parameters are float32 and are cast to the activations' dtype where they are used. No biases anywhere
+(T5, arXiv 1910.10683; v1.1's gated GELU from arXiv 2002.05202). Leading dimensions are free: what is
+written `[..., N, D]` takes `[B, N, D]` and `[B, K, N, D]` alike.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from glimmer_jax import axes
+from glimmer_jax.partitioning import constrain
+
+Dtype = Any
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    # tanh approximation: T5 v1.1 was trained with it ("gelu_new" elsewhere).
+    "gelu": lambda x: nn.gelu(x, approximate=True),
+    "relu": nn.relu,
+    "linear": lambda x: x,
+}
+
+
+def activation_names(ndim: int, last: str) -> tuple[str | None, ...]:
+    """Names of an activation `[B, ..., last]`: batch first, free dimensions, features last."""
+    return (axes.BATCH, *(None,) * (ndim - 2), last)
+
+
+class Dense(nn.Module):
+    """A projection of the last dimension, without bias."""
+
+    features: int
+    names: tuple[str, str]  # axis names of the kernel's two dimensions
+    dtype: Dtype
+    init_scale: float = 1.0  # variance of outputs over variance of inputs at the start
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., in]` -> `[..., features]` in `dtype`."""
+        init = nn.initializers.variance_scaling(self.init_scale, "fan_in", "truncated_normal")
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(init, self.names),
+            (x.shape[-1], self.features),
+            jnp.float32,
+        )
+        return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+
+
+class Embed(nn.Module):
+    """Token embedding, `[V, D]`."""
+
+    num_embeddings: int
+    features: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """int32 `[...]` -> `[..., D]` in `dtype`."""
+        embedding = self.param(
+            "embedding",
+            nn.with_logical_partitioning(nn.initializers.normal(1.0), (axes.VOCAB, axes.EMBED)),
+            (self.num_embeddings, self.features),
+            jnp.float32,
+        )
+        x = jnp.take(embedding.astype(self.dtype), tokens, axis=0)
+        return constrain(x, activation_names(x.ndim, axes.ACT_EMBED))
+
+
+class RMSNorm(nn.Module):
+    """Scales by the root mean square over D; no mean is subtracted and there is no offset."""
+
+    dtype: Dtype
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., D]` -> `[..., D]` in `dtype`."""
+        scale = self.param(
+            "scale",
+            nn.with_logical_partitioning(nn.initializers.ones, (axes.EMBED,)),
+            (x.shape[-1],),
+            jnp.float32,
+        )
+        # float32: the residual stream is large, and bfloat16 squares lose the small channels.
+        x = x.astype(jnp.float32)
+        normed = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        scale = jnp.reshape(scale, (1,) * (x.ndim - 1) + (-1,))
+        return normed.astype(self.dtype) * scale.astype(self.dtype)
+
+
+class Dropout(nn.Module):
+    """Dropout that is on exactly when a `dropout` random stream is given to `apply`.
+
+    One mask serves all positions of a sequence (dimension -2), as in T5X: it costs N times fewer
+    random numbers, and those are not cheap on a CPU or a TPU.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.rate == 0.0 or not self.has_rng("dropout"):
+            return x
+        return nn.Dropout(self.rate, broadcast_dims=(-2,), deterministic=False)(x)
+
+
+class MlpBlock(nn.Module):
+    """Feed-forward: the product of one projection for each activation, projected back."""
+
+    mlp_dim: int
+    activations: Sequence[str]
+    dropout_rate: float
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., N, D]` -> `[..., N, D]`."""
+        hidden = None
+        for i, name in enumerate(self.activations):
+            # T5X calls the only projection `wi`, and those of a gated block `wi_0`, `wi_1`.
+            wi = "wi" if len(self.activations) == 1 else f"wi_{i}"
+            h = Dense(self.mlp_dim, (axes.EMBED, axes.MLP), self.dtype, name=wi)(x)
+            h = ACTIVATIONS[name](h)
+            hidden = h if hidden is None else hidden * h
+        hidden = constrain(hidden, activation_names(hidden.ndim, axes.ACT_MLP))
+        hidden = Dropout(self.dropout_rate)(hidden)
+        return Dense(x.shape[-1], (axes.MLP, axes.EMBED), self.dtype, name="wo")(hidden)
