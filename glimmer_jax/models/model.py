@@ -1,0 +1,388 @@
+"""The T5X-style model class: losses, evaluation and prediction over batches of one contract.
+
+Method names, argument names and batch keys are T5X's (`t5x.models.BaseTransformerModel`), so that
+its users are at home; nothing of T5X is imported. All methods that take `params` are pure and can be
+jitted by the caller.
+
+A batch holds numpy or jax arrays:
+
+    question_tokens        int32 [B, Q]     right-aligned, 0 is padding
+    passage_tokens         int32 [B, K, P]  left-aligned; a passage of zeros is absent
+      or passage_memory    {name: [B, K, P, ...]}, a codec's arrays, with
+         passage_lengths   int32 [B, K]     real tokens, 0 where there is no passage
+    decoder_input_tokens   int32 [B, T]     targets shifted right, 0 first
+    decoder_target_tokens  int32 [B, T]
+    decoder_loss_weights   float32 [B, T]   0 for padding
+    gold_passages          int32 [B, K]     optional, nonzero where a passage holds the answer
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.partitioning import AxisMetadata
+
+from glimmer_jax import codecs, decoding, losses
+from glimmer_jax.models.glimmer import Batch, Glimmer, GlimmerConfig, Live, fuse, select
+from glimmer_jax.partitioning import AXIS_RULES
+
+Params = Any
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """What is minimised: GLIMMER (arXiv 2306.10231) section 3, with the switches of its neighbours."""
+
+    z_loss: float = 1e-4  # weight of the squared log-normaliser
+    distillation_weight: float = 1.0  # of perplexity distillation; 0 leaves the teacher out
+    temperature: float = 1.0  # tau of both distributions over passages
+    kl_direction: str = "lm_to_rank"  # or rank_to_lm
+    mean_log_likelihood: bool = False  # log p(answer) a token instead of an answer
+    clean_teacher: bool = False  # run the teacher's Live-A again without dropout
+    teacher_chunk: int = 8  # passages whose [B, T, V] logits exist at one time
+    supervised_weight: float = 0.0  # of -log p_rank(gold), where gold passages are known
+    cross_entropy_weight: float = 1.0  # 0 trains the reranker alone
+
+    def __post_init__(self):
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}.")
+        if self.kl_direction not in losses.KL_DIRECTIONS:
+            raise ValueError(
+                f"kl_direction must be one of {losses.KL_DIRECTIONS}, got {self.kl_direction!r}."
+            )
+        if self.teacher_chunk < 1:
+            raise ValueError(f"teacher_chunk must be at least 1, got {self.teacher_chunk}.")
+        weights = (self.z_loss, self.distillation_weight, self.supervised_weight)
+        if min(*weights, self.cross_entropy_weight) < 0:
+            raise ValueError(f"Loss weights must not be negative: {self}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """How answers are produced. Their length is that of the batch's `decoder_input_tokens`."""
+
+    beams: int = 1  # 1 is greedy
+    length_penalty: float = 0.6  # exponent, for beams only
+
+    def __post_init__(self):
+        if self.beams < 1:
+            raise ValueError(f"beams must be at least 1, got {self.beams}.")
+
+
+class GlimmerModel:
+    """FiD, LUMEN or GLIMMER, driven by train, eval and infer alike."""
+
+    def __init__(
+        self,
+        config: GlimmerConfig,
+        loss: LossConfig = LossConfig(),
+        decode: DecodeConfig = DecodeConfig(),
+        *,
+        eos_id: int = 1,
+    ):
+        self.config = config
+        self.loss = loss
+        self.decode = decode
+        self.eos_id = eos_id
+        self.module = Glimmer(config)
+
+    @property
+    def FEATURE_CONVERTER_CLS(self) -> type:  # noqa: N802 (T5X's name)
+        """The seqio feature converter of the batch contract; seqio is imported only here."""
+        from glimmer_jax.data.features import GlimmerFeatureConverter
+
+        return GlimmerFeatureConverter
+
+    def get_initial_variables(
+        self,
+        rng: jax.Array,
+        input_shapes: Mapping[str, tuple[int, ...]],
+        input_types: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Fresh parameters and the names of their dimensions.
+
+        Args:
+          rng: a random key.
+          input_shapes: shape of each batch array; only `question_tokens`, `passage_tokens` and
+            `decoder_input_tokens` matter, and no parameter depends on them.
+          input_types: their dtypes; int32 where not given.
+
+        Returns:
+          `params`, float32, and `params_axes` with a T5X `AxisMetadata` for each of them.
+        """
+        types = input_types or {}
+        keys = ("question_tokens", "passage_tokens", "decoder_input_tokens")
+        batch = {key: jnp.ones(input_shapes[key], types.get(key, jnp.int32)) for key in keys}
+        # flax puts constraints on boxed parameters by its own table while it initialises; it is
+        # told ours, or every parameter would be whole on every device for a moment.
+        rules = tuple((name, mesh_axes or None) for name, mesh_axes in AXIS_RULES.items())
+        with nn.logical_axis_rules(rules):
+            boxed = self.module.init(rng, batch)["params"]
+
+        def metadata(path, box):
+            if not isinstance(box, nn.Partitioned):
+                raise ValueError(f"Parameter {jax.tree_util.keystr(path)} names no axes.")
+            return AxisMetadata(box.names)
+
+        axes_tree = jax.tree_util.tree_map_with_path(
+            metadata, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
+        )
+        return {"params": nn.unbox(boxed), "params_axes": axes_tree}
+
+    def abstract_variables(self) -> tuple[Params, Any]:
+        """Shapes and dtypes of the parameters, and a tree of their axis-name tuples; no compute."""
+        config = self.config
+        passages = config.num_kept or 1
+        shapes = {
+            "question_tokens": (1, 1),
+            "passage_tokens": (1, passages, 1),
+            "decoder_input_tokens": (1, 1),
+        }
+        names = {}
+
+        def init(rng):
+            variables = self.get_initial_variables(rng, shapes)
+            names["tree"] = variables["params_axes"]
+            return variables["params"]
+
+        params = jax.eval_shape(init, jax.random.key(0))
+        is_leaf = lambda leaf: isinstance(leaf, AxisMetadata)  # noqa: E731
+        return params, jax.tree.map(lambda leaf: leaf.names, names["tree"], is_leaf=is_leaf)
+
+    def frozen(self, params: Params) -> Any:
+        """A tree like `params` with True for what training leaves alone."""
+        names = ("memory_encoder", "memory_embedder") if self.config.freeze_memory else ()
+        return {
+            key: jax.tree.map(lambda _, key=key: key in names, subtree)
+            for key, subtree in params.items()
+        }
+
+    def loss_normalizers(self, batch: Batch) -> dict[str, jax.Array]:
+        """Denominators of the loss, from data alone; for the batch before it is divided.
+
+        Gradient accumulation passes those of the whole batch to `loss_fn` of each part, and the
+        sum of the parts' gradients is then the gradient of the whole.
+        """
+        exists = _passage_exists(batch)
+        counts = {
+            "tokens": jnp.sum(jnp.asarray(batch["decoder_loss_weights"], jnp.float32)),
+            "questions": jnp.sum(jnp.sum(exists, axis=-1) >= 2).astype(jnp.float32),
+        }
+        if "gold_passages" in batch:
+            gold = (jnp.asarray(batch["gold_passages"]) > 0) & exists
+            counts["gold_questions"] = jnp.sum(jnp.any(gold, axis=-1)).astype(jnp.float32)
+        return {name: jnp.maximum(count, 1.0) for name, count in counts.items()}
+
+    def loss_fn(
+        self,
+        params: Params,
+        batch: Batch,
+        dropout_rng: jax.Array | None,
+        normalizers: Mapping[str, jax.Array] | None = None,
+    ) -> tuple[jax.Array, Metrics]:
+        """The training loss, float32, and sums for metrics.
+
+        Args:
+          params: the model's parameters.
+          batch: see the module's docstring.
+          dropout_rng: random key for dropout; None for none.
+          normalizers: denominators of a larger batch that this one is a part of.
+
+        Returns:
+          The loss and `{name: (total, weight)}`, which add up over batches.
+
+        Raises:
+          ValueError: memory is given while the memory encoder is trained: its gradient would have
+            nowhere to go, and the memory would go stale with the first step.
+        """
+        if "passage_memory" in batch and not self.config.freeze_memory:
+            raise ValueError(
+                "Training from stored memory needs a frozen memory encoder (freeze_memory=True); "
+                "with a trained one, give passage_tokens."
+            )
+        return self._loss(params, batch, dropout_rng, normalizers)
+
+    def eval_fn(self, params: Params, batch: Batch) -> tuple[jax.Array, Metrics]:
+        """The loss without dropout, from tokens or from memory."""
+        return self._loss(params, batch, None, None)
+
+    def _loss(self, params, batch, dropout_rng, normalizers):
+        config, loss_config = self.config, self.loss
+        if normalizers is None:
+            normalizers = self.loss_normalizers(batch)
+        rngs = None if dropout_rng is None else {"dropout": dropout_rng}
+        logits, live, kept = self.module.apply({"params": params}, batch, rngs=rngs)
+
+        targets = batch["decoder_target_tokens"]
+        weights = jnp.asarray(batch["decoder_loss_weights"], jnp.float32)
+        cross_entropy, z = losses.token_losses(logits, targets)
+        cross_entropy = jnp.sum(cross_entropy * weights)
+        z_loss = loss_config.z_loss * jnp.sum(z * weights)
+        loss = (loss_config.cross_entropy_weight * cross_entropy + z_loss) / normalizers["tokens"]
+
+        num_tokens = jnp.sum(weights)
+        correct = (jnp.argmax(logits, axis=-1) == targets) * weights
+        metrics = {
+            "cross_entropy": (cross_entropy, num_tokens),
+            "z_loss": (z_loss, num_tokens),
+            "token_accuracy": (jnp.sum(correct), num_tokens),
+        }
+
+        exists = _passage_exists(batch)
+        if config.rerank_layers and loss_config.distillation_weight and live.scores.shape[1] > 1:
+            teacher = live
+            if loss_config.clean_teacher:
+                teacher = self.module.apply({"params": params}, batch, method="rerank")
+            useful = self._answer_log_likelihoods(params, batch, teacher)
+            distillation = jnp.sum(
+                losses.distillation(
+                    live.scores,
+                    useful,
+                    exists,
+                    temperature=loss_config.temperature,
+                    direction=loss_config.kl_direction,
+                )
+            )
+            loss += loss_config.distillation_weight * distillation / normalizers["questions"]
+            several = jnp.sum(jnp.sum(exists, axis=-1) >= 2).astype(jnp.float32)
+            metrics["distillation"] = (distillation, several)
+
+        if "gold_passages" in batch:
+            gold = (batch["gold_passages"] > 0) & exists
+            has_gold = jnp.any(gold, axis=-1)
+            num_gold = jnp.sum(has_gold).astype(jnp.float32)
+            first = jnp.argmax(live.scores, axis=-1)[:, None]
+            hit = jnp.take_along_axis(gold, first, axis=1)
+            metrics["recall_at_1"] = (jnp.sum(hit).astype(jnp.float32), num_gold)
+            hit = jnp.any(jnp.take_along_axis(gold, kept, axis=1), axis=1)
+            metrics["recall_kept"] = (jnp.sum(hit).astype(jnp.float32), num_gold)
+            if config.rerank_layers and loss_config.supervised_weight:
+                supervised = jnp.sum(
+                    losses.supervised_rerank(
+                        live.scores, gold, exists, temperature=loss_config.temperature
+                    )
+                )
+                loss += loss_config.supervised_weight * supervised / normalizers["gold_questions"]
+                metrics["supervised_rerank"] = (supervised, num_gold)
+        return loss, metrics
+
+    def _answer_log_likelihoods(self, params: Params, batch: Batch, live: Live) -> jax.Array:
+        """log p(answer | passage k alone), float32 `[B, K]`, without gradient or dropout.
+
+        The reader is run on every passage by itself, from the states that Live-A has left. Chunks
+        of passages, because all logits at once would be `[B, K, T, V]`.
+        """
+        params, states, mask = jax.lax.stop_gradient((params, live.states, live.mask))
+
+        def one(passage):
+            states_BND, mask_BN = passage
+            encoded = self.module.apply(
+                {"params": params}, states_BND[:, None], mask_BN[:, None], method="read"
+            )
+            logits = self.module.apply(
+                {"params": params},
+                encoded[:, 0],
+                mask_BN,
+                batch["decoder_input_tokens"],
+                method="decode",
+            )
+            return losses.log_likelihood(
+                logits,
+                batch["decoder_target_tokens"],
+                batch["decoder_loss_weights"],
+                mean=self.loss.mean_log_likelihood,
+            )
+
+        by_passage = (jnp.swapaxes(states, 0, 1), jnp.swapaxes(mask, 0, 1))
+        chunk = min(self.loss.teacher_chunk, mask.shape[1])
+        return jnp.swapaxes(jax.lax.map(one, by_passage, batch_size=chunk), 0, 1)
+
+    def _read(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, Live, jax.Array]:
+        variables = {"params": params}
+        live = self.module.apply(variables, batch, method="rerank")
+        states, mask, kept = select(live, self.config.num_kept)
+        encoded, mask = fuse(self.module.apply(variables, states, mask, method="read"), mask)
+        return encoded, mask, live, kept
+
+    def predict_batch(
+        self, params: Params, batch: Batch, rng: jax.Array | None = None
+    ) -> jax.Array:
+        """Answers, int32 `[B, T]`, 0 after the end token."""
+        return self.predict_batch_with_aux(params, batch, rng)[0]
+
+    def predict_batch_with_aux(
+        self, params: Params, batch: Batch, rng: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Answers, and what they rest on.
+
+        Returns:
+          int32 `[B, T]`, and `scores` float32 `[B]` (log probability, penalised for beams),
+          `passage_scores` float32 `[B, K]`, `kept_passages` int32 `[B, m]` (indices into the K).
+        """
+        del rng  # Greedy and beam search draw nothing.
+        variables = {"params": params}
+        encoded, mask, live, kept = self._read(params, batch)
+        batch_size, length = batch["decoder_input_tokens"].shape
+        cross = self.module.apply(variables, encoded, method="start_decoding")
+        cache = self.module.apply(
+            variables, batch_size, self.decode.beams, length, method="empty_cache"
+        )
+
+        def step(tokens, index, cache):
+            return self.module.apply(
+                variables, tokens, index, cache, cross, mask, method="decode_step"
+            )
+
+        kwargs: dict[str, int] = dict(batch=batch_size, length=length, eos_id=self.eos_id)
+        if self.decode.beams == 1:
+            tokens, scores = decoding.greedy(step, cache, **kwargs)
+        else:
+            tokens, scores = decoding.beam(
+                step,
+                cache,
+                beams=self.decode.beams,
+                alpha=self.decode.length_penalty,
+                cache_offset=1 if self.config.t5.scan_layers else 0,
+                **kwargs,
+            )
+            tokens, scores = tokens[:, -1], scores[:, -1]
+        aux = {"scores": scores, "passage_scores": live.scores, "kept_passages": kept}
+        return tokens, aux
+
+    def score_batch(self, params: Params, batch: Batch, return_intermediates: bool = False) -> Any:
+        """log p(target) of each row, float32 `[B]`; with intermediates, also scores and kept."""
+        logits, live, kept = self.module.apply({"params": params}, batch)
+        scores = losses.log_likelihood(
+            logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"], mean=False
+        )
+        if return_intermediates:
+            return scores, {"passage_scores": live.scores, "kept_passages": kept}
+        return scores
+
+    def encode_memory(self, params: Params, passage_tokens: jax.Array) -> dict[str, jax.Array]:
+        """Memory of passages `[n, P]`, as the codec's arrays `[n, P, *trailing]`.
+
+        Raises:
+          ValueError: the model has no memory encoder.
+        """
+        if not self.config.memory_layers:
+            raise ValueError(
+                "memory_layers is 0 (FiD): there is nothing to compute ahead of time. Build memory "
+                "with LUMEN or GLIMMER."
+            )
+        return self.module.apply({"params": params}, passage_tokens, method="encode_memory")
+
+    def memory_specs(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Trailing shape and dtype of each array of `encode_memory`."""
+        return codecs.get(self.config.memory_codec).array_specs(self.config.t5.emb_dim)
+
+
+def _passage_exists(batch: Batch) -> jax.Array:
+    """bool `[B, K]`."""
+    if "passage_memory" in batch:
+        return jnp.asarray(batch["passage_lengths"]) > 0
+    return jnp.any(jnp.asarray(batch["passage_tokens"]) > 0, axis=-1)
