@@ -1,0 +1,132 @@
+"""From one cut of the encoder to another: the same layers, told apart elsewhere.
+
+FiD, LUMEN and GLIMMER are one encoder, so one set of parameters starts any of them. `recut` is a
+pure function on parameter trees. What would change the function that the parameters compute is
+refused: a layer cannot move to a stack with another position table, and two copies that have been
+trained apart cannot become one.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glimmer_jax.models.glimmer import GlimmerConfig
+from glimmer_jax.models.t5 import stack_layers, unstack_layers
+
+Params = dict[str, Any]
+
+
+def recut(params: Params, source: GlimmerConfig, target: GlimmerConfig) -> Params:
+    """Parameters of `source` rearranged for `target`.
+
+    Args:
+      params: unboxed parameters, scanned or looped as `source` says.
+      source: the setting they belong to.
+      target: the setting wanted; its T5 must have the sizes of the source's.
+
+    Returns:
+      Parameters for `target`, scanned or looped as it says. A score head that the source lacks
+      starts fresh: unit norm, zero weights.
+
+    Raises:
+      ValueError: the sizes differ; layers would have to change position table although the two
+        tables differ; or copies that are no longer equal would have to be merged.
+    """
+    _check_sizes(source, target)
+    params = unstack_layers(params)
+    m, total = source.memory_layers, source.t5.num_encoder_layers
+    live = params["live_encoder"]
+    memory = params.get("memory_encoder", {})
+    encoder = [memory[f"layers_{i}"] for i in range(m)]
+    for name in ("live_a", "live_b"):
+        stack = live.get(name, {})
+        encoder += [stack[f"layers_{i}"] for i in range(len(stack))]
+    assert len(encoder) == total, (len(encoder), total)
+
+    # Position tables: those of the source, or copies of the only one it has.
+    live_table = live["relpos_bias"]
+    memory_table = memory.get("relpos_bias", live_table)
+    if target.memory_layers != m and not _equal(memory_table, live_table):
+        raise ValueError(
+            f"The cut cannot move from memory_layers={m} to {target.memory_layers}: the position "
+            "tables of memory and live encoder have been trained apart, and a layer would change "
+            "its table. Recut before training, or keep memory_layers."
+        )
+
+    def numbered(layers):
+        return {f"layers_{i}": layer for i, layer in enumerate(layers)}
+
+    out: Params = {"token_embedder": params["token_embedder"], "decoder": params["decoder"]}
+    new_m, new_cut = target.memory_layers, target.memory_layers + target.rerank_layers
+    if new_m:
+        out["memory_encoder"] = {"relpos_bias": memory_table, **numbered(encoder[:new_m])}
+    out["live_encoder"] = {"relpos_bias": live_table, "encoder_norm": live["encoder_norm"]}
+    for name, layers in (("live_a", encoder[new_m:new_cut]), ("live_b", encoder[new_cut:])):
+        if layers:
+            out["live_encoder"][name] = numbered(layers)
+
+    _place_copies(out, params, source, target)
+    if target.rerank_layers:
+        out["reranker"] = _reranker(params, source, target, encoder[new_m:new_cut])
+    return stack_layers(out) if target.t5.scan_layers else out
+
+
+def _check_sizes(source: GlimmerConfig, target: GlimmerConfig) -> None:
+    numerics = ("dropout_rate", "dtype", "scan_layers", "remat_policy")
+    for name in source.t5.__dataclass_fields__:
+        a, b = getattr(source.t5, name), getattr(target.t5, name)
+        if name not in numerics and a != b:
+            raise ValueError(
+                f"Parameters of a T5 with {name}={a} cannot become one with {name}={b}; a recut "
+                "moves layers, it does not change their sizes."
+            )
+
+
+def _place_copies(out: Params, params: Params, source: GlimmerConfig, target: GlimmerConfig):
+    """The question encoder and the frozen embedding, which may or may not be copies."""
+    question = params.get("question_encoder")
+    if target.share_question_encoder:
+        if question is not None and not _equal(question, params["memory_encoder"]):
+            raise ValueError(
+                "The question encoder has been trained apart from the memory encoder and cannot be "
+                "merged with it; set share_question_encoder=False."
+            )
+    elif question is not None and target.memory_layers == source.memory_layers:
+        out["question_encoder"] = question
+    elif question is not None and not _equal(question, params["memory_encoder"]):
+        raise ValueError(
+            f"The cut cannot move from memory_layers={source.memory_layers} to "
+            f"{target.memory_layers}: question and memory encoder have been trained apart, and "
+            "share the live layers that would be divided between them."
+        )
+    else:
+        out["question_encoder"] = out["memory_encoder"]
+
+    frozen = params.get("memory_embedder")
+    if target.freeze_memory:
+        out["memory_embedder"] = params["token_embedder"] if frozen is None else frozen
+    elif frozen is not None and not _equal(frozen, params["token_embedder"]):
+        raise ValueError(
+            "The embedding has been trained apart from the frozen memory's embedding, and the two "
+            "cannot be merged; set freeze_memory=True."
+        )
+
+
+def _reranker(params: Params, source: GlimmerConfig, target: GlimmerConfig, live_a) -> Params:
+    width = target.t5.emb_dim
+    fresh = {"norm": {"scale": jnp.ones((width,))}, "kernel": jnp.zeros((width,))}
+    head = dict(params.get("reranker", fresh))
+    own = head.pop("stack", None)
+    if target.separate_reranker:
+        same = source.separate_reranker and source.rerank_layers == target.rerank_layers
+        layers = {f"layers_{i}": layer for i, layer in enumerate(live_a)}
+        head["stack"] = own if same else layers
+    return head
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Bit equality of two parameter trees."""
+    same = jax.tree.map(lambda x, y: bool(np.array_equal(np.asarray(x), np.asarray(y))), a, b)
+    return all(jax.tree.leaves(same))
