@@ -1,0 +1,1 @@
+"""Training: state, optimiser, step, checkpoints, metrics, and the loop around them."""

@@ -1,0 +1,317 @@
+"""Checkpoints of a run: Orbax arrays, JSON metadata, checksums; the latest and the best are kept.
+
+A run's folder holds one folder for each step:
+
+    <directory>/<step>/params/...     the parameters, readable without the rest
+    <directory>/<step>/training/...   step counter and optimiser state
+    <directory>/<step>/metadata/...   JSON: step, dev metrics, and what the run says about itself
+    <directory>/<step>/checksums.json written last; a step without it does not count
+
+Saving copies to the host and returns; a thread waits for the files, writes the checksums, and
+removes what need not be kept. Arrays carry no mesh: a step restores bit-exactly onto any.
+"""
+
+import concurrent.futures
+import logging
+from typing import Any
+
+import flax.serialization
+import flax.traverse_util
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from glimmer_jax.training.checksums import has_sidecar, verify_sidecar, write_sidecar
+from glimmer_jax.training.state import TrainState
+
+_DELETED = "deleted"
+_logger = logging.getLogger(__name__)
+
+
+def steps_to_keep(
+    scores: dict[int, float | None], keep_latest: int, best_is_max: bool = True
+) -> set[int]:
+    """Steps that stay: the `keep_latest` newest, and the best scored (the earliest of equals).
+
+    Args:
+      scores: dev score of each step, None where it was not evaluated.
+      keep_latest: how many of the newest stay.
+      best_is_max: whether a higher score is better.
+    """
+    best = best_step(scores, best_is_max)
+    return set(sorted(scores)[-keep_latest:]) | ({best} if best is not None else set())
+
+
+def best_step(scores: dict[int, float | None], best_is_max: bool = True) -> int | None:
+    """The step with the best score, the earliest of equals; None if none has a score."""
+    sign = 1 if best_is_max else -1
+    scored = {step: sign * score for step, score in scores.items() if score is not None}
+    return max(scored, key=lambda step: (scored[step], -step)) if scored else None
+
+
+class Checkpoints:
+    """The checkpoints in one run's folder, local or a bucket. Use as a context, or call `close`."""
+
+    def __init__(
+        self,
+        directory: Any,
+        *,
+        metadata: dict[str, Any] | None = None,
+        keep_latest: int = 2,
+        best_metric: str | None = None,
+        best_is_max: bool = True,
+    ):
+        """Opens, or creates, the folder.
+
+        Args:
+          directory: of this run's checkpoints.
+          metadata: JSON-able facts saved with every step: vocabulary fingerprint, operative gin
+            config, model config, seed, ...
+          keep_latest: number of newest steps kept.
+          best_metric: name among the dev metrics whose best step is kept as well.
+          best_is_max: whether higher is better.
+
+        Raises:
+          ValueError: nothing would be kept.
+        """
+        if keep_latest < 1:
+            raise ValueError(f"keep_latest must be at least 1 checkpoint, got {keep_latest}.")
+        self.directory = epath.Path(directory).resolve()
+        self.run_metadata = dict(metadata or {})
+        self._keep_latest = keep_latest
+        self._best_metric = best_metric
+        self._best_is_max = best_is_max
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                create=True,
+                cleanup_tmp_directories=True,
+                # Steps are renamed away before they are deleted: killed in between, Orbax would
+                # otherwise list a half-deleted step as a good one.
+                todelete_subdir=_DELETED,
+            ),
+        )
+        self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: concurrent.futures.Future[None] | None = None
+        self._scores: dict[int, float | None] = {}
+        self._forget_unfinished_steps()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def steps(self) -> list[int]:
+        """Finished steps, oldest first."""
+        return sorted(self._scores)
+
+    def latest_step(self) -> int | None:
+        """The newest finished step, None if there is none."""
+        return max(self._scores, default=None)
+
+    def best_step(self) -> int | None:
+        """The finished step with the best dev metric, None if none was evaluated."""
+        return best_step(self._scores, self._best_is_max)
+
+    def is_best(self, dev_metrics: dict[str, float] | None) -> bool:
+        """Whether a state with these dev metrics would be the best one so far."""
+        score = self._score(dev_metrics)
+        if score is None:
+            return False
+        best = self.best_step()
+        new = max(self._scores, default=0) + 1
+        return (
+            best is None
+            or best_step({best: self._scores[best], new: score}, self._best_is_max) == new
+        )
+
+    def save(self, state: TrainState, dev_metrics: dict[str, float] | None = None) -> None:
+        """Starts saving a state under its own step; returns once its arrays may be donated.
+
+        Raises whatever the save before this one failed with.
+        """
+        self.wait()
+        step = int(state.step)
+        score = self._score(dev_metrics)
+        metadata = {**self.run_metadata, "step": step, "dev_metrics": dev_metrics or {}}
+        # Plain dicts: the files do not depend on the classes of the optimiser's state.
+        training = flax.serialization.to_state_dict({"step": state.step, "opt": state.opt_state})
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                training=ocp.args.StandardSave(training),
+                metadata=ocp.args.JsonSave(metadata),
+            ),
+        )
+        self._pending = self._worker.submit(self._finish, step, score)
+
+    def wait(self) -> None:
+        """Returns when the last save is complete on disk; raises what it failed with."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def close(self) -> None:
+        """Waits for the last save and lets go of Orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            self._worker.shutdown()
+            self._manager.close()
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """The JSON saved with a step."""
+        return read_metadata(self.directory / str(step))
+
+    def restore(self, target: TrainState, step: int | None = None) -> TrainState:
+        """The state of a step (default: the newest), placed as `target` says, bit for bit.
+
+        Args:
+          target: ShapeDtypeStructs with shardings, from `state.abstract_state`.
+          step: a finished step.
+
+        Raises:
+          ValueError: no such step, files damaged, or arrays of other names, shapes or dtypes.
+        """
+        step = self.latest_step() if step is None else step
+        if step is None or step not in self._scores:
+            raise ValueError(
+                f"{self.directory} has no finished checkpoint {'' if step is None else step}; "
+                f"it has {self.steps()}."
+            )
+        folder = self.directory / str(step)
+        # A damaged newest step could give way to the one before it; for now it stops the run.
+        verify_sidecar(folder)
+        opt_target = {"step": target.step, "opt": target.opt_state}
+        params = _restore_item(folder, "params", target.params)
+        training = _restore_item(folder, "training", flax.serialization.to_state_dict(opt_target))
+        training = flax.serialization.from_state_dict(opt_target, training)
+        return TrainState(training["step"], params, training["opt"])
+
+    def _score(self, dev_metrics: dict[str, float] | None) -> float | None:
+        if self._best_metric is None or not dev_metrics:
+            return None
+        if self._best_metric not in dev_metrics:
+            raise ValueError(
+                f"The best checkpoint is chosen by dev metric {self._best_metric!r}, and the "
+                f"evaluation returned {sorted(dev_metrics)}. Set best_metric to one of these."
+            )
+        return float(dev_metrics[self._best_metric])
+
+    def _finish(self, step: int, score: float | None) -> None:
+        self._manager.wait_until_finished()
+        if jax.process_index() == 0:
+            write_sidecar(self.directory / str(step))
+        self._scores[step] = score
+        keep = steps_to_keep(self._scores, self._keep_latest, self._best_is_max)
+        for old in set(self._scores) - keep:
+            self._manager.delete(old)
+            del self._scores[old]
+        self._empty_deleted()
+
+    def _forget_unfinished_steps(self) -> None:
+        for step in sorted(self._manager.all_steps()):
+            folder = self.directory / str(step)
+            if has_sidecar(folder):
+                self._scores[step] = self._score(read_metadata(folder)["dev_metrics"])
+            else:
+                _logger.warning("%s was not finished when its writer stopped; removing it.", folder)
+                self._manager.delete(step)
+        self._empty_deleted()
+
+    def _empty_deleted(self) -> None:
+        deleted = self.directory / _DELETED
+        if jax.process_index() == 0 and deleted.exists():
+            deleted.rmtree()
+
+
+def find_step(path: Any) -> epath.Path:
+    """The folder of one step: `path` itself, or the newest finished step below it.
+
+    Raises:
+      ValueError: neither `path` nor a folder in it is a checkpoint.
+    """
+    path = epath.Path(path).resolve()
+    for folder in (path, path / "checkpoints"):
+        if (folder / "params").exists():
+            return folder
+        steps = [
+            child
+            for child in (folder.iterdir() if folder.exists() else ())
+            if child.name.isdigit() and has_sidecar(child)
+        ]
+        if steps:
+            return max(steps, key=lambda child: int(child.name))
+    raise ValueError(
+        f"{path} is no checkpoint: expected the folder of a step (with params/ in it), or the "
+        "folder of a run with finished steps."
+    )
+
+
+def read_metadata(path: Any) -> dict[str, Any]:
+    """The JSON saved with a checkpoint; `path` as for `find_step`."""
+    with _checkpointer() as checkpointer:
+        args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+        return checkpointer.restore(find_step(path), args=args).metadata
+
+
+def restore_params(path: Any, target: Any = None) -> Any:
+    """Only the parameters of one of our checkpoints, whatever it was trained with.
+
+    Args:
+      path: a step's folder, or a run's (its newest finished step is taken).
+      target: tree of ShapeDtypeStructs with shardings to place the parameters; None gives numpy.
+
+    Raises:
+      ValueError: no checkpoint there, files damaged, or arrays other than `target`'s.
+    """
+    folder = find_step(path)
+    verify_sidecar(folder)
+    return _restore_item(folder, "params", target)
+
+
+def _restore_item(folder: epath.Path, item: str, target: Any) -> Any:
+    with _checkpointer() as checkpointer:
+        saved = checkpointer.metadata(folder).item_metadata[item].tree
+        if target is None:
+            target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), saved)
+        _check_same(folder, item, saved, target)
+        args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
+        return checkpointer.restore(folder, args=args)[item]
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    return ocp.Checkpointer(
+        ocp.CompositeCheckpointHandler(
+            params=ocp.StandardCheckpointHandler(),
+            training=ocp.StandardCheckpointHandler(),
+            metadata=ocp.JsonCheckpointHandler(),
+        )
+    )
+
+
+def _check_same(folder: epath.Path, item: str, saved: Any, target: Any) -> None:
+    # Orbax would cast, crop or pad without a word.
+    describe = lambda leaf: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"  # noqa: E731
+    have, want = (
+        {path: describe(leaf) for path, leaf in _flat(tree).items()} for tree in (saved, target)
+    )
+    differing = sorted(
+        path for path in have.keys() | want.keys() if have.get(path) != want.get(path)
+    )
+    if differing:
+        shown = "; ".join(
+            f"{path}: wanted {want.get(path, 'nothing')}, saved {have.get(path, 'nothing')}"
+            for path in differing[:5]
+        )
+        raise ValueError(
+            f"Checkpoint {folder} does not fit in {len(differing)} arrays of {item}: {shown}. "
+            "Restore it with the configuration it was saved with."
+        )
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    return flax.traverse_util.flatten_dict(tree, sep="/")

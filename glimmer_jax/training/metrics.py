@@ -1,0 +1,163 @@
+"""Where a run's numbers go: TensorBoard, a JSON Lines log, and one line on stderr."""
+
+import json
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+import tensorboardX
+
+
+class NonFiniteError(Exception):
+    """The loss or its gradient is no longer a number."""
+
+
+def means(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
+    """`{name: (total, weight)}` -> `{name: total / weight}`; names without weight are left out."""
+    return {
+        name: float(total) / float(weight)
+        for name, (total, weight) in sums.items()
+        if float(weight) != 0.0
+    }
+
+
+class Averages:
+    """Metrics of several steps made one: sums are added, scalars averaged."""
+
+    def __init__(self) -> None:
+        self._scalars: dict[str, list[float]] = {}
+        self._sums: dict[str, np.ndarray] = {}
+
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        """One step's metrics, already on the host."""
+        for name, value in metrics.items():
+            if name != "sums":
+                self._scalars.setdefault(name, []).append(float(value))
+        for name, pair in metrics["sums"].items():
+            # float64: thousands of float32 token counts are added.
+            self._sums[name] = self._sums.get(name, 0.0) + np.asarray(pair, np.float64)
+
+    def take(self) -> dict[str, float]:
+        """The averages since the last call."""
+        scalars = {name: sum(values) / len(values) for name, values in self._scalars.items()}
+        result = {**means({name: tuple(pair) for name, pair in self._sums.items()}), **scalars}
+        self._scalars, self._sums = {}, {}
+        return result
+
+
+def check_finite(step: int, metrics: Mapping[str, Any]) -> None:
+    """Stops a run whose loss or gradient is not finite.
+
+    Raises:
+      NonFiniteError: names the step and the values.
+    """
+    loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise NonFiniteError(
+            f"Step {step}: loss {loss}, gradient norm {grad_norm}. No checkpoint was written from "
+            "this step on; go on from the last one with a lower learning rate, or look at the "
+            f"batch of step {step}."
+        )
+
+
+class MetricWriter:
+    """Writes scalars to TensorBoard and `metrics.jsonl`; only process 0 does.
+
+    Started again at a step, it forgets what a killed run logged after that step.
+    """
+
+    def __init__(self, directory: Any, start_step: int = 0):
+        self._tensorboard = None
+        if jax.process_index() != 0:
+            return
+        path = pathlib.Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        self._tensorboard = tensorboardX.SummaryWriter(str(path), purge_step=start_step + 1)
+        log = path / "metrics.jsonl"
+        if log.exists():
+            lines = log.read_text().splitlines()
+            kept = [line for line in lines if _logged_step(line) <= start_step]
+            partial = path / "metrics.jsonl.partial"
+            partial.write_text("".join(f"{line}\n" for line in kept))
+            partial.replace(log)
+        self._log: TextIO = log.open("a")
+
+    def write(self, step: int, scalars: Mapping[str, float], prefix: str) -> None:
+        """Logs `prefix/name` for each scalar at a step."""
+        if self._tensorboard is None:
+            return
+        named = {f"{prefix}/{name}": float(value) for name, value in scalars.items()}
+        for name, value in named.items():
+            self._tensorboard.add_scalar(name, value, step)
+        self._log.write(json.dumps({"step": step, **named}) + "\n")
+        self._log.flush()
+
+    def close(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._log.close()
+
+
+def _logged_step(line: str) -> float:
+    # The line that a kill cut in two belongs to no step.
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return math.inf
+
+
+def print_once(line: str) -> None:
+    """Prints a line on stderr, on process 0 only."""
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """Speed and time left, measured between reports."""
+
+    def __init__(self, start_step: int, total_steps: int, batch_size: int):
+        self._total_steps = total_steps
+        self._batch_size = batch_size
+        self.restart(start_step)
+
+    def restart(self, step: int) -> None:
+        """Starts measuring here; called after what should not count, compiling above all."""
+        self._step, self._time = step, time.monotonic()
+
+    def report(self, step: int, scalars: Mapping[str, float]) -> dict[str, float]:
+        """Prints one line on stderr, starts measuring anew, returns the speeds as scalars."""
+        seconds = max(time.monotonic() - self._time, 1e-9)
+        steps_per_second = (step - self._step) / seconds
+        left = (self._total_steps - step) / steps_per_second if steps_per_second else math.inf
+        speeds = {
+            "steps_per_second": steps_per_second,
+            "examples_per_second": steps_per_second * self._batch_size,
+        }
+        print_once(
+            f"step {step}/{self._total_steps}  {format_scalars(scalars)}  "
+            f"{steps_per_second:.3g} steps/s  {speeds['examples_per_second']:.3g} examples/s  "
+            f"{format_seconds(left)} left"
+        )
+        self.restart(step)
+        return speeds
+
+
+def format_scalars(scalars: Mapping[str, float]) -> str:
+    """`{"loss": 2.34567}` -> `loss 2.346`."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
+
+
+def format_seconds(seconds: float) -> str:
+    """`7384.2` -> `2h03m`."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

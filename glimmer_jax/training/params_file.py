@@ -1,0 +1,67 @@
+"""Parameters as one small file: safetensors in bfloat16, with a JSON file that says what they are.
+
+This is the form in which trained models are shipped with the code: half the size of float32, no
+optimiser state, two files. Training from it goes on in float32.
+"""
+
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+import flax.traverse_util
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+
+
+def save_params_file(path: Any, params: dict[str, Any], config: dict[str, Any]) -> None:
+    """Writes `path` (`NAME.safetensors`) and `NAME.json` beside it.
+
+    Args:
+      path: ends in `.safetensors`.
+      params: nested dict of float arrays.
+      config: JSON-able; model config, vocabulary fingerprint, and the like.
+
+    Raises:
+      ValueError: another ending.
+    """
+    path = _checked(path)
+    flat = flax.traverse_util.flatten_dict(jax.device_get(params), sep="/")
+    # safetensors writes the buffer as it lies in memory.
+    flat = {name: np.ascontiguousarray(x, ml_dtypes.bfloat16) for name, x in flat.items()}
+    data = safetensors.numpy.save(flat)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    content = {**config, "sha256": hashlib.sha256(data).hexdigest()}
+    path.with_suffix(".json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def load_params_file(path: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(parameters as nested dict of float32 numpy arrays, config) of a file pair.
+
+    Raises:
+      ValueError: a file is missing, damaged, or not of one pair.
+    """
+    path = _checked(path)
+    config_path = path.with_suffix(".json")
+    for wanted in (path, config_path):
+        if not wanted.exists():
+            raise ValueError(f"{wanted} is missing; parameters need both {path} and {config_path}.")
+    data = path.read_bytes()
+    config = json.loads(config_path.read_text())
+    if config.pop("sha256", None) != hashlib.sha256(data).hexdigest():
+        raise ValueError(
+            f"{path} is damaged, or not the file that {config_path} describes (sha256 differs). "
+            "Fetch both files again."
+        )
+    flat = {name: x.astype(np.float32) for name, x in safetensors.numpy.load(data).items()}
+    return flax.traverse_util.unflatten_dict(flat, sep="/"), config
+
+
+def _checked(path: Any) -> pathlib.Path:
+    path = pathlib.Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"A parameter file is called NAME.safetensors, got {path}.")
+    return path

@@ -1,0 +1,111 @@
+"""What training carries from step to step, and how it comes to lie on a mesh.
+
+There is no random state: the dropout key of a step is `fold_in(key(seed), step)`, so a run restored
+at step n draws what the uninterrupted run drew, on any mesh.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from glimmer_jax import partitioning
+from glimmer_jax.training.optimizer import Optimizer
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Number of updates done (int32 scalar), all parameters, and the optimiser's state."""
+
+    step: Any
+    params: Any
+    opt_state: Any
+
+
+def state_shardings(optimizer: Optimizer, shapes: Any, mesh: Mesh) -> TrainState:
+    """NamedShardings of a whole state, from the names of the parameters alone.
+
+    Args:
+      optimizer: knows the parameters' names and how its own state follows from them.
+      shapes: the parameters, or their ShapeDtypeStructs.
+      mesh: where the state is to lie.
+
+    Raises:
+      ValueError: a parameter does not divide evenly over the mesh.
+    """
+    partitioning.check_divisible(shapes, optimizer.names, mesh)
+    opt_names = optimizer.state_names(shapes)
+    return TrainState(
+        step=partitioning.replicated(mesh),
+        params=partitioning.shardings(optimizer.names, mesh),
+        opt_state=jax.tree.map(
+            lambda names: jax.sharding.NamedSharding(mesh, partitioning.spec(names)),
+            opt_names,
+            is_leaf=_is_names,
+        ),
+    )
+
+
+def abstract_state(optimizer: Optimizer, shapes: Any, mesh: Mesh) -> TrainState:
+    """ShapeDtypeStructs with shardings: what a checkpoint is restored into."""
+    shardings = state_shardings(optimizer, shapes, mesh)
+    state = jax.eval_shape(lambda params: _first_state(params, optimizer), shapes)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        shardings,
+    )
+
+
+def init_state(make_params: Callable[[], Any], optimizer: Optimizer, mesh: Mesh) -> TrainState:
+    """A fresh state; each device computes its own slices, so no host ever holds all parameters.
+
+    Args:
+      make_params: traceable, returns the parameters, for example
+        `lambda: model.get_initial_variables(jax.random.key(0), shapes)["params"]`.
+      optimizer: as for the run.
+      mesh: where the state is to lie.
+    """
+    shardings = state_shardings(optimizer, jax.eval_shape(make_params), mesh)
+    with jax.set_mesh(mesh):
+        return jax.jit(lambda: _first_state(make_params(), optimizer), out_shardings=shardings)()
+
+
+def state_from_params(params: Any, optimizer: Optimizer, mesh: Mesh) -> TrainState:
+    """A state at step 0 around given parameters (numpy or JAX arrays), spread over the mesh.
+
+    Raises:
+      ValueError: the parameters' tree is not the one the optimiser was made for.
+    """
+    wanted = jax.tree.structure(optimizer.names, is_leaf=_is_names)
+    if jax.tree.structure(params) != wanted:
+        differing = sorted(_paths(params) ^ _paths(optimizer.names))
+        raise ValueError(
+            "These parameters do not belong to this model; only one of the two has "
+            f"{', '.join(differing[:6])}{' ...' if len(differing) > 6 else ''}. Load a checkpoint "
+            "of the same configuration, or recut it."
+        )
+    shardings = state_shardings(optimizer, params, mesh)
+    # No aliases: the step donates its state, and the caller's arrays must survive that.
+    params = jax.device_put(params, shardings.params, may_alias=False)
+    with jax.set_mesh(mesh):
+        opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
+    return TrainState(step=step, params=params, opt_state=opt_state)
+
+
+def _first_state(params: Any, optimizer: Optimizer) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def _is_names(leaf: Any) -> bool:
+    # A tuple of dimension names, not one of optax's tuples of states.
+    return type(leaf) is tuple and all(name is None or isinstance(name, str) for name in leaf)
+
+
+def _paths(tree: Any) -> set[str]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_names)
+    return {"/".join(str(key.key) for key in path) for path, _ in flat}
