@@ -56,7 +56,7 @@ def load_params_file(path: Any) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{path} is damaged, or not the file that {config_path} describes (sha256 differs). "
             "Fetch both files again."
         )
-    flat = {name: x.astype(np.float32) for name, x in safetensors.numpy.load(data).items()}
+    flat = {name: x.astype(np.float32) for name, x in safetensors.numpy.load_file(path).items()}
     return flax.traverse_util.unflatten_dict(flat, sep="/"), config
 
 

@@ -1,0 +1,183 @@
+"""The loop: exact resumption, stopping, what is saved and what is said."""
+
+import itertools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from glimmer_jax.partitioning import MeshConfig, make_mesh
+from glimmer_jax.preemption import Preempted, Watcher
+from glimmer_jax.training import loop
+from glimmer_jax.training.checkpoint import Checkpoints, restore_params
+from glimmer_jax.training.loop import TrainConfig, train
+from glimmer_jax.training.metrics import MetricWriter, NonFiniteError, format_seconds, means
+from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
+from tests.training import toy_run
+from tests.training.toy_model import ToyModel, batch_at, batches_from
+
+ROOT = pathlib.Path(__file__).parents[2]
+MODEL = ToyModel()
+
+
+def train_toy(model_dir, make_batches=batches_from, model=MODEL, evaluate=None, **config):
+    return train(
+        TrainConfig(**config),
+        model,
+        make_optimizer(OptimizerConfig(learning_rate=0.03), model.param_names()),
+        make_mesh(MeshConfig(data=2), jax.devices()[:2]),
+        model_dir,
+        make_batches,
+        lambda: model.init(jax.random.key(0)),
+        evaluate=evaluate,
+        metadata={"vocabulary_fingerprint": "sha256:0"},
+    )
+
+
+def log_lines(model_dir):
+    lines = (model_dir / "train" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_killed_and_restarted_equals_uninterrupted(tmp_path):
+    def run(name, *args):
+        command = [sys.executable, "-m", "tests.training.toy_run", str(tmp_path / name), *args]
+        return subprocess.run(command, cwd=ROOT, timeout=120, capture_output=True, text=True)
+
+    killed = run("killed", "10", "8")
+    assert killed.returncode == -signal.SIGKILL
+    toy_run.main(tmp_path / "killed", 10)
+    toy_run.main(tmp_path / "whole", 10)
+    states = []
+    for name in ("killed", "whole"):
+        folder = tmp_path / name / "checkpoints"
+        with Checkpoints(folder, keep_latest=1) as checkpoints:
+            assert checkpoints.steps() == [10]
+        states.append(restore_params(folder))
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    steps = [line["step"] for line in log_lines(tmp_path / "killed")]
+    assert steps == sorted(set(steps))
+
+
+def test_the_step_is_traced_once_and_progress_is_told(tmp_path, capfd):
+    traces = itertools.count()
+
+    class Counting(ToyModel):
+        def loss_fn(self, *args):
+            next(traces)
+            return super().loss_fn(*args)
+
+    state = train_toy(tmp_path, model=Counting(), total_steps=6, log_every=3)
+    assert int(state.step) == 6 and next(traces) == 1
+    err = capfd.readouterr().err
+    assert "from random parameters" in err
+    assert "step 6/6" in err and "steps/s" in err and "examples/s" in err and "left" in err
+    lines = log_lines(tmp_path)
+    assert [line["step"] for line in lines] == [3, 6]
+    assert {"train/loss", "train/token_loss", "train/grad_norm", "train/learning_rate"} < set(
+        lines[0]
+    )
+    assert lines[1]["train/loss"] < lines[0]["train/loss"]
+    assert list((tmp_path / "train").glob("events.out.tfevents.*"))
+    # The same command again has nothing left to do.
+    assert int(train_toy(tmp_path, total_steps=6).step) == 6
+
+
+def test_a_non_finite_loss_names_its_step_and_is_not_saved(tmp_path):
+    def make_batches(step):
+        for batch in batches_from(step):
+            if step == 5:
+                batch["decoder_loss_weights"] = batch["decoder_loss_weights"] * np.nan
+            yield batch
+            step += 1
+
+    with pytest.raises(NonFiniteError, match="Step 6: loss nan"):
+        train_toy(tmp_path, make_batches, total_steps=20, checkpoint_every=2)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.latest_step() == 4
+
+
+def test_sigterm_saves_and_is_reported(tmp_path):
+    def make_batches(step):
+        for batch in batches_from(step):
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+            step += 1
+
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted, match=r"Stopped at step \d of 50, saved"):
+        train_toy(tmp_path, make_batches, total_steps=50)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert 2 <= checkpoints.latest_step() <= 5
+
+
+def test_the_best_on_dev_is_kept(tmp_path, capfd):
+    scores = {2: 0.3, 4: 0.8, 6: 0.5, 7: 0.4}
+    train_toy(
+        tmp_path,
+        evaluate=lambda state: {"exact_match": scores[int(state.step)]},
+        total_steps=7,
+        eval_every=2,
+        keep_latest=1,
+        best_metric="exact_match",
+    )
+    with Checkpoints(tmp_path / "checkpoints", best_metric="exact_match") as checkpoints:
+        assert checkpoints.steps() == [4, 7] and checkpoints.best_step() == 4
+    dev = {line["step"]: line["dev/exact_match"] for line in log_lines(tmp_path) if len(line) == 2}
+    assert dev == scores
+    assert "step 4  dev  exact_match 0.8" in capfd.readouterr().err
+
+
+def test_data_that_ends_early_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="ended after step 2 of 5"):
+        train_toy(tmp_path, lambda step: iter([batch_at(0), batch_at(1)]), total_steps=5)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"total_steps": 0}, "total_steps must be at least 1"),
+        ({"eval_every": -1}, "eval_every must be 0"),
+        ({"best_metric": "em"}, "needs evaluations"),
+    ],
+)
+def test_wrong_lengths_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**{"total_steps": 5, **change})
+
+
+def test_a_restarted_log_forgets_later_steps_and_half_lines(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 2, "a": 1}\n{"step": 4, "a": 1}\n{"step": 5, "'
+    )
+    writer = MetricWriter(tmp_path, start_step=3)
+    writer.write(4, {"loss": 0.5}, "train")
+    writer.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 2, "a": 1}, {"step": 4, "train/loss": 0.5}]
+
+
+def test_means_leave_out_what_has_no_weight():
+    assert means({"a": (6.0, 3.0), "b": (0.0, 0.0)}) == {"a": 2.0}
+    assert [format_seconds(s) for s in (7, 67, 7384.2, float("inf"))] == [
+        "7s",
+        "1m07s",
+        "2h03m",
+        "?",
+    ]
+
+
+def test_a_watcher_can_be_asked_without_a_signal():
+    with Watcher() as watcher:
+        assert not watcher.requested
+        watcher.request()
+        assert watcher.requested
+    assert loop.Watcher is Watcher
