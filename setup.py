@@ -1,0 +1,88 @@
+"""The package, and with it the shipped gin files, tasks and launchers.
+
+`gin/`, `tasks/` and `launch/` stand at the top of the repository, where people edit them. In a
+wheel they lie inside the package (`glimmer_jax/_shipped`), because a top-level package called `gin`
+would take the place of the gin library. `glimmer_jax.shipped` finds them in both places.
+"""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+SHIPPED = ("gin", "tasks", "launch")
+
+CORE = [
+    "jax>=0.10",
+    "flax>=0.12",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12",
+    "tensorstore>=0.1.80",
+    "numpy>=2",
+    "ml_dtypes>=0.5",
+    "etils>=1.12",
+    "sentencepiece>=0.2.1",
+    "safetensors>=0.6",
+    "tensorboardX>=2.6.4",
+    "bm25s>=0.3",
+    "PyStemmer>=3",
+    "gin-config>=0.5",
+]
+# Only glimmer_jax.data and tasks/ import these. They are part of the default install because every
+# run mode but `passages` and `retrieve` reads its examples through seqio.
+DATA = [
+    "seqio>=0.0.20",
+    "tensorflow>=2.20",
+    "tensorflow-text>=2.20",
+    "tensorflow-datasets>=4.9.9",
+]
+EXTRAS = {
+    "parity": ["torch>=2.6", "transformers>=5"],
+    "tpu": ["jax[tpu]>=0.10"],
+    "cuda12": ["jax[cuda12]>=0.10"],
+    "cuda13": ["jax[cuda13]>=0.10"],
+    "dev": [
+        "hypothesis>=6.100",
+        "mypy>=1.15",
+        "pre-commit>=4",
+        "pre-commit-hooks>=5",
+        "pytest>=8.3",
+        "pytest-timeout>=2.3",
+        "ruff>=0.12",
+    ],
+}
+
+
+def version() -> str:
+    text = (ROOT / "glimmer_jax" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE).group(1)
+
+
+def shipped_packages() -> dict[str, str]:
+    """Package in the wheel -> folder in the repository, for every folder that holds files."""
+    found = {}
+    for name in SHIPPED:
+        for folder in [ROOT / name, *sorted((ROOT / name).rglob("*"))]:
+            if folder.is_dir() and folder.name != "__pycache__":
+                relative = folder.relative_to(ROOT).as_posix()
+                found["glimmer_jax._shipped." + relative.replace("/", ".")] = relative
+    return found
+
+
+packages = shipped_packages()
+setup(
+    name="glimmer-jax",
+    version=version(),
+    description="GLIMMER, LUMEN and FiD in JAX: memory, reranking and reading in one model",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["glimmer_jax", "glimmer_jax.*"]), *packages],
+    package_dir=packages,
+    package_data={"": ["*.gin", "*.md", "*.model", "*.json", "*.safetensors"]},
+    install_requires=CORE + DATA,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["glimmer = glimmer_jax.main:run"]},
+)

@@ -1,0 +1,1 @@
+"""seqio registrations, nothing else: importing a module registers its tasks and mixtures."""
