@@ -1,0 +1,60 @@
+"""What storing costs: the stored memory against the same passages in float32."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from glimmer_jax import codecs
+from glimmer_jax.memory import batches
+
+Encode = Callable[[np.ndarray], Any]
+
+
+def measure(
+    encode: Encode,
+    reference: Encode,
+    passages: Any,
+    codec: codecs.Codec,
+    *,
+    rows: int,
+    buckets: Sequence[int],
+    devices: int,
+    sample: int,
+) -> dict[str, float] | None:
+    """Error of the stored type over the real tokens of evenly spaced passages.
+
+    Args:
+      encode: int32 tokens `[n, P]` -> the codec's arrays, as the build calls it.
+      reference: int32 tokens `[n, P]` -> float32 states `[n, P, D]`, or the arrays of codec `f32`.
+      sample: passages to measure on.
+
+    Returns:
+      relative_rms (of the difference, over that of the reference), relative_max (largest
+      difference over largest reference value), and the number of passages; None without passages.
+    """
+    count = min(sample, len(passages))
+    if not count:
+        return None
+    chosen = np.unique(np.linspace(0, len(passages) - 1, count).astype(np.int64))
+    lengths = np.minimum(passages.lengths(chosen), buckets[-1])
+    square_error = square = largest_error = largest = 0.0
+    for group in batches.groups(lengths, rows, buckets):
+        tokens = np.zeros((rows * devices, group.bucket), np.int32)
+        tokens[: len(group.positions)] = passages.tokens(chosen[group.positions], group.bucket)
+        stored = np.asarray(codec.decode(encode(tokens), jnp.float32), np.float64)
+        exact = reference(tokens)
+        exact = np.asarray(exact["states"] if isinstance(exact, dict) else exact, np.float64)
+        real = np.arange(group.bucket) < lengths[group.positions][:, None]
+        exact, stored = (x[: len(group.positions)][real] for x in (exact, stored))
+        square_error += float(np.square(stored - exact).sum())
+        square += float(np.square(exact).sum())
+        largest_error = max(largest_error, float(np.abs(stored - exact).max(initial=0.0)))
+        largest = max(largest, float(np.abs(exact).max(initial=0.0)))
+    return {
+        # Six digits: enough to read, and the same on every run.
+        "relative_rms": float(f"{(square_error / max(square, 1e-300)) ** 0.5:.6g}"),
+        "relative_max": float(f"{largest_error / max(largest, 1e-300):.6g}"),
+        "passages": len(chosen),
+    }

@@ -1,0 +1,72 @@
+"""The fingerprint of an encoder: which weights a memory was made with.
+
+It covers exactly the parameters that memory depends on: the embedding, layers [0, M) and their
+position table. It is the same for scanned and looped stacks and on any mesh.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+_LOOPED = re.compile(r"layers_(\d+)")
+
+
+def encoder_fingerprint(params: Mapping[str, Any]) -> str:
+    """`sha256:...` over names, shapes, dtypes and bytes of the memory encoder's parameters.
+
+    Args:
+      params: the model's parameters, a plain nested dictionary of arrays.
+
+    Raises:
+      ValueError: there is no memory encoder in `params`.
+    """
+    embedder = "memory_embedder" if "memory_embedder" in params else "token_embedder"
+    for part in (embedder, "memory_encoder"):
+        if part not in params:
+            raise ValueError(
+                f"A memory needs the parameters {part!r}; these have {sorted(params)}. A model "
+                "without memory layers (FiD) has no memory to build."
+            )
+    digest = hashlib.sha256()
+    # The embedding goes by one name, so that a frozen copy equal to the live table is the same.
+    _update(digest, "embedding", params[embedder]["embedding"])
+    for name, leaf in sorted(_canonical(params["memory_encoder"]), key=lambda item: item[0]):
+        _update(digest, name, leaf)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _update(digest: Any, name: str, leaf: Any) -> None:
+    array = np.ascontiguousarray(leaf)
+    digest.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
+    # bfloat16 has no buffer interface of its own.
+    digest.update(array.reshape(-1).view(np.uint8).data)
+
+
+def _canonical(tree: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """Leaves by name, the layers of a stack one by one as `layers/0007/...`."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        keys = [str(entry.key) for entry in path]
+        array = _on_host(leaf)
+        looped = [_LOOPED.fullmatch(key) for key in keys]
+        if "layers" in keys:
+            at = keys.index("layers")
+            for layer in range(array.shape[0]):
+                name = "/".join([*keys[:at], "layers", f"{layer:04d}", *keys[at + 1 :]])
+                yield name, array[layer]
+        elif any(looped):
+            at = next(i for i, match in enumerate(looped) if match)
+            layer = int(keys[at].removeprefix("layers_"))
+            yield "/".join([*keys[:at], "layers", f"{layer:04d}", *keys[at + 1 :]]), array
+        else:
+            yield "/".join(keys), array
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)

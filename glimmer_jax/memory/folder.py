@@ -1,0 +1,53 @@
+"""Folders and buckets behind one small interface, TensorStore's key-value stores.
+
+A store's path is a local folder, a TensorStore URL (`gs://bucket/memory/`, `file:///data/memory/`)
+or a TensorStore key-value spec. Every file is written through the key-value store: on a local disk
+that is a temporary file, fsync, rename, and fsync of the folder; in a bucket it is one atomic
+object. So a file is there whole or not at all, wherever it lives.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import tensorstore as ts
+
+Path = str | os.PathLike | Mapping[str, Any]
+
+
+def open_folder(path: Path, context: ts.Context | None = None) -> ts.KvStore:
+    """The key-value store at `path`; nothing is created before the first write."""
+    if isinstance(path, Mapping):
+        spec: Any = dict(path)
+    else:
+        text = os.fspath(path)
+        if "://" in text:
+            spec = text
+        else:
+            spec = {"driver": "file", "path": os.path.abspath(text)}
+    kvstore = ts.KvStore.open(spec, context=context or ts.Context()).result()
+    if not kvstore.path.endswith("/"):
+        kvstore.path += "/"
+    return kvstore
+
+
+def subfolder(kvstore: ts.KvStore, name: str) -> ts.KvStore:
+    """The folder `name` inside `kvstore`."""
+    return kvstore / f"{name}/"
+
+
+def read_file(kvstore: ts.KvStore, key: str) -> bytes | None:
+    """The bytes of a file, or None where there is none."""
+    result = kvstore.read(key).result()
+    return None if result.state == "missing" else bytes(result.value)
+
+
+def dump_json(value: Any) -> bytes:
+    """The one form in which we write JSON, so that equal values are equal bytes."""
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def local_disk(kvstore: ts.KvStore) -> bool:
+    """Whether the files are on a file system of this machine."""
+    return kvstore.spec().to_json()["driver"] == "file"

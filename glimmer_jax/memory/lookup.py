@@ -1,0 +1,132 @@
+"""Lookup: rows of the store to the passage memory of a batch. One call, two homes.
+
+`MeshLookup` holds the whole memory on the devices, sharded over all of them; `DiskLookup` reads
+what a batch asks for, a batch ahead. Both give the same bits for the same rows, so which one is
+used is a question of bytes alone (`open_lookup`).
+"""
+
+import concurrent.futures
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from glimmer_jax import partitioning
+from glimmer_jax.memory import table as tables
+from glimmer_jax.memory.store import MemoryStore
+
+Batch = dict[str, Any]
+Memory = tuple[dict[str, Any], Any]
+
+
+class Lookup:
+    """What both homes share: ids to rows, and batches with their memory put in.
+
+    Attributes:
+      store: where the memory comes from.
+      length: P, tokens that passages are padded to.
+      masked: passages so far whose ids were unknown and treated as absent.
+    """
+
+    def __init__(self, store: MemoryStore, length: int, unknown: Literal["error", "mask"]):
+        store.check_length(length)
+        self.store = store
+        self.length = length
+        self.masked = 0
+        self._unknown = unknown
+
+    def __call__(self, rows_BK: np.ndarray) -> Memory:
+        """Rows int `[B, K]`, -1 where there is none.
+
+        Returns:
+          The codec's arrays `[B, K, P, ...]`, zero beyond each passage; int32 lengths `[B, K]`.
+        """
+        raise NotImplementedError
+
+    def rows(self, passage_ids: np.ndarray) -> np.ndarray:
+        """External ids `[...]` to rows; unknown ones raise or are masked and counted."""
+        rows = self.store.rows(passage_ids, self._unknown)
+        self.masked += int(((rows < 0) & (np.asarray(passage_ids) >= 0)).sum())
+        return rows
+
+    def add(self, batch: Mapping[str, Any]) -> Batch:
+        """The batch with `passage_memory` and `passage_lengths` for its `passage_ids`."""
+        memory, lengths = self(self.rows(batch["passage_ids"]))
+        return {**batch, "passage_memory": memory, "passage_lengths": lengths}
+
+    def prefetch(self, batches: Iterable[Mapping[str, Any]], ahead: int = 1) -> Iterator[Batch]:
+        """`add` for each batch, done on a thread while the caller works on the one before."""
+        with concurrent.futures.ThreadPoolExecutor(1, "memory-lookup") as reader:
+            waiting: list[concurrent.futures.Future[Batch]] = []
+            try:
+                for batch in batches:
+                    waiting.append(reader.submit(self.add, batch))
+                    if len(waiting) > ahead:
+                        yield waiting.pop(0).result()
+                while waiting:
+                    yield waiting.pop(0).result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+
+class DiskLookup(Lookup):
+    """Memory that stays on disk or in a bucket; gives numpy arrays."""
+
+    def __init__(
+        self, store: MemoryStore, length: int, unknown: Literal["error", "mask"] = "error"
+    ):
+        super().__init__(store, length, unknown)
+
+    def __call__(self, rows_BK: np.ndarray) -> Memory:
+        rows_BK = np.asarray(rows_BK)
+        arrays, lengths = self.store.read(rows_BK.reshape(-1), self.length)
+        shaped = {name: x.reshape(*rows_BK.shape, *x.shape[1:]) for name, x in arrays.items()}
+        return shaped, lengths.reshape(rows_BK.shape)
+
+
+class MeshLookup(Lookup):
+    """Memory on the devices of a mesh; gives jax arrays, sharded like a batch where B divides.
+
+    Attributes:
+      table: the memory; an argument of the jitted lookup, never a constant in it.
+    """
+
+    def __init__(
+        self,
+        store: MemoryStore,
+        mesh: jax.sharding.Mesh,
+        length: int,
+        unknown: Literal["error", "mask"] = "error",
+        page_tokens: int = tables.PAGE_TOKENS,
+    ):
+        super().__init__(store, length, unknown)
+        self.mesh = mesh
+        self.table = tables.load(store, mesh, page_tokens)
+        self._lookup = jax.jit(functools.partial(tables.lookup, length=length, mesh=mesh))
+
+    def __call__(self, rows_BK: np.ndarray) -> Memory:
+        rows_BK = np.asarray(rows_BK, np.int32)
+        if rows_BK.size and not -1 <= rows_BK.min() <= rows_BK.max() < len(self.store):
+            raise ValueError(
+                f"Rows go from -1 (none) to {len(self.store) - 1} in the memory store "
+                f"{self.store.path}; got {rows_BK.min()} to {rows_BK.max()}."
+            )
+        placed = jax.device_put(rows_BK, partitioning.replicated(self.mesh))
+        with jax.set_mesh(self.mesh):
+            return self._lookup(self.table, placed)
+
+
+def open_lookup(
+    store: MemoryStore,
+    mesh: jax.sharding.Mesh,
+    length: int,
+    bytes_per_device: int,
+    unknown: Literal["error", "mask"] = "error",
+) -> Lookup:
+    """A MeshLookup if each device has `bytes_per_device` for its part, else a DiskLookup."""
+    if tables.bytes_per_device(store, mesh, tables.PAGE_TOKENS) <= bytes_per_device:
+        return MeshLookup(store, mesh, length, unknown)
+    return DiskLookup(store, length, unknown)

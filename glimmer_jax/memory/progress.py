@@ -1,0 +1,73 @@
+"""How far a build is: rates, padding, bytes and time left, for people and for metrics writers."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+logger = logging.getLogger(__name__)
+
+
+class Progress:
+    """Counts from the computing and the writing thread, and reports now and then."""
+
+    def __init__(
+        self,
+        passages: int,
+        report: Callable[[Mapping[str, float]], None] | None,
+        every_seconds: float,
+    ):
+        self._wanted = passages
+        self._report = report
+        self._every = every_seconds
+        self._lock = threading.Lock()
+        self._start = self._last = time.monotonic()
+        self._passages = self._tokens = self._computed = self._bytes = 0
+
+    def encoded(self, passages: int, tokens: int, computed: int) -> None:
+        """A batch is done: real passages and tokens, and tokens computed with padding."""
+        with self._lock:
+            self._passages += passages
+            self._tokens += tokens
+            self._computed += computed
+        if time.monotonic() - self._last >= self._every:
+            self._last = time.monotonic()
+            self._say()
+
+    def wrote(self, num_bytes: int) -> None:
+        """A shard is on disk."""
+        with self._lock:
+            self._bytes += num_bytes
+
+    def _rates(self) -> dict[str, float]:
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        return {
+            "passages_per_s": self._passages / seconds,
+            "tokens_per_s": self._tokens / seconds,
+            "padding": 1.0 - self._tokens / self._computed if self._computed else 0.0,
+            "seconds": seconds,
+        }
+
+    def _say(self) -> None:
+        rates = self._rates()
+        left = (self._wanted - self._passages) / max(rates["passages_per_s"], 1e-9)
+        logger.info(
+            "memory: %d of %d passages, %.1f passages/s, %.0f tokens/s, %.1f%% padding, %.1f MB "
+            "written, %.0f s left",
+            self._passages,
+            self._wanted,
+            rates["passages_per_s"],
+            rates["tokens_per_s"],
+            100 * rates["padding"],
+            self._bytes / 1e6,
+            left,
+        )
+        if self._report is not None:
+            values = {"passages": self._passages, "bytes": self._bytes, "seconds_left": left}
+            self._report({**rates, **values})
+
+    def finish(self) -> dict[str, float]:
+        """The last report, and the rates of the whole run."""
+        rates = self._rates()
+        self._say()
+        return rates

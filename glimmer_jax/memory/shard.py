@@ -1,0 +1,152 @@
+"""One shard: zarr v3 arrays, written whole and read in part through TensorStore.
+
+Each array is one file: an outer chunk that covers the array, cut into inner chunks that carry a
+crc32c each, as does their index. Reading a passage reads and checks only the inner chunks it lies
+in. Arrays are token-major, so padding is not stored; the last inner chunk alone is filled up.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from glimmer_jax.memory import folder
+from glimmer_jax.memory.manifest import DamagedStore
+
+IDS, OFFSETS, TITLES = "ids", "offsets", "titles"
+INDEX_ARRAYS = (IDS, OFFSETS, TITLES)
+
+# A chunk that is not there is an error; hence zeros must be written like anything else.
+_STRICT = {"fill_missing_data_reads": False, "store_data_equal_to_fill_value": True}
+
+# What TensorStore raises for a missing or changed file.
+TENSORSTORE_ERRORS = (ValueError, KeyError, OSError, RuntimeError)
+
+
+def _metadata(shape: Sequence[int], dtype: np.dtype, chunk_rows: int) -> dict[str, Any]:
+    checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    if dtype.itemsize == 1:
+        checked[0] = {"name": "bytes"}
+    chunk_rows = max(1, min(chunk_rows, shape[0]))
+    outer_rows = max(-(-shape[0] // chunk_rows), 1) * chunk_rows
+    index = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    sharding = {"chunk_shape": [chunk_rows, *shape[1:]], "codecs": checked, "index_codecs": index}
+    return {
+        "shape": list(shape),
+        "data_type": dtype.name,
+        "chunk_grid": {
+            "name": "regular",
+            "configuration": {"chunk_shape": [outer_rows, *shape[1:]]},
+        },
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "fill_value": 0,
+    }
+
+
+def _encode(values: np.ndarray, chunk_rows: int) -> dict[str, bytes]:
+    """The files of one array, name -> bytes."""
+    context = ts.Context()
+    memory = ts.KvStore.open("memory://", context=context).result()
+    spec = {
+        "driver": "zarr3",
+        "kvstore": memory.spec().to_json(),
+        "metadata": _metadata(values.shape, values.dtype, chunk_rows),
+        **_STRICT,
+    }
+    # One transaction: the outer chunk is put together once, not once for each inner chunk.
+    with ts.Transaction() as transaction:
+        array = ts.open(spec, context=context, create=True, transaction=transaction).result()
+        if values.size:
+            array.write(values).result()
+    names = [key.decode() for key in memory.list().result()]
+    return {name: bytes(memory.read(name).result().value) for name in names}
+
+
+def write_arrays(
+    kvstore: ts.KvStore,
+    arrays: Mapping[str, np.ndarray],
+    *,
+    ids: np.ndarray,
+    offsets: np.ndarray,
+    titles: Sequence[str],
+    chunk_tokens: int,
+) -> dict[str, tuple[int, str]]:
+    """Writes the arrays of one shard, whatever was left of an earlier attempt removed.
+
+    Args:
+      kvstore: the shard's folder.
+      arrays: the codec's arrays, `[tokens, ...]`.
+      ids, offsets: int64 `[n]` and `[n + 1]`; passage i has tokens offsets[i] to offsets[i + 1].
+      titles: n titles; any string survives, lone surrogates too.
+      chunk_tokens: tokens of an inner chunk.
+
+    Returns:
+      path inside the shard -> (bytes, SHA-256), computed before the bytes left memory.
+    """
+    kvstore.delete_range(ts.KvStore.KeyRange()).result()
+    title_bytes = np.frombuffer(json.dumps(list(titles)).encode("ascii"), np.uint8)
+    index = {IDS: np.asarray(ids, np.int64), OFFSETS: np.asarray(offsets, np.int64)}
+    files, pending = {}, []
+    every: dict[str, np.ndarray] = {**index, TITLES: title_bytes, **arrays}
+    for name, values in every.items():
+        chunk_rows = chunk_tokens if name in arrays else len(values)
+        for key, data in _encode(np.ascontiguousarray(values), chunk_rows).items():
+            files[f"{name}/{key}"] = (len(data), hashlib.sha256(data).hexdigest())
+            pending.append(kvstore.write(f"{name}/{key}", data))
+    for write in pending:
+        write.result()
+    return files
+
+
+def open_array(kvstore: ts.KvStore, name: str, context: ts.Context) -> ts.Future:
+    """A future of array `name` of the shard in `kvstore`, open for reading."""
+    spec = {
+        "driver": "zarr3",
+        "kvstore": folder.subfolder(kvstore, name).spec().to_json(),
+        **_STRICT,
+        # A finished shard never changes under a reader.
+        "recheck_cached_data": "open",
+        "recheck_cached_metadata": "open",
+    }
+    return ts.open(spec, context=context, open=True, read=True)
+
+
+def check_files(kvstore: ts.KvStore, files: Mapping[str, tuple[int, str]]) -> list[str]:
+    """Reads every byte; what is wrong, a line each."""
+    problems = []
+    for name, (size, sha256) in sorted(files.items()):
+        data = folder.read_file(kvstore, name)
+        if data is None:
+            problems.append(f"{name} is missing")
+        elif len(data) != size:
+            problems.append(f"{name} has {len(data)} bytes instead of {size}")
+        elif hashlib.sha256(data).hexdigest() != sha256:
+            problems.append(f"{name} has been changed: its SHA-256 differs")
+    return problems
+
+
+def check_sizes(kvstore: ts.KvStore, files: Mapping[str, tuple[int, str]]) -> list[str]:
+    """Whether every file is there and reaches its last byte, without reading the rest."""
+    reads = {
+        name: kvstore.read(name, byte_range=slice(size - 1, size))
+        for name, (size, _) in files.items()
+    }
+    problems = []
+    for name, read in sorted(reads.items()):
+        try:
+            if read.result().state == "missing":
+                problems.append(f"{name} is missing")
+        except TENSORSTORE_ERRORS:
+            problems.append(f"{name} is shorter than {files[name][0]} bytes")
+    return problems
+
+
+def damaged(name: str, error: Exception) -> DamagedStore:
+    """The error to raise where reading shard `name` failed with `error`."""
+    return DamagedStore(
+        f"Shard {name} of the memory store is damaged: {error}. Delete the folder shards/{name} "
+        "and run the same build_memory command again: it rebuilds that shard alone."
+    )

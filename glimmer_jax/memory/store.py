@@ -1,0 +1,297 @@
+"""The memory store, read: passage ids to rows, rows to the codec's arrays.
+
+`MemoryStore.open` reads the manifest and the index (ids and lengths of all passages, some 16 bytes
+each); token states are read when asked for, only the chunks that are needed, each checked against
+its crc32c. See `manifest` for the layout of the folder.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import tensorstore as ts
+
+from glimmer_jax import codecs
+from glimmer_jax.memory import folder, manifest, shard
+from glimmer_jax.memory.manifest import Manifest, Record
+
+# How many shards' files are opened at a time.
+_OPEN_AT_ONCE = 64
+
+Arrays = dict[str, np.ndarray]
+
+
+class MemoryStore:
+    """A finished memory store, open for reading. Many readers may share one store.
+
+    Attributes:
+      manifest: what the store is and how it was built.
+      ids: int64 `[n]`, external passage id of each row.
+      lengths: int32 `[n]`, tokens of each row.
+    """
+
+    def __init__(self, path: folder.Path, kvstore: ts.KvStore, manifest_: Manifest, context):
+        self.path = path
+        self.manifest = manifest_
+        self._kvstore = kvstore
+        self._context = context
+        self._specs = codecs.get(manifest_.identity.codec).array_specs(manifest_.identity.emb_dim)
+        self._open: dict[tuple[str, str], ts.TensorStore] = {}
+        self._first_rows = np.array([s.first_row for s in manifest_.shards], np.int64)
+        self.ids, self._starts, self.lengths = self._read_index()
+        self._order = np.argsort(self.ids, kind="stable")
+        self._sorted_ids = self.ids[self._order]
+
+    @classmethod
+    def open(
+        cls,
+        path: folder.Path,
+        encoder_fingerprint: str | None = None,
+        vocabulary_fingerprint: str | None = None,
+        cache_bytes: int = 256 << 20,
+    ) -> "MemoryStore":
+        """Opens the store at `path`.
+
+        Args:
+          path: a local folder, a TensorStore URL such as `gs://bucket/memory/`, or a spec.
+          encoder_fingerprint: of the checkpoint that will read this memory, if known.
+          vocabulary_fingerprint: likewise.
+          cache_bytes: RAM for chunks that were read before.
+
+        Raises:
+          ValueError: there is no finished store, it has another format version, or it was made by
+            another encoder or with another vocabulary.
+          DamagedStore: manifest or index are damaged.
+        """
+        context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
+        kvstore = folder.open_folder(path, context)
+        data = folder.read_file(kvstore, manifest.MANIFEST)
+        if data is None:
+            raise ValueError(
+                f"No finished memory store at {kvstore.url}: it has no {manifest.MANIFEST}. "
+                "If this is an unfinished build, run the same build_memory command again and it "
+                "goes on where it stopped; otherwise check the path."
+            )
+        found = Manifest.from_bytes(data, f"{kvstore.url}{manifest.MANIFEST}")
+        manifest.check_fingerprint(
+            "encoder", found.identity.encoder_fingerprint, encoder_fingerprint, kvstore.url
+        )
+        manifest.check_fingerprint(
+            "vocabulary", found.identity.vocabulary_fingerprint, vocabulary_fingerprint, kvstore.url
+        )
+        return cls(path, kvstore, found, context)
+
+    def __len__(self) -> int:
+        return self.manifest.num_passages
+
+    def _shard_kvstore(self, name: str) -> ts.KvStore:
+        return folder.subfolder(self._kvstore, manifest.shard_folder(name))
+
+    def _read_index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """ids, first token within the shard, and length, of all rows."""
+        ids = np.empty(len(self), np.int64)
+        starts = np.empty(len(self), np.int64)
+        lengths = np.empty(len(self), np.int32)
+        table = self.manifest.shards
+        for block in range(0, len(table), _OPEN_AT_ONCE):
+            entries = table[block : block + _OPEN_AT_ONCE]
+            opening = [
+                [shard.open_array(self._shard_kvstore(e.name), name, self._context)]
+                for e in entries
+                for name in (shard.IDS, shard.OFFSETS)
+            ]
+            for i, entry in enumerate(entries):
+                rows = slice(entry.first_row, entry.first_row + entry.passages)
+                try:
+                    shard_ids, offsets = (
+                        opening[2 * i + j][0].result().read().result() for j in (0, 1)
+                    )
+                except shard.TENSORSTORE_ERRORS as error:
+                    raise shard.damaged(entry.name, error) from error
+                if (
+                    shard_ids.shape != (entry.passages,)
+                    or offsets.shape != (entry.passages + 1,)
+                    or (offsets[0], offsets[-1]) != (0, entry.tokens)
+                ):
+                    raise shard.damaged(
+                        entry.name, ValueError("its index does not fit the manifest")
+                    )
+                ids[rows], starts[rows], lengths[rows] = shard_ids, offsets[:-1], np.diff(offsets)
+        return ids, starts, lengths
+
+    def rows(self, ids: np.ndarray, unknown: Literal["error", "mask"] = "error") -> np.ndarray:
+        """External ids `[...]` -> int32 rows of the same shape; id -1 (no passage) gives row -1.
+
+        Args:
+          ids: integers of any shape.
+          unknown: what to do with an id the store does not have; "mask" gives row -1, so the
+            caller can count those with `(rows < 0) & (ids >= 0)`.
+
+        Raises:
+          ValueError: an id is unknown and `unknown` is "error".
+        """
+        if unknown not in ("error", "mask"):
+            raise ValueError(f"unknown must be 'error' or 'mask', got {unknown!r}.")
+        ids = np.asarray(ids, np.int64)
+        if not len(self):
+            found, rows = np.zeros(ids.shape, bool), np.zeros(ids.shape, np.int64)
+        else:
+            at = np.minimum(np.searchsorted(self._sorted_ids, ids), len(self) - 1)
+            found, rows = self._sorted_ids[at] == ids, self._order[at]
+        missing = ids[~found & (ids != -1)]
+        if missing.size and unknown == "error":
+            raise ValueError(
+                f"{missing.size} passage ids are not in the memory store {self.path}: "
+                f"{np.unique(missing)[:10].tolist()}. The examples were retrieved from other "
+                "passages: build the memory of those, retrieve again, or mask unknown ids."
+            )
+        return np.where(found, rows, -1).astype(np.int32)
+
+    def check_length(self, length: int) -> None:
+        """Refuses a passage length that would cut stored passages short."""
+        if length < self.manifest.longest:
+            raise ValueError(
+                f"The memory store {self.path} has passages of up to {self.manifest.longest} "
+                f"tokens, and passages of {length} tokens were asked for. Raise the passage length "
+                "in TASK_FEATURE_LENGTHS, or build the memory with that max_length."
+            )
+
+    def read(self, rows: np.ndarray, length: int) -> tuple[Arrays, np.ndarray]:
+        """The memory of some passages.
+
+        Args:
+          rows: integers `[n]`; -1 is an absent passage. Repetitions are read once.
+          length: tokens to pad to, P.
+
+        Returns:
+          The codec's arrays `[n, length, ...]`, zero beyond each passage, and int32 lengths `[n]`.
+
+        Raises:
+          ValueError: a row does not exist, or `length` is shorter than a passage.
+          DamagedStore: a chunk is missing or fails its checksum.
+        """
+        rows = np.asarray(rows, np.int64).reshape(-1)
+        if rows.size and not -1 <= rows.min() <= rows.max() < len(self):
+            raise ValueError(
+                f"Rows go from -1 (none) to {len(self) - 1} in the memory store {self.path}; got "
+                f"{rows.min()} to {rows.max()}."
+            )
+        present = rows >= 0
+        lengths = np.zeros(len(rows), np.int32)
+        lengths[present] = self.lengths[rows[present]]
+        if lengths.size and lengths.max() > length:
+            self.check_length(length)
+        out = {
+            name: np.zeros((len(rows), length, *trailing), dtype)
+            for name, (trailing, dtype) in self._specs.items()
+        }
+        wanted = np.unique(rows[present])
+        places = np.argsort(rows, kind="stable")
+        sorted_rows = rows[places]
+        for first, last, data in self._read_runs(wanted):
+            begin = self._starts[first]
+            for at in range(*np.searchsorted(sorted_rows, [first, last])):
+                row = sorted_rows[at]
+                start = self._starts[row] - begin
+                for name, values in data.items():
+                    out[name][places[at], : self.lengths[row]] = values[
+                        start : start + self.lengths[row]
+                    ]
+        return out, lengths
+
+    def _read_runs(self, wanted: np.ndarray) -> Iterator[tuple[int, int, Arrays]]:
+        """Neighbouring rows are read as one; first row, last row + 1, arrays `[tokens, ...]`."""
+        if not wanted.size:
+            return
+        shard_of = np.searchsorted(self._first_rows, wanted, side="right") - 1
+        breaks = np.flatnonzero((np.diff(wanted) != 1) | (np.diff(shard_of) != 0)) + 1
+        # A batch lets TensorStore read a shard's index once and join neighbouring chunks.
+        pending = []
+        with ts.Batch() as batch:
+            for run in np.split(np.arange(len(wanted)), breaks):
+                entry = self.manifest.shards[shard_of[run[0]]]
+                first, last = int(wanted[run[0]]), int(wanted[run[-1]]) + 1
+                tokens = slice(
+                    int(self._starts[first]), int(self._starts[last - 1] + self.lengths[last - 1])
+                )
+                if tokens.start == tokens.stop:
+                    continue
+                reads = {
+                    name: self._array(entry.name, name)[tokens].read(batch=batch)
+                    for name in self._specs
+                }
+                pending.append((entry.name, first, last, reads))
+        for name, first, last, reads in pending:
+            try:
+                yield first, last, {key: read.result() for key, read in reads.items()}
+            except shard.TENSORSTORE_ERRORS as error:
+                raise shard.damaged(name, error) from error
+
+    def _array(self, shard_name: str, name: str) -> ts.TensorStore:
+        key = (shard_name, name)
+        if key not in self._open:
+            try:
+                opened = shard.open_array(
+                    self._shard_kvstore(shard_name), name, self._context
+                ).result()
+            except shard.TENSORSTORE_ERRORS as error:
+                raise shard.damaged(shard_name, error) from error
+            self._open[key] = opened
+        return self._open[key]
+
+    def pages(self, rows_per_page: int, length: int) -> Iterator[tuple[Arrays, np.ndarray]]:
+        """All rows in order, `rows_per_page` at a time, as `read` returns them."""
+        for start in range(0, len(self), rows_per_page):
+            yield self.read(np.arange(start, min(start + rows_per_page, len(self))), length)
+
+    def titles(self, shard_name: str) -> list[str]:
+        """Titles of one shard's passages, in the order of its rows."""
+        try:
+            data = self._array(shard_name, shard.TITLES).read().result()
+        except shard.TENSORSTORE_ERRORS as error:
+            raise shard.damaged(shard_name, error) from error
+        return json.loads(data.tobytes())
+
+    def title(self, row: int) -> str:
+        """Title of one passage."""
+        entry = self.manifest.shards[np.searchsorted(self._first_rows, row, side="right") - 1]
+        return self.titles(entry.name)[row - entry.first_row]
+
+    def verify(self) -> list[str]:
+        """Reads every byte and compares every checksum; what is wrong, a line each."""
+        problems = []
+        for entry in self.manifest.shards:
+            kvstore = self._shard_kvstore(entry.name)
+            data = folder.read_file(kvstore, manifest.RECORD)
+            where = f"{manifest.shard_folder(entry.name)}/"
+            if data is None:
+                problems.append(f"{where}{manifest.RECORD} is missing")
+            elif hashlib.sha256(data).hexdigest() != entry.record_sha256:
+                problems.append(f"{where}{manifest.RECORD} has been changed: its SHA-256 differs")
+            else:
+                files = Record.from_bytes(data, f"{where}{manifest.RECORD}").files
+                problems += [where + problem for problem in shard.check_files(kvstore, files)]
+        return problems
+
+    def inspect(self) -> dict[str, Any]:
+        """What is in the store, by whom it was made, and how large it is; plain JSON values."""
+        found, identity = self.manifest, self.manifest.identity
+        return {
+            "path": str(self.path),
+            "passages": found.num_passages,
+            "tokens": found.num_tokens,
+            "bytes": found.num_bytes,
+            "bytes_per_token": found.num_bytes / max(found.num_tokens, 1),
+            "shards": len(found.shards),
+            "longest": found.longest,
+            "truncated": found.truncated,
+            "max_length": identity.max_length,
+            "emb_dim": identity.emb_dim,
+            "codec": identity.codec,
+            "codec_error": found.codec_error,
+            "encoder_fingerprint": identity.encoder_fingerprint,
+            "vocabulary_fingerprint": identity.vocabulary_fingerprint,
+            "programs": [manifest.describe(program) for program in found.programs],
+        }

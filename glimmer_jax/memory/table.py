@@ -1,0 +1,174 @@
+"""The memory as one array in pages, sharded over every device of a mesh.
+
+A passage fills whole pages of `PAGE_TOKENS` tokens, one after the other, so padding costs less than
+a page each, and a passage is found by its first page and its length. Pages are dealt to the devices
+in equal, consecutive parts.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from glimmer_jax import axes, codecs, partitioning
+from glimmer_jax.memory.store import MemoryStore
+
+PAGE_TOKENS = 16
+
+# Rows read at a time while a table is loaded: bounds the host's RAM.
+_LOAD_ROWS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """All passages of a store.
+
+    pages: the codec's arrays, `[G, page tokens, ...]`, G sharded over all devices.
+    first_page, lengths: int32 `[n]`, of each row; the same on every device.
+    """
+
+    pages: dict[str, jax.Array]
+    first_page: jax.Array
+    lengths: jax.Array
+
+
+jax.tree_util.register_dataclass(
+    Table, data_fields=["pages", "first_page", "lengths"], meta_fields=[]
+)
+
+
+def _first_pages(lengths: np.ndarray, page_tokens: int) -> np.ndarray:
+    """int64 `[n + 1]`, the page where each row begins, and the number of pages."""
+    return np.concatenate([[0], np.cumsum(-(-lengths.astype(np.int64) // page_tokens))])
+
+
+def _num_pages(used: int, devices: int) -> int:
+    return max(-(-used // devices), 1) * devices
+
+
+def bytes_per_device(store: MemoryStore, mesh: jax.sharding.Mesh, page_tokens: int) -> int:
+    """What `load` would put on each device."""
+    used = int(_first_pages(store.lengths, page_tokens)[-1])
+    identity = store.manifest.identity
+    specs = codecs.get(identity.codec).array_specs(identity.emb_dim)
+    token = sum(int(np.prod(trailing)) * np.dtype(d).itemsize for trailing, d in specs.values())
+    return _num_pages(used, mesh.size) // mesh.size * page_tokens * token + 8 * len(store)
+
+
+def load(store: MemoryStore, mesh: jax.sharding.Mesh, page_tokens: int = PAGE_TOKENS) -> Table:
+    """Reads the store into the mesh; each process reads the parts of its own devices only."""
+    first_page = _first_pages(store.lengths, page_tokens)
+    if first_page[-1] >= 2**31:
+        raise ValueError(
+            f"The memory has {first_page[-1]} pages, more than a table can count (2**31). Use the "
+            "memory from disk, or larger pages."
+        )
+    total = _num_pages(int(first_page[-1]), mesh.size)
+    sharding = NamedSharding(mesh, partitioning.spec((axes.MEMORY_ROWS,)))
+    shards: dict[str, list[jax.Array]] = {}
+    for device, index in sharding.addressable_devices_indices_map((total,)).items():
+        (rows,) = index or (slice(None),)
+        begin, end, _ = rows.indices(total)
+        part = _read_pages(store, first_page, begin, end, page_tokens)
+        for name, values in part.items():
+            shards.setdefault(name, []).append(jax.device_put(values, device))
+    pages: dict[str, jax.Array] = {
+        name: jax.make_array_from_single_device_arrays(
+            (total, *parts[0].shape[1:]), sharding, parts
+        )
+        for name, parts in shards.items()
+    }
+    everywhere = partitioning.replicated(mesh)
+    # An empty store keeps one row of length 0, so that there is something to index.
+    first = first_page[:-1] if len(store) else np.zeros(1)
+    lengths = store.lengths if len(store) else np.zeros(1)
+    return Table(
+        pages,
+        jax.device_put(first.astype(np.int32), everywhere),
+        jax.device_put(lengths.astype(np.int32), everywhere),
+    )
+
+
+def _read_pages(
+    store: MemoryStore, first_page: np.ndarray, begin: int, end: int, page_tokens: int
+) -> dict[str, np.ndarray]:
+    """Pages `[begin, end)`, `[end - begin, page_tokens, ...]`; zeros beyond the last passage."""
+    identity = store.manifest.identity
+    specs = codecs.get(identity.codec).array_specs(identity.emb_dim)
+    out = {
+        name: np.zeros((end - begin, page_tokens, *trailing), dtype)
+        for name, (trailing, dtype) in specs.items()
+    }
+    pages_a_row = -(-max(store.manifest.longest, 1) // page_tokens)
+    first_row = max(int(np.searchsorted(first_page, begin, side="right")) - 1, 0)
+    last_row = min(int(np.searchsorted(first_page, end, side="left")), len(store))
+    for start in range(first_row, last_row, _LOAD_ROWS):
+        rows = np.arange(start, min(start + _LOAD_ROWS, last_row))
+        arrays, lengths = store.read(rows, pages_a_row * page_tokens)
+        used = np.arange(pages_a_row) < -(-lengths // page_tokens)[:, None]
+        page = (first_page[rows][:, None] + np.arange(pages_a_row))[used]
+        mine = (page >= begin) & (page < end)
+        for name, values in arrays.items():
+            cut = values.reshape(len(rows), pages_a_row, page_tokens, *values.shape[2:])[used]
+            out[name][page[mine] - begin] = cut[mine]
+    return out
+
+
+def lookup(
+    table: Table, rows_BK: jax.Array, *, length: int, mesh: jax.sharding.Mesh
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Memory of the passages at `rows_BK`; pure, to be jitted with the table as an argument.
+
+    Args:
+      table: the memory.
+      rows_BK: int32 `[B, K]`, the same on every device; -1 where there is no passage.
+      length: P.
+
+    Returns:
+      The codec's arrays `[B, K, P, ...]`, zero beyond each passage; int32 lengths `[B, K]`.
+    """
+    batch, num_passages = rows_BK.shape
+    page_tokens = next(iter(table.pages.values())).shape[1]
+    pages_a_row = -(-length // page_tokens)
+    safe_BK = jnp.maximum(rows_BK, 0)
+    lengths_BK = jnp.where(rows_BK >= 0, table.lengths[safe_BK], 0)
+    steps = jnp.arange(pages_a_row, dtype=jnp.int32)[None, None]
+    wanted = steps * page_tokens < lengths_BK[..., None]
+    pages_BKG = jnp.where(wanted, table.first_page[safe_BK][..., None] + steps, -1)
+    real_BKP = jnp.arange(length)[None, None] < lengths_BK[..., None]
+
+    memory = {}
+    for name, pages in table.pages.items():
+        values = _gather(pages, pages_BKG, mesh)
+        values = values.reshape(batch, num_passages, -1, *values.shape[4:])[:, :, :length]
+        real = real_BKP.reshape(*real_BKP.shape, *(1,) * (values.ndim - 3))
+        memory[name] = _like_batch(jnp.where(real, values, jnp.zeros((), values.dtype)), mesh)
+    return memory, _like_batch(lengths_BK, mesh)
+
+
+def _gather(pages: jax.Array, wanted: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
+    """`pages[wanted]` with pages spread over the mesh; whatever for -1."""
+    # Devices that do not have a page add zero. As integers: -0.0 + 0.0 would lose the sign.
+    bits = jnp.dtype(f"uint{8 * pages.dtype.itemsize}")
+
+    def on_device(local, wanted):
+        begin = jax.lax.axis_index(mesh.axis_names) * local.shape[0]
+        here = (wanted >= begin) & (wanted < begin + local.shape[0])
+        taken = local[jnp.where(here, wanted - begin, 0)]
+        taken = jax.lax.bitcast_convert_type(taken, bits)
+        mask = here.reshape(*here.shape, *(1,) * (taken.ndim - here.ndim))
+        return jax.lax.psum(jnp.where(mask, taken, jnp.zeros((), bits)), mesh.axis_names)
+
+    spread = PartitionSpec(mesh.axis_names)
+    gathered = jax.shard_map(
+        on_device, mesh=mesh, in_specs=(spread, PartitionSpec()), out_specs=PartitionSpec()
+    )(pages, wanted)
+    return jax.lax.bitcast_convert_type(gathered, pages.dtype)
+
+
+def _like_batch(x: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
+    sharding = partitioning.batch_sharding(mesh)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    return jax.lax.with_sharding_constraint(x, sharding) if x.shape[0] % ways == 0 else x

@@ -1,0 +1,224 @@
+"""The build job: stopped and started, refused where it must be, and right at the edges."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from glimmer_jax import codecs, partitioning
+from glimmer_jax.memory import batches, build, compute, lock
+from glimmer_jax.memory.store import MemoryStore
+from glimmer_jax.preemption import Preempted, Watcher
+
+
+def _run_and_die(path, die_at):
+    script = pathlib.Path(__file__).parent / "tiny_memory.py"
+    root = str(pathlib.Path(__file__).parents[2])
+    env = {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(
+        [sys.executable, str(script), str(path), die_at], env=env, timeout=120, check=False
+    ).returncode
+
+
+@pytest.mark.parametrize(
+    ("die_at", "finished"),
+    [("encode", 2), ("between_arrays_and_record", 1), ("before_manifest", 4)],
+)
+def test_build_killed_and_started_again_equals_an_uninterrupted_one(
+    tiny, tiny_store, tmp_path, folder_bytes, die_at, finished
+):
+    path = tmp_path / "store"
+    assert _run_and_die(path, die_at) == -9
+    with pytest.raises(ValueError, match="unfinished build"):
+        MemoryStore.open(path)
+    report = tiny.build_tiny(path)
+    # The shard being written when the process died may or may not have been finished.
+    assert report.skipped in (finished, finished - 1) and report.skipped + report.built == 4
+    assert folder_bytes(path) == folder_bytes(tiny_store)
+
+
+def test_sigterm_keeps_finished_shards_and_exits_42(tiny, tiny_store, tmp_path, folder_bytes):
+    path = tmp_path / "store"
+    assert _run_and_die(path, "sigterm") == 42
+    assert not (path / "build.lock").exists()
+    assert tiny.build_tiny(path).skipped == 2
+    assert folder_bytes(path) == folder_bytes(tiny_store)
+
+
+def test_stop_request_raises_preempted(tiny, tmp_path):
+    watcher = Watcher()
+    watcher.request()
+    with pytest.raises(Preempted, match="same build_memory command again"):
+        tiny.build_tiny(tmp_path / "s", watcher=watcher)
+
+
+def test_finished_build_run_again_changes_nothing(tiny, copied_store, folder_bytes):
+    before = folder_bytes(copied_store)
+    report = tiny.build_tiny(copied_store)
+    assert (report.built, report.skipped) == (0, 4)
+    assert folder_bytes(copied_store) == before
+
+
+@pytest.mark.parametrize("damage", ["folder", "truncated", "file"])
+def test_damaged_shard_is_rebuilt_alone_with_the_same_bytes(
+    tiny, tiny_store, copied_store, folder_bytes, damage
+):
+    data = copied_store / "shards" / "000001" / "states" / "c" / "0" / "0"
+    if damage == "truncated":
+        data.write_bytes(data.read_bytes()[:-7])
+    else:
+        data.unlink()
+    if damage == "folder":
+        (copied_store / "shards" / "000001" / "shard.json").unlink()
+        (copied_store / "manifest.json").unlink()
+    report = tiny.build_tiny(copied_store)
+    assert (report.built, report.skipped) == (1, 3)
+    assert folder_bytes(copied_store) == folder_bytes(tiny_store)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder_fingerprint": "sha256:e2"}, r"encoder_fingerprint sha256:e1 \(now sha256:e2\)"),
+        ({"vocabulary_fingerprint": "v2"}, r"vocabulary_fingerprint sha256:v1 \(now v2\)"),
+        ({"codec": "f32"}, r"codec bf16 \(now f32\)"),
+        ({"batch_size": 8}, r"program \(rows=4.*this is \(rows=8"),
+        ({"dtype": "bfloat16"}, r"dtype=float32.*dtype=bfloat16"),
+    ],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_going_on_with_another_job_is_refused(tiny, copied_store, change, message, finished):
+    if not finished:
+        (copied_store / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=message):
+        tiny.build_tiny(copied_store, **change)
+
+
+def test_other_passages_are_refused(tiny, copied_store):
+    other = tiny.TinyPassages()
+    other.all_tokens[20] = other.all_tokens[20] + 1
+    with pytest.raises(ValueError, match="000003.* made from other passages"):
+        tiny.build_tiny(copied_store, other)
+    with pytest.raises(ValueError, match="finished store of 23 passages in 4 shards; .* need 5"):
+        tiny.build_tiny(copied_store, tiny.TinyPassages(count=30))
+
+
+def test_other_program_is_accepted_with_a_flag_and_recorded(tiny, copied_store):
+    (copied_store / "shards" / "000002" / "shard.json").unlink()
+    report = tiny.build_tiny(copied_store, batch_size=8, accept_other_program=True)
+    assert [program.rows for program in report.manifest.programs] == [4, 8]
+    assert [shard.program for shard in report.manifest.shards] == [0, 0, 1, 0]
+
+
+def test_second_writer_is_refused_and_told_who_holds_the_store(tiny, tmp_path):
+    path = tmp_path / "store"
+
+    def encode(tokens):
+        with pytest.raises(ValueError, match=f"being written by process {os.getpid()} on"):
+            tiny.build_tiny(path)
+        return tiny.encode(tokens)
+
+    tiny.build_tiny(path, tiny.TinyPassages(count=2), encode=encode, reference=None)
+    assert not (path / lock.LOCK).exists()
+
+
+def test_lock_of_a_dead_process_is_taken_over_and_of_another_host_not(tiny, tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    holder = {"host": socket.gethostname(), "pid": dead.pid, "process_start": None, "since": "t"}
+    (tmp_path / lock.LOCK).write_text(json.dumps({**holder, "host": "elsewhere"}))
+    with pytest.raises(ValueError, match=f"process {dead.pid} on elsewhere since t.*delete build"):
+        tiny.build_tiny(tmp_path)
+    (tmp_path / lock.LOCK).write_text("{")
+    with pytest.raises(ValueError, match="unreadable lock file"):
+        tiny.build_tiny(tmp_path)
+    # This pid, but another start: the number was used again.
+    (tmp_path / lock.LOCK).write_text(
+        json.dumps({**holder, "pid": os.getpid(), "process_start": "other boot 1"})
+    )
+    with lock.BuildLock(build.folder.open_folder(tmp_path)):
+        pass
+    (tmp_path / lock.LOCK).write_text(json.dumps(holder))
+    tiny.build_tiny(tmp_path, tiny.TinyPassages(count=1))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nan_from_the_encoder_names_the_passage(tiny, tmp_path, bad):
+    passages = tiny.TinyPassages()
+    passages.all_tokens[9][0] = 99
+
+    def encode(tokens):
+        states = np.array(tiny.encode_states(tokens))
+        states[tokens[:, 0] == 99, 0, 1] = bad
+        # Values at padding are nobody's.
+        states[tokens == 0] = np.nan
+        return codecs.get("bf16").encode(jax.numpy.asarray(states))
+
+    with pytest.raises(ValueError, match=f"NaN or infinity for passage {passages.ids[9]}"):
+        tiny.build_tiny(tmp_path / "s", passages, encode=encode, reference=None)
+    assert not (tmp_path / "s" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("count", [0, 1, 6, 7])
+def test_corpora_of_any_size(tiny, tmp_path, count):
+    passages = tiny.TinyPassages(count=count)
+    report = tiny.build_tiny(tmp_path / "s", passages)
+    store = MemoryStore.open(tmp_path / "s")
+    assert len(store) == count and report.built == -(-count // 6) and store.verify() == []
+    np.testing.assert_array_equal(store.rows(passages.ids), np.arange(count))
+    _, lengths = store.read(np.arange(count), 12)
+    np.testing.assert_array_equal(lengths, passages.lengths(range(count)))
+
+
+def test_long_and_empty_passages(tiny, tmp_path):
+    passages = tiny.TinyPassages(count=4, longest=30)
+    passages.all_tokens[2] = passages.all_tokens[2][:0]
+    lengths = passages.lengths(range(4))
+    report = tiny.build_tiny(tmp_path / "s", passages)
+    assert report.manifest.truncated == (lengths > 12).sum() > 0
+    _, stored = MemoryStore.open(tmp_path / "s").read(np.arange(4), 12)
+    np.testing.assert_array_equal(stored, np.minimum(lengths, 12))
+
+
+def test_bytes_do_not_depend_on_the_number_of_devices(tiny, tiny_store, tmp_path, folder_bytes):
+    mesh = partitioning.make_mesh(partitioning.MeshConfig(data=2, model=2), jax.devices()[:4])
+    encode = compute.bind_encoder(lambda params, tokens: tiny.encode(tokens), {}, mesh)
+    tiny.build_tiny(tmp_path / "s", encode=encode, devices=4)
+    assert folder_bytes(tmp_path / "s") == folder_bytes(tiny_store)
+
+
+def test_bad_settings_are_refused(tiny, tmp_path):
+    passages = tiny.TinyPassages()
+    with pytest.raises(ValueError, match="last length bucket must be max_length=12"):
+        tiny.build_tiny(tmp_path, buckets=(4, 8))
+    with pytest.raises(ValueError, match="must be at least 1; got 0"):
+        tiny.build_tiny(tmp_path, shard_passages=0)
+    passages.ids[3] = passages.ids[4]
+    with pytest.raises(ValueError, match=f"unique.*{passages.ids[3]}"):
+        tiny.build_tiny(tmp_path, passages)
+    with pytest.raises(ValueError, match="model's own codec, emb_dim and batch size"):
+        tiny.build_tiny(tmp_path / "s", emb_dim=16, reference=None)
+
+
+def test_progress_is_reported(tiny, tmp_path):
+    seen = []
+    report = tiny.build_tiny(tmp_path / "s", on_progress=seen.append, progress_seconds=0.0)
+    assert seen[-1]["passages"] == 23 and seen[-1]["seconds_left"] == 0
+    assert seen[-1]["bytes"] == report.manifest.num_bytes
+    assert 0 < report.padding < 0.6 and report.tokens_per_s > 0
+
+
+def test_groups_are_of_similar_length_and_only_the_last_is_partial():
+    lengths = np.array([9, 1, 5, 4, 12, 3, 2])
+    found = batches.groups(lengths, 3, (4, 8, 12))
+    assert [group.positions.tolist() for group in found] == [[1, 6, 5], [3, 2, 0], [4]]
+    assert [group.bucket for group in found] == [4, 12, 12]
+    assert [len(call) for call in batches.calls(found, 4)] == [1, 2]
+    assert batches.default_buckets(70) == (32, 64, 70)
+    assert batches.default_buckets(12) == (12,)

@@ -1,0 +1,70 @@
+"""The encoder's fingerprint: the same where memory is the same, and only there."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glimmer_jax import partitioning
+from glimmer_jax.memory.fingerprint import encoder_fingerprint
+
+
+def _params(layers=12, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def array(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    return {
+        "token_embedder": {"embedding": array(16, 8)},
+        "memory_encoder": {
+            "relpos_bias": {"rel_embedding": array(2, 32)},
+            "layers": {"mlp": {"wi_0": {"kernel": array(layers, 8, 16)}}, "norm": array(layers, 8)},
+        },
+        "decoder": {"kernel": array(8, 8)},
+    }
+
+
+def _looped(params):
+    encoder = params["memory_encoder"]
+    loops = {f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], encoder["layers"]) for i in range(12)}
+    return {**params, "memory_encoder": {"relpos_bias": encoder["relpos_bias"], **loops}}
+
+
+def test_scanned_looped_and_sharded_are_one_encoder():
+    params = _params()
+    expected = encoder_fingerprint(params)
+    assert expected.startswith("sha256:") and len(expected) == 71
+    assert encoder_fingerprint(_looped(params)) == expected
+    mesh = partitioning.make_mesh(partitioning.MeshConfig(data=2, fsdp=4))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
+    kernel = params["memory_encoder"]["layers"]["mlp"]["wi_0"]
+    kernel["kernel"] = jax.device_put(kernel["kernel"], spread)
+    assert encoder_fingerprint(params) == expected
+
+
+def test_only_what_memory_depends_on_counts():
+    params = _params()
+    expected = encoder_fingerprint(params)
+    assert encoder_fingerprint({**params, "decoder": {}, "live_encoder": {}}) == expected
+    frozen = {**params, "memory_embedder": params["token_embedder"], "token_embedder": None}
+    assert encoder_fingerprint(frozen) == expected
+    for change in (
+        lambda p: p["token_embedder"]["embedding"].__setitem__((0, 0), 9.0),
+        lambda p: p["memory_encoder"]["relpos_bias"]["rel_embedding"].__setitem__((1, 3), 9.0),
+        lambda p: p["memory_encoder"]["layers"]["norm"].__setitem__((11, 0), 9.0),
+    ):
+        other = _params()
+        change(other)
+        assert encoder_fingerprint(other) != expected
+
+
+def test_dtype_counts():
+    params = _params()
+    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
+    assert encoder_fingerprint(half) != encoder_fingerprint(params)
+
+
+def test_model_without_memory_is_refused():
+    with pytest.raises(ValueError, match="'memory_encoder'; these have .*FiD"):
+        encoder_fingerprint({"token_embedder": {"embedding": np.zeros((2, 2))}})

@@ -1,0 +1,130 @@
+"""Memory on the mesh and on disk: the same bits, whatever the mesh."""
+
+import jax
+import numpy as np
+import pytest
+
+from glimmer_jax import partitioning
+from glimmer_jax.memory import lookup, table
+from glimmer_jax.memory.store import MemoryStore
+
+ROWS = np.array([[0, 22, -1], [7, 7, 3], [-1, -1, -1], [21, 1, 13]])
+
+
+def _mesh(**sizes):
+    count = int(np.prod(list(sizes.values())))
+    return partitioning.make_mesh(partitioning.MeshConfig(**sizes), jax.devices()[:count])
+
+
+def _same(a, b):
+    (memory_a, lengths_a), (memory_b, lengths_b) = a, b
+    np.testing.assert_array_equal(np.asarray(lengths_a), np.asarray(lengths_b))
+    assert memory_a.keys() == memory_b.keys()
+    for name in memory_a:
+        x, y = np.asarray(memory_a[name]), np.asarray(memory_b[name])
+        assert x.shape == y.shape and x.dtype == y.dtype
+        np.testing.assert_array_equal(x.view(np.uint8), y.view(np.uint8))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [dict(data=1), dict(data=8), dict(data=2, fsdp=2, model=2)],
+    ids=["1", "8", "2x2x2"],
+)
+def test_mesh_and_disk_give_the_same_bits(tiny_store, sizes):
+    store = MemoryStore.open(tiny_store)
+    for length, page_tokens in ((12, 4), (14, 5)):
+        on_mesh = lookup.MeshLookup(store, _mesh(**sizes), length, page_tokens=page_tokens)
+        disk = lookup.DiskLookup(store, length)
+        _same(on_mesh(ROWS), disk(ROWS))
+        _same(on_mesh(ROWS[:1]), disk(ROWS[:1]))
+
+
+def test_absent_passages_are_zeros_of_length_zero(tiny_store):
+    memory, lengths = lookup.MeshLookup(MemoryStore.open(tiny_store), _mesh(data=2), 12)(ROWS)
+    assert (np.asarray(lengths)[ROWS < 0] == 0).all() and (np.asarray(lengths)[ROWS >= 0] > 0).all()
+    assert not np.asarray(memory["states"])[ROWS < 0].view(np.uint16).any()
+
+
+def test_negative_zero_survives_the_mesh(tiny, tmp_path):
+    def encode(tokens):
+        return {"states": -jax.numpy.zeros((*tokens.shape, tiny.EMB_DIM), jax.numpy.bfloat16)}
+
+    tiny.build_tiny(tmp_path / "s", encode=encode, reference=None)
+    store = MemoryStore.open(tmp_path / "s")
+    _same(lookup.MeshLookup(store, _mesh(data=4), 12)(ROWS), lookup.DiskLookup(store, 12)(ROWS))
+
+
+def test_table_is_sharded_and_an_argument(tiny_store):
+    mesh = _mesh(data=2, model=4)
+    on_mesh = lookup.MeshLookup(MemoryStore.open(tiny_store), mesh, 12, page_tokens=4)
+    pages = on_mesh.table.pages["states"]
+    assert {shard.data.shape[0] for shard in pages.addressable_shards} == {pages.shape[0] // 8}
+    jaxpr = jax.make_jaxpr(lambda t, r: table.lookup(t, r, length=12, mesh=mesh))(
+        on_mesh.table, ROWS
+    )
+    assert not [const for const in jaxpr.consts if getattr(const, "nbytes", 0) > 100]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_more_devices_than_passages(tiny, tmp_path, count):
+    tiny.build_tiny(tmp_path / "s", tiny.TinyPassages(count=count))
+    store = MemoryStore.open(tmp_path / "s")
+    rows = np.array([[count - 1, -1]])
+    _same(lookup.MeshLookup(store, _mesh(data=8), 12)(rows), lookup.DiskLookup(store, 12)(rows))
+
+
+def test_prefetch_adds_memory_to_every_batch_in_order(tiny, tiny_store):
+    ids = tiny.TinyPassages().ids
+    batches = [{"passage_ids": ids[[[i, i + 1]]], "n": i} for i in range(5)]
+    store = MemoryStore.open(tiny_store)
+    disk = lookup.DiskLookup(store, 12)
+    found = list(disk.prefetch(iter(batches)))
+    assert [batch["n"] for batch in found] == list(range(5))
+    for i, batch in enumerate(found):
+        _same((batch["passage_memory"], batch["passage_lengths"]), disk(np.array([[i, i + 1]])))
+    on_mesh = list(lookup.MeshLookup(store, _mesh(data=1), 12).prefetch(batches[:1]))
+    _same((on_mesh[0]["passage_memory"], on_mesh[0]["passage_lengths"]), disk(np.array([[0, 1]])))
+
+
+def test_prefetch_raises_what_the_read_raised_and_can_be_left(tiny_store):
+    disk = lookup.DiskLookup(MemoryStore.open(tiny_store), 12)
+    batches = [{"passage_ids": np.array([[-1]])}, {"passage_ids": np.array([[5]])}]
+    stream = disk.prefetch(batches)
+    next(stream)
+    with pytest.raises(ValueError, match="not in the memory store"):
+        next(stream)
+    left = disk.prefetch(batches)
+    next(left)
+    left.close()
+
+
+def test_unknown_ids_are_masked_and_counted_by_setting(tiny, tiny_store):
+    ids = np.array([[tiny.TinyPassages().ids[2], 5, -1]])
+    disk = lookup.DiskLookup(MemoryStore.open(tiny_store), 12, unknown="mask")
+    batch = disk.add({"passage_ids": ids})
+    assert (batch["passage_lengths"] > 0).tolist() == [[True, False, False]] and disk.masked == 1
+
+
+def test_what_does_not_fit_is_refused(tiny_store):
+    store = MemoryStore.open(tiny_store)
+    with pytest.raises(ValueError, match="passages of up to 12 tokens"):
+        lookup.DiskLookup(store, 11)
+    with pytest.raises(ValueError, match="-1 .none. to 22"):
+        lookup.MeshLookup(store, _mesh(data=1), 12)(np.array([[23]]))
+
+
+def test_home_is_chosen_by_bytes(tiny_store):
+    store, mesh = MemoryStore.open(tiny_store), _mesh(data=2)
+    need = table.bytes_per_device(store, mesh, table.PAGE_TOKENS)
+    assert isinstance(lookup.open_lookup(store, mesh, 12, need), lookup.MeshLookup)
+    assert isinstance(lookup.open_lookup(store, mesh, 12, need - 1), lookup.DiskLookup)
+    placed = lookup.MeshLookup(store, mesh, 12).table
+    on_device = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(placed))
+    assert on_device == need
+
+
+def test_too_many_pages_are_refused(tiny_store, monkeypatch):
+    monkeypatch.setattr(table, "_first_pages", lambda *args: np.array([0, 2**31]))
+    with pytest.raises(ValueError, match="more than a table can count"):
+        table.load(MemoryStore.open(tiny_store), _mesh(data=1))

@@ -1,0 +1,106 @@
+"""The real model and the real passages folder through the build and back."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glimmer_jax import partitioning
+from glimmer_jax.memory import build, compute, lookup
+from glimmer_jax.memory.fingerprint import encoder_fingerprint
+from glimmer_jax.memory.store import MemoryStore
+from glimmer_jax.models.glimmer import GlimmerConfig
+from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.models.t5 import T5Config
+from glimmer_jax.passages import Passages, write_passages
+
+P, K = 16, 3
+
+
+@pytest.fixture(scope="module")
+def model():
+    t5 = T5Config(
+        vocab_size=64,
+        emb_dim=16,
+        num_heads=2,
+        head_dim=8,
+        mlp_dim=32,
+        num_encoder_layers=3,
+        num_decoder_layers=1,
+    )
+    return GlimmerModel(GlimmerConfig(t5, memory_layers=2, rerank_layers=1))
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    shapes = {
+        "question_tokens": (1, 4),
+        "passage_tokens": (1, K, P),
+        "decoder_input_tokens": (1, 4),
+        "decoder_target_tokens": (1, 4),
+        "decoder_loss_weights": (1, 4),
+    }
+    return model.get_initial_variables(jax.random.key(0), shapes)["params"]
+
+
+@pytest.fixture(scope="module")
+def passages(tmp_path_factory):
+    path = tmp_path_factory.mktemp("passages") / "p"
+    records = [
+        {"id": 100 + i, "title": f"t{i}", "text": "word " * (1 + 5 * i % 7)} for i in range(9)
+    ]
+    write_passages(
+        path,
+        records,
+        lambda text: [2 + ord(c) % 60 for c in text[::4]],
+        "sha256:vocabulary",
+        P,
+        vocab_size=64,
+    )
+    return Passages.open(path)
+
+
+def test_memory_from_the_store_equals_memory_computed_now(model, params, passages, tmp_path):
+    mesh = partitioning.make_mesh(partitioning.MeshConfig(data=1), jax.devices()[:1])
+    fingerprint = encoder_fingerprint(params)
+    build.build_memory(
+        compute.bind_encoder(model.encode_memory, params, mesh),
+        passages,
+        tmp_path / "m",
+        codec=model.config.memory_codec,
+        emb_dim=model.config.t5.emb_dim,
+        encoder_fingerprint=fingerprint,
+        vocabulary_fingerprint=passages.fingerprint,
+        max_length=P,
+        batch_size=K,
+        buckets=(P,),
+        shard_passages=K,
+    )
+    store = MemoryStore.open(tmp_path / "m", fingerprint, passages.fingerprint)
+    ids = passages.ids[[[4, -1, 2], [0, 8, 7]]]
+    ids[0, 1] = -1
+    memory, lengths = lookup.DiskLookup(store, P)(store.rows(ids))
+
+    tokens = passages.tokens(passages.rows(ids), P)
+    np.testing.assert_array_equal(lengths, (tokens > 0).sum(-1))
+    # The same program: K rows, one bucket, and rows that do not depend on their neighbours.
+    encode = jax.jit(functools.partial(model.encode_memory, params))
+    real = tokens > 0
+    for tokens_KP, stored, real_KP in zip(tokens, memory["states"], real, strict=True):
+        fresh = np.asarray(encode(tokens_KP)["states"])
+        np.testing.assert_array_equal(fresh[real_KP], stored[real_KP])
+
+    batch = {
+        "question_tokens": np.array([[0, 5, 6, 7], [3, 4, 5, 6]], np.int32),
+        "decoder_input_tokens": np.array([[0, 5, 6, 7]] * 2, np.int32),
+        "decoder_target_tokens": np.array([[5, 6, 7, 1]] * 2, np.int32),
+        "decoder_loss_weights": np.ones((2, 4), np.float32),
+    }
+    score = jax.jit(model.score_batch)
+    from_tokens = score(params, {**batch, "passage_tokens": tokens})
+    from_store = score(
+        params, {**batch, "passage_memory": memory, "passage_lengths": jnp.asarray(lengths)}
+    )
+    np.testing.assert_allclose(from_tokens, from_store, rtol=1e-5)

@@ -1,0 +1,240 @@
+"""The store read back, and everything that may be wrong with it."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from glimmer_jax.memory import manifest
+from glimmer_jax.memory.manifest import DamagedStore, Manifest, Program
+from glimmer_jax.memory.store import MemoryStore
+
+
+def _expected(tiny, passages, row, length):
+    """States of one passage as the group it was encoded in gives them: rows are independent."""
+    tokens = passages.tokens([row], length)
+    return np.asarray(tiny.encode(tokens)["states"])[0]
+
+
+def test_round_trip_is_bit_exact_and_zero_padded(tiny, tiny_store):
+    passages = tiny.TinyPassages()
+    store = MemoryStore.open(tiny_store)
+    rows = np.array([22, 0, -1, 7, 8, 9, 7])
+    arrays, lengths = store.read(rows, 16)
+    np.testing.assert_array_equal(
+        lengths, [0 if r < 0 else len(passages.all_tokens[r]) for r in rows]
+    )
+    assert arrays["states"].dtype.name == "bfloat16" and arrays["states"].shape == (7, 16, 8)
+    for i, row in enumerate(rows):
+        n = lengths[i]
+        if n:
+            # Padded to the bucket it was built in, as the sum of a row depends on nothing else.
+            expected = _expected(tiny, passages, row, next(b for b in (4, 8, 12) if b >= n))[:n]
+            np.testing.assert_allclose(
+                arrays["states"][i, :n].astype(np.float32), expected.astype(np.float32), rtol=0.02
+            )
+        assert not arrays["states"][i, n:].view(np.uint16).any()
+    np.testing.assert_array_equal(arrays["states"][3], arrays["states"][6])
+
+
+def test_round_trip_keeps_every_bit_of_bfloat16(tiny, tmp_path):
+    patterns = np.random.default_rng(0).integers(0, 2**16, (64, 12, 8)).astype(np.uint16)
+    exponent = (patterns >> 7) & 0xFF
+    patterns = np.where(exponent == 0xFF, 0x8000, patterns).astype(np.uint16)  # -0.0, not NaN
+
+    def encode(tokens):
+        rows = tokens[:, 0] % 64
+        return {"states": patterns[rows, : tokens.shape[1]].view(ml_dtypes.bfloat16)}
+
+    passages = tiny.TinyPassages()
+    tiny.build_tiny(tmp_path / "s", encode=encode, reference=None)
+    arrays, lengths = MemoryStore.open(tmp_path / "s").read(np.arange(len(passages)), 12)
+    for row, n in enumerate(lengths):
+        wanted = patterns[passages.all_tokens[row][0] % 64, :n]
+        np.testing.assert_array_equal(arrays["states"][row, :n].view(np.uint16), wanted)
+
+
+def test_ids_are_mapped_and_unknown_ones_named_or_masked(tiny, tiny_store):
+    passages, store = tiny.TinyPassages(), MemoryStore.open(tiny_store)
+    ids = passages.ids[[[3, 22], [0, 3]]]
+    np.testing.assert_array_equal(store.rows(ids), [[3, 22], [0, 3]])
+    np.testing.assert_array_equal(store.rows(np.array([-1])), [-1])
+    np.testing.assert_array_equal(
+        store.rows(np.array([7, -1, passages.ids[5]]), "mask"), [-1, -1, 5]
+    )
+    with pytest.raises(ValueError, match=r"not in the memory store .*\[7, 8\]"):
+        store.rows(np.array([8, 7, passages.ids[0]]))
+    with pytest.raises(ValueError, match="'error' or 'mask'"):
+        store.rows(ids, "ignore")
+
+
+def test_rows_and_lengths_that_do_not_fit_are_refused(tiny_store):
+    store = MemoryStore.open(tiny_store)
+    with pytest.raises(ValueError, match="-1 .none. to 22"):
+        store.read(np.array([23]), 12)
+    with pytest.raises(ValueError, match="passages of up to 12 tokens"):
+        store.read(np.arange(23), 11)
+
+
+def test_pages_and_titles_cover_the_corpus(tiny, tiny_store):
+    store = MemoryStore.open(tiny_store)
+    pages = list(store.pages(10, 12))
+    assert [len(lengths) for _, lengths in pages] == [10, 10, 3]
+    whole, _ = store.read(np.arange(23), 12)
+    joined = np.concatenate([arrays["states"] for arrays, _ in pages])
+    np.testing.assert_array_equal(joined, whole["states"])
+    assert [store.title(r) for r in (0, 6, 22)] == [
+        tiny.TinyPassages().text(r)["title"] for r in (0, 6, 22)
+    ]
+
+
+def test_padding_is_not_on_disk(tiny, tmp_path):
+    passages = tiny.TinyPassages(count=200)
+    passages.all_tokens[7] = passages.all_tokens[7][:1]
+    tiny.build_tiny(tmp_path / "s", passages, shard_passages=100, chunk_tokens=16)
+    store = MemoryStore.open(tmp_path / "s")
+    real = sum(map(len, passages.all_tokens))
+    data = (tmp_path / "s").glob("shards/*/states/c/0/0")
+    size = sum(file.stat().st_size for file in data)
+    payload = real * tiny.EMB_DIM * 2
+    # Beyond the payload: two last chunks filled up, and 4 + 16 bytes of checksum and index a chunk.
+    chunks = real // 16 + 4
+    assert payload <= size <= payload + 2 * 16 * tiny.EMB_DIM * 2 + 20 * chunks + 8
+    assert size < len(passages) * tiny.MAX_LENGTH * tiny.EMB_DIM * 2
+    assert store.manifest.num_tokens == real
+
+
+def test_inspect_names_what_matters(tiny_store):
+    summary = json.loads(json.dumps(MemoryStore.open(tiny_store).inspect()))
+    assert summary["passages"] == 23 and summary["shards"] == 4 and summary["codec"] == "bf16"
+    assert 0 < summary["codec_error"]["relative_rms"] < 0.004
+    assert "rows=4" in summary["programs"][0]
+
+
+def test_other_encoder_or_vocabulary_is_refused_with_both_named(tiny_store):
+    MemoryStore.open(tiny_store, "sha256:e1", "sha256:v1")
+    with pytest.raises(ValueError, match="encoder sha256:e1, and this model's encoder is sha256:x"):
+        MemoryStore.open(tiny_store, "sha256:x")
+    with pytest.raises(ValueError, match="vocabulary sha256:v1, .* vocabulary is sha256:y"):
+        MemoryStore.open(tiny_store, None, "sha256:y")
+
+
+def test_unfinished_build_is_refused(copied_store):
+    (copied_store / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="run the same build_memory command again"):
+        MemoryStore.open(copied_store)
+
+
+def _states(store_path, shard="000001"):
+    return store_path / "shards" / shard / "states" / "c" / "0" / "0"
+
+
+@pytest.mark.parametrize("position", [3, 100, -30])
+def test_bit_flip_is_caught_on_read_and_by_verify(copied_store, position):
+    assert MemoryStore.open(copied_store).verify() == []
+    data = bytearray(_states(copied_store).read_bytes())
+    data[position] ^= 4
+    _states(copied_store).write_bytes(data)
+    store = MemoryStore.open(copied_store)
+    with pytest.raises(DamagedStore, match="Shard 000001 .* rebuilds that shard alone"):
+        store.read(np.arange(23), 12)
+    assert store.verify() == ["shards/000001/states/c/0/0 has been changed: its SHA-256 differs"]
+
+
+def test_missing_shard_file_is_an_error_not_zeros(copied_store):
+    _states(copied_store).unlink()
+    store = MemoryStore.open(copied_store)
+    with pytest.raises(DamagedStore, match="000001"):
+        store.read(np.array([7]), 12)
+    store.read(np.array([0]), 12)
+    assert store.verify() == ["shards/000001/states/c/0/0 is missing"]
+
+
+def test_truncated_file_and_changed_record_are_found(copied_store):
+    data = _states(copied_store).read_bytes()
+    _states(copied_store).write_bytes(data[:-1])
+    record = copied_store / "shards" / "000002" / "shard.json"
+    record.write_bytes(record.read_bytes() + b" ")
+    (copied_store / "shards" / "000003" / "shard.json").unlink()
+    problems = MemoryStore.open(copied_store).verify()
+    assert [problem.split(" ", 1)[1] for problem in problems] == [
+        f"has {len(data) - 1} bytes instead of {len(data)}",
+        "has been changed: its SHA-256 differs",
+        "is missing",
+    ]
+
+
+@pytest.mark.parametrize("name", ["ids", "offsets"])
+def test_damaged_index_is_caught_on_open(copied_store, name):
+    file = copied_store / "shards" / "000000" / name / "c" / "0"
+    data = bytearray(file.read_bytes())
+    data[5] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DamagedStore, match="Shard 000000"):
+        MemoryStore.open(copied_store)
+
+
+def _rewrite_manifest(path, change):
+    """Changes the manifest and signs it again, as an attacker or a bug would."""
+    value = json.loads((path / "manifest.json").read_bytes())
+    del value["sha256"]
+    change(value)
+    value["sha256"] = manifest._self_checksum(value)
+    (path / "manifest.json").write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v["shards"][0].update(name="../../x"), "outside the store"),
+        (lambda v: v["shards"][0].update(name="/etc"), "outside the store"),
+        (lambda v: v["shards"][0].update(passages=-6), "impossible number"),
+        (lambda v: v["shards"][0].update(tokens=2**70), "impossible number"),
+        (lambda v: v["shards"][1].update(first_row=5), "does not fit"),
+        (lambda v: v["shards"][1].update(program=1), "does not fit"),
+        (lambda v: v.update(num_passages=22), "promises 22 passages"),
+        (lambda v: v.pop("longest"), "cannot be read"),
+    ],
+)
+def test_manifest_that_makes_no_sense_is_refused(copied_store, change, message):
+    _rewrite_manifest(copied_store, change)
+    with pytest.raises(DamagedStore, match=message):
+        MemoryStore.open(copied_store)
+
+
+def test_other_format_version_is_refused(copied_store):
+    _rewrite_manifest(copied_store, lambda v: v.update(format_version=2))
+    with pytest.raises(ValueError, match="format version 2; this program reads version 1"):
+        MemoryStore.open(copied_store)
+
+
+def test_changed_or_cut_manifest_is_refused(copied_store):
+    file = copied_store / "manifest.json"
+    text = file.read_text()
+    file.write_text(text.replace("sha256:e1", "sha256:e2"))
+    with pytest.raises(DamagedStore, match="changed since it was written"):
+        MemoryStore.open(copied_store)
+    for cut in (text[:50], "[]", "{}", ""):
+        file.write_text(cut)
+        with pytest.raises(DamagedStore, match="cannot be read"):
+            MemoryStore.open(copied_store)
+
+
+def test_record_that_names_files_elsewhere_is_refused(tiny_store):
+    value = json.loads((tiny_store / "shards" / "000000" / "shard.json").read_bytes())
+    value["files"]["../../../etc/passwd"] = [1, "0"]
+    with pytest.raises(DamagedStore, match="outside its shard"):
+        manifest.Record.from_bytes(json.dumps(value).encode(), "shard.json")
+
+
+def test_manifest_round_trips(tiny_store):
+    data = (tiny_store / "manifest.json").read_bytes()
+    assert Manifest.from_bytes(data, "m").to_bytes() == data
+
+
+def test_program_is_checked():
+    with pytest.raises(ValueError, match="at least one row"):
+        Program(0, (4,), "float32", "cpu", "0")
+    with pytest.raises(ValueError, match="increasing and positive"):
+        Program(1, (8, 4), "float32", "cpu", "0")
