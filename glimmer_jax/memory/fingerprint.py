@@ -1,10 +1,12 @@
 """The fingerprint of an encoder: which weights a memory was made with.
 
 It covers exactly the parameters that memory depends on: the embedding, layers [0, M) and their
-position table. It is the same for scanned and looped stacks and on any mesh.
+position table, and the settings of the layers. It is the same for scanned and looped stacks and on
+any mesh.
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,14 +15,21 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from glimmer_jax.models.glimmer import GlimmerConfig
+
 _LOOPED = re.compile(r"layers_(\d+)")
 
 
-def encoder_fingerprint(params: Mapping[str, Any]) -> str:
+# Settings that change what the same parameters compute, beyond rounding.
+_SETTINGS = ("num_heads", "head_dim", "mlp_activations", "relpos_buckets", "relpos_max_distance")
+
+
+def encoder_fingerprint(params: Mapping[str, Any], config: GlimmerConfig) -> str:
     """`sha256:...` over names, shapes, dtypes and bytes of the memory encoder's parameters.
 
     Args:
       params: the model's parameters, a plain nested dictionary of arrays.
+      config: the model's; of it, the settings that the encoder's function depends on.
 
     Raises:
       ValueError: there is no memory encoder in `params`.
@@ -32,7 +41,8 @@ def encoder_fingerprint(params: Mapping[str, Any]) -> str:
                 f"A memory needs the parameters {part!r}; these have {sorted(params)}. A model "
                 "without memory layers (FiD) has no memory to build."
             )
-    digest = hashlib.sha256()
+    settings = {name: getattr(config.t5, name) for name in _SETTINGS}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     # The embedding goes by one name, so that a frozen copy equal to the live table is the same.
     _update(digest, "embedding", params[embedder]["embedding"])
     for name, leaf in sorted(_canonical(params["memory_encoder"]), key=lambda item: item[0]):

@@ -1,12 +1,34 @@
 """The encoder's fingerprint: the same where memory is the same, and only there."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from glimmer_jax import partitioning
-from glimmer_jax.memory.fingerprint import encoder_fingerprint
+from glimmer_jax.memory import fingerprint
+from glimmer_jax.models.glimmer import GlimmerConfig
+from glimmer_jax.models.t5 import T5Config
+
+CONFIG = GlimmerConfig(
+    T5Config(
+        vocab_size=16,
+        emb_dim=8,
+        num_heads=2,
+        head_dim=4,
+        mlp_dim=16,
+        num_encoder_layers=12,
+        num_decoder_layers=1,
+    ),
+    memory_layers=12,
+)
+
+
+def encoder_fingerprint(params, **t5):
+    config = dataclasses.replace(CONFIG, t5=dataclasses.replace(CONFIG.t5, **t5))
+    return fingerprint.encoder_fingerprint(params, config)
 
 
 def _params(layers=12, seed=0):
@@ -57,6 +79,14 @@ def test_only_what_memory_depends_on_counts():
         other = _params()
         change(other)
         assert encoder_fingerprint(other) != expected
+
+
+def test_settings_count_where_they_change_the_function():
+    params = _params()
+    expected = encoder_fingerprint(params)
+    assert encoder_fingerprint(params, mlp_activations=("relu", "linear")) != expected
+    assert encoder_fingerprint(params, relpos_max_distance=64) != expected
+    assert encoder_fingerprint(params, scan_layers=False, dropout_rate=0.1) == expected
 
 
 def test_dtype_counts():
