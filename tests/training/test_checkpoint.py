@@ -28,7 +28,7 @@ OPTIMIZER = make_optimizer(OptimizerConfig(min_dim_size_to_factor=1), MODEL.para
 
 
 def fresh():
-    return MODEL.init(jax.random.key(0))
+    return MODEL.init()
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def test_a_truncated_and_a_missing_file_are_named(damaged):
 
 def test_a_step_without_checksums_does_not_count(damaged, caplog):
     (damaged / "4" / SIDECAR).unlink()
-    with pytest.raises(ValueError, match="no checksums.json"):
+    with pytest.raises(ValueError, match=r"no checksums\.json"):
         restore_params(damaged / "4")
     with caplog.at_level(logging.WARNING), Checkpoints(damaged) as checkpoints:
         assert checkpoints.latest_step() == 2
@@ -158,9 +158,9 @@ def test_arrays_of_another_model_are_named(saved, mesh):
 
 def test_a_step_that_is_not_there_is_refused(saved, mesh, tmp_path):
     target = abstract_state(OPTIMIZER, jax.eval_shape(fresh), mesh)
-    with Checkpoints(saved) as checkpoints:
-        with pytest.raises(ValueError, match=r"no finished checkpoint 3; it has \[2, 4\]"):
-            checkpoints.restore(target, 3)
+    message = r"no finished checkpoint 3; it has \[2, 4\]"
+    with Checkpoints(saved) as checkpoints, pytest.raises(ValueError, match=message):
+        checkpoints.restore(target, 3)
     with pytest.raises(ValueError, match="is no checkpoint"):
         find_step(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="keep_latest must be at least 1"):
@@ -186,9 +186,11 @@ def test_order_of_preference(saved, mesh, tmp_path):
 
 def test_the_checkpoint_of_another_run_is_refused(saved, mesh):
     metadata = {"seed": 0, "vocabulary_fingerprint": "w"}
-    with Checkpoints(saved, metadata=metadata) as checkpoints:
-        with pytest.raises(ValueError, match="vocabulary_fingerprint 'v', and this one has 'w'"):
-            start_state(checkpoints, OPTIMIZER, mesh, fresh)
+    with (
+        Checkpoints(saved, metadata=metadata) as checkpoints,
+        pytest.raises(ValueError, match="vocabulary_fingerprint 'v', and this one has 'w'"),
+    ):
+        start_state(checkpoints, OPTIMIZER, mesh, fresh)
 
 
 def test_params_file_is_bfloat16_and_comes_back_as_float32(tmp_path, state):

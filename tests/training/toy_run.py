@@ -1,4 +1,4 @@
-"""A training run of the toy as a process of its own, to be killed: `toy_run MODEL_DIR STEPS [KILL]`.
+"""A training run of the toy as a process of its own: `toy_run MODEL_DIR STEPS [KILL]`.
 
 At step KILL the process kills itself with -9 while the data of that step is made.
 """
@@ -32,7 +32,7 @@ def main(model_dir, total_steps, kill_at=None):
         make_mesh(MeshConfig(data=1), jax.devices()[:1]),
         model_dir,
         make_batches,
-        lambda: model.init(jax.random.key(0)),
+        model.init,
     )
 
 
