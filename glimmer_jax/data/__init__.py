@@ -1,0 +1,1 @@
+"""The data wing: built-in corpus, KILT files, vocabulary, seqio pieces, scoring."""

@@ -1,0 +1,191 @@
+"""seqio's features to the model's batch contract.
+
+    task features                         model features
+    inputs          int32 [<=Q]           question_tokens        int32 [Q], right-aligned
+    targets         int32 [<=T], EOS      decoder_input_tokens   int32 [T], shifted right, 0 first
+                                          decoder_target_tokens  int32 [T]
+                                          decoder_loss_weights   float32 [T], 0 for padding
+    passage_ids     int64 [<=K]           passage_ids            int64 [K], -1 where there is none
+      or passages   int32 [<=K, <=P]      passage_tokens         int32 [K, P], 0 is padding
+    gold_passages   int32 [<=K], may miss gold_passages          int32 [K]
+
+For example with lengths `{"inputs": 4, "targets": 3, "passages": (2, 5)}`:
+
+    {"inputs": [7, 8], "targets": [9, 1], "passage_ids": [81]}
+    {"question_tokens": [0, 0, 7, 8], "decoder_input_tokens": [0, 9, 1],
+     "decoder_target_tokens": [9, 1, 0], "decoder_loss_weights": [1, 1, 0], "passage_ids": [81, -1]}
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import seqio
+import tensorflow as tf
+
+_Spec = seqio.FeatureConverter.FeatureSpec
+
+NO_PASSAGE = -1
+
+
+def check_lengths(lengths: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    """(Q, T, K, P) of TASK_FEATURE_LENGTHS.
+
+    Raises:
+      ValueError: another form than `{"inputs": Q, "targets": T, "passages": (K, P)}`.
+    """
+    wanted = '{"inputs": Q, "targets": T, "passages": (K, P)}, whole numbers of at least 1'
+    try:
+        question, target = lengths["inputs"], lengths["targets"]
+        count, passage = lengths["passages"]
+        values = (question, target, count, passage)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"TASK_FEATURE_LENGTHS must be {wanted}; got {dict(lengths)}.") from None
+    if not all(isinstance(value, int) and value >= 1 for value in values):
+        raise ValueError(f"TASK_FEATURE_LENGTHS must be {wanted}; got {dict(lengths)}.")
+    return values
+
+
+class GlimmerFeatureConverter(seqio.FeatureConverter):
+    """See the module's docstring. Lengths are those of `check_lengths`.
+
+    Which passage form a dataset has is read from its element spec. Never packs: a question and its
+    passages are one example.
+    """
+
+    TASK_FEATURES = {
+        "inputs": _Spec(dtype=tf.int32),
+        "targets": _Spec(dtype=tf.int32),
+        "passages": _Spec(dtype=tf.int32, rank=2, sequence_dim=1),
+    }
+    MODEL_FEATURES = {
+        "question_tokens": _Spec(dtype=tf.int32),
+        "decoder_input_tokens": _Spec(dtype=tf.int32),
+        "decoder_target_tokens": _Spec(dtype=tf.int32),
+        "decoder_loss_weights": _Spec(dtype=tf.float32),
+        "passage_tokens": _Spec(dtype=tf.int32, rank=2, sequence_dim=1),
+    }
+    PACKING_FEATURE_DTYPES: Mapping[str, Any] = {}
+
+    def __init__(self, pack: bool = False, **kwargs: Any):
+        if pack:
+            raise ValueError(
+                "GlimmerFeatureConverter cannot pack: a question and its passages are one example. "
+                "Pass pack=False."
+            )
+        # seqio compares one length with one dimension, which [K, P] has not; trimming is ours.
+        kwargs["apply_length_check"] = False
+        super().__init__(pack=False, **kwargs)
+
+    def __call__(
+        self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, Any]
+    ) -> tf.data.Dataset:
+        """Converts; features of `ds` that the model does not know are left out.
+
+        Raises:
+          ValueError: the lengths are not of the form above, or the dataset has no passages.
+        """
+        features = [name for name in ("passage_ids", "passages") if name in ds.element_spec]
+        if len(features) != 1:
+            raise ValueError(
+                "Examples must have either `passage_ids` or `passages`; these have "
+                f"{sorted(ds.element_spec)}."
+            )
+        lengths = {**task_feature_lengths}
+        if "passages" not in lengths and "passage_ids" in lengths:
+            # seqio.Evaluator hands down the lengths of the features it sees, and P is not needed.
+            lengths["passages"] = (lengths["passage_ids"], 1)
+        check_lengths(lengths)
+        kept = ("inputs", "targets", *features)
+        if "gold_passages" in ds.element_spec:
+            kept += ("gold_passages",)
+        one_form = _OneForm(features[0], "gold_passages" in kept, self._bos_id)
+        ds = ds.map(lambda example: {name: example[name] for name in kept})
+        return one_form(ds, {name: one_form.length(name, lengths) for name in kept})
+
+    def _convert_features(
+        self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, Any]
+    ) -> tf.data.Dataset:
+        return self(ds, task_feature_lengths)
+
+    def get_model_feature_lengths(self, task_feature_lengths: Mapping[str, Any]) -> dict[str, Any]:
+        """Lengths of the model's features, for the form with tokens (ids are looked up on the host)."""
+        form = _OneForm("passages", "gold_passages" in task_feature_lengths, self._bos_id)
+        return form.get_model_feature_lengths(task_feature_lengths)
+
+
+class _OneForm(seqio.FeatureConverter):
+    """The converter of one passage form, checked by seqio on both sides."""
+
+    TASK_FEATURES: Mapping[str, Any] = {}
+    MODEL_FEATURES: Mapping[str, Any] = {}
+    PACKING_FEATURE_DTYPES: Mapping[str, Any] = {}
+
+    def __init__(self, form: str, has_gold: bool, bos_id: int):
+        super().__init__(pack=False, apply_length_check=False, bos_id=bos_id)
+        both = GlimmerFeatureConverter
+        task, model = dict(both.TASK_FEATURES), dict(both.MODEL_FEATURES)
+        if form == "passage_ids":
+            del task["passages"], model["passage_tokens"]
+            task["passage_ids"] = model["passage_ids"] = _Spec(dtype=tf.int64)
+        if has_gold:
+            task["gold_passages"] = model["gold_passages"] = _Spec(dtype=tf.int32)
+        self.TASK_FEATURES, self.MODEL_FEATURES = task, model
+
+    @staticmethod
+    def length(name: str, lengths: Mapping[str, Any]) -> Any:
+        if name in ("passage_ids", "gold_passages"):
+            return lengths["passages"][0]
+        return lengths[name]
+
+    def _convert_features(
+        self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, Any]
+    ) -> tf.data.Dataset:
+        lengths = task_feature_lengths
+
+        def convert(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+            targets = _pad(example["targets"], [lengths["targets"]])
+            question = example["inputs"][: lengths["inputs"]]
+            converted = {
+                "question_tokens": _pad(question, [lengths["inputs"]], left=True),
+                "decoder_input_tokens": seqio.utils.make_autoregressive_inputs(
+                    targets, bos_id=self._bos_id
+                ),
+                "decoder_target_tokens": targets,
+                "decoder_loss_weights": tf.cast(targets != 0, tf.float32),
+            }
+            if "passages" in lengths:
+                converted["passage_tokens"] = _pad(example["passages"], lengths["passages"])
+            else:
+                ids = example["passage_ids"]
+                converted["passage_ids"] = _pad(ids, [lengths["passage_ids"]], value=NO_PASSAGE)
+            if "gold_passages" in lengths:
+                gold = example["gold_passages"]
+                converted["gold_passages"] = _pad(gold, [lengths["gold_passages"]])
+            return converted
+
+        return ds.map(convert, num_parallel_calls=tf.data.AUTOTUNE)
+
+    def get_model_feature_lengths(self, task_feature_lengths: Mapping[str, Any]) -> dict[str, Any]:
+        lengths = {
+            "question_tokens": task_feature_lengths["inputs"],
+            "decoder_input_tokens": task_feature_lengths["targets"],
+            "decoder_target_tokens": task_feature_lengths["targets"],
+            "decoder_loss_weights": task_feature_lengths["targets"],
+        }
+        for task, model in (
+            ("passages", "passage_tokens"),
+            ("passage_ids", "passage_ids"),
+            ("gold_passages", "gold_passages"),
+        ):
+            if task in task_feature_lengths:
+                lengths[model] = task_feature_lengths[task]
+        return lengths
+
+
+def _pad(x: tf.Tensor, lengths: Any, value: int = 0, left: bool = False) -> tf.Tensor:
+    """Trims every dimension to its length and fills up to it."""
+    x = x[tuple(slice(0, length) for length in lengths)]
+    missing = [length - tf.shape(x)[axis] for axis, length in enumerate(lengths)]
+    paddings = [[n, 0] if left else [0, n] for n in missing]
+    padded = tf.pad(x, paddings, constant_values=tf.constant(value, x.dtype))
+    return tf.ensure_shape(padded, lengths)

@@ -1,0 +1,184 @@
+"""Batches of the contract from seqio: one deterministic stream, resumable at any step.
+
+Every process draws the same global stream of questions and passage ids, keeps its own rows of each
+batch, and fetches passages for those only; so results do not depend on the number of processes. The
+position in the stream is the step alone: a restarted run skips what was seen.
+"""
+
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import seqio
+
+from glimmer_jax.data.features import NO_PASSAGE, GlimmerFeatureConverter, check_lengths
+from glimmer_jax.passages import Passages
+
+Batch = dict[str, Any]
+
+
+def import_tasks(module: str | None) -> None:
+    """Imports the module whose import registers tasks, for example `tasks.pydocs`.
+
+    Raises:
+      ValueError: there is no such module.
+    """
+    if module is None:
+        return
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module.startswith(error.name):
+            raise
+        raise ValueError(
+            f"No module {module!r} to import tasks from. MIXTURE_OR_TASK_MODULE names a Python "
+            "module, such as 'tasks.pydocs'."
+        ) from None
+
+
+def find_mixture_or_task(name: str) -> Any:
+    """The registered mixture or task.
+
+    Raises:
+      ValueError: nothing of that name is registered.
+    """
+    known = sorted({*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()})
+    if name not in known:
+        raise ValueError(
+            f"No mixture or task {name!r} is registered; there are {', '.join(known) or 'none'}. "
+            "Check MIXTURE_OR_TASK_NAME and MIXTURE_OR_TASK_MODULE."
+        )
+    return seqio.get_mixture_or_task(name)
+
+
+def batches(
+    mixture_or_task_name: str,
+    split: str,
+    lengths: Mapping[str, Any],
+    batch_size: int,
+    *,
+    seed: int = 0,
+    start_step: int = 0,
+    passages: Passages | None = None,
+    repeat: bool = True,
+    use_cached: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """This process's rows of every batch, from `start_step` on.
+
+    Args:
+      mixture_or_task_name: registered with seqio.
+      split: train, validation or test.
+      lengths: `{"inputs": Q, "targets": T, "passages": (K, P)}`.
+      batch_size: rows of a batch over all processes.
+      seed: of shuffling, mixing and drawing answers.
+      start_step: batches to leave out at the beginning.
+      passages: where the passages of `passage_ids` are read; None leaves them to a memory lookup.
+      repeat: True shuffles and never ends; False is one pass in order, its last batch filled up
+        with empty rows (all padding, loss weight 0).
+      use_cached: read seqio's cache of the task.
+      process_index, process_count: which rows are kept.
+
+    Raises:
+      ValueError: unknown name, lengths or batch size that do not fit, or bad data files.
+    """
+    find_mixture_or_task(mixture_or_task_name)
+    passage_length = check_lengths(lengths)[3]
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"BATCH_SIZE must be a multiple of the {process_count} processes, got {batch_size}."
+        )
+    ds = seqio.get_dataset(
+        mixture_or_task_name,
+        dict(lengths),
+        GlimmerFeatureConverter(),
+        dataset_split=split,
+        shuffle=repeat,
+        num_epochs=None if repeat else 1,
+        use_cached=use_cached,
+        seed=seed,
+    )
+    ds = ds.skip(start_step * batch_size).batch(batch_size)
+    return _rows(ds, batch_size, passages, passage_length, process_index, process_count)
+
+
+def _rows(
+    ds: Any,
+    batch_size: int,
+    passages: Passages | None,
+    passage_length: int,
+    process_index: int,
+    process_count: int,
+) -> Iterator[Batch]:
+    local = batch_size // process_count
+    own = slice(process_index * local, (process_index + 1) * local)
+    for batch in ds.as_numpy_iterator():
+        rows = {name: x[own] for name, x in fill(batch, batch_size).items()}
+        yield attach(rows, passages, passage_length)
+
+
+def fill(batch: Mapping[str, np.ndarray], batch_size: int) -> Batch:
+    """A batch with empty rows up to `batch_size`."""
+    filled = {}
+    for name, x in batch.items():
+        value = NO_PASSAGE if name == "passage_ids" else 0
+        missing = [(0, batch_size - len(x)), *[(0, 0)] * (x.ndim - 1)]
+        filled[name] = np.pad(x, missing, constant_values=value)
+    return filled
+
+
+def attach(batch: Batch, passages: Passages | None, length: int) -> Batch:
+    """The batch with `passage_tokens [B, K, P]` for its `passage_ids`, which stay for reports."""
+    if passages is None or "passage_ids" not in batch:
+        return batch
+    rows = passages.rows(batch["passage_ids"])
+    return {**batch, "passage_tokens": passages.tokens(rows, length)}
+
+
+def check_fit(
+    mixture_or_task_name: str,
+    split: str,
+    lengths: Mapping[str, Any],
+    *,
+    examples: int = 1000,
+    max_cut: float = 0.1,
+) -> dict[str, int]:
+    """Compares the first examples of every task with the lengths, before anything is compiled.
+
+    Returns:
+      Counts over all tasks: `examples`, and of them `questions_cut` and `answers_cut`.
+
+    Raises:
+      ValueError: no example has as many passages as K, or more than `max_cut` of the questions or
+        of the answers are longer than Q or T.
+    """
+    question_length, target_length, num_passages, _ = check_lengths(lengths)
+    counts = {"examples": 0, "questions_cut": 0, "answers_cut": 0}
+    for task in seqio.get_subtasks(find_mixture_or_task(mixture_or_task_name)):
+        ds = task.get_dataset(None, split, shuffle=False, num_epochs=1)
+        most = seen = questions = targets = 0
+        for example in ds.take(examples).as_numpy_iterator():
+            seen += 1
+            questions += len(example["inputs"]) > question_length
+            targets += len(example["targets"]) > target_length
+            most = max(most, len(example.get("passage_ids", example.get("passages"))))
+        if most < num_passages:
+            raise ValueError(
+                f"TASK_FEATURE_LENGTHS asks for K={num_passages} passages, and the {split} examples "
+                f"of {task.name} have {most} at most. Retrieve {num_passages}, or lower K."
+            )
+        for name, key, count in (
+            ("questions", "inputs", questions),
+            ("answers", "targets", targets),
+        ):
+            if count > max_cut * seen:
+                raise ValueError(
+                    f"{count} of {seen} {name} of {task.name} ({split}) are longer than the "
+                    f"{lengths[key]} tokens that TASK_FEATURE_LENGTHS[{key!r}] gives them. Raise it."
+                )
+        counts["examples"] += seen
+        counts["questions_cut"] += questions
+        counts["answers_cut"] += targets
+    return counts

@@ -1,0 +1,217 @@
+"""The built-in corpus: the documentation every Python installation carries, as short passages.
+
+Real English on thousands of subjects without a download, for the quickstart, the tests and the
+shipped checkpoints. Each documented object is a page, cut into passages of a few sentences, the
+signature at the head of the first. Pages are split into train, dev and test by module, so that
+nothing of a held-out module is trained on. Contents differ a little between Python versions; the
+split of a module never does.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from glimmer_jax.data.pydocs_objects import Documented, documented_objects
+
+SPLITS = ("train", "dev", "test")
+MAX_WORDS = 60
+# Longer signatures leave no room for the docstring.
+MAX_SIGNATURE_WORDS = 24
+
+# Modules that copy each other's sentences stay together; those that the language reference quotes,
+# with it in the training split.
+_FAMILIES = (
+    ("train", "base64 bdb binascii builtins cmd collections pdb topics types typing"),
+    ("multiprocessing", "asyncio concurrent queue select selectors socket ssl threading"),
+    ("email", "http mailbox mimetypes socketserver wsgiref xmlrpc"),
+    ("os", "posixpath shutil"),
+    ("bz2", "gzip lzma"),
+    ("math", "cmath"),
+    ("pwd", "grp resource spwd"),
+    ("profile", "cProfile pstats"),
+    ("importlib", "imp pkgutil runpy zipimport"),
+    ("smtpd", "asynchat asyncore"),
+    ("aifc", "sunau wave"),
+    ("dbm", "shelve"),
+    ("urllib", "cgi"),
+    ("tarfile", "zipfile"),
+    ("code", "codeop"),
+    ("ftplib", "imaplib nntplib poplib smtplib telnetlib"),
+    ("argparse", "getopt optparse"),
+    ("ast", "inspect"),
+    ("compileall", "py_compile"),
+)
+_FAMILY = {module: family for family, members in _FAMILIES for module in members.split()}
+_SALT = "glimmer-pydocs-1322"
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """One documented object, cut into chunks of sentences; `split` is its module's."""
+
+    documented: Documented
+    split: str
+    chunks: tuple[tuple[str, ...], ...]
+
+    @property
+    def name(self) -> str:
+        return self.documented.name
+
+    @property
+    def signature(self) -> str:
+        return short_signature(self.documented.signature)
+
+    def text(self, chunk: int) -> str:
+        """Text of one passage: the first starts with the signature."""
+        head = (self.signature,) if chunk == 0 and self.signature else ()
+        return " ".join(head + self.chunks[chunk])
+
+
+def split_of(module: str) -> str:
+    """train, dev or test for a module's dotted name; the same for every Python version."""
+    top = module.split(".")[0]
+    family = _FAMILY.get(top, top)
+    if family == "train":
+        return "train"
+    place = stable_hash(_SALT, family) % 1000
+    return "train" if place < 700 else "dev" if place < 780 else "test"
+
+
+def stable_hash(*parts: object) -> int:
+    """A 63-bit number that depends on the parts alone, not on the process."""
+    data = "\x00".join(str(part) for part in parts).encode()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
+
+
+def passage_id(name: str, chunk: int) -> int:
+    """External id of a passage: non-negative, below 2**63."""
+    return stable_hash("passage", name, chunk)
+
+
+def short_signature(signature: str) -> str:
+    """A signature of at most `MAX_SIGNATURE_WORDS` words; `...` stands for what was cut."""
+    words = signature.split(" ")
+    if len(words) <= MAX_SIGNATURE_WORDS:
+        return signature
+    return " ".join([*words[: MAX_SIGNATURE_WORDS - 1], "...)"])
+
+
+def sentences(doc: str) -> list[str]:
+    """A docstring as sentences: no interpreter sessions, rules or table borders, plain spaces."""
+    doc = re.sub(r"(?m)^[ \t]*>>>(.*\n?)(?:[ \t]*\S.*\n?)*", "\n", doc)
+    doc = re.sub(r"(?m)^[ \t]*([-=~*^#+])\1{2,}[ \t]*$", "\n", doc)
+    doc = re.sub(r"[-=+|_*#~]{4,}|(?<= )\|(?= )|\S{48,}", " ", doc)
+    found = []
+    for paragraph in re.split(r"\n[ \t]*\n|\n(?=[ \t]*[-*] )", doc):
+        text = " ".join(paragraph.split())
+        found.extend(re.split(r"(?<=[.!?])\s+(?=[A-Z\"'(`*])", text))
+    return [sentence for sentence in found if re.search(r"[A-Za-z]{2}", sentence)]
+
+
+def chunk(found: list[str], first_words: int, max_words: int) -> tuple[tuple[str, ...], ...]:
+    """Packs sentences, in order, into chunks of at most `max_words`; longer sentences are cut.
+
+    `first_words` are already taken in the first chunk, by the signature.
+    """
+    chunks: list[list[str]] = [[]]
+    room = max_words - first_words
+    for sentence in found:
+        words = sentence.split()
+        for start in range(0, len(words), max_words):
+            piece = words[start : start + max_words]
+            if len(piece) > room:
+                chunks.append([])
+                room = max_words
+            chunks[-1].append(" ".join(piece))
+            room -= len(piece)
+    if not chunks[0] and not first_words:
+        chunks.pop(0)
+    return tuple(tuple(one) for one in chunks)
+
+
+@functools.lru_cache(maxsize=2)
+def pages(max_words: int = MAX_WORDS) -> tuple[Page, ...]:
+    """Every page of the corpus, sorted by module and name.
+
+    Raises ValueError where `max_words` leaves no room beside a signature.
+    """
+    if max_words <= MAX_SIGNATURE_WORDS:
+        raise ValueError(
+            f"Passages need more than {MAX_SIGNATURE_WORDS} words, the longest signature, got "
+            f"max_words={max_words}. Raise max_words."
+        )
+    objects = documented_objects()
+    topics = _distinct_topics([item for item in objects if item.kind == "topic"])
+    made = []
+    for item in objects:
+        found = topics[item.name] if item.kind == "topic" else sentences(item.doc)
+        taken = len(short_signature(item.signature).split())
+        chunks = chunk(found, taken, max_words)
+        if chunks:
+            made.append(Page(item, split_of(item.module), chunks))
+    return tuple(made)
+
+
+def _distinct_topics(items: list[Documented]) -> dict[str, list[str]]:
+    """Sentences of each topic, less those of shorter topics: long topics repeat whole others."""
+    seen: set[str] = set()
+    found = {}
+    for item in sorted(items, key=lambda item: (len(item.doc), item.name)):
+        found[item.name] = [one for one in sentences(item.doc) if one not in seen]
+        seen.update(found[item.name])
+    return found
+
+
+def passages(max_words: int = MAX_WORDS) -> Iterator[dict[str, Any]]:
+    """The corpus: one record for each passage.
+
+    `{"id": 5313…, "title": "json.dumps", "text": "dumps(obj, *, skipkeys=False, …) Serialize …",
+    "page": "json.dumps", "chunk": 0, "module": "json", "split": "train", "signature": "dumps(…)"}`
+    """
+    for page in pages(max_words):
+        for index in range(len(page.chunks)):
+            yield {
+                "id": passage_id(page.name, index),
+                "title": page.name,
+                "text": page.text(index),
+                "page": page.name,
+                "chunk": index,
+                "module": page.documented.module,
+                "split": page.split,
+                "signature": page.signature,
+            }
+
+
+def train_texts(max_words: int = MAX_WORDS) -> list[dict[str, Any]]:
+    """The passages of the training modules: the only plain text that training may read."""
+    return [record for record in passages(max_words) if record["split"] == "train"]
+
+
+def write_corpus(directory: str | Path, max_words: int = MAX_WORDS) -> dict[str, int]:
+    """Writes `corpus.jsonl` and `questions/<task>-<split>.jsonl`; returns lines per file.
+
+    A rewrite of the same corpus with the same Python gives the same bytes.
+    """
+    from glimmer_jax.data import pydocs_tasks
+
+    root = Path(directory)
+    (root / "questions").mkdir(parents=True, exist_ok=True)
+    counts = {"corpus.jsonl": _write(root / "corpus.jsonl", passages(max_words))}
+    for (task, split), examples in pydocs_tasks.all_tasks(max_words).items():
+        name = f"questions/{task}-{split}.jsonl"
+        counts[name] = _write(root / name, examples)
+    return counts
+
+
+def _write(path: Path, records: Any) -> int:
+    count = 0
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            count += 1
+    return count

@@ -1,0 +1,186 @@
+"""Clauses of docstrings: as noisy questions with one answer, and as claims.
+
+A clause never contains the name of its object nor a part of it. A question is an in-order fragment of one
+sentence with some words dropped, rare ones sooner than common ones: word overlap alone often
+misleads, order and closeness still point to one passage.
+"""
+
+import math
+import random
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+
+from glimmer_jax.data.pydocs import Page, stable_hash
+
+MIN_WORDS, MAX_WORDS = 6, 12
+# Share of a span's words that is dropped, and how much sooner a rare word goes than a common one.
+DROPPED = 0.3
+RARE_WEIGHT = 4.0
+COMMON_SHARE = 0.02
+# A passage that holds the words in order within this many times the clause's span answers it too.
+SLACK = 1.0
+# Lengths tried a sentence, and clauses asked of it.
+LENGTHS = 8
+PER_SENTENCE = 3
+# The clauses of the commonest words are taken, up to this many nats of chance.
+JITTER = 2.0
+
+Claim = tuple[Page, str, int, bool]
+
+
+def clean_words(sentence: str) -> list[str]:
+    """Words without punctuation at their edges; words of punctuation alone are left out."""
+    stripped = (word.strip(".,;:!?\"'`()[]{}<>*|") for word in sentence.split())
+    return [word for word in stripped if re.search(r"\w", word)]
+
+
+def name_parts(name: str) -> frozenset[str]:
+    """`http.HTTPServer.server_bind` -> http, server, bind, httpserver (lower case)."""
+    parts = set()
+    for piece in re.split(r"[._]", name):
+        parts.add(piece.lower())
+        parts.update(x.lower() for x in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", piece))
+    return frozenset(part for part in parts if len(part) > 1)
+
+
+def betrays(word: str, parts: frozenset[str]) -> bool:
+    """Whether a word contains a part of the name, or is a form of one (`joined` for join)."""
+    for piece in name_parts(word) | {word.lower()}:
+        for part in parts:
+            if piece == part or (len(part) > 2 and part in piece):
+                return True
+            if len(piece) > 3 and (part.startswith(piece) or piece[:-1] == part[: len(piece) - 1]):
+                return True
+    return False
+
+
+class ClauseIndex:
+    """Words of every passage, to find the passages that hold a clause."""
+
+    def __init__(self, pages: tuple[Page, ...]) -> None:
+        self._words: list[list[str]] = []
+        self._keys: list[tuple[str, int]] = []
+        self._holders: dict[str, set[int]] = defaultdict(set)
+        for page in pages:
+            for chunk in range(len(page.chunks)):
+                row = len(self._words)
+                words = [word.lower() for word in clean_words(page.text(chunk))]
+                self._words.append(words)
+                self._keys.append((page.name, chunk))
+                for word in words:
+                    self._holders[word].add(row)
+
+    def rarity(self, word: str) -> float:
+        """-log of the share of the passages that hold a word of theirs."""
+        return math.log(len(self._words) / len(self._holders[word.lower()]))
+
+    def weight(self, word: str) -> float:
+        """How soon a word is dropped."""
+        return 1.0 if self.rarity(word) < -math.log(COMMON_SHARE) else RARE_WEIGHT
+
+    def holders(self, clause: list[str], span: int) -> set[tuple[str, int]]:
+        """(page, chunk) of the passages that hold the words in order within about `span` words."""
+        words = [word.lower() for word in clause]
+        rows = set.intersection(*sorted((self._holders[word] for word in words), key=len))
+        limit = int(span * SLACK)
+        return {self._keys[row] for row in rows if _in_order(words, self._words[row], limit)}
+
+
+def _in_order(words: list[str], text: list[str], limit: int) -> bool:
+    for start, word in enumerate(text):
+        if word != words[0]:
+            continue
+        place = start
+        for other in words[1:]:
+            try:
+                place = text.index(other, place + 1, start + limit)
+            except ValueError:
+                break
+        else:
+            return True
+    return False
+
+
+def noisy_clauses(page: Page, index: ClauseIndex, count: int) -> list[tuple[int, str]]:
+    """At most `count` questions of a page as (chunk, clause), each held by that passage alone."""
+    parts = name_parts(page.name)
+    fragments = []
+    for chunk, found in enumerate(page.chunks):
+        for number, sentence in enumerate(found):
+            # Seeded by name: the same clauses whatever else the corpus holds.
+            draw = random.Random(stable_hash("clauses", page.name, chunk, number))
+            words = clean_words(sentence)
+            for places in _fragments(words, parts, index, draw):
+                clause = [words[place] for place in places]
+                ease = sum(index.rarity(word) for word in clause) + JITTER * draw.random()
+                span = places[-1] - places[0] + 1
+                fragments.append((ease / len(clause), chunk, number, clause, span))
+    chosen: dict[str, int] = {}
+    used: dict[tuple[int, int], int] = defaultdict(int)
+    for _, chunk, number, clause, span in sorted(fragments):
+        if len(chosen) == count:
+            break
+        text = " ".join(clause)
+        if used[chunk, number] == PER_SENTENCE or text in chosen:
+            continue
+        if index.holders(clause, span) == {(page.name, chunk)}:
+            used[chunk, number] += 1
+            chosen[text] = chunk
+    return [(chunk, text) for text, chunk in chosen.items()]
+
+
+def _fragments(
+    words: list[str], parts: frozenset[str], index: ClauseIndex, draw: random.Random
+) -> Iterator[list[int]]:
+    """Places of the words that a clause keeps, for clauses from every start in a sentence."""
+    usable = [place for place, word in enumerate(words) if not betrays(word, parts)]
+    if len(usable) < MIN_WORDS:
+        return
+    for _ in range(LENGTHS):
+        length = draw.randint(MIN_WORDS, MAX_WORDS)
+        span = min(round(length / (1 - DROPPED)), len(usable))
+        kept = min(length, max(MIN_WORDS, round(span * (1 - DROPPED))))
+        for start in range(len(usable) - span + 1):
+            places = usable[start : start + span]
+            # A weighted draw without replacement: the largest go first.
+            last = sorted(places, key=lambda at: draw.random() ** (1 / index.weight(words[at])))
+            yield sorted(last[:kept])
+
+
+def clause_pairs(pages: tuple[Page, ...]) -> list[list[Claim]]:
+    """Four claims for each pair of siblings: each clause told of its own object and of the other.
+
+    Only pages of one passage: what their passage does not say, their documentation does not say.
+    """
+    groups: dict[str, list[Page]] = defaultdict(list)
+    for page in pages:
+        if len(page.chunks) == 1 and page.chunks[0] and page.documented.kind != "module":
+            groups[page.name.rpartition(".")[0] or page.documented.module].append(page)
+    pairs = []
+    for siblings in groups.values():
+        siblings.sort(key=lambda page: stable_hash("sibling", page.name))
+        for left, right in zip(siblings[::2], siblings[1::2], strict=False):
+            pairs.append(_swap(left, right))
+    return [pair for pair in pairs if pair]
+
+
+def _swap(left: Page, right: Page) -> list[Claim]:
+    parts = name_parts(left.name) | name_parts(right.name)
+    told = [
+        [word for word in clean_words(page.chunks[0][0]) if not betrays(word, parts)][:MAX_WORDS]
+        for page in (left, right)
+    ]
+    if min(len(words) for words in told) < 4 or told[0] == told[1]:
+        return []
+    texts = [set(clean_words(page.text(0).lower())) for page in (left, right)]
+    for words, other in zip(told, reversed(texts), strict=True):
+        # Too much of it stands in the other's documentation as well to call it false there.
+        if sum(word.lower() in other for word in words) > 0.6 * len(words):
+            return []
+    clauses = [" ".join(words) for words in told]
+    return [
+        (page, f"{page.name}: {clause}.", 0, page is owner)
+        for page in (left, right)
+        for owner, clause in zip((left, right), clauses, strict=True)
+    ]

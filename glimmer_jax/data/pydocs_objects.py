@@ -1,0 +1,252 @@
+"""What the running interpreter says about itself: every documented object of the standard library.
+
+Modules, classes, functions, methods and properties are found by import and `inspect`, the language
+reference by `pydoc_data.topics`. The list depends on the Python version, never on hash seeds, on
+import order or on the machine: names are sorted, defaults without a plain spelling are elided, and a
+fresh isolated process of the same interpreter does the reading. In ours, libraries have rewritten
+docstrings of the standard library, and three hundred imports would leave their traces. That is why
+this file imports nothing of the project: it is also the program of that process.
+"""
+
+import contextlib
+import dataclasses
+import enum
+import importlib
+import inspect
+import io
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import types
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+# Side effects on import, graphical or platform bound, copies of other modules, or gone in newer
+# Pythons only to come back through setuptools (distutils).
+SKIPPED = frozenset(
+    "__main__ antigravity distutils genericpath idlelib lib2to3 msilib msvcrt nt ntpath nturl2path "
+    "posix pydoc_data readline rlcompleter sre_compile sre_constants sre_parse test this tkinter "
+    "turtle turtledemo winreg winsound".split()
+)
+_WITHOUT_SUBMODULES = frozenset({"encodings", "ensurepip"})
+_SKIPPED_SUBMODULES = re.compile(r"\.(_\w*|tests?|__main__)(\.|$)")
+# The name under which people know a module.
+_ALIASES = {"posixpath": "os.path", "builtins": ""}
+_IMPORT_FAILURES = (ImportError, OSError, AttributeError, RuntimeError, SystemExit)
+
+
+@dataclasses.dataclass(frozen=True)
+class Documented:
+    """One documented object.
+
+    Attributes:
+      name: qualified name as people write it (`json.dumps`, `str.join`, `topics.assert`).
+      module: module it was found in (`json`, `builtins`, `topics`).
+      kind: module, class, function (methods too), property or topic.
+      signature: `dumps(obj, *, skipkeys=False)`, or "" where none is known.
+      parameters: (name, default as in the signature or None) of the plain parameters.
+      doc: the docstring, not yet normalised.
+    """
+
+    name: str
+    module: str
+    kind: str
+    signature: str
+    parameters: tuple[tuple[str, str | None], ...]
+    doc: str
+
+
+def documented_objects() -> list[Documented]:
+    """All documented objects, read by a fresh process of this interpreter.
+
+    Raises RuntimeError where that process fails.
+    """
+    command = [sys.executable, "-I", "-S", "-X", "utf8", "-W", "ignore", __file__]
+    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise RuntimeError(
+            f"Reading the documentation with {' '.join(command)} failed: "
+            f"{done.stderr.decode(errors='replace')[-500:]}"
+        )
+    found = []
+    for fields in json.loads(done.stdout):
+        fields["parameters"] = tuple((name, default) for name, default in fields["parameters"])
+        found.append(Documented(**fields))
+    return found
+
+
+def read_objects() -> list[Documented]:
+    """All documented objects of this process, one for each docstring, sorted by module and name.
+
+    A docstring met under several names (re-exports, copies in subclasses) is kept under one: the one
+    with the fewest parts, then the shortest, then the first in the alphabet.
+    """
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        found = [item for module in _modules() for item in _module_objects(module)]
+        found.extend(_topics())
+    best: dict[str, Documented] = {}
+    for item in sorted(found, key=_preference):
+        best.setdefault(" ".join(item.doc.split()).lower(), item)
+    names: dict[str, Documented] = {}
+    for item in best.values():
+        names.setdefault(item.name, item)
+    return sorted(names.values(), key=lambda item: (item.module, item.name))
+
+
+def _preference(item: Documented) -> tuple[bool, int, int, str, str]:
+    return item.kind == "property", item.name.count("."), len(item.name), item.name, item.module
+
+
+def _modules() -> Iterator[tuple[str, types.ModuleType]]:
+    for name in sorted(sys.stdlib_module_names):
+        if name in SKIPPED or name.startswith(("_", "xx")):
+            continue
+        module = _import(name)
+        if module is None:
+            continue
+        yield name, module
+        paths = getattr(module, "__path__", None)
+        if paths is None or name in _WITHOUT_SUBMODULES:
+            continue
+        for child in sorted(_submodules(paths, name + ".")):
+            submodule = _import(child)
+            if submodule is not None:
+                yield child, submodule
+
+
+def _submodules(paths: Any, prefix: str) -> Iterator[str]:
+    # Not pkgutil.walk_packages: it imports packages before we can decline them.
+    for info in pkgutil.iter_modules(paths, prefix):
+        if _SKIPPED_SUBMODULES.search(info.name):
+            continue
+        yield info.name
+        if info.ispkg:
+            package = _import(info.name)
+            if package is not None:
+                yield from _submodules(package.__path__, info.name + ".")
+
+
+def _import(name: str) -> types.ModuleType | None:
+    try:
+        return importlib.import_module(name)
+    except _IMPORT_FAILURES:
+        return None
+
+
+def _module_objects(named: tuple[str, types.ModuleType]) -> Iterator[Documented]:
+    module_name, module = named
+    shown = _ALIASES.get(module_name, module_name)
+    if _has_doc(module) and shown:
+        yield Documented(shown, module_name, "module", "", (), inspect.cleandoc(module.__doc__))
+    exported = getattr(module, "__all__", None)
+    names = exported if exported is not None else [n for n in vars(module) if n[:1] != "_"]
+    for name in sorted(set(names)):
+        thing = getattr(module, name, None)
+        if exported is None and not _is_own(thing, module_name):
+            continue
+        qualified = f"{shown}.{name}" if shown else name
+        if inspect.isclass(thing):
+            yield from _class_objects(thing, qualified, module_name)
+        elif inspect.isroutine(thing) and _has_doc(thing):
+            yield _routine(thing, qualified, module_name, "function")
+
+
+def _is_own(thing: Any, module_name: str) -> bool:
+    home = getattr(thing, "__module__", None) or ""
+    return home == module_name or home.lstrip("_").split(".")[0] == module_name
+
+
+def _class_objects(cls: type, qualified: str, module_name: str) -> Iterator[Documented]:
+    if _has_doc(cls):
+        yield _routine(cls, qualified, module_name, "class")
+    for name in sorted(vars(cls)):
+        if name.startswith("_"):
+            continue
+        thing = vars(cls)[name]
+        if isinstance(thing, (staticmethod, classmethod)):
+            thing = thing.__func__
+        if isinstance(thing, property) or inspect.isdatadescriptor(thing):
+            if _has_doc(thing):
+                doc = inspect.cleandoc(thing.__doc__)
+                yield Documented(f"{qualified}.{name}", module_name, "property", "", (), doc)
+        elif inspect.isroutine(thing) and _has_doc(thing):
+            yield _routine(thing, f"{qualified}.{name}", module_name, "function")
+
+
+def _has_doc(thing: Any) -> bool:
+    doc = getattr(thing, "__doc__", None)
+    return isinstance(doc, str) and bool(doc.strip())
+
+
+def _routine(thing: Any, qualified: str, module_name: str, kind: str) -> Documented:
+    parameters, plain = _parameters(thing)
+    bare = qualified.rsplit(".", 1)[-1]
+    signature = "" if parameters is None else f"{bare}({', '.join(parameters)})"
+    doc = inspect.cleandoc(thing.__doc__)
+    return Documented(qualified, module_name, kind, signature, tuple(plain), doc)
+
+
+def _parameters(thing: Any) -> tuple[list[str] | None, list[tuple[str, str | None]]]:
+    try:
+        signature = inspect.signature(thing)
+    except (ValueError, TypeError, AttributeError):
+        return None, []
+    shown: list[str] = []
+    plain: list[tuple[str, str | None]] = []
+    before = None
+    for index, parameter in enumerate(signature.parameters.values()):
+        if index == 0 and parameter.name in ("self", "cls", "$self", "type", "mcls", "metacls"):
+            continue
+        if before == parameter.POSITIONAL_ONLY != parameter.kind:
+            shown.append("/")
+        if parameter.kind == parameter.KEYWORD_ONLY and before not in (
+            parameter.KEYWORD_ONLY,
+            parameter.VAR_POSITIONAL,
+        ):
+            shown.append("*")
+        before = parameter.kind
+        default = None
+        if parameter.default is not parameter.empty:
+            default = _spelled(parameter.default)
+        text = parameter.name if default is None else f"{parameter.name}={default}"
+        star = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        shown.append(star + text)
+        if not star:
+            plain.append((parameter.name, default))
+    if before == inspect.Parameter.POSITIONAL_ONLY:
+        shown.append("/")
+    return shown, plain
+
+
+def _spelled(default: Any) -> str:
+    """A default's spelling if it is the same on every machine and short, else `...`."""
+    if isinstance(default, enum.Enum):
+        return f"{type(default).__name__}.{default.name}"
+    if inspect.isclass(default) or inspect.isroutine(default):
+        return str(getattr(default, "__qualname__", "...")).replace("<lambda>", "...")
+    simple = (type(None), bool, int, float, str, bytes)
+    known = isinstance(default, simple) or (
+        isinstance(default, (tuple, list)) and all(isinstance(x, simple) for x in default)
+    )
+    if not known and default != {}:
+        return "..."
+    text = repr(default)
+    # Long ones drown the docstring; rooted ones are this machine's paths; the tests of length come
+    # after repr so that control characters count as they are printed.
+    return text if len(text) <= 24 and not text[1:].startswith("/") and " " not in text else "..."
+
+
+def _topics() -> Iterator[Documented]:
+    topics = _import("pydoc_data.topics")
+    if topics is None:
+        return
+    for name, text in sorted(topics.topics.items()):
+        yield Documented(f"topics.{name}", "topics", "topic", "", (), text)
+
+
+if __name__ == "__main__":
+    print(json.dumps([dataclasses.asdict(item) for item in read_objects()]))

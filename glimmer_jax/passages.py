@@ -1,0 +1,342 @@
+"""Passages: the corpus tokenised once, a folder of flat arrays read by external id.
+
+    manifest.json        written last: versions, counts, fingerprints, sizes and checksums
+    tokens.npy           uint16 or int32, all passages end to end, end tokens included
+    offsets.npy          int64 [n + 1], where each passage's tokens start
+    ids.npy              int64 [n], external ids
+    passages.jsonl       the records, one a line, in the same order
+    text_offsets.npy     int64 [n + 1], where each line starts
+
+The folder appears whole or not at all. Files and examples carry external ids; `rows` turns them into
+rows of this version. One text format serves memory, training and inference alike, so that a passage
+is the same tokens everywhere (GLIMMER, arXiv 2306.10231, section 3).
+"""
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from glimmer_jax.json_lines import dump_line, parse_line, read_json_lines
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+FILES = ("tokens.npy", "offsets.npy", "ids.npy", "passages.jsonl", "text_offsets.npy")
+EOS_ID = 1
+MAX_ID = 2**63 - 1
+# Room for the header of tokens.npy, whose length is known only at the end.
+_NPY_HEADER = 128
+
+
+def passage_input(title: str, text: str) -> str:
+    """The text of a passage as the encoder reads it; the end token follows."""
+    return f"title: {title} context: {text}"
+
+
+def read_corpus(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Records `{"id", "title", "text", …}` of a JSON Lines corpus file.
+
+    Raises ValueError naming file and line for bad JSON, for an id that is no integer from 0 to
+    2**63 - 1, and for a title or text that is not a string.
+    """
+    for number, record in read_json_lines(path):
+        where = f"{path}:{number}"
+        identifier = record.get("id")
+        if not isinstance(identifier, int) or isinstance(identifier, bool):
+            raise ValueError(
+                f"{where}: wanted an integer `id`, got {identifier!r}. Number the passages."
+            )
+        if not 0 <= identifier <= MAX_ID:
+            raise ValueError(f"{where}: `id` must be from 0 to 2**63 - 1, got {identifier}.")
+        for field in ("title", "text"):
+            if not isinstance(record.get(field), str):
+                raise ValueError(
+                    f"{where}: wanted a string `{field}`, got {record.get(field)!r}. Every passage "
+                    "has a title and a text; either may be empty."
+                )
+        yield record
+
+
+def write_passages(
+    path: str | Path,
+    records: Iterable[Mapping[str, Any]],
+    encode: Callable[[str], Sequence[int]],
+    fingerprint: str,
+    max_length: int,
+    *,
+    vocab_size: int,
+    eos_id: int = EOS_ID,
+    source: str = "",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Writes a passages folder; returns its manifest.
+
+    Args:
+      path: folder to make.
+      records: `{"id", "title", "text", …}`, in the order of the rows; further fields are kept.
+      encode: text to token ids, without end token.
+      fingerprint: of the vocabulary behind `encode`.
+      max_length: most tokens a passage keeps, the end token included.
+      vocab_size: above every token id; up to 65,536 tokens are stored in two bytes.
+      eos_id: the end token.
+      source: where the corpus comes from, for people.
+      overwrite: whether a folder already there may be replaced.
+
+    Raises:
+      ValueError: the folder exists, an id is given twice, a token id does not fit `vocab_size`,
+        there is no passage, or `max_length` is below 2.
+    """
+    target = Path(path)
+    if max_length < 2:
+        raise ValueError(f"max_length must be 2 or more, a token and the end, got {max_length}.")
+    if target.exists() and not overwrite:
+        raise ValueError(
+            f"{target} exists already. Remove it, write elsewhere, or allow it to be overwritten."
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    working = target.parent / f".{target.name}.writing-{os.getpid()}"
+    shutil.rmtree(working, ignore_errors=True)
+    working.mkdir()
+    try:
+        dtype = np.dtype(np.uint16 if vocab_size <= 65536 else np.int32)
+        counts = _write_arrays(working, records, encode, max_length, vocab_size, eos_id, dtype)
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            **counts,
+            "max_length": max_length,
+            "vocabulary_fingerprint": fingerprint,
+            "vocab_size": vocab_size,
+            "eos_id": eos_id,
+            "source": source,
+            "files": {
+                name: {"bytes": (working / name).stat().st_size, "sha256": _sha256(working / name)}
+                for name in FILES
+            },
+        }
+        with (working / MANIFEST).open("w", encoding="utf-8") as file:
+            json.dump(manifest, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        _move_into_place(working, target)
+    except BaseException:
+        shutil.rmtree(working, ignore_errors=True)
+        raise
+    return manifest
+
+
+def _write_arrays(
+    folder: Path,
+    records: Iterable[Mapping[str, Any]],
+    encode: Callable[[str], Sequence[int]],
+    max_length: int,
+    vocab_size: int,
+    eos_id: int,
+    dtype: np.dtype,
+) -> dict[str, int]:
+    # array, not list: eight bytes a passage, for corpora of tens of millions.
+    ids, offsets, text_offsets = array("q"), array("q", [0]), array("q", [0])
+    truncated = 0
+    with (folder / "tokens.npy").open("wb") as tokens_file:
+        tokens_file.write(b"\0" * _NPY_HEADER)
+        with (folder / "passages.jsonl").open("wb") as lines_file:
+            for record in records:
+                tokens = list(encode(passage_input(record["title"], record["text"])))
+                if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
+                    raise ValueError(
+                        f"Passage {record['id']} has a token id outside 0..{vocab_size - 1}. Give "
+                        "vocab_size of the vocabulary that encodes."
+                    )
+                truncated += len(tokens) >= max_length
+                row = np.array([*tokens[: max_length - 1], eos_id], dtype)
+                tokens_file.write(row.tobytes())
+                line = dump_line(dict(record)).encode("utf-8")
+                lines_file.write(line)
+                ids.append(record["id"])
+                offsets.append(offsets[-1] + len(row))
+                text_offsets.append(text_offsets[-1] + len(line))
+        _write_npy_header(tokens_file, offsets[-1], dtype)
+    if not ids:
+        raise ValueError("The corpus has no passage. Check the file it was read from.")
+    every = np.array(ids, np.int64)
+    unique, counts = np.unique(every, return_counts=True)
+    if len(unique) < len(every):
+        twice = unique[counts > 1][0]
+        raise ValueError(f"Passage id {twice} is given twice. External ids must be unique.")
+    np.save(folder / "ids.npy", every)
+    np.save(folder / "offsets.npy", np.array(offsets, np.int64))
+    np.save(folder / "text_offsets.npy", np.array(text_offsets, np.int64))
+    return {
+        "num_passages": len(every),
+        "num_tokens": int(offsets[-1]),
+        "num_truncated": truncated,
+    }
+
+
+def _write_npy_header(file: BinaryIO, length: int, dtype: np.dtype) -> None:
+    fields = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({length},), }}"
+    text = fields.ljust(_NPY_HEADER - 11).encode() + b"\n"
+    file.seek(0)
+    file.write(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
+
+
+def _move_into_place(working: Path, target: Path) -> None:
+    if target.exists():
+        aside = working.with_name(working.name + "-old")
+        os.replace(target, aside)
+        os.replace(working, target)
+        shutil.rmtree(aside)
+    else:
+        os.replace(working, target)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Passages:
+    """A passages folder, opened for reading; arrays are memory-mapped."""
+
+    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.ids: np.ndarray = np.load(path / "ids.npy")
+        self._tokens = np.load(path / "tokens.npy", mmap_mode="r")
+        self._offsets = np.load(path / "offsets.npy", mmap_mode="r")
+        self._text_offsets = np.load(path / "text_offsets.npy", mmap_mode="r")
+
+    @classmethod
+    def open(cls, path: str | Path, fingerprint: str | None = None) -> "Passages":
+        """Opens a folder after cheap checks: version, sizes, and the vocabulary if given.
+
+        Raises ValueError where the folder is missing, unfinished or damaged, of another format, or
+        made with another vocabulary.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise ValueError(
+                f"No passages folder {folder}. Write one with --run_mode=passages, or check the "
+                "path."
+            )
+        if not (folder / MANIFEST).is_file():
+            raise ValueError(
+                f"{folder} has no {MANIFEST}: it is not a passages folder. Write one with "
+                "--run_mode=passages."
+            )
+        try:
+            manifest = parse_line((folder / MANIFEST).read_bytes(), str(folder / MANIFEST))
+            version, files = manifest["format_version"], manifest["files"]
+            made_with = manifest["vocabulary_fingerprint"]
+        except KeyError as error:
+            raise ValueError(
+                f"{folder / MANIFEST} lacks {error}. Write the passages again."
+            ) from None
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"{folder} has format version {version}, this program reads {FORMAT_VERSION}. Write "
+                "the passages again with this version."
+            )
+        for name in FILES:
+            wanted = files[name]["bytes"]
+            got = (folder / name).stat().st_size if (folder / name).is_file() else None
+            if got != wanted:
+                found = "no such file" if got is None else f"{got} bytes"
+                raise ValueError(
+                    f"{folder / name}: wanted {wanted} bytes, got {found}. Copy the folder again "
+                    "or write it again."
+                )
+        if fingerprint is not None and fingerprint != made_with:
+            raise ValueError(
+                f"{folder} was tokenised with vocabulary {made_with}, the model's is {fingerprint}. "
+                "Write the passages with the model's vocabulary, or load the matching model."
+            )
+        return cls(folder, manifest)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of any passage, end token included."""
+        return int(self.manifest["max_length"])
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the vocabulary."""
+        return str(self.manifest["vocabulary_fingerprint"])
+
+    def verify(self) -> None:
+        """Reads every file and compares checksums. Raises ValueError naming the damaged one."""
+        for name, wanted in self.manifest["files"].items():
+            got = _sha256(self.path / name)
+            if got != wanted["sha256"]:
+                raise ValueError(
+                    f"{self.path / name} is damaged: wanted sha256 {wanted['sha256']}, got {got}. "
+                    "Copy the folder again or write it again."
+                )
+
+    @functools.cached_property
+    def _order(self) -> np.ndarray:
+        return np.argsort(self.ids, kind="stable")
+
+    @functools.cached_property
+    def _sorted_ids(self) -> np.ndarray:
+        return self.ids[self._order]
+
+    def rows(self, ids: Any) -> np.ndarray:
+        """External ids, any shape -> int32 rows of the same shape; -1 (no passage) stays -1.
+
+        Raises ValueError naming the ids that are not in this folder.
+        """
+        wanted = np.asarray(ids, np.int64)
+        places = np.minimum(np.searchsorted(self._sorted_ids, wanted), len(self) - 1)
+        absent = wanted == -1
+        unknown = (self._sorted_ids[places] != wanted) & ~absent
+        if unknown.any():
+            some = np.unique(wanted[unknown])
+            shown = ", ".join(str(one) for one in some[:5]) + (", …" if len(some) > 5 else "")
+            raise ValueError(
+                f"{len(some)} passage ids are not in {self.path}: {shown}. The examples were "
+                "retrieved from another corpus: retrieve again from this one."
+            )
+        return np.where(absent, -1, self._order[places]).astype(np.int32)
+
+    def lengths(self, rows: Any) -> np.ndarray:
+        """Rows, any shape -> int32 numbers of tokens of the same shape, 0 for row -1."""
+        rows = np.asarray(rows, np.int64)
+        spans = self._offsets[np.maximum(rows, 0) + 1] - self._offsets[np.maximum(rows, 0)]
+        return np.where(rows < 0, 0, spans).astype(np.int32)
+
+    def tokens(self, rows: Any, length: int) -> np.ndarray:
+        """Rows [...] -> int32 tokens [..., length], left-aligned, 0 beyond; all 0 for row -1.
+
+        Longer passages are cut at `length`, and lose their end token with the rest.
+        """
+        rows = np.asarray(rows, np.int64)
+        found = np.zeros((rows.size, length), np.int32)
+        lengths = np.minimum(self.lengths(rows.ravel()), length)
+        for place, (row, count) in enumerate(zip(rows.ravel(), lengths, strict=True)):
+            start = self._offsets[max(row, 0)]
+            found[place, :count] = self._tokens[start : start + count]
+        return found.reshape(*rows.shape, length)
+
+    def text(self, row: int) -> dict[str, Any]:
+        """The record of one row. Raises ValueError for a row that is not there."""
+        if not 0 <= row < len(self):
+            raise ValueError(f"Rows of {self.path} go from 0 to {len(self) - 1}, got {row}.")
+        with (self.path / "passages.jsonl").open("rb") as file:
+            file.seek(int(self._text_offsets[row]))
+            line = file.read(int(self._text_offsets[row + 1] - self._text_offsets[row]))
+        return parse_line(line, f"{self.path / 'passages.jsonl'}, row {row}")
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The records of all rows, in order."""
+        for _, record in read_json_lines(self.path / "passages.jsonl"):
+            yield record

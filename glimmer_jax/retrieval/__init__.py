@@ -1,0 +1,1 @@
+"""Retrieval: BM25 over a passages folder."""
