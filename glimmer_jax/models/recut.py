@@ -74,7 +74,7 @@ def recut(params: Params, source: GlimmerConfig, target: GlimmerConfig) -> Param
 
 
 def _check_sizes(source: GlimmerConfig, target: GlimmerConfig) -> None:
-    numerics = ("dropout_rate", "dtype", "scan_layers", "remat_policy")
+    numerics = ("dropout_rate", "dtype", "matmul_dtype", "scan_layers", "remat_policy")
     for name in source.t5.__dataclass_fields__:
         a, b = getattr(source.t5, name), getattr(target.t5, name)
         if name not in numerics and a != b:

@@ -48,6 +48,7 @@ class T5Config:
     mlp_activations: tuple[str, ...] = ("gelu", "linear")  # one projection for each, multiplied
     dropout_rate: float = 0.0  # active only where a dropout stream is given
     dtype: str = "float32"  # of activations and matrix products; parameters are always float32
+    matmul_dtype: str | None = None  # of the operands of projections alone; results keep `dtype`
     scan_layers: bool = True
     remat_policy: str = "none"  # none, minimal or full
     relpos_buckets: int = 32
@@ -62,6 +63,8 @@ class T5Config:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}.")
+        if self.matmul_dtype not in (None, "bfloat16"):
+            raise ValueError(f"matmul_dtype must be None or 'bfloat16', got {self.matmul_dtype!r}.")
         if self.remat_policy not in ("none", *REMAT_POLICIES):
             raise ValueError(
                 f"remat_policy must be one of none, {', '.join(REMAT_POLICIES)}; "
@@ -76,6 +79,11 @@ class T5Config:
                 f"got {self.mlp_activations}."
             )
 
+    @property
+    def operands(self) -> Any:
+        """`matmul_dtype` as a dtype, or None."""
+        return None if self.matmul_dtype is None else jnp.dtype(self.matmul_dtype)
+
 
 def _attention(config: T5Config) -> Attention:
     return Attention(
@@ -84,6 +92,7 @@ def _attention(config: T5Config) -> Attention:
         head_dim=config.head_dim,
         dropout_rate=config.dropout_rate,
         dtype=jnp.dtype(config.dtype),
+        operands=config.operands,
     )
 
 
@@ -93,6 +102,7 @@ def _mlp(config: T5Config) -> MlpBlock:
         activations=config.mlp_activations,
         dropout_rate=config.dropout_rate,
         dtype=jnp.dtype(config.dtype),
+        operands=config.operands,
     )
 
 
@@ -265,7 +275,8 @@ class Decoder(nn.Module):
         self.decoder_norm = RMSNorm(jnp.dtype(config.dtype))
         self.dropout = Dropout(config.dropout_rate)
         # float32 logits: the softmax over V is taken of them, in the loss and in decoding.
-        self.logits_dense = Dense(config.vocab_size, (axes.EMBED, axes.VOCAB), jnp.float32)
+        names = (axes.EMBED, axes.VOCAB)
+        self.logits_dense = Dense(config.vocab_size, names, jnp.float32, config.operands)
 
     def _logits(self, x: jax.Array) -> jax.Array:
         logits = self.logits_dense(self.dropout(self.decoder_norm(x)))

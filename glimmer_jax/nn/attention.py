@@ -57,22 +57,21 @@ class Attention(nn.Module):
     head_dim: int
     dropout_rate: float
     dtype: Any
+    operands: Any = None  # of the projections, where that is less than `dtype`
 
     def setup(self):
         joined = self.num_heads * self.head_dim
         names = (axes.EMBED, axes.JOINED_KV)
         # T5 folds the missing 1/sqrt(C) into the start of the query projection.
-        self.query = Dense(joined, names, self.dtype, init_scale=1.0 / self.head_dim)
-        self.key = Dense(joined, names, self.dtype)
-        self.value = Dense(joined, names, self.dtype)
-        self.out = Dense(self.emb_dim, (axes.JOINED_KV, axes.EMBED), self.dtype)
+        self.query = Dense(joined, names, self.dtype, self.operands, 1.0 / self.head_dim)
+        self.key = Dense(joined, names, self.dtype, self.operands)
+        self.value = Dense(joined, names, self.dtype, self.operands)
+        self.out = Dense(self.emb_dim, (axes.JOINED_KV, axes.EMBED), self.dtype, self.operands)
         self.dropout = Dropout(self.dropout_rate)
 
     def _split_heads(self, x: jax.Array) -> jax.Array:
         x = x.reshape(*x.shape[:-1], self.num_heads, self.head_dim)
-        return constrain(
-            x, (axes.BATCH, *(None,) * (x.ndim - 3), axes.ACT_HEADS, axes.ACT_KV)
-        )
+        return constrain(x, (axes.BATCH, *(None,) * (x.ndim - 3), axes.ACT_HEADS, axes.ACT_KV))
 
     def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """`[..., Y, D]` -> keys and values, each `[..., Y, H, C]`."""
