@@ -1,0 +1,266 @@
+"""seqio side: tasks over retrieved files, feature converter, batches, evaluation."""
+
+import json
+
+import numpy as np
+import pytest
+
+from glimmer_jax.passages import Passages, write_passages
+
+seqio = pytest.importorskip("seqio")
+import tensorflow as tf
+
+from glimmer_jax.data import evaluation, features, pipeline, preprocessors, retrieved
+from glimmer_jax.data.vocabulary import Vocabulary
+
+LENGTHS = {"inputs": 8, "targets": 6, "passages": (3, 12)}
+TASK = "which_test"
+
+
+def line(number, passages=3, answers=("json.dumps", "dumps"), bleu=1.0):
+    return {
+        "id": f"q{number}",
+        "input": f"words {number}",
+        "output": [
+            {"answer": answer, "provenance": [{"wikipedia_id": "x", "bleu_score": bleu}]}
+            for answer in answers
+        ],
+        "meta": {},
+        "retrieved": [
+            {"id": 10 + (number + i) % 4, "score": 3.0 - i, "gold": i == 1} for i in range(passages)
+        ],
+    }
+
+
+def write_lines(folder, lines, split="train"):
+    folder.mkdir(exist_ok=True)
+    text = "".join(json.dumps(one) + "\n" for one in lines)
+    (folder / f"which-{split}.jsonl").write_text(text)
+
+
+def first_answer_is_right(targets, predictions):
+    hits = [p in t for t, p in zip(targets, predictions, strict=True)]
+    return {"exact_match": 100 * float(np.mean(hits))}
+
+
+def first_passage_is_gold(targets, predictions, aux_values):
+    return {"recall": float(np.mean(aux_values["first"] == 1))}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def task():
+    retrieved.register(TASK, "which", [first_answer_is_right, first_passage_is_gold])
+    yield
+    seqio.TaskRegistry.remove(TASK)
+
+
+@pytest.fixture
+def data_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv(retrieved.DATA_DIR_VARIABLE, str(tmp_path / "retrieved"))
+    write_lines(tmp_path / "retrieved", [line(i, passages=i % 4) for i in range(10)])
+    write_lines(tmp_path / "retrieved", [line(i) for i in range(5)], "dev")
+    return tmp_path / "retrieved"
+
+
+@pytest.fixture(scope="module")
+def passages(tmp_path_factory):
+    vocabulary = Vocabulary()
+    folder = tmp_path_factory.mktemp("corpus") / "passages"
+    records = [{"id": 10 + i, "title": f"t{i}", "text": "some text " * (i + 1)} for i in range(4)]
+    write_passages(
+        folder,
+        records,
+        vocabulary.encode,
+        vocabulary.fingerprint,
+        16,
+        vocab_size=vocabulary.vocab_size,
+        source="test",
+    )
+    return Passages.open(folder)
+
+
+def convert(example, lengths=LENGTHS):
+    ds = tf.data.Dataset.from_tensors({k: tf.constant(v) for k, v in example.items()})
+    return next(features.GlimmerFeatureConverter()(ds, lengths).as_numpy_iterator())
+
+
+def test_converter_aligns_questions_right_and_shifts_targets():
+    example = {
+        "inputs": np.array([7, 8], np.int32),
+        "targets": np.array([9, 1], np.int32),
+        "passage_ids": np.array([81], np.int64),
+    }
+    got = convert(example, {"inputs": 4, "targets": 3, "passages": (2, 5)})
+    assert {name: x.tolist() for name, x in got.items()} == {
+        "question_tokens": [0, 0, 7, 8],
+        "decoder_input_tokens": [0, 9, 1],
+        "decoder_target_tokens": [9, 1, 0],
+        "decoder_loss_weights": [1.0, 1.0, 0.0],
+        "passage_ids": [81, -1],
+    }
+    assert got["passage_ids"].dtype == np.int64
+
+
+def test_converter_takes_inline_passages_of_more_passages_than_tokens():
+    example = {
+        "inputs": np.array([7], np.int32),
+        "targets": np.array([1], np.int32),
+        "passages": np.array([[5, 6, 1], [4, 1, 0]], np.int32),
+        "gold_passages": np.array([0, 1], np.int32),
+    }
+    got = convert(example, {"inputs": 2, "targets": 2, "passages": (3, 2)})
+    assert got["passage_tokens"].tolist() == [[5, 6], [4, 1], [0, 0]]
+    assert got["gold_passages"].tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        {"inputs": 8, "targets": 6},
+        {"inputs": 8, "targets": 6, "passages": 3},
+        {"inputs": 8, "targets": 0, "passages": (3, 12)},
+        {"inputs": 8, "targets": 6, "passages": (3, 12.5)},
+    ],
+)
+def test_wrong_lengths_are_refused(lengths):
+    with pytest.raises(ValueError, match=r"TASK_FEATURE_LENGTHS must be .*; got"):
+        features.check_lengths(lengths)
+
+
+def test_converter_refuses_packing_and_missing_passages():
+    with pytest.raises(ValueError, match="cannot pack"):
+        features.GlimmerFeatureConverter(pack=True)
+    tokens = np.array([7], np.int32)
+    with pytest.raises(ValueError, match="either `passage_ids` or `passages`"):
+        convert({"inputs": tokens, "targets": tokens})
+
+
+def test_lines_become_features():
+    assert preprocessors.example_features(line(0, passages=2)) == {
+        "id": "q0",
+        "question": "words 0",
+        "answers": ["json.dumps", "dumps"],
+        "passage_ids": [10, 11],
+        "gold_passages": [0, 1],
+    }
+    with pytest.raises(ValueError, match="has no passages. Run --run_mode=retrieve"):
+        preprocessors.example_features({"id": "q", "input": "?", "output": []})
+
+
+def test_training_answers_need_sound_provenance():
+    poor = line(0, answers=("poor",), bleu=0.2)
+    assert preprocessors.example_features(poor, min_bleu=0.5) is None
+    assert preprocessors.example_features(poor)["answers"] == ["poor"]
+    mixed = {**poor, "output": poor["output"] + line(0, answers=("good",))["output"]}
+    assert preprocessors.example_features(mixed, min_bleu=0.5)["answers"] == ["good"]
+    unscored = {**poor, "output": [{"answer": "trusted", "provenance": [{"wikipedia_id": "x"}]}]}
+    assert preprocessors.example_features(unscored, min_bleu=0.5)["answers"] == ["trusted"]
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def assert_same(ones, others):
+    assert len(ones) == len(others)
+    for one, other in zip(ones, others, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_batches_are_deterministic_resumable_and_draw_anew_each_epoch(data_dir, passages):
+    def train(start_step=0, **kwargs):
+        return pipeline.batches(
+            TASK, "train", LENGTHS, 4, seed=3, start_step=start_step, passages=passages, **kwargs
+        )
+
+    whole = take(train(), 10)
+    assert_same(whole, take(train(), 10))
+    assert_same(whole[7:], take(train(7), 3))
+    first = take(train(process_index=0, process_count=2), 2)
+    second = take(train(process_index=1, process_count=2), 2)
+    joined = [
+        {name: np.concatenate([a[name], b[name]]) for name in a}
+        for a, b in zip(first, second, strict=True)
+    ]
+    assert_same(whole[:2], joined)
+    batch = whole[0]
+    assert batch["passage_tokens"].shape == (4, 3, 12)
+    np.testing.assert_array_equal(batch["passage_tokens"].any(-1), batch["passage_ids"] >= 0)
+    vocabulary = Vocabulary()
+    answers = {vocabulary.decode(row) for one in whole for row in one["decoder_target_tokens"]}
+    assert answers == {"json.dumps", "dumps"}
+    questions = {vocabulary.decode(row[row > 0]) for one in whole for row in one["question_tokens"]}
+    assert questions == {f"question: words {i}" for i in range(10)}
+
+
+def test_one_pass_is_in_order_and_filled_up_with_empty_rows(data_dir):
+    got = list(pipeline.batches(TASK, "validation", LENGTHS, 4, repeat=False))
+    assert len(got) == 2
+    last = got[1]
+    assert not last["decoder_loss_weights"][1:].any()
+    assert (last["passage_ids"][1:] == -1).all()
+    assert "passage_tokens" not in last
+    assert last["passage_ids"][0].tolist() == [10, 11, 12]
+
+
+def test_a_second_epoch_draws_other_answers(data_dir):
+    write_lines(data_dir, [line(0, answers=tuple("abcdefgh"))])
+    rows = take(pipeline.batches(TASK, "train", LENGTHS, 1), 20)
+    assert len({tuple(row["decoder_target_tokens"][0]) for row in rows}) > 3
+
+
+def test_bad_data_ends_before_anything_is_computed(data_dir, passages):
+    with pytest.raises(ValueError, match="No mixture or task 'typo'"):
+        pipeline.batches("typo", "train", LENGTHS, 4)
+    with pytest.raises(
+        ValueError, match=r"No retrieved file .*which-test\.jsonl.*run_mode=retrieve"
+    ):
+        pipeline.batches(TASK, "test", LENGTHS, 4)
+    with pytest.raises(ValueError, match="Splits are train, validation, test; got 'dev'"):
+        retrieved.retrieved_file("which", "dev")
+    with pytest.raises(ValueError, match="multiple of the 3 processes"):
+        pipeline.batches(TASK, "train", LENGTHS, 4, process_count=3)
+    (data_dir / "which-train.jsonl").write_text('{"id": "a"\n')
+    with pytest.raises(ValueError, match=r"which-train\.jsonl:1: not a JSON object"):
+        pipeline.batches(TASK, "train", LENGTHS, 4)
+    write_lines(data_dir, [line(0, bleu=0.1)])
+    with pytest.raises(ValueError, match="no example with sound provenance"):
+        pipeline.batches(TASK, "train", LENGTHS, 4)
+    with pytest.raises(ValueError, match=r"No module 'tasks\.typo'"):
+        pipeline.import_tasks("tasks.typo")
+
+
+def test_fit_is_checked_before_training(data_dir):
+    counts = pipeline.check_fit(TASK, "validation", LENGTHS)
+    assert counts == {"examples": 5, "questions_cut": 0, "answers_cut": 0}
+    too_many = {**LENGTHS, "passages": (4, 12)}
+    with pytest.raises(ValueError, match="asks for K=4 passages.* have 3 at most"):
+        pipeline.check_fit(TASK, "validation", too_many)
+    with pytest.raises(ValueError, match="5 of 5 questions of .* are longer than the 2 tokens"):
+        pipeline.check_fit(TASK, "validation", {**LENGTHS, "inputs": 2})
+    with pytest.raises(ValueError, match="5 of 5 answers of .* are longer than the 1 tokens"):
+        pipeline.check_fit(TASK, "validation", {**LENGTHS, "targets": 1})
+
+
+def test_evaluation_calls_plain_functions_on_batches(data_dir, passages, tmp_path):
+    vocabulary = Vocabulary()
+    run = evaluation.Evaluation(
+        TASK, "validation", LENGTHS, 4, passages=passages, log_dir=str(tmp_path / "logs")
+    )
+    shapes = []
+
+    def predict(batch):
+        shapes.append(batch["passage_tokens"].shape)
+        # Ragged over batches, as decoding with an early stop could be.
+        answer = [*vocabulary.encode("dumps"), 1, *[0] * len(shapes)]
+        rows = len(batch["question_tokens"])
+        return np.tile(np.int32(answer), (rows, 1)), {"first": batch["gold_passages"][:, 1]}
+
+    metrics = run.run(predict, step=7)
+    assert metrics == {f"{TASK}/exact_match": 100.0, f"{TASK}/recall": 1.0}
+    assert set(shapes) == {(4, 3, 12)}
+    assert [one["id"] for one in run.examples()[TASK]] == [f"q{i}".encode() for i in range(5)]
+    with pytest.raises(ValueError, match="has both metrics and a split 'other'"):
+        evaluation.Evaluation(TASK, "other", LENGTHS, 4)
