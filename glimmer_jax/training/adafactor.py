@@ -59,7 +59,7 @@ class AdafactorState(NamedTuple):
     rows) or `{"full": ...}`, and also `{"momentum": ...}` where momentum is on. All float32.
     """
 
-    count: jax.Array
+    count: Any  # type: ignore[assignment]  # optax's name; hides tuple.count
     moments: dict[str, Any]
 
 

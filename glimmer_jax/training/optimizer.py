@@ -146,7 +146,7 @@ def make_optimizer(
 
 
 def _adafactor(config: OptimizerConfig, schedule: Schedule, names: dict[str, Any]):
-    shared = dict(
+    shared: dict[str, Any] = dict(
         min_dim_size_to_factor=config.min_dim_size_to_factor,
         momentum=config.momentum,
     )

@@ -80,9 +80,8 @@ def state_from_params(params: Any, optimizer: Optimizer, mesh: Mesh) -> TrainSta
     Raises:
       ValueError: the parameters' tree is not the one the optimiser was made for.
     """
-    wanted = jax.tree.structure(optimizer.names, is_leaf=_is_names)
-    if jax.tree.structure(params) != wanted:
-        differing = sorted(_paths(params) ^ _paths(optimizer.names))
+    differing = sorted(_paths(params) ^ _paths(optimizer.names))
+    if differing:
         raise ValueError(
             "These parameters do not belong to this model; only one of the two has "
             f"{', '.join(differing[:6])}{' ...' if len(differing) > 6 else ''}. Load a checkpoint "
