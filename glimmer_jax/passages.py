@@ -30,7 +30,6 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 FILES = ("tokens.npy", "offsets.npy", "ids.npy", "passages.jsonl", "text_offsets.npy")
 EOS_ID = 1
-MAX_ID = 2**63 - 1
 # Room for the header of tokens.npy, whose length is known only at the end.
 _NPY_HEADER = 128
 
@@ -38,30 +37,6 @@ _NPY_HEADER = 128
 def passage_input(title: str, text: str) -> str:
     """The text of a passage as the encoder reads it; the end token follows."""
     return f"title: {title} context: {text}"
-
-
-def read_corpus(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Records `{"id", "title", "text", …}` of a JSON Lines corpus file.
-
-    Raises ValueError naming file and line for bad JSON, for an id that is no integer from 0 to
-    2**63 - 1, and for a title or text that is not a string.
-    """
-    for number, record in read_json_lines(path):
-        where = f"{path}:{number}"
-        identifier = record.get("id")
-        if not isinstance(identifier, int) or isinstance(identifier, bool):
-            raise ValueError(
-                f"{where}: wanted an integer `id`, got {identifier!r}. Number the passages."
-            )
-        if not 0 <= identifier <= MAX_ID:
-            raise ValueError(f"{where}: `id` must be from 0 to 2**63 - 1, got {identifier}.")
-        for field in ("title", "text"):
-            if not isinstance(record.get(field), str):
-                raise ValueError(
-                    f"{where}: wanted a string `{field}`, got {record.get(field)!r}. Every passage "
-                    "has a title and a text; either may be empty."
-                )
-        yield record
 
 
 def write_passages(

@@ -11,7 +11,7 @@ Test files of the KILT benchmark carry no output: an example without answers is 
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,18 +109,18 @@ def _check_retrieved(retrieved: Any) -> str | None:
     return None
 
 
-def answers(example: dict[str, Any]) -> list[str]:
+def answers(example: Mapping[str, Any]) -> list[str]:
     """Distinct answers, in order; KILT also lists outputs with provenance only."""
     found = [one["answer"] for one in example.get("output", []) if one.get("answer")]
     return list(dict.fromkeys(found))
 
 
-def provenance(example: dict[str, Any]) -> list[dict[str, Any]]:
+def provenance(example: Mapping[str, Any]) -> list[dict[str, Any]]:
     """All provenance of all answers."""
     return [one for output in example.get("output", []) for one in output.get("provenance", [])]
 
 
-def is_gold(record: dict[str, Any], where: list[dict[str, Any]]) -> bool:
+def is_gold(record: Mapping[str, Any], where: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a passage answers: its page, and where both name one its paragraph, in `where`.
 
     Passages name their page in `page` (else `title`), their paragraph in `chunk`.

@@ -26,11 +26,14 @@ from typing import Any
 
 # Side effects on import, graphical or platform bound, copies of other modules, or gone in newer
 # Pythons only to come back through setuptools (distutils).
-SKIPPED = frozenset(
-    "__main__ antigravity distutils genericpath idlelib lib2to3 msilib msvcrt nt ntpath nturl2path "
-    "posix pydoc_data readline rlcompleter sre_compile sre_constants sre_parse test this tkinter "
-    "turtle turtledemo winreg winsound".split()
-)
+# fmt: off
+SKIPPED = frozenset({
+    "__main__", "antigravity", "distutils", "genericpath", "idlelib", "lib2to3", "msilib",
+    "msvcrt", "nt", "ntpath", "nturl2path", "posix", "pydoc_data", "readline", "rlcompleter",
+    "sre_compile", "sre_constants", "sre_parse", "test", "this", "tkinter", "turtle",
+    "turtledemo", "winreg", "winsound",
+})
+# fmt: on
 _WITHOUT_SUBMODULES = frozenset({"encodings", "ensurepip"})
 _SKIPPED_SUBMODULES = re.compile(r"\.(_\w*|tests?|__main__)(\.|$)")
 # The name under which people know a module.
@@ -140,8 +143,8 @@ def _import(name: str) -> types.ModuleType | None:
 def _module_objects(named: tuple[str, types.ModuleType]) -> Iterator[Documented]:
     module_name, module = named
     shown = _ALIASES.get(module_name, module_name)
-    if _has_doc(module) and shown:
-        yield Documented(shown, module_name, "module", "", (), inspect.cleandoc(module.__doc__))
+    if _doc(module) and shown:
+        yield Documented(shown, module_name, "module", "", (), _doc(module))
     exported = getattr(module, "__all__", None)
     names = exported if exported is not None else [n for n in vars(module) if n[:1] != "_"]
     for name in sorted(set(names)):
@@ -151,7 +154,7 @@ def _module_objects(named: tuple[str, types.ModuleType]) -> Iterator[Documented]
         qualified = f"{shown}.{name}" if shown else name
         if inspect.isclass(thing):
             yield from _class_objects(thing, qualified, module_name)
-        elif inspect.isroutine(thing) and _has_doc(thing):
+        elif inspect.isroutine(thing) and _doc(thing):
             yield _routine(thing, qualified, module_name, "function")
 
 
@@ -161,7 +164,7 @@ def _is_own(thing: Any, module_name: str) -> bool:
 
 
 def _class_objects(cls: type, qualified: str, module_name: str) -> Iterator[Documented]:
-    if _has_doc(cls):
+    if _doc(cls):
         yield _routine(cls, qualified, module_name, "class")
     for name in sorted(vars(cls)):
         if name.startswith("_"):
@@ -170,23 +173,23 @@ def _class_objects(cls: type, qualified: str, module_name: str) -> Iterator[Docu
         if isinstance(thing, (staticmethod, classmethod)):
             thing = thing.__func__
         if isinstance(thing, property) or inspect.isdatadescriptor(thing):
-            if _has_doc(thing):
-                doc = inspect.cleandoc(thing.__doc__)
-                yield Documented(f"{qualified}.{name}", module_name, "property", "", (), doc)
-        elif inspect.isroutine(thing) and _has_doc(thing):
+            if _doc(thing):
+                full = f"{qualified}.{name}"
+                yield Documented(full, module_name, "property", "", (), _doc(thing))
+        elif inspect.isroutine(thing) and _doc(thing):
             yield _routine(thing, f"{qualified}.{name}", module_name, "function")
 
 
-def _has_doc(thing: Any) -> bool:
+def _doc(thing: Any) -> str:
     doc = getattr(thing, "__doc__", None)
-    return isinstance(doc, str) and bool(doc.strip())
+    return inspect.cleandoc(doc) if isinstance(doc, str) else ""
 
 
 def _routine(thing: Any, qualified: str, module_name: str, kind: str) -> Documented:
     parameters, plain = _parameters(thing)
     bare = qualified.rsplit(".", 1)[-1]
     signature = "" if parameters is None else f"{bare}({', '.join(parameters)})"
-    doc = inspect.cleandoc(thing.__doc__)
+    doc = _doc(thing)
     return Documented(qualified, module_name, kind, signature, tuple(plain), doc)
 
 
@@ -213,7 +216,7 @@ def _parameters(thing: Any) -> tuple[list[str] | None, list[tuple[str, str | Non
         if parameter.default is not parameter.empty:
             default = _spelled(parameter.default)
         text = parameter.name if default is None else f"{parameter.name}={default}"
-        star = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        star = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}.get(parameter.kind.name, "")
         shown.append(star + text)
         if not star:
             plain.append((parameter.name, default))

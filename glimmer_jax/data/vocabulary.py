@@ -156,4 +156,4 @@ def train_vocabulary(path: str | Path = PYDOCS_MODEL, num_pieces: int = NUM_PIEC
 
 
 if __name__ == "__main__":
-    print(train_vocabulary(*sys.argv[1:2]))
+    print(train_vocabulary(sys.argv[1] if len(sys.argv) > 1 else PYDOCS_MODEL))

@@ -98,7 +98,7 @@ class Bm25:
         """
         if k < 1:
             raise ValueError(f"k must be 1 or more, got {k}.")
-        found = []
+        found: list[list[tuple[int, float]]] = []
         for question in questions:
             known = [w for w in self._tokens(question) if w in self._index.vocab_dict]
             if not known:
@@ -154,7 +154,9 @@ def retrieve_files(
         examples = list(read_examples(file))
         training = Path(file).stem.endswith(f"-{train_split}")
         if training not in indexes:
-            seen = [r for r in records if not training or r.get("split", train_split) == train_split]
+            seen = [
+                r for r in records if not training or r.get("split", train_split) == train_split
+            ]
             indexes[training] = Bm25(seen, config)
         print(f"{file}: {len(examples)} questions, {len(indexes[training].records)} passages")
         found = _with_progress(indexes[training], examples, k)
@@ -217,9 +219,7 @@ def format_report(report: dict[str, dict[str, float]]) -> str:
     width = max(len(name) for name in report)
     lines = [" " * width + "".join(f"  {name.replace('recall_at_', 'R@'):>9}" for name in columns)]
     for name, row in report.items():
-        cells = (
-            f"  {row[c]:9.3f}" if c != "questions" else f"  {int(row[c]):9d}" for c in columns
-        )
+        cells = (f"  {row[c]:9.3f}" if c != "questions" else f"  {int(row[c]):9d}" for c in columns)
         lines.append(name.ljust(width) + "".join(cells))
     return "\n".join(lines)
 
