@@ -10,7 +10,6 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
-import tensorboardX
 
 
 class NonFiniteError(Exception):
@@ -72,9 +71,12 @@ class MetricWriter:
     """
 
     def __init__(self, directory: Any, start_step: int = 0):
-        self._tensorboard = None
+        self._tensorboard: Any = None
         if jax.process_index() != 0:
             return
+        # Here, because it imports torch wherever torch is installed, which takes seconds.
+        import tensorboardX
+
         path = pathlib.Path(directory)
         path.mkdir(parents=True, exist_ok=True)
         self._tensorboard = tensorboardX.SummaryWriter(str(path), purge_step=start_step + 1)

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from glimmer_jax.training.checkpoint import Checkpoints, find_step, read_metadata, restore_params
+from glimmer_jax.training.checkpoint import Checkpoints
 from glimmer_jax.training.optimizer import Optimizer
 from glimmer_jax.training.params_file import load_params_file
+from glimmer_jax.training.restore import find_step, read_metadata, restore_params
 from glimmer_jax.training.state import TrainState, abstract_state, init_state, state_from_params
 
 # What two runs must share to be one run.

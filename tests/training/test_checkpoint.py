@@ -9,16 +9,11 @@ import numpy as np
 import pytest
 
 from glimmer_jax.partitioning import MeshConfig, make_mesh
-from glimmer_jax.training.checkpoint import (
-    Checkpoints,
-    best_step,
-    find_step,
-    restore_params,
-    steps_to_keep,
-)
+from glimmer_jax.training.checkpoint import Checkpoints, best_step, steps_to_keep
 from glimmer_jax.training.checksums import SIDECAR, verify_sidecar
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
 from glimmer_jax.training.params_file import load_params_file, save_params_file
+from glimmer_jax.training.restore import find_step, restore_params
 from glimmer_jax.training.source import load_initial_params, start_state
 from glimmer_jax.training.state import TrainState, abstract_state, init_state
 from tests.training.toy_model import ToyModel

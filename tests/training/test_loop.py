@@ -15,10 +15,11 @@ import pytest
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.preemption import Preempted, Watcher
 from glimmer_jax.training import loop
-from glimmer_jax.training.checkpoint import Checkpoints, restore_params
+from glimmer_jax.training.checkpoint import Checkpoints
 from glimmer_jax.training.loop import TrainConfig, train
 from glimmer_jax.training.metrics import MetricWriter, NonFiniteError, format_seconds, means
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
+from glimmer_jax.training.restore import restore_params
 from tests.training import toy_run
 from tests.training.toy_model import ToyModel, batch_at, batches_from
 
