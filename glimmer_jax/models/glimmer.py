@@ -54,6 +54,7 @@ class GlimmerConfig:
     num_kept: int | None = None  # m, passages that are read on; None keeps all
     freeze_memory: bool = False  # memory encoder and its embedding are not trained
     share_question_encoder: bool = True  # the question goes through the memory encoder itself
+    share_position_table: bool = False  # of memory and live layers; the cut can then still be moved
     separate_reranker: bool = False  # scores come from R layers of their own, nothing is reused
     memory_codec: str = "bf16"  # how memory is stored, and rounded while training
 
@@ -78,6 +79,11 @@ class GlimmerConfig:
                 "With memory_layers=0 there is no memory encoder to freeze or to copy; leave "
                 "freeze_memory=False and share_question_encoder=True."
             )
+        if self.share_position_table and (self.freeze_memory or not self.share_question_encoder):
+            raise ValueError(
+                "share_position_table would train a part of the frozen or copied memory encoder; "
+                "set it to False."
+            )
         codecs.get(self.memory_codec)
 
 
@@ -90,15 +96,22 @@ class Live(NamedTuple):
 
 
 class MemoryEncoder(EncoderStack):
-    """The lower layers with their own position table. No norm at the end."""
+    """The lower layers, by default with a position table of their own. No norm at the end."""
+
+    own_table: bool = True
 
     def setup(self):
         super().setup()
-        self.relpos_bias = position_bias(self.config, bidirectional=True)
+        if self.own_table:
+            self.relpos_bias = position_bias(self.config, bidirectional=True)
 
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:  # type: ignore[override]
+    def __call__(
+        self, x: jax.Array, key_mask: jax.Array, bias: jax.Array | None = None
+    ) -> jax.Array:
         """Embedded tokens `[..., P, D]`, bool mask `[..., P]` -> states `[..., P, D]`."""
-        return super().__call__(x, mask, self.relpos_bias(x.shape[-2], x.shape[-2]))
+        if self.own_table:
+            bias = self.relpos_bias(x.shape[-2], x.shape[-2])
+        return super().__call__(x, key_mask, bias)
 
 
 class LiveEncoder(nn.Module):
@@ -193,7 +206,8 @@ class Glimmer(nn.Module):
         # A frozen encoder gets no dropout: its training states are those that the store will give.
         memory_t5 = dataclasses.replace(t5, dropout_rate=0.0) if config.freeze_memory else t5
         if config.memory_layers:
-            self.memory_encoder = MemoryEncoder(memory_t5, config.memory_layers)
+            own_table = not config.share_position_table
+            self.memory_encoder = MemoryEncoder(memory_t5, config.memory_layers, own_table)
         if config.freeze_memory:
             # T5 shares its embedding with the decoder, which is trained: the memory would go stale.
             self.memory_embedder = self._embedder()
@@ -214,8 +228,9 @@ class Glimmer(nn.Module):
         """Layers [0, M) over tokens `[..., X]` with the memory's weights -> `[..., X, D]`."""
         if not self.config.memory_layers:
             return self.dropout(self.token_embedder(tokens))
+        bias = self.live_encoder.bias(tokens.shape[-1]) if self.config.share_position_table else None
         if not self.config.freeze_memory:
-            return self.memory_encoder(self.dropout(self.token_embedder(tokens)), tokens > 0)
+            return self.memory_encoder(self.dropout(self.token_embedder(tokens)), tokens > 0, bias)
         states = self.memory_encoder(self.memory_embedder(tokens), tokens > 0)
         return jax.lax.stop_gradient(states)
 

@@ -48,11 +48,12 @@ def recut(params: Params, source: GlimmerConfig, target: GlimmerConfig) -> Param
     # Position tables: those of the source, or copies of the only one it has.
     live_table = live["relpos_bias"]
     memory_table = memory.get("relpos_bias", live_table)
-    if target.memory_layers != m and not _equal(memory_table, live_table):
+    one_table = target.share_position_table and m
+    if (target.memory_layers != m or one_table) and not _equal(memory_table, live_table):
         raise ValueError(
-            f"The cut cannot move from memory_layers={m} to {target.memory_layers}: the position "
-            "tables of memory and live encoder have been trained apart, and a layer would change "
-            "its table. Recut before training, or keep memory_layers."
+            f"The cut cannot move from memory_layers={m} to {target.memory_layers}, nor can its two "
+            "position tables become one: those of memory and live encoder have been trained apart, "
+            "and a layer would change its table. Recut before training, or keep memory_layers."
         )
 
     def numbered(layers):
@@ -61,7 +62,9 @@ def recut(params: Params, source: GlimmerConfig, target: GlimmerConfig) -> Param
     out: Params = {"token_embedder": params["token_embedder"], "decoder": params["decoder"]}
     new_m, new_cut = target.memory_layers, target.memory_layers + target.rerank_layers
     if new_m:
-        out["memory_encoder"] = {"relpos_bias": memory_table, **numbered(encoder[:new_m])}
+        out["memory_encoder"] = numbered(encoder[:new_m])
+        if not target.share_position_table:
+            out["memory_encoder"]["relpos_bias"] = memory_table
     out["live_encoder"] = {"relpos_bias": live_table, "encoder_norm": live["encoder_norm"]}
     for name, layers in (("live_a", encoder[new_m:new_cut]), ("live_b", encoder[new_cut:])):
         if layers:
