@@ -71,13 +71,13 @@ class ClauseIndex:
                 for word in words:
                     self._holders[word].add(row)
 
-    def rarity(self, word: str) -> float:
-        """-log of the share of the passages that hold a word of theirs."""
-        return math.log(len(self._words) / len(self._holders[word.lower()]))
+        total = len(self._words)
+        # -log of the share of the passages that hold a word.
+        self._rarity = {word: math.log(total / len(rows)) for word, rows in self._holders.items()}
 
-    def weight(self, word: str) -> float:
-        """How soon a word is dropped."""
-        return 1.0 if self.rarity(word) < -math.log(COMMON_SHARE) else RARE_WEIGHT
+    def rarity(self, word: str) -> float:
+        """How rare a word of the passages is, in nats: 0 for one that every passage holds."""
+        return self._rarity[word.lower()]
 
     def holders(self, clause: list[str], span: int) -> set[tuple[str, int]]:
         """(page, chunk) of the passages that hold the words in order within about `span` words."""
@@ -111,9 +111,11 @@ def noisy_clauses(page: Page, index: ClauseIndex, count: int) -> list[tuple[int,
             # Seeded by name: the same clauses whatever else the corpus holds.
             draw = random.Random(stable_hash("clauses", page.name, chunk, number))
             words = clean_words(sentence)
-            for places in _fragments(words, parts, index, draw):
+            usable = [place for place, word in enumerate(words) if not betrays(word, parts)]
+            rarity = [index.rarity(word) for word in words]
+            for places in _fragments(usable, rarity, draw):
                 clause = [words[place] for place in places]
-                ease = sum(index.rarity(word) for word in clause) + JITTER * draw.random()
+                ease = sum(rarity[place] for place in places) + JITTER * draw.random()
                 span = places[-1] - places[0] + 1
                 fragments.append((ease / len(clause), chunk, number, clause, span))
     chosen: dict[str, int] = {}
@@ -130,13 +132,12 @@ def noisy_clauses(page: Page, index: ClauseIndex, count: int) -> list[tuple[int,
     return [(chunk, text) for text, chunk in chosen.items()]
 
 
-def _fragments(
-    words: list[str], parts: frozenset[str], index: ClauseIndex, draw: random.Random
-) -> Iterator[list[int]]:
+def _fragments(usable: list[int], rarity: list[float], draw: random.Random) -> Iterator[list[int]]:
     """Places of the words that a clause keeps, for clauses from every start in a sentence."""
-    usable = [place for place, word in enumerate(words) if not betrays(word, parts)]
     if len(usable) < MIN_WORDS:
         return
+    common = -math.log(COMMON_SHARE)
+    power = [1.0 if nats < common else 1.0 / RARE_WEIGHT for nats in rarity]
     for _ in range(LENGTHS):
         length = draw.randint(MIN_WORDS, MAX_WORDS)
         span = min(round(length / (1 - DROPPED)), len(usable))
@@ -144,7 +145,7 @@ def _fragments(
         for start in range(len(usable) - span + 1):
             places = usable[start : start + span]
             # A weighted draw without replacement: the largest go first.
-            last = sorted(places, key=lambda at: draw.random() ** (1 / index.weight(words[at])))
+            last = sorted(places, key=lambda at: draw.random() ** power[at])
             yield sorted(last[:kept])
 
 

@@ -1,8 +1,7 @@
 """Questions on the built-in corpus, in KILT's form: which function, slot filling, fact verification.
 
 Every example names the passage that answers it: page as `wikipedia_id` and `title`, chunk as
-paragraph. Choices are made by hashing names, so the same Python gives the same questions, and one
-page's questions do not depend on another's.
+paragraph. Choices are made by hashing names, so the same Python gives the same questions.
 """
 
 from typing import Any

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from glimmer_jax.data.kilt import answers, provenance, read_examples
 from glimmer_jax.json_lines import read_json_lines
+from glimmer_jax.kilt import answers, provenance, read_examples
 
 Target = str | Sequence[str]
 

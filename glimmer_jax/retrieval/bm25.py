@@ -20,6 +20,7 @@ import bm25s
 import numpy as np
 
 from glimmer_jax.json_lines import write_json_lines
+from glimmer_jax.kilt import is_gold, provenance, read_examples
 from glimmer_jax.passages import Passages
 
 _WORD = re.compile(r"[^\W_]+")
@@ -138,8 +139,6 @@ def retrieve_files(
     Raises:
       ValueError: no file matches, the output would replace its input, or a file is malformed.
     """
-    from glimmer_jax.data.kilt import read_examples
-
     files = sorted(glob.glob(question_glob))
     if not files:
         raise ValueError(f"No file matches {question_glob!r}. Check the pattern of question files.")
@@ -183,8 +182,6 @@ def _with_progress(index: Bm25, examples: list[dict[str, Any]], k: int) -> list[
 
 def retrieve(index: Bm25, examples: Sequence[dict[str, Any]], k: int) -> list[dict[str, Any]]:
     """Copies of the examples with `retrieved`: `{"id", "score", "gold"}`, best first."""
-    from glimmer_jax.data.kilt import is_gold, provenance
-
     made = []
     results = index.search([example["input"] for example in examples], k)
     for example, result in zip(examples, results, strict=True):
@@ -203,8 +200,6 @@ def retrieve(index: Bm25, examples: Sequence[dict[str, Any]], k: int) -> list[di
 
 def recall(examples: Sequence[dict[str, Any]], at: Sequence[int]) -> dict[str, float]:
     """`recall_at_N` over examples with provenance, and their number `questions`."""
-    from glimmer_jax.data.kilt import provenance
-
     asked = [example for example in examples if provenance(example)]
     found: dict[str, float] = {"questions": len(asked)}
     for n in at:
@@ -237,8 +232,6 @@ def tune(
 
     Give dev files only: settings chosen on test questions would flatter the retriever.
     """
-    from glimmer_jax.data.kilt import read_examples
-
     files = sorted(glob.glob(question_glob))
     if not files:
         raise ValueError(f"No file matches {question_glob!r}. Check the pattern of question files.")

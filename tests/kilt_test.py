@@ -1,0 +1,86 @@
+import json
+
+import pytest
+
+from glimmer_jax import kilt
+
+GOOD = {"id": "a", "input": "who", "output": [{"answer": "x", "provenance": []}], "meta": {}}
+
+
+def lines(tmp_path, *examples):
+    path = tmp_path / "task-dev.jsonl"
+    path.write_text("\n".join(json.dumps(example) for example in examples))
+    return path
+
+
+def test_examples_are_read_in_order(tmp_path):
+    path = lines(tmp_path, GOOD, {"id": "b", "input": "test file without output"})
+    assert [example["id"] for example in kilt.read_examples(path)] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"id": 3}, "string `id`, got 3"),
+        ({"input": " "}, "wanted a question in `input`"),
+        ({"output": {}}, "list of objects in `output`"),
+        ({"output": [{"answer": 3}]}, "string `answer`, got 3"),
+        ({"output": [{"provenance": [1]}]}, "list of objects in `provenance`"),
+        ({"retrieved": [{"id": "7"}]}, "in `retrieved`, got"),
+        ({"retrieved": 1}, "a list in `retrieved`"),
+        ({}, "the id 'a' was given before"),
+    ],
+)
+def test_malformed_examples_are_refused_by_line(tmp_path, change, message):
+    path = lines(tmp_path, GOOD, {**GOOD, **change})
+    with pytest.raises(ValueError, match=f"task-dev.jsonl:2: .*{message}"):
+        list(kilt.read_examples(path))
+
+
+def test_bad_lines_are_skipped_when_allowed_up_to_a_limit(tmp_path):
+    path = lines(tmp_path, GOOD, {**GOOD, "id": "b"})
+    path.write_bytes(b'{"id": NaN}\n' + path.read_bytes() + b'\n{"id": "c"}\n')
+    allowed = kilt.Policy("skip", max_skipped=2)
+    assert [one["id"] for one in kilt.read_examples(path, allowed)] == ["a", "b"]
+    with pytest.raises(ValueError, match="more than 1 bad lines, the last at .*:4"):
+        list(kilt.read_examples(path, kilt.Policy("skip", max_skipped=1)))
+
+
+def test_policies_are_checked():
+    with pytest.raises(ValueError, match="on_error must be one of"):
+        kilt.Policy("ignore")
+    with pytest.raises(ValueError, match="max_skipped must be 0 or more"):
+        kilt.Policy(max_skipped=-1)
+
+
+def test_answers_are_distinct_and_provenance_is_pooled():
+    example = {
+        "output": [
+            {"answer": "x", "provenance": [{"wikipedia_id": "1"}]},
+            {"answer": "x"},
+            {"provenance": [{"wikipedia_id": "2"}]},
+            {"answer": "y"},
+        ]
+    }
+    assert kilt.answers(example) == ["x", "y"]
+    assert [one["wikipedia_id"] for one in kilt.provenance(example)] == ["1", "2"]
+    assert kilt.answers({}) == [] == kilt.provenance({})
+
+
+@pytest.mark.parametrize(
+    "record, gold",
+    [
+        ({"page": "p", "chunk": 1}, True),
+        ({"page": "p", "chunk": 2}, True),
+        ({"page": "p", "chunk": 3}, False),
+        ({"page": "q", "chunk": 1}, False),
+        ({"title": "p"}, True),
+        ({"page": "whole", "chunk": 9}, True),
+    ],
+)
+def test_gold_is_the_page_and_the_paragraph(record, gold):
+    where = [
+        {"wikipedia_id": "p", "start_paragraph_id": 1, "end_paragraph_id": 2},
+        {"wikipedia_id": "7", "title": "whole"},
+    ]
+    assert kilt.is_gold(record, where) is gold

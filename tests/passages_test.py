@@ -1,0 +1,143 @@
+import json
+
+import numpy as np
+import pytest
+
+from glimmer_jax.corpus import read_corpus
+from glimmer_jax.passages import Passages, passage_input, write_passages
+
+RECORDS = [
+    {"id": 2**62 + 7, "title": "b", "text": "longer text", "page": "b"},
+    {"id": 3, "title": "a", "text": "é\u2028", "page": "a"},
+    {"id": 41, "title": "", "text": "", "page": "c"},
+]
+
+
+def encode(text):
+    return [2 + byte for byte in text.encode()]
+
+
+def write(path, records=RECORDS, **settings):
+    given = {"fingerprint": "sha256:one", "max_length": 20, "vocab_size": 300, **settings}
+    return write_passages(path, records, encode, **given)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write(tmp_path / "passages", source="three lines")
+    return tmp_path / "passages"
+
+
+def test_what_was_written_is_read(folder):
+    passages = Passages.open(folder, "sha256:one")
+    passages.verify()
+    assert len(passages) == 3 and passages.max_length == 20
+    assert passages.ids.tolist() == [record["id"] for record in RECORDS]
+    assert list(passages.records()) == RECORDS
+    assert [passages.text(row) for row in range(3)] == RECORDS
+    wanted = [encode(passage_input(r["title"], r["text"]))[:19] + [1] for r in RECORDS]
+    rows = passages.rows([41, 3])
+    assert rows.dtype == np.int32 and rows.tolist() == [2, 1]
+    tokens = passages.tokens(rows, 40)
+    assert tokens.dtype == np.int32 and tokens.shape == (2, 40)
+    assert tokens[0].tolist() == wanted[2] + [0] * (40 - len(wanted[2]))
+    assert passages.lengths(rows).tolist() == [len(wanted[2]), len(wanted[1])]
+    assert passages.manifest["num_truncated"] == 2 and passages.manifest["source"] == "three lines"
+
+
+def test_absent_passages_are_all_padding(folder):
+    passages = Passages.open(folder)
+    rows = passages.rows(np.array([[3, -1], [-1, 41]]))
+    assert rows.tolist() == [[1, -1], [-1, 2]]
+    assert passages.tokens(rows, 8).shape == (2, 2, 8)
+    assert not passages.tokens(rows, 8)[0, 1].any()
+    assert passages.lengths(rows)[1, 0] == 0
+
+
+def test_unknown_ids_are_named(folder):
+    with pytest.raises(ValueError, match="2 passage ids are not in .*: 4, 99.*retrieve again"):
+        Passages.open(folder).rows([3, 99, 4, 99])
+    with pytest.raises(ValueError, match="from 0 to 2, got 3"):
+        Passages.open(folder).text(3)
+
+
+def test_tokens_take_two_bytes_where_they_can(tmp_path):
+    write(tmp_path / "small", vocab_size=65536)
+    write(tmp_path / "large", vocab_size=65537)
+    assert np.load(tmp_path / "small" / "tokens.npy").dtype == np.uint16
+    assert np.load(tmp_path / "large" / "tokens.npy").dtype == np.int32
+
+
+def test_another_vocabulary_is_refused_with_both_named(folder):
+    with pytest.raises(ValueError, match="sha256:one, the model's is sha256:two"):
+        Passages.open(folder, "sha256:two")
+
+
+def test_missing_unfinished_and_foreign_folders_are_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="No passages folder .*absent"):
+        Passages.open(tmp_path / "absent")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format_version": 9}))
+    with pytest.raises(ValueError, match="format version 9, this program reads 1"):
+        Passages.open(folder)
+    (folder / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match="lacks 'format_version'"):
+        Passages.open(folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"no manifest\.json"):
+        Passages.open(folder)
+
+
+def test_damage_is_found(folder):
+    tokens = bytearray((folder / "tokens.npy").read_bytes())
+    tokens[-3] ^= 1
+    (folder / "tokens.npy").write_bytes(tokens)
+    with pytest.raises(ValueError, match=r"tokens\.npy is damaged"):
+        Passages.open(folder).verify()
+    (folder / "tokens.npy").write_bytes(tokens[:-2])
+    with pytest.raises(ValueError, match=r"tokens\.npy: wanted \d+ bytes, got \d+ bytes"):
+        Passages.open(folder)
+    (folder / "tokens.npy").unlink()
+    with pytest.raises(ValueError, match="got no such file"):
+        Passages.open(folder)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"records": [RECORDS[1], RECORDS[1]]}, "id 3 is given twice"),
+        ({"records": []}, "no passage"),
+        ({"vocab_size": 50}, "token id outside 0..49"),
+        ({"max_length": 1}, "max_length must be 2 or more"),
+    ],
+)
+def test_a_bad_corpus_leaves_nothing_behind(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        write(tmp_path / "passages", **settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_replaced_only_when_asked(folder):
+    with pytest.raises(ValueError, match="exists already"):
+        write(folder)
+    write(folder, RECORDS[:1], overwrite=True)
+    assert len(Passages.open(folder)) == 1
+    assert [one.name for one in folder.parent.iterdir()] == ["passages"]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"id": "7", "title": "", "text": ""}', "integer `id`, got '7'"),
+        ('{"id": true, "title": "", "text": ""}', "integer `id`, got True"),
+        ('{"id": -1, "title": "", "text": ""}', "must be from 0 .* got -1"),
+        ('{"id": 9223372036854775808, "title": "", "text": ""}', "from 0 to 2"),
+        ('{"id": 7, "text": ""}', "string `title`, got None"),
+        ('{"id": 7, "title": "", "text": 3}', "string `text`, got 3"),
+    ],
+)
+def test_a_bad_corpus_line_is_named(tmp_path, line, message):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text('{"id": 1, "title": "t", "text": "x"}\n' + line)
+    with pytest.raises(ValueError, match=f"corpus.jsonl:2: .*{message}"):
+        list(read_corpus(path))

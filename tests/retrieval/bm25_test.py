@@ -1,0 +1,119 @@
+import json
+import sys
+
+import pytest
+
+from glimmer_jax.json_lines import read_json_lines
+from glimmer_jax.passages import write_passages
+from glimmer_jax.retrieval import bm25
+from glimmer_jax.retrieval.bm25 import Bm25, Bm25Config
+
+RECORDS = [
+    {"id": 11, "title": "zoo.apes", "text": "apes eat fruit", "page": "p", "chunk": 0},
+    {"id": 12, "title": "zoo.fish", "text": "fish eat worms", "page": "q", "chunk": 0},
+    {"id": 13, "title": "zoo.fish", "text": "fish swim in water", "page": "q", "chunk": 1},
+    {"id": 14, "title": "bus", "text": "wheels on the bus", "page": "r", "chunk": 0},
+]
+SPLITS = ("train", "train", "test", "test")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    records = [{**record, "split": s} for record, s in zip(RECORDS, SPLITS, strict=True)]
+    write_passages(
+        tmp_path / "passages", records, lambda text: list(text.encode()), "f", 99, vocab_size=256
+    )
+    (tmp_path / "questions").mkdir()
+    for split in ("train", "test"):
+        rows = [
+            example("1", "who swim in fish water", "q", 1),
+            example("2", "what do apes eat", "p", 0),
+        ]
+        path = tmp_path / "questions" / f"task-{split}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def example(name, question, page, chunk):
+    provenance = [{"wikipedia_id": page, "start_paragraph_id": chunk}]
+    return {"id": name, "input": question, "output": [{"answer": "", "provenance": provenance}]}
+
+
+def test_words_hold_qualified_names_whole_and_in_parts():
+    assert bm25.words("Call os.path_of(x)!") == ["call", "os", "path", "of", "x", "os.path_of"]
+
+
+def test_the_best_passage_comes_first_and_strangers_not_at_all():
+    index = Bm25(RECORDS)
+    (found,) = index.search(["fish worms"], 4)
+    assert [row for row, _ in found] == [1, 2]
+    assert found[0][1] > found[1][1] > 0
+    assert index.search(["quark", "", "zoo.fish"], 1)[:2] == [[], []]
+    assert index.search(["zoo.fish"], 1)[0][0][0] in (1, 2)
+
+
+def test_equal_scores_keep_the_order_of_the_passages():
+    index = Bm25([{"id": i, "title": "t", "text": "same words"} for i in range(50)])
+    assert [row for row, _ in index.search(["words"], 7)[0]] == list(range(7))
+
+
+def test_retrieved_files_carry_ids_scores_and_gold(folder, capsys):
+    report = bm25.retrieve_files(
+        folder / "passages", str(folder / "questions" / "*.jsonl"), folder / "retrieved", 2
+    )
+    rows = [row for _, row in read_json_lines(folder / "retrieved" / "task-test.jsonl")]
+    assert [[one["id"] for one in row["retrieved"]] for row in rows] == [[13, 12], [11, 12]]
+    assert [[one["gold"] for one in row["retrieved"]] for row in rows] == [
+        [True, False],
+        [True, False],
+    ]
+    assert rows[0]["input"] == "who swim in fish water"
+    assert report["task-test"] == {"questions": 2, "recall_at_1": 1.0, "recall_at_2": 1.0}
+    shown = capsys.readouterr().out
+    assert "2/2" in shown and "questions/s" in shown and "R@1" in shown
+
+
+def test_training_questions_see_training_passages_alone(folder):
+    bm25.retrieve_files(
+        folder / "passages", str(folder / "questions" / "*.jsonl"), folder / "retrieved", 4
+    )
+    rows = [row for _, row in read_json_lines(folder / "retrieved" / "task-train.jsonl")]
+    assert {one["id"] for row in rows for one in row["retrieved"]} == {11, 12}
+
+
+def test_tuning_prints_every_setting_and_returns_the_best(folder, capsys):
+    pattern = str(folder / "questions" / "*-test.jsonl")
+    best = bm25.tune(folder / "passages", pattern, 2, (0.2, 0.9), (0.3,), (1, 2))
+    assert best in [Bm25Config(k1, 0.3, t) for k1 in (0.2, 0.9) for t in (1, 2)]
+    assert capsys.readouterr().out.count("k1=") == 4
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"k1": 0.0}, "k1 must be above 0"),
+        ({"b": 1.5}, "b must be from 0 to 1, got 1.5"),
+        ({"title_weight": -1}, "title_weight must be 0 or more"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Bm25Config(**settings)
+
+
+def test_wrong_input_is_refused(folder, monkeypatch):
+    with pytest.raises(ValueError, match="No file matches"):
+        bm25.retrieve_files(folder / "passages", str(folder / "x*"), folder / "retrieved", 2)
+    with pytest.raises(ValueError, match="No file matches"):
+        bm25.tune(folder / "passages", str(folder / "x*"))
+    pattern = str(folder / "questions" / "*.jsonl")
+    with pytest.raises(ValueError, match="holds the questions themselves"):
+        bm25.retrieve_files(folder / "passages", pattern, folder / "questions", 2)
+    with pytest.raises(ValueError, match="No passage to index"):
+        Bm25([])
+    with pytest.raises(ValueError, match="k must be 1 or more"):
+        Bm25(RECORDS).search(["x"], 0)
+    monkeypatch.setitem(sys.modules, "Stemmer", None)
+    bm25._stemmer.cache_clear()
+    with pytest.raises(ValueError, match="needs PyStemmer"):
+        Bm25(RECORDS, Bm25Config(stem="english"))
