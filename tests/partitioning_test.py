@@ -1,0 +1,86 @@
+"""The mesh and its one rule table."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from glimmer_jax import axes, partitioning
+from glimmer_jax.partitioning import MeshConfig, make_mesh, spec
+
+
+def test_every_axis_name_has_a_rule():
+    names = {value for key, value in vars(axes).items() if key.isupper()}
+    assert names == set(partitioning.AXIS_RULES)
+
+
+def test_a_mesh_takes_what_is_left():
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=2, model=2))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "model": 2}
+    assert make_mesh(MeshConfig(), jax.devices()[:3]).size == 3
+
+
+@pytest.mark.parametrize("sizes", [dict(data=0), dict(fsdp=-2), dict(data=-1, model=-1)])
+def test_bad_mesh_sizes_are_refused(sizes):
+    with pytest.raises(ValueError, match=r"Mesh sizes must be positive, with at most one -1; got"):
+        MeshConfig(**sizes)
+
+
+@pytest.mark.parametrize("config", [MeshConfig(3), MeshConfig(-1, 3), MeshConfig(-1, 16)])
+def test_a_mesh_that_does_not_cover_the_devices_is_refused(config):
+    with pytest.raises(ValueError, match=r"and there are 8\. Choose sizes whose product is 8"):
+        make_mesh(config)
+
+
+def test_names_become_mesh_axes():
+    assert spec((axes.EMBED, axes.MLP)) == PartitionSpec("fsdp", "model")
+    assert spec((axes.BATCH, None, axes.ACT_EMBED)) == PartitionSpec(("data", "fsdp"), None, None)
+    assert spec((axes.LAYERS, axes.HEADS, axes.RELPOS_BUCKETS)) == PartitionSpec(
+        None, "model", None
+    )
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match=r"'width' .*has no rule.*Add it to partitioning"):
+        spec((axes.BATCH, "width"))
+
+
+def test_two_dimensions_on_one_mesh_axis_are_refused():
+    with pytest.raises(ValueError, match=r"'heads' and 'mlp' .*both map to mesh axis 'model'"):
+        spec((axes.HEADS, axes.MLP))
+
+
+def test_constrain_needs_a_name_for_every_dimension():
+    with pytest.raises(ValueError, match=r"shape \(2, 3\) was given 1 names"):
+        partitioning.constrain(jnp.zeros((2, 3)), (axes.BATCH,))
+
+
+def test_constrain_pins_the_sharding_inside_a_mesh_and_leaves_arrays_alone_outside():
+    x = jnp.ones((8, 4))
+    assert partitioning.constrain(x, (axes.BATCH, axes.ACT_MLP)) is x
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2))
+    with jax.set_mesh(mesh):
+        y = jax.jit(lambda x: partitioning.constrain(x * 2, (axes.BATCH, axes.ACT_MLP)))(x)
+    assert y.sharding.shard_shape(y.shape) == (2, 2)
+    np.testing.assert_array_equal(y, 2.0)
+
+
+def test_shardings_follow_the_tree_of_names():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2))
+    tree = partitioning.shardings({"a": (axes.VOCAB, axes.EMBED), "b": ()}, mesh)
+    assert tree["a"].spec == PartitionSpec("model", "fsdp")
+    assert tree["b"].spec == PartitionSpec()
+    assert partitioning.batch_sharding(mesh).spec == PartitionSpec(("data", "fsdp"))
+    assert partitioning.replicated(mesh).is_fully_replicated
+
+
+def test_parameters_that_do_not_divide_are_all_named():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, model=4))
+    names = {"a": (axes.EMBED, axes.MLP), "b": (axes.EMBED,), "c": (axes.EMBED,)}
+    shapes = {"a": jnp.zeros((4, 6)), "b": jnp.zeros((3,)), "c": jnp.zeros((2,))}
+    with pytest.raises(ValueError, match=r"\['a'\] \(4, 6\) by 4 on model.*\['b'\].* by 2") as info:
+        partitioning.check_divisible(shapes, names, mesh)
+    assert "['c']" not in str(info.value)
+    shapes = {"a": jnp.zeros((4, 8)), "b": jnp.zeros((4,)), "c": jnp.zeros((2,))}
+    partitioning.check_divisible(shapes, names, mesh)
