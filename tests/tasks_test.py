@@ -11,6 +11,7 @@ seqio = pytest.importorskip("seqio")
 import tensorflow as tf
 
 from glimmer_jax.data import evaluation, features, pipeline, preprocessors, retrieved
+from glimmer_jax.data import lengths as lengths_module
 from glimmer_jax.data.vocabulary import Vocabulary
 
 LENGTHS = {"inputs": 8, "targets": 6, "passages": (3, 12)}
@@ -124,7 +125,7 @@ def test_converter_takes_inline_passages_of_more_passages_than_tokens():
 )
 def test_wrong_lengths_are_refused(lengths):
     with pytest.raises(ValueError, match=r"TASK_FEATURE_LENGTHS must be .*; got"):
-        features.check_lengths(lengths)
+        lengths_module.check_lengths(lengths)
 
 
 def test_converter_refuses_packing_and_missing_passages():

@@ -1,13 +1,14 @@
 """seqio.Evaluator driven by plain functions over numpy batches."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import seqio
 from etils import epath
 
-from glimmer_jax.data.features import GlimmerFeatureConverter, check_lengths
+from glimmer_jax.data.features import GlimmerFeatureConverter
+from glimmer_jax.data.lengths import check_lengths
 from glimmer_jax.data.pipeline import attach, fill, find_mixture_or_task
 from glimmer_jax.passages import Passages
 
@@ -15,6 +16,24 @@ Batch = dict[str, Any]
 # numpy batch -> int32 tokens [B, T], and per-row arrays {name: [B, ...]} (may be empty).
 Predict = Callable[[Batch], tuple[Any, Mapping[str, Any]]]
 Score = Callable[[Batch], Any]  # numpy batch -> float32 [B], log p(target)
+
+
+def reranked_recall(
+    targets: Sequence[Any], predictions: Sequence[Any], aux_values: Mapping[str, Any]
+) -> dict[str, float]:
+    """`recall_at_1` after reranking and `recall_kept`, over all questions.
+
+    Aux values: `passage_scores` float `[B, K]` (ties keep the retriever's order), `kept_passages`
+    int `[B, m]` (indices into the K), and `gold_passages` int `[B, K]`.
+    """
+    del targets, predictions
+    gold = np.asarray(aux_values["gold_passages"]) > 0
+    best = np.argmax(np.asarray(aux_values["passage_scores"]), axis=1)[:, None]
+    kept = np.asarray(aux_values["kept_passages"])
+    return {
+        "recall_at_1": float(np.take_along_axis(gold, best, 1).mean()),
+        "recall_kept": float(np.take_along_axis(gold, kept, 1).any(1).mean()),
+    }
 
 
 class Evaluation:
@@ -75,6 +94,7 @@ class Evaluation:
             # A second thread would run the devices while the training loop does.
             async_compute_metrics=False,
         )
+        self._answered: dict[int, Any] = {}
         if not self._evaluator.eval_tasks:
             raise ValueError(
                 f"No task of {mixture_or_task_name!r} has both metrics and a split {split!r}."
@@ -96,8 +116,13 @@ class Evaluation:
           step: for the logs.
         """
 
+        answered = self._answered = {}
+
         def predict_with_aux(ds: Any) -> tuple[list[tuple[int, Any]], dict[str, list[Any]]]:
-            indices, outputs = self._collect(ds, predict)
+            # seqio asks once for metrics that read aux values and once for those that do not.
+            if id(ds) not in answered:
+                answered[id(ds)] = self._collect(ds, predict)
+            indices, outputs = answered[id(ds)]
             tokens, aux = zip(*outputs, strict=True)
             names = aux[0].keys()
             return (
@@ -126,6 +151,24 @@ class Evaluation:
             for name, value in found.items()
         }
 
+    def predictions(self) -> dict[str, list[dict[str, Any]]]:
+        """What the last `run` answered, for each task: a record for each example, in order.
+
+        `{"id", "prediction", "score", "passage_ids", "passage_scores", "kept_passage_ids"}`,
+        passages by score, best first; what the function did not return is left out.
+        """
+        found = {}
+        for task in self._evaluator.eval_tasks:
+            ds = self._evaluator.cached_model_datasets[task.name]
+            vocabulary = task.output_features["targets"].vocabulary
+            examples = self._evaluator.cached_task_datasets[task.name].as_numpy_iterator()
+            _, outputs = self._answered[id(ds)]
+            found[task.name] = [
+                _record(example, vocabulary.decode([int(token) for token in tokens]), aux)
+                for example, (tokens, aux) in zip(examples, outputs, strict=True)
+            ]
+        return found
+
     def _collect(
         self, ds: Any, function: Callable[[Batch], tuple[Any, Mapping[str, Any]]]
     ) -> tuple[list[int], list[tuple[np.ndarray, dict[str, np.ndarray]]]]:
@@ -141,6 +184,23 @@ class Evaluation:
                 indices.append(int(number))
                 rows.append((outputs[row], {name: value[row] for name, value in aux.items()}))
         return indices, rows
+
+
+def _record(
+    example: Mapping[str, Any], prediction: str, aux: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    record: dict[str, Any] = {"id": example["id"].decode("utf-8"), "prediction": prediction}
+    if "scores" in aux:
+        record["score"] = float(aux["scores"])
+    if "passage_scores" in aux:
+        ids = example["passage_ids"][: len(aux["passage_scores"])]
+        scores = aux["passage_scores"][: len(ids)]
+        order = np.argsort(-scores, kind="stable")
+        record["passage_ids"] = ids[order].tolist()
+        record["passage_scores"] = [round(float(score), 4) for score in scores[order]]
+        kept = aux["kept_passages"]
+        record["kept_passage_ids"] = ids[kept[kept < len(ids)]].tolist()
+    return record
 
 
 def _same_length(tokens: Any) -> list[np.ndarray]:

@@ -22,27 +22,11 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
+from glimmer_jax.data.lengths import check_lengths
+
 _Spec = seqio.FeatureConverter.FeatureSpec
 
 NO_PASSAGE = -1
-
-
-def check_lengths(lengths: Mapping[str, Any]) -> tuple[int, int, int, int]:
-    """(Q, T, K, P) of TASK_FEATURE_LENGTHS.
-
-    Raises:
-      ValueError: another form than `{"inputs": Q, "targets": T, "passages": (K, P)}`.
-    """
-    wanted = '{"inputs": Q, "targets": T, "passages": (K, P)}, whole numbers of at least 1'
-    try:
-        question, target = lengths["inputs"], lengths["targets"]
-        count, passage = lengths["passages"]
-        values = (question, target, count, passage)
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"TASK_FEATURE_LENGTHS must be {wanted}; got {dict(lengths)}.") from None
-    if not all(isinstance(value, int) and value >= 1 for value in values):
-        raise ValueError(f"TASK_FEATURE_LENGTHS must be {wanted}; got {dict(lengths)}.")
-    return values
 
 
 class GlimmerFeatureConverter(seqio.FeatureConverter):

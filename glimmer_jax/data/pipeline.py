@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import seqio
 
-from glimmer_jax.data.features import NO_PASSAGE, GlimmerFeatureConverter, check_lengths
+from glimmer_jax.data.features import NO_PASSAGE, GlimmerFeatureConverter
+from glimmer_jax.data.lengths import check_lengths
 from glimmer_jax.passages import Passages
 
 Batch = dict[str, Any]

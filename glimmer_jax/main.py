@@ -1,0 +1,116 @@
+"""The command line: `python -m glimmer_jax.main --run_mode=MODE --gin_file=… --gin.X=…`.
+
+Flags are T5X's. Exit codes: 0 done; 42 preempted, start me again; 2 bad input or configuration, do
+not retry.
+"""
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+DONE, BAD_INPUT, START_AGAIN = 0, 2, 42
+
+# Mode -> function, imported when the mode is run.
+MODES = {
+    "passages": "glimmer_jax.modes.passages:passages",
+    "retrieve": "glimmer_jax.modes.retrieve:retrieve",
+    "train": "glimmer_jax.modes.train:train",
+    "build_memory": "glimmer_jax.modes.build_memory:build_memory",
+    "eval": "glimmer_jax.modes.evaluate:evaluate",
+    "infer": "glimmer_jax.modes.infer:infer",
+    "score": "glimmer_jax.modes.score:score",
+    "export": "glimmer_jax.modes.export:export",
+}
+
+
+def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
+    """Flags; every `--gin.NAME=VALUE` becomes the binding `NAME = VALUE`."""
+    parser = argparse.ArgumentParser(
+        prog="glimmer", description="FiD, LUMEN and GLIMMER.", allow_abbrev=False
+    )
+    parser.add_argument("--run_mode", choices=sorted(MODES), default="train")
+    parser.add_argument("--gin_file", action="append", default=[], metavar="PATH")
+    parser.add_argument("--gin_search_paths", default="", metavar="DIR,DIR")
+    parser.add_argument("--gin_bindings", action="append", default=[], metavar="X=V")
+    parser.add_argument("--seqio_additional_cache_dirs", default="", metavar="DIR,DIR")
+    parser.add_argument("--tfds_data_dir", metavar="DIR")
+    parser.add_argument("--debug", action="store_true", help="tracebacks of bad input")
+    flags, others = parser.parse_known_args(argv)
+    for other in others:
+        name, equals, value = other.removeprefix("--gin.").partition("=")
+        if not other.startswith("--gin.") or not equals:
+            parser.error(f"unknown argument {other!r}; bindings are written --gin.NAME=VALUE")
+        flags.gin_bindings.append(f"{name} = {value}")
+    return flags
+
+
+def run_mode(flags: argparse.Namespace) -> Any:
+    """Configures the mode's function with gin and calls it."""
+    from glimmer_jax import configuration
+
+    function = _find(MODES[flags.run_mode])
+    search_paths = [path for path in flags.gin_search_paths.split(",") if path]
+    configuration.parse(flags.gin_file, flags.gin_bindings, search_paths)
+    configured = configuration.configured(function)
+    _set_seqio_dirs(flags)
+    kwargs = {}
+    if "operative_config" in function.__code__.co_varnames[: function.__code__.co_argcount]:
+        kwargs["operative_config"] = configuration.operative_config
+    return configured(**kwargs)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a mode; returns the exit code."""
+    flags = parse_flags(sys.argv[1:] if argv is None else argv)
+    from glimmer_jax.configuration import first_line
+    from glimmer_jax.preemption import Preempted
+    from glimmer_jax.training.metrics import NonFiniteError
+
+    try:
+        run_mode(flags)
+    except Preempted as error:
+        print(f"glimmer: {first_line(error)}", file=sys.stderr)
+        return START_AGAIN
+    except (ValueError, FileNotFoundError, NonFiniteError) as error:
+        if flags.debug:
+            traceback.print_exc()
+        print(f"glimmer: {first_line(error)}", file=sys.stderr)
+        return BAD_INPUT
+    return DONE
+
+
+def run() -> None:
+    """Entry of the `glimmer` script."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # Compiled programs are kept between runs; set the variable to "" to keep none.
+    cache = Path.home() / ".cache" / "glimmer_jax" / "xla"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("glimmer_jax").setLevel(logging.INFO)
+    sys.exit(main())
+
+
+def _find(place: str) -> Callable[..., Any]:
+    module, name = place.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _set_seqio_dirs(flags: argparse.Namespace) -> None:
+    cache_dirs = [path for path in flags.seqio_additional_cache_dirs.split(",") if path]
+    if not cache_dirs and not flags.tfds_data_dir:
+        return
+    import seqio
+
+    seqio.add_global_cache_dirs(cache_dirs)
+    if flags.tfds_data_dir:
+        seqio.set_tfds_data_dir_override(flags.tfds_data_dir)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,54 @@
+"""What modes check before anything expensive."""
+
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from glimmer_jax.data.lengths import Lengths, check_lengths
+from glimmer_jax.models.glimmer import GlimmerConfig
+
+
+def required(**values: Any) -> None:
+    """Raises ValueError naming settings that are None or empty."""
+    missing = [name for name, value in values.items() if value in (None, "")]
+    if missing:
+        raise ValueError(f"This mode needs {', '.join(missing)}; set it, e.g. --gin.{missing[0]}=…")
+
+
+def existing_file(name: str, path: Any) -> Path:
+    """The path, if it is a file; `name` is the macro that a user sets."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{name}: there is no file {path}. Check the path.")
+    return path
+
+
+def batch_size(name: str, size: int, mesh: Mesh, num_microbatches: int = 1) -> None:
+    """Raises ValueError where rows do not divide over devices and microbatches."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"] * num_microbatches
+    if size < 1 or size % parts:
+        raise ValueError(
+            f"{name}={size} must be a multiple of {parts}: data x fsdp x microbatches = "
+            f"{mesh.shape['data']} x {mesh.shape['fsdp']} x {num_microbatches}."
+        )
+
+
+def lengths_for(config: GlimmerConfig, lengths: Any) -> Lengths:
+    """The lengths, if they fit the model."""
+    found = check_lengths(lengths)
+    if config.num_kept is not None and config.num_kept > found.passages:
+        raise ValueError(
+            f"The model keeps {config.num_kept} passages (NUM_KEPT), and TASK_FEATURE_LENGTHS gives "
+            f"it K={found.passages}. Lower NUM_KEPT or raise K."
+        )
+    return found
+
+
+def vocabulary_fits(config: GlimmerConfig, vocabulary: Any) -> None:
+    """Raises ValueError where token ids would lie outside the embedding."""
+    if vocabulary.vocab_size > config.t5.vocab_size:
+        raise ValueError(
+            f"The vocabulary {vocabulary.path} has {vocabulary.vocab_size} ids, and the model's "
+            f"embedding {config.t5.vocab_size} rows. Raise VOCAB_SIZE or give the model's vocabulary."
+        )

@@ -1,0 +1,130 @@
+"""Mode `eval`: a checkpoint on held-out questions, passages from tokens or from a memory."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from glimmer_jax.data.vocabulary import Vocabulary
+from glimmer_jax.json_lines import write_json_lines
+from glimmer_jax.memory.fingerprint import encoder_fingerprint
+from glimmer_jax.memory.lookup import open_lookup
+from glimmer_jax.memory.store import MemoryStore
+from glimmer_jax.models.cost import question_cost
+from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.modes import checks, parameters
+from glimmer_jax.modes.predictor import Predictor
+from glimmer_jax.modes.train import with_mean
+from glimmer_jax.partitioning import MeshConfig, make_mesh
+from glimmer_jax.passages import Passages
+
+
+def evaluate(
+    model: GlimmerModel,
+    checkpoint_path: str,
+    mixture_or_task_name: str,
+    task_feature_lengths: Mapping[str, Any],
+    batch_size: int,
+    passages_dir: str | None = None,
+    memory_dir: str | None = None,
+    mixture_or_task_module: str | None = None,
+    data_dir: str | None = None,
+    output_dir: str | None = None,
+    split: str = "test",
+    num_examples: int | None = None,
+    mesh: MeshConfig = MeshConfig(),
+    vocabulary: Vocabulary = Vocabulary(),
+    memory_bytes_per_device: int = 0,
+    use_cached_tasks: bool = False,
+    operative_config: Callable[[], str] = str,
+) -> dict[str, float]:
+    """Prints, and returns, `{"task/metric": value}`.
+
+    Args:
+      model: FiD, LUMEN or GLIMMER.
+      checkpoint_path: a run's folder, a step's, or a `.safetensors` file, of any cut.
+      mixture_or_task_name: registered with seqio.
+      task_feature_lengths: `{"inputs": Q, "targets": T, "passages": (K, P)}`.
+      batch_size: questions at a time over all devices.
+      passages_dir: encode passages from here; or
+      memory_dir: read their memory from here.
+      mixture_or_task_module: imported first; registers the tasks.
+      data_dir: folder of retrieved files for tasks that read them.
+      output_dir: gets `metrics.json`, `config.gin` and `predictions-<task>.jsonl`.
+      split: validation or test.
+      num_examples: of each task; None for all.
+      mesh: devices.
+      vocabulary: of tasks and passages.
+      memory_bytes_per_device: a memory that fits into this is kept on the devices.
+      use_cached_tasks: read seqio's caches.
+      operative_config: text of the configuration in force.
+
+    Raises:
+      ValueError: settings, files or lengths that do not fit together.
+    """
+    checks.required(CHECKPOINT_PATH=checkpoint_path, MIXTURE_OR_TASK_NAME=mixture_or_task_name)
+    lengths = checks.lengths_for(model.config, task_feature_lengths)
+    checks.vocabulary_fits(model.config, vocabulary)
+    devices = make_mesh(mesh)
+    checks.batch_size("BATCH_SIZE", batch_size, devices)
+    passages = None
+    if passages_dir is not None and memory_dir is None:
+        passages = Passages.open(passages_dir, vocabulary.fingerprint)
+    host_params = parameters.load(checkpoint_path, model, vocabulary.fingerprint)
+    lookup = None
+    if memory_dir is not None:
+        fingerprint = encoder_fingerprint(host_params, model.config)
+        store = MemoryStore.open(memory_dir, fingerprint, vocabulary.fingerprint)
+        lookup = open_lookup(store, devices, lengths.passage, memory_bytes_per_device)
+    params = parameters.place(host_params, model, devices)
+
+    from glimmer_jax.data import pipeline, retrieved
+    from glimmer_jax.data.evaluation import Evaluation
+
+    retrieved.use_data_dir(data_dir)
+    pipeline.import_tasks(mixture_or_task_module)
+    pipeline.check_fit(mixture_or_task_name, split, task_feature_lengths)
+    dev = Evaluation(
+        mixture_or_task_name,
+        split,
+        task_feature_lengths,
+        batch_size,
+        passages=passages,
+        num_examples=num_examples,
+        use_cached=use_cached_tasks,
+    )
+    predict = Predictor(model, devices, lookup)
+    answered = 0
+    shown = started = time.monotonic()
+
+    def timed(batch: dict[str, Any]) -> Any:
+        nonlocal answered, shown
+        outputs = predict(params, batch)
+        answered += batch_size
+        if time.monotonic() - shown > 10:
+            shown = time.monotonic()
+            print(f"{answered} questions, {answered / (shown - started):.1f} a second", flush=True)
+        return outputs
+
+    metrics = with_mean(dev.run(timed))
+    cost = question_cost(
+        model.config,
+        passages=lengths.passages,
+        question=lengths.question,
+        passage=lengths.passage,
+        answer=lengths.target,
+    )
+    metrics["tflop_per_question"] = cost.tflop
+    for name, value in sorted(metrics.items()):
+        print(f"{name:48} {value:.4f}")
+    if output_dir is not None and jax.process_index() == 0:
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for task, rows in dev.predictions().items():
+            write_json_lines(folder / f"predictions-{task}.jsonl", rows)
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        (folder / "config.gin").write_text(operative_config())
+    return metrics

@@ -1,0 +1,32 @@
+"""Mode `score`: metrics of a prediction file, with intervals."""
+
+import json
+from pathlib import Path
+
+from glimmer_jax.data.scoring import score_file
+from glimmer_jax.modes import checks
+
+
+def score(
+    predictions: str, questions: str, output_path: str | None = None, seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """Prints, and returns, `{metric: {"n", "mean", "low", "high"}}`.
+
+    Args:
+      predictions: JSON Lines of `{"id", "prediction", …}`, or KILT's form.
+      questions: the task file, labelled.
+      output_path: gets the metrics as JSON.
+      seed: of the bootstrap.
+
+    Raises:
+      ValueError: missing or malformed files.
+    """
+    predictions_path = checks.existing_file("PREDICTIONS", predictions)
+    found = score_file(predictions_path, checks.existing_file("QUESTIONS", questions), seed)
+    for name, one in found.items():
+        interval = f"{one['low']:.4f} to {one['high']:.4f}"
+        print(f"{name:12}  {one['mean']:.4f}  ({interval}, n = {one['n']})")
+    if output_path is not None:
+        Path(output_path).parent.mkdir(parents=True, exist_ok=True)
+        Path(output_path).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return found

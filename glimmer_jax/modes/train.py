@@ -1,0 +1,187 @@
+"""Mode `train`: fine-tuning or pre-training on a seqio task or mixture."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from glimmer_jax.data.lengths import Lengths
+from glimmer_jax.data.vocabulary import Vocabulary
+from glimmer_jax.memory.fingerprint import encoder_fingerprint
+from glimmer_jax.memory.lookup import DiskLookup
+from glimmer_jax.memory.store import MemoryStore
+from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.modes import checks, parameters
+from glimmer_jax.modes.predictor import Predictor
+from glimmer_jax.partitioning import MeshConfig, check_divisible, make_mesh
+from glimmer_jax.passages import Passages
+from glimmer_jax.training import loop
+from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """What is evaluated while training, every `TrainConfig.eval_every` steps."""
+
+    split: str = "validation"
+    num_examples: int | None = 256  # of each task; None for all
+    batch_size: int | None = None  # None: that of training
+
+
+def train(
+    model: GlimmerModel,
+    model_dir: str,
+    mixture_or_task_name: str,
+    task_feature_lengths: Mapping[str, Any],
+    batch_size: int,
+    loop_config: loop.TrainConfig,
+    optimizer: OptimizerConfig,
+    passages_dir: str | None = None,
+    mixture_or_task_module: str | None = None,
+    data_dir: str | None = None,
+    initial_checkpoint_path: str | None = None,
+    memory_dir: str | None = None,
+    mesh: MeshConfig = MeshConfig(),
+    vocabulary: Vocabulary = Vocabulary(),
+    split: str = "train",
+    evaluation: EvalConfig = EvalConfig(),
+    use_cached_tasks: bool = False,
+    operative_config: Callable[[], str] = str,
+) -> None:
+    """Trains until `loop_config.total_steps`; started again, goes on where it was.
+
+    Args:
+      model: FiD, LUMEN or GLIMMER.
+      model_dir: folder of the run: checkpoints, metrics, the operative gin config.
+      mixture_or_task_name: registered with seqio.
+      task_feature_lengths: `{"inputs": Q, "targets": T, "passages": (K, P)}`.
+      batch_size: questions a step over all devices.
+      loop_config: steps and intervals.
+      optimizer: what trains, and how fast.
+      passages_dir: passages folder for tasks with `passage_ids`.
+      mixture_or_task_module: imported first; registers the tasks.
+      data_dir: folder of retrieved files for tasks that read them.
+      initial_checkpoint_path: parameters to start from, of any cut of the same sizes.
+      memory_dir: read passages as memory; the memory encoder must be frozen, and the store made
+        with the initial checkpoint.
+      mesh: devices.
+      vocabulary: of tasks and passages.
+      split: the seqio split to train on.
+      evaluation: the dev set.
+      use_cached_tasks: read seqio's caches.
+      operative_config: text of the configuration in force, saved beside the checkpoints.
+
+    Raises:
+      ValueError: settings, files or lengths that do not fit together.
+    """
+    checks.required(MODEL_DIR=model_dir, MIXTURE_OR_TASK_NAME=mixture_or_task_name)
+    lengths = checks.lengths_for(model.config, task_feature_lengths)
+    checks.vocabulary_fits(model.config, vocabulary)
+    devices = make_mesh(mesh)
+    checks.batch_size("BATCH_SIZE", batch_size, devices, loop_config.num_microbatches)
+    eval_batch = evaluation.batch_size or batch_size
+    checks.batch_size("EVAL_BATCH_SIZE", eval_batch, devices)
+    shapes, names = model.abstract_variables()
+    check_divisible(shapes, names, devices)
+    if memory_dir is not None and not (model.config.freeze_memory and initial_checkpoint_path):
+        raise ValueError(
+            "Training from MEMORY_DIR needs a frozen memory encoder (FREEZE_MEMORY = True) and the "
+            "INITIAL_CHECKPOINT_PATH that the memory was made with."
+        )
+    passages = None
+    if passages_dir is not None:
+        passages = Passages.open(passages_dir, vocabulary.fingerprint)
+    initial = None
+    if initial_checkpoint_path is not None:
+        loaded = parameters.load(initial_checkpoint_path, model, vocabulary.fingerprint)
+        initial = lambda: loaded  # noqa: E731
+    lookup = None
+    if memory_dir is not None:
+        fingerprint = encoder_fingerprint(loaded, model.config)
+        store = MemoryStore.open(memory_dir, fingerprint, vocabulary.fingerprint)
+        lookup, passages = DiskLookup(store, lengths.passage), None
+
+    # seqio and tensorflow take seconds to import: not before the checks above.
+    from glimmer_jax.data import pipeline, retrieved
+    from glimmer_jax.data.evaluation import Evaluation
+
+    retrieved.use_data_dir(data_dir)
+    pipeline.import_tasks(mixture_or_task_module)
+    counts = pipeline.check_fit(mixture_or_task_name, split, task_feature_lengths)
+    print("First examples: " + ", ".join(f"{name} {n}" for name, n in counts.items()))
+
+    def make_batches(step: int) -> Iterator[dict[str, Any]]:
+        batches = pipeline.batches(
+            mixture_or_task_name,
+            split,
+            task_feature_lengths,
+            batch_size,
+            seed=loop_config.seed,
+            start_step=step,
+            passages=passages,
+            use_cached=use_cached_tasks,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        return batches if lookup is None else lookup.prefetch(batches)
+
+    evaluate = None
+    if loop_config.eval_every:
+        dev = Evaluation(
+            mixture_or_task_name,
+            evaluation.split,
+            task_feature_lengths,
+            eval_batch,
+            passages=passages,
+            num_examples=evaluation.num_examples,
+            use_cached=use_cached_tasks,
+            log_dir=str(epath.Path(model_dir) / "dev"),
+        )
+        predict = Predictor(model, devices, lookup)
+
+        def evaluate(state: Any) -> dict[str, float]:
+            metrics = dev.run(lambda batch: predict(state.params, batch), step=int(state.step))
+            return with_mean(metrics)
+
+    config_text = operative_config()
+    _save_config(model_dir, config_text)
+    loop.train(
+        loop_config,
+        model,
+        make_optimizer(optimizer, names, model.frozen(shapes)),
+        devices,
+        model_dir,
+        make_batches,
+        lambda: fresh_params(model, lengths, loop_config.seed),
+        initial_params=initial,
+        evaluate=evaluate,
+        metadata={
+            **parameters.describe(model, vocabulary.fingerprint),
+            "operative_config": config_text,
+        },
+    )
+
+
+def fresh_params(model: GlimmerModel, lengths: Lengths, seed: int) -> Any:
+    """Random parameters; traceable."""
+    shapes = {
+        "question_tokens": (1, lengths.question),
+        "passage_tokens": (1, lengths.passages, lengths.passage),
+        "decoder_input_tokens": (1, lengths.target),
+    }
+    return model.get_initial_variables(jax.random.key(seed), shapes)["params"]
+
+
+def with_mean(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics with `mean`: right answers (exact match or accuracy), averaged over tasks."""
+    right = [v for name, v in metrics.items() if name.endswith(("/exact_match", "/accuracy"))]
+    return {**metrics, **({"mean": sum(right) / len(right)} if right else {})}
+
+
+def _save_config(model_dir: str, text: str) -> None:
+    if jax.process_index() == 0 and text:
+        folder = epath.Path(model_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.gin").write_text(text)

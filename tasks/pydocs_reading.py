@@ -1,0 +1,81 @@
+"""Reading exercises on the training modules of the built-in corpus, easier to harder.
+
+pydocs_reading_1   one short passage: copying appears
+pydocs_reading_2   two, a clause cut word for word: matching appears
+pydocs_reading_3   four, longer, some words dropped, some from the same module
+pydocs_reading_4   eight of full length, noisy clauses, look-alikes, half of the titles real
+"""
+
+import functools
+
+import seqio
+import tensorflow as tf
+
+from glimmer_jax.data import pydocs
+from glimmer_jax.data.reading import Exercises, Stage, rows
+from glimmer_jax.data.vocabulary import Vocabulary
+
+STAGES = {
+    1: Stage(passages=1, passage_words=(8, 16), clause_words=(4, 8), spans=0.2),
+    2: Stage(passages=2, passage_words=(10, 20), clause_words=(5, 9), spans=0.2),
+    3: Stage(
+        passages=4,
+        passage_words=(15, 40),
+        clause_words=(6, 12),
+        dropped=0.15,
+        spans=0.2,
+        made_up_titles=0.7,
+        siblings=0.3,
+    ),
+    4: Stage(
+        passages=8,
+        passage_words=(30, 60),
+        clause_words=(8, 16),
+        dropped=0.3,
+        spans=0.1,
+        made_up_titles=0.5,
+        siblings=0.5,
+    ),
+}
+# Examples of an epoch. Made as they are read, from their index alone.
+EPOCH = {"train": (0, 1_000_000), "validation": (1_000_000, 1_000_512)}
+
+
+@functools.cache
+def _records():
+    return pydocs.train_texts()
+
+
+def _dataset(split: str, shuffle_files: bool, seed: int | None = None, *, number: int):
+    del shuffle_files, seed  # Index and stage are all that an example depends on.
+    exercises = Exercises(_records(), STAGES[number], Vocabulary(), seed=number)
+    tokens = tf.TensorSpec([None], tf.int32)
+    return tf.data.Dataset.from_generator(
+        lambda: rows(exercises, *EPOCH[split]),
+        output_signature={
+            "inputs": tokens,
+            "targets": tokens,
+            "passages": tf.TensorSpec([None, None], tf.int32),
+            "gold_passages": tokens,
+        },
+    )
+
+
+for _number in STAGES:
+    _text = Vocabulary().seqio()
+    _whole = seqio.PassThroughVocabulary(size=2)
+    seqio.TaskRegistry.add(
+        f"pydocs_reading_{_number}",
+        source=seqio.FunctionDataSource(
+            functools.partial(_dataset, number=_number), splits=tuple(EPOCH)
+        ),
+        preprocessors=[],
+        output_features={
+            "inputs": seqio.Feature(_text, add_eos=False),
+            "targets": seqio.Feature(_text),
+            "passages": seqio.Feature(_text, add_eos=False, rank=2),
+            "gold_passages": seqio.Feature(_whole, add_eos=False),
+        },
+        metric_fns=[],
+        shuffle_buffer_size=1,
+    )

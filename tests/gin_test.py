@@ -1,0 +1,178 @@
+"""Every shipped gin file parses, finalises, and builds what it configures without computing."""
+
+import pathlib
+
+import gin
+import jax
+import pytest
+
+from glimmer_jax import configuration, shipped
+from glimmer_jax.main import MODES
+from glimmer_jax.models.model import GlimmerModel
+
+ROOT = shipped.root() / "gin"
+SIZES = sorted(path.stem for path in (ROOT / "sizes").glob("*.gin"))
+MODELS = ("fid", "lumen", "glimmer")
+EXAMPLES = sorted((ROOT / "examples").glob("*.gin"))
+ABLATIONS = sorted((ROOT / "ablations").glob("*.gin"))
+
+MODEL_DIR = "MODEL_DIR = 'm'"
+CHECKPOINT = "CHECKPOINT_PATH = 'c'"
+TASK = [
+    "MIXTURE_OR_TASK_NAME = 'pydocs'",
+    "MIXTURE_OR_TASK_MODULE = 'tasks.pydocs'",
+    "TASK_FEATURE_LENGTHS = {'inputs': 48, 'targets': 32, 'passages': (40, 304)}",
+]
+# Run file -> mode, and what it requires.
+RUNS = {
+    "passages": ("passages", ["CORPUS = 'pydocs'", "PASSAGES_DIR = 'p'"]),
+    "retrieve": ("retrieve", ["PASSAGES_DIR = 'p'", "QUESTIONS = 'q'", "DATA_DIR = 'd'"]),
+    "finetune": ("train", [MODEL_DIR, *TASK, "TRAIN_STEPS = 5", "PASSAGES_DIR = 'p'"]),
+    "pretrain": ("train", [MODEL_DIR, *TASK, "TRAIN_STEPS = 5", "PASSAGES_DIR = 'p'"]),
+    "build_memory": ("build_memory", [CHECKPOINT, "PASSAGES_DIR = 'p'", "MEMORY_DIR = 'm'"]),
+    "eval": ("eval", [CHECKPOINT, *TASK]),
+    "infer": ("infer", [CHECKPOINT, TASK[2], "PASSAGES_DIR = 'p'"]),
+    "score": ("score", ["PREDICTIONS = 'p'", "QUESTIONS = 'q'"]),
+    "export": ("export", [CHECKPOINT, "OUTPUT_PATH = 'o.safetensors'"]),
+}
+# Ending of an example's name -> mode, and what it requires.
+EXAMPLE_RUNS = {
+    "passages": ("passages", []),
+    "retrieve": ("retrieve", []),
+    "train": ("train", [MODEL_DIR, "TRAIN_STEPS = 5"]),
+    "memory": ("build_memory", [CHECKPOINT, "MEMORY_DIR = 'm'"]),
+    "eval": ("eval", [CHECKPOINT]),
+    "infer": ("infer", [CHECKPOINT]),
+}
+
+
+@pytest.fixture(autouse=True)
+def clear():
+    yield
+    gin.clear_config()
+
+
+def arguments(mode):
+    """What the mode's function would be called with."""
+    from glimmer_jax.main import _find
+
+    function = _find(MODES[mode])
+    configuration.configured(function)
+    return gin.get_bindings(function)
+
+
+def parameter_count(model):
+    shapes, names = model.abstract_variables()
+    assert jax.tree.structure(shapes) == jax.tree.structure(
+        names, is_leaf=lambda leaf: isinstance(leaf, tuple)
+    )
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def test_every_file_is_covered_and_none_is_python():
+    assert {path.stem for path in (ROOT / "runs").glob("*.gin")} == set(RUNS)
+    assert {mode for mode, _ in RUNS.values()} == set(MODES)
+    assert {path.stem.split("_")[-1] for path in EXAMPLES} == set(EXAMPLE_RUNS)
+    assert not list(ROOT.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.gin")), ids=lambda path: path.stem)
+def test_files_say_what_they_provide_and_require(path):
+    head = pathlib.Path(path).read_text().split("\n\n")[0]
+    assert "# Provides: " in head
+    assert "# Requires: " in head
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_runs_parse_and_finalise(run):
+    mode, required = RUNS[run]
+    files = [f"gin/runs/{run}.gin"]
+    if mode in ("train", "build_memory", "eval", "infer", "export"):
+        files = ["gin/sizes/small.gin", "gin/models/glimmer.gin", *files]
+    configuration.parse(files, required)
+    assert arguments(mode)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("model", MODELS)
+def test_models_of_all_sizes_build_abstractly(model, size):
+    mode, required = RUNS["eval"]
+    files = [f"gin/sizes/{size}.gin", f"gin/models/{model}.gin", "gin/runs/eval.gin"]
+    configuration.parse(files, required)
+    built = arguments(mode)["model"]
+    assert isinstance(built, GlimmerModel)
+    layers = built.config.t5.num_encoder_layers
+    cut = (built.config.memory_layers, built.config.rerank_layers)
+    # GLIMMER (arXiv 2306.10231), alpha 1/3 and beta 1/4.
+    glimmer = {6: (4, 1), 8: (5, 1), 12: (8, 1), 24: (16, 2)}[layers]
+    assert cut == {"fid": (0, 0), "lumen": (glimmer[0], 0), "glimmer": glimmer}[model]
+    if model == "fid":
+        # T5 v1.1's published counts, in millions.
+        wanted = {"tiny": 2, "small": 77, "base": 248, "large": 783, "xl": 2850, "xxl": 11135}
+        assert parameter_count(built) / 1e6 == pytest.approx(wanted[size], rel=0.1)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_need_only_what_they_say(path):
+    mode, required = EXAMPLE_RUNS[path.stem.split("_")[-1]]
+    configuration.parse([f"gin/examples/{path.name}"], required)
+    bound = arguments(mode)
+    if "model" in bound:
+        assert parameter_count(bound["model"]) < 5e6
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
+def test_ablations_change_one_thing(path):
+    required = EXAMPLE_RUNS["train"][1]
+    example = "gin/examples/pydocs_glimmer_train.gin"
+    configuration.parse([example], required)
+    before = described(arguments("train"))
+    configuration.parse([example, f"gin/ablations/{path.name}"], required)
+    after = described(arguments("train"))
+    changed = {name for name in before if before[name] != after[name]}
+    # A change of alpha moves both cuts.
+    assert changed and len(changed) <= (2 if path.stem == "alpha" else 1), changed
+
+
+def described(bound):
+    model = bound.pop("model")
+    found = {name: repr(value) for name, value in bound.items()}
+    for config in (model.config, model.loss, model.decode):
+        found |= {f"{type(config).__name__}.{k}": repr(v) for k, v in vars(config).items()}
+    return found
+
+
+def test_a_misspelt_macro_is_an_error_with_a_suggestion():
+    files = ["gin/runs/score.gin"]
+    bindings = [*RUNS["score"][1], "OUTPUT_PAHT = 'o'"]
+    with pytest.raises(ValueError, match=r"OUTPUT_PAHT is set.*did you mean OUTPUT_PATH\?"):
+        configuration.parse(files, bindings)
+
+
+def test_macros_without_value_are_named():
+    with pytest.raises(ValueError, match=r"No value for QUESTIONS.*--gin\.QUESTIONS="):
+        configuration.parse(["gin/runs/score.gin"], ["PREDICTIONS = 'p'"])
+    with pytest.raises(ValueError, match="No value for MODEL"):
+        configuration.parse(["gin/runs/export.gin"], RUNS["export"][1])
+
+
+@pytest.mark.parametrize(
+    ("files", "bindings", "message"),
+    [
+        (["gin/runs/typo.gin"], [], r"gin/runs/typo\.gin"),
+        (["gin/runs/score.gin"], ["QUESTIONS = oops"], "oops|QUESTIONS"),
+        (["gin/runs/score.gin"], ["score.score.typo = 1"], "typo"),
+    ],
+)
+def test_what_gin_refuses_is_one_line(files, bindings, message):
+    with pytest.raises(configuration.ConfigError, match=message) as caught:
+        configuration.parse(files, bindings)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mode_that_no_file_configures_is_named():
+    configuration.parse(["gin/sizes/tiny.gin"], ["NUM_ENCODER_LAYERS = 6"])
+    with pytest.raises(
+        ValueError, match=r"No gin file configures glimmer_jax\.modes\.score\.score"
+    ):
+        arguments("score")
