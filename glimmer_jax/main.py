@@ -93,6 +93,12 @@ def run() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("glimmer_jax").setLevel(logging.INFO)
+    # seqio's advice about lengths and caches; what is wrong comes as an error.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    if "--debug" not in sys.argv:
+        from glimmer_jax.quiet import filter_stderr
+
+        filter_stderr()
     sys.exit(main())
 
 

@@ -7,7 +7,10 @@ from glimmer_jax.training.params_file import save_params_file
 
 
 def export(
-    model: GlimmerModel, checkpoint_path: str, output_path: str, vocabulary: Vocabulary
+    model: GlimmerModel,
+    checkpoint_path: str,
+    output_path: str,
+    vocabulary: Vocabulary = Vocabulary(),
 ) -> None:
     """Writes `output_path` (`NAME.safetensors`) and its JSON.
 
