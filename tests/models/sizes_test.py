@@ -1,0 +1,107 @@
+"""The parameter tree of every size as a golden: names, shapes, dtypes and axes; nothing is computed.
+
+After a wanted change, look at the printed difference and rewrite the goldens:
+
+    GLIMMER_REWRITE_GOLDENS=1 python -m pytest tests/models/sizes_test.py
+"""
+
+import functools
+import json
+import math
+import os
+import pathlib
+
+import jax
+import pytest
+
+from glimmer_jax.models.glimmer import GlimmerConfig, memory_layers, rerank_layers
+from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.models.t5 import T5Config
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
+# T5 v1.1: width, heads, feed-forward, layers of each stack; heads have 64 channels.
+SIZES = {
+    "tiny": (64, 2, 128, 8),
+    "small": (512, 6, 1024, 8),
+    "base": (768, 12, 2048, 12),
+    "large": (1024, 16, 2816, 24),
+    "xl": (2048, 32, 5120, 24),
+    "xxl": (4096, 64, 10240, 24),
+}
+# What the published checkpoints hold.
+NUM_PARAMETERS = {
+    "small": 76_961_152,
+    "base": 247_577_856,
+    "large": 783_150_080,
+    "xl": 2_849_757_184,
+    "xxl": 11_135_332_352,
+}
+
+
+def t5(size):
+    emb_dim, num_heads, mlp_dim, layers = SIZES[size]
+    return T5Config(32128, emb_dim, num_heads, 64, mlp_dim, layers, layers)
+
+
+def glimmer(size, **kwargs):
+    layers = SIZES[size][3]
+    cut = dict(
+        memory_layers=memory_layers(layers, 1 / 3),
+        rerank_layers=rerank_layers(layers, 1 / 3, 1 / 4),
+    )
+    return GlimmerConfig(t5(size), **cut, **kwargs)
+
+
+def describe(config):
+    """`{path: [shape, dtype, axes]}` of a setting's parameters."""
+    params, names = GlimmerModel(config).abstract_variables()
+    names = dict(
+        jax.tree_util.tree_leaves_with_path(names, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    )
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): [
+            list(leaf.shape),
+            str(leaf.dtype),
+            list(names[path]),
+        ]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+
+
+def check_golden(name, tree):
+    path = GOLDENS / f"{name}.json"
+    lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(tree.items()))
+    text = f"{{\n{lines}\n}}\n"
+    if os.environ.get("GLIMMER_REWRITE_GOLDENS") == "1":
+        path.write_text(text)
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    assert tree == stored, f"{path.name} should be:\n{text}"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_glimmer_of_every_size_has_the_golden_parameters(size):
+    check_golden(f"glimmer_{size}", describe(glimmer(size)))
+
+
+def test_every_optional_part_has_the_golden_parameters():
+    """Frozen memory with its embedding, a question encoder, a reranker of its own."""
+    config = glimmer(
+        "tiny", freeze_memory=True, share_question_encoder=False, separate_reranker=True
+    )
+    check_golden("glimmer_tiny_all_parts", describe(config))
+
+
+@functools.cache
+def count(config):
+    return sum(math.prod(shape) for shape, *_ in describe(config).values())
+
+
+@pytest.mark.parametrize("size", NUM_PARAMETERS)
+def test_fid_has_as_many_parameters_as_published_t5(size):
+    assert count(GlimmerConfig(t5(size))) == NUM_PARAMETERS[size]
+
+
+def test_glimmer_adds_a_position_table_and_a_score_head():
+    emb_dim, num_heads, *_ = SIZES["base"]
+    extra = count(glimmer("base")) - count(GlimmerConfig(t5("base")))
+    assert extra == num_heads * 32 + 2 * emb_dim
