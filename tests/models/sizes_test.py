@@ -11,6 +11,7 @@ import math
 import os
 import pathlib
 
+import gin
 import jax
 import pytest
 
@@ -19,15 +20,8 @@ from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.models.t5 import T5Config
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
-# T5 v1.1: width, heads, feed-forward, layers of each stack; heads have 64 channels.
-SIZES = {
-    "tiny": (64, 2, 128, 8),
-    "small": (512, 6, 1024, 8),
-    "base": (768, 12, 2048, 12),
-    "large": (1024, 16, 2816, 24),
-    "xl": (2048, 32, 5120, 24),
-    "xxl": (4096, 64, 10240, 24),
-}
+SIZES = pathlib.Path(__file__).parents[2] / "gin" / "sizes"
+NAMES = ("tiny", "small", "base", "large", "xl", "xxl")
 # What the published checkpoints hold.
 NUM_PARAMETERS = {
     "small": 76_961_152,
@@ -38,18 +32,28 @@ NUM_PARAMETERS = {
 }
 
 
+@functools.cache
 def t5(size):
-    emb_dim, num_heads, mlp_dim, layers = SIZES[size]
-    return T5Config(32128, emb_dim, num_heads, 64, mlp_dim, layers, layers)
+    """The T5Config of a gin file."""
+    gin.clear_config()
+    gin.parse_config_file(str(SIZES / f"{size}.gin"))
+    config = gin.get_configurable(T5Config)()
+    gin.clear_config()
+    return config
 
 
 def glimmer(size, **kwargs):
-    layers = SIZES[size][3]
+    """The main setting: a third of the layers is live, a quarter of those reranks."""
+    layers = t5(size).num_encoder_layers
     cut = dict(
         memory_layers=memory_layers(layers, 1 / 3),
         rerank_layers=rerank_layers(layers, 1 / 3, 1 / 4),
     )
     return GlimmerConfig(t5(size), **cut, **kwargs)
+
+
+def test_every_size_has_a_golden():
+    assert {path.stem for path in SIZES.glob("*.gin")} == set(NAMES)
 
 
 def describe(config):
@@ -78,7 +82,7 @@ def check_golden(name, tree):
     assert tree == stored, f"{path.name} should be:\n{text}"
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", NAMES)
 def test_glimmer_of_every_size_has_the_golden_parameters(size):
     check_golden(f"glimmer_{size}", describe(glimmer(size)))
 
@@ -102,6 +106,6 @@ def test_fid_has_as_many_parameters_as_published_t5(size):
 
 
 def test_glimmer_adds_a_position_table_and_a_score_head():
-    emb_dim, num_heads, *_ = SIZES["base"]
+    base = t5("base")
     extra = count(glimmer("base")) - count(GlimmerConfig(t5("base")))
-    assert extra == num_heads * 32 + 2 * emb_dim
+    assert extra == base.num_heads * 32 + 2 * base.emb_dim
