@@ -12,7 +12,7 @@ import seqio
 import tensorflow as tf
 
 from glimmer_jax.data import pydocs
-from glimmer_jax.data.reading import Exercises, Stage, rows
+from glimmer_jax.data.reading import Exercises, Stage, blocks
 from glimmer_jax.data.vocabulary import Vocabulary
 
 STAGES = {
@@ -49,16 +49,24 @@ def _records():
 def _dataset(split: str, shuffle_files: bool, seed: int | None = None, *, number: int):
     del shuffle_files, seed  # Index and stage are all that an example depends on.
     exercises = Exercises(_records(), STAGES[number], Vocabulary(), seed=number)
-    tokens = tf.TensorSpec([None], tf.int32)
-    return tf.data.Dataset.from_generator(
-        lambda: rows(exercises, *EPOCH[split]),
+    # Blocks, because every call from tensorflow into Python costs more than an exercise.
+    ds = tf.data.Dataset.from_generator(
+        lambda: blocks(exercises, *EPOCH[split]),
         output_signature={
-            "inputs": tokens,
-            "targets": tokens,
-            "passages": tf.TensorSpec([None, None], tf.int32),
-            "gold_passages": tokens,
+            "inputs": tf.TensorSpec([None, None], tf.int32),
+            "targets": tf.TensorSpec([None, None], tf.int32),
+            "passages": tf.TensorSpec([None, None, None], tf.int32),
+            "gold_passages": tf.TensorSpec([None, None], tf.int32),
         },
     )
+    return ds.unbatch().map(_strip)
+
+
+def _strip(example):
+    return {
+        name: tf.boolean_mask(tokens, tokens > 0) if name in ("inputs", "targets") else tokens
+        for name, tokens in example.items()
+    }
 
 
 for _number in STAGES:

@@ -1,0 +1,186 @@
+"""Reading exercises: what a model from scratch must practise before real questions teach it anything.
+
+A small model given real questions at once learns the few thousand titles by heart and reads nothing.
+Here titles are made up anew for every example, so that an answer can only be copied from the passage
+that the question points to. Two exercises on any plain text:
+
+    which   a clause of one passage               -> that passage's title
+    spans   a clause with words missing (T5's span corruption, arXiv 1910.10683, section 3.1.4, with
+            the uncorrupted text among the passages)  -> the words
+
+A course is a row of stages: one short passage first, so that copying appears, then two, so that
+matching appears, then more and longer ones, with look-alikes and noise.
+"""
+
+import dataclasses
+import random
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from glimmer_jax.data.vocabulary import Vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """How hard the exercises of one stage are."""
+
+    passages: int  # K, the one in question and others
+    passage_words: tuple[int, int]  # least and most words of a passage
+    clause_words: tuple[int, int]  # least and most words of a question
+    dropped: float = 0.0  # share of a clause's words that is left out
+    spans: float = 0.0  # share of exercises of the kind `spans`
+    made_up_titles: float = 1.0  # share of examples whose titles are made up
+    siblings: float = 0.0  # share of the other passages that come from the same module
+
+    def __post_init__(self):
+        if self.passages < 1:
+            raise ValueError(f"passages must be at least 1, got {self.passages}.")
+        for name in ("passage_words", "clause_words"):
+            low, high = getattr(self, name)
+            if not 1 <= low <= high:
+                raise ValueError(f"{name} must be (least, most) with 1 <= least <= most.")
+        for name in ("dropped", "spans", "made_up_titles", "siblings"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} is a share between 0 and 1, got {getattr(self, name)}.")
+
+
+class Exercises:
+    """Exercises on a set of passages, each a function of seed and index alone."""
+
+    def __init__(
+        self, records: Sequence[dict[str, Any]], stage: Stage, vocabulary: Vocabulary, seed: int = 0
+    ):
+        """`records` have `title`, `text` and `module`; only those of enough words are asked of."""
+        least = stage.clause_words[0] + 2
+        self._texts = [(r["title"], r["text"].split(), r["module"]) for r in records]
+        self._asked = [i for i, (_, words, _) in enumerate(self._texts) if len(words) >= least]
+        if not self._asked:
+            raise ValueError(
+                f"No passage has {least} words, the least that a clause of {stage.clause_words[0]} "
+                "words is cut from. Give more text or shorter clauses."
+            )
+        self._by_module: dict[str, list[int]] = {}
+        for i in self._asked:
+            self._by_module.setdefault(self._texts[i][2], []).append(i)
+        titles = [title for title, _, _ in self._texts]
+        self._parts = sorted({p for title in titles for p in re.split(r"[._]", title) if p})
+        self._stage = stage
+        self._vocabulary = vocabulary
+        self._seed = seed
+
+    def example(self, index: int) -> dict[str, Any]:
+        """One exercise.
+
+        Returns:
+          `inputs` and `targets` (token lists, the target ended), `passages` (K token lists), and
+          `gold_passages` (K times 0 or 1).
+        """
+        draw = random.Random(f"{self._seed}:{index}")
+        stage = self._stage
+        gold = draw.choice(self._asked)
+        chosen = [gold]
+        while len(chosen) < stage.passages:
+            pool = self._asked
+            if draw.random() < stage.siblings:
+                pool = self._by_module[self._texts[gold][2]]
+            other = draw.choice(pool)
+            if other not in chosen or len(pool) <= stage.passages:
+                chosen.append(other)
+        made_up = draw.random() < stage.made_up_titles
+        titles = [self._made_up_title(draw) if made_up else self._texts[i][0] for i in chosen]
+        windows = [self._window(self._texts[i][1], draw) for i in chosen]
+        clause = self._clause(windows[0], titles[0], draw)
+        question, answer = " ".join(clause), titles[0]
+        if draw.random() < stage.spans:
+            question, answer = self._corrupt(clause, draw)
+        order = list(range(stage.passages))
+        draw.shuffle(order)
+        encode, eos = self._vocabulary.encode, self._vocabulary.eos_id
+        texts = [f"title: {titles[i]} context: {' '.join(windows[i])}" for i in order]
+        return {
+            "inputs": self._encode(f"question: {question}"),
+            "targets": [*self._encode(answer), eos],
+            "passages": [[*encode(text), eos] for text in texts],
+            "gold_passages": [int(i == 0) for i in order],
+        }
+
+    def _made_up_title(self, draw: random.Random) -> str:
+        names = [
+            "_".join(draw.choice(self._parts) for _ in range(draw.choice((1, 1, 2))))
+            for _ in range(draw.choice((2, 2, 3)))
+        ]
+        return ".".join(names)
+
+    def _window(self, words: list[str], draw: random.Random) -> list[str]:
+        length = draw.randint(*self._stage.passage_words)
+        start = draw.randint(0, max(0, len(words) - length))
+        return words[start : start + length]
+
+    def _clause(self, words: list[str], title: str, draw: random.Random) -> list[str]:
+        parts = {part.lower() for part in re.split(r"[._]", title)}
+        length = draw.randint(*self._stage.clause_words)
+        start = draw.randint(0, max(0, len(words) - length))
+        clause = words[start : start + length]
+        kept = [
+            word
+            for word in clause
+            if draw.random() >= self._stage.dropped
+            and parts.isdisjoint(re.split(r"\W+", word.lower()))
+        ]
+        return kept or clause
+
+    def _corrupt(self, clause: list[str], draw: random.Random) -> tuple[str, str]:
+        """Takes one or two spans of one to three words out of a clause of at least two."""
+        question, answer, place = [], [], 0
+        starts = sorted(draw.sample(range(len(clause)), min(len(clause) - 1, draw.choice((1, 2)))))
+        for number, start in enumerate(starts):
+            if start < place:
+                continue
+            end = min(len(clause), start + draw.choice((1, 2, 2, 3)))
+            mark = f"<extra_id_{number}>"
+            question += [*clause[place:start], mark]
+            answer += [mark, *clause[start:end]]
+            place = end
+        question += clause[place:]
+        return " ".join(question), " ".join(answer)
+
+    def _encode(self, text: str) -> list[int]:
+        """Token ids; `<extra_id_n>` becomes its sentinel."""
+        ids: list[int] = []
+        for i, piece in enumerate(re.split(r"<extra_id_(\d+)>", text)):
+            if i % 2:
+                ids.append(self._vocabulary.sentinel(int(piece)))
+            elif piece.strip():
+                ids += self._vocabulary.encode(piece.strip())
+        return ids
+
+
+def blocks(
+    exercises: Exercises, start: int, stop: int, size: int = 256
+) -> Iterator[dict[str, np.ndarray]]:
+    """Examples `start` to `stop`, `size` at a time, as int32 arrays padded with 0.
+
+    Yields:
+      `inputs` [n, Q], `targets` [n, T], `passages` [n, K, P], `gold_passages` [n, K].
+    """
+    for first in range(start, stop, size):
+        examples = [exercises.example(i) for i in range(first, min(first + size, stop))]
+        passages = [ids for example in examples for ids in example["passages"]]
+        yield {
+            "inputs": _padded([example["inputs"] for example in examples]),
+            "targets": _padded([example["targets"] for example in examples]),
+            "passages": np.reshape(
+                _padded(passages), (len(examples), len(passages) // len(examples), -1)
+            ),
+            "gold_passages": np.asarray([e["gold_passages"] for e in examples], np.int32),
+        }
+
+
+def _padded(lists: list[list[int]]) -> np.ndarray:
+    array = np.zeros((len(lists), max(map(len, lists))), np.int32)
+    for row, ids in zip(array, lists, strict=True):
+        row[: len(ids)] = ids
+    return array
