@@ -36,11 +36,16 @@ def full_logits(params, batch):
 
 def stacked(setting):
     config, params = setting
-    return params if config is tiny.GLIMMER else tiny.params(tiny.GLIMMER) | {
-        "decoder": dict(
-            tiny.params(tiny.GLIMMER)["decoder"], logits_dense=params["decoder"]["logits_dense"]
-        )
-    }
+    return (
+        params
+        if config is tiny.GLIMMER
+        else tiny.params(tiny.GLIMMER)
+        | {
+            "decoder": dict(
+                tiny.params(tiny.GLIMMER)["decoder"], logits_dense=params["decoder"]["logits_dense"]
+            )
+        }
+    )
 
 
 def test_cached_decoding_equals_full_forward_for_every_beam(setting):

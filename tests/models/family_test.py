@@ -221,3 +221,16 @@ def test_settings_that_contradict_themselves_are_refused(kwargs, match):
 def test_sizes_and_numerics_outside_their_range_are_refused(kwargs, match):
     with pytest.raises(ValueError, match=match):
         dataclasses.replace(tiny.T5, **kwargs)
+
+
+def test_a_shared_position_table_leaves_the_function_and_has_no_copy():
+    shared = dataclasses.replace(KEEPS_ALL, share_position_table=True)
+    params = recut(tiny.params(tiny.FID), tiny.FID, shared)
+    assert "relpos_bias" not in params["memory_encoder"]
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, tiny.abstract(shared)[0])
+    apart = recut(params, shared, KEEPS_ALL)
+    want = tiny.forward(KEEPS_ALL)(apart, tiny.batch())[0]
+    np.testing.assert_allclose(
+        tiny.forward(shared)(params, tiny.batch())[0], want, rtol=0, atol=1e-5
+    )
+    tiny.assert_trees_equal(recut(apart, KEEPS_ALL, shared), params)

@@ -155,9 +155,7 @@ def test_bfloat16_activations_keep_float32_scores_logits_and_loss():
     t5 = dataclasses.replace(tiny.T5, dtype="bfloat16")
     model = tiny.model(dataclasses.replace(tiny.GLIMMER, t5=t5))
     params, batch = tiny.abstract(tiny.GLIMMER)[0], tiny.batch()
-    logits, live, _ = jax.eval_shape(
-        lambda p: model.module.apply({"params": p}, batch), params
-    )
+    logits, live, _ = jax.eval_shape(lambda p: model.module.apply({"params": p}, batch), params)
     loss, metrics = jax.eval_shape(lambda p: model.loss_fn(p, batch, None), params)
     assert live.states.dtype == jnp.bfloat16
     for array in (logits, live.scores, loss, *jax.tree.leaves(metrics)):

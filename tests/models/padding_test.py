@@ -52,12 +52,8 @@ def test_padding_changes_neither_logits_nor_scores_nor_the_choice(params, names,
     logits, live, kept = tiny.forward(tiny.GLIMMER)(params, batch)
     padded = tiny.forward(tiny.GLIMMER)(params, pad(batch, *names, rows=rows))
     assert np.isfinite(padded[0]).all()
-    np.testing.assert_allclose(
-        padded[0][: tiny.B, : tiny.T][real], logits[real], rtol=0, atol=1e-5
-    )
-    np.testing.assert_allclose(
-        padded[1].scores[: tiny.B, : tiny.K], live.scores, rtol=0, atol=1e-5
-    )
+    np.testing.assert_allclose(padded[0][: tiny.B, : tiny.T][real], logits[real], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(padded[1].scores[: tiny.B, : tiny.K], live.scores, rtol=0, atol=1e-5)
     assert (padded[1].scores[: tiny.B, tiny.K :] == -np.inf).all()
     np.testing.assert_array_equal(padded[2][: tiny.B], kept)
 
@@ -96,9 +92,7 @@ def test_a_question_without_passages_reads_one_empty_passage(params):
     logits, live, _ = tiny.forward(tiny.GLIMMER)(params, batch)
     assert np.isfinite(live.scores[3, 0]) and (live.scores[3, 1:] == -np.inf).all()
 
-    config = dataclasses.replace(
-        tiny.GLIMMER, t5=dataclasses.replace(tiny.T5, scan_layers=False)
-    )
+    config = dataclasses.replace(tiny.GLIMMER, t5=dataclasses.replace(tiny.T5, scan_layers=False))
 
     def question_alone(module, question, decoder_input):
         mask = question > 0

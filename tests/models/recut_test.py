@@ -11,9 +11,7 @@ from glimmer_jax.models.t5 import unstack_layers
 from tests.models import tiny
 
 KEEPS_ALL = dataclasses.replace(tiny.GLIMMER, num_kept=None)
-FROZEN_LUMEN = dataclasses.replace(
-    tiny.LUMEN, freeze_memory=True, share_question_encoder=False
-)
+FROZEN_LUMEN = dataclasses.replace(tiny.LUMEN, freeze_memory=True, share_question_encoder=False)
 SEPARATE = dataclasses.replace(KEEPS_ALL, separate_reranker=True)
 
 
@@ -52,10 +50,16 @@ def test_cuts_that_keep_m_compute_the_same_function():
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
-def test_a_new_score_head_starts_at_zero_and_an_old_one_is_kept(fid):
-    fresh = recut(fid, tiny.FID, tiny.GLIMMER)["reranker"]
-    np.testing.assert_array_equal(fresh["kernel"], 1.0)  # weights are kernel - 1
-    np.testing.assert_array_equal(fresh["norm"]["scale"], 1.0)
+def test_a_new_score_head_lets_the_retrievers_order_stand(fid):
+    batch = tiny.batch()
+    _, live, kept = tiny.forward(tiny.GLIMMER)(recut(fid, tiny.FID, tiny.GLIMMER), batch)
+    exists = (batch["passage_tokens"] > 0).any(-1)
+    np.testing.assert_array_equal(live.scores, np.where(exists, 0.0, -np.inf))
+    np.testing.assert_array_equal(kept[0], [0, 1])
+    np.testing.assert_array_equal(kept[1], [0, 2])  # the second is absent
+
+
+def test_an_old_score_head_is_kept():
     params = tiny.params(tiny.GLIMMER)
     kept = recut(params, tiny.GLIMMER, KEEPS_ALL)["reranker"]
     tiny.assert_trees_equal(kept, params["reranker"])
@@ -117,3 +121,21 @@ def test_another_size_is_refused(fid):
 def test_numerics_may_change(fid):
     t5 = dataclasses.replace(tiny.T5, dtype="bfloat16", dropout_rate=0.1, remat_policy="full")
     tiny.assert_trees_equal(recut(fid, tiny.FID, dataclasses.replace(tiny.FID, t5=t5)), fid)
+
+
+def test_a_trained_shared_table_lets_the_cut_move(fid):
+    shared = dataclasses.replace(KEEPS_ALL, share_position_table=True)
+    params = recut(fid, tiny.FID, shared)
+    params["live_encoder"]["relpos_bias"] = nudged(params["live_encoder"]["relpos_bias"])
+    longer = dataclasses.replace(shared, memory_layers=3)
+    back = recut(recut(recut(params, shared, longer), longer, tiny.FID), tiny.FID, shared)
+    np.testing.assert_array_equal(
+        back["live_encoder"]["relpos_bias"]["rel_embedding"],
+        params["live_encoder"]["relpos_bias"]["rel_embedding"],
+    )
+
+
+def test_two_tables_that_differ_do_not_become_one():
+    shared = dataclasses.replace(KEEPS_ALL, share_position_table=True)
+    with pytest.raises(ValueError, match=r"nor can its two position tables become one"):
+        recut(tiny.params(KEEPS_ALL), KEEPS_ALL, shared)

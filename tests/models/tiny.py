@@ -91,9 +91,7 @@ def batch(seed=0, rows=B, passages=K, gold=True):
 @functools.cache
 def forward(config):
     """Jitted `(params, batch) -> logits, live, kept`."""
-    return jax.jit(
-        lambda p, b: Glimmer(config).apply({"params": p}, b), compiler_options=QUICK
-    )
+    return jax.jit(lambda p, b: Glimmer(config).apply({"params": p}, b), compiler_options=QUICK)
 
 
 @functools.cache

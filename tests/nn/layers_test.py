@@ -95,6 +95,4 @@ def test_dropout_is_off_without_a_stream_and_shares_its_mask_over_positions():
 
 def test_dropout_rate_zero_needs_no_random_numbers():
     x = np.ones((2, 2, 4), np.float32)
-    np.testing.assert_array_equal(
-        Dropout(0.0).apply({}, x, rngs={"dropout": jax.random.key(0)}), x
-    )
+    np.testing.assert_array_equal(Dropout(0.0).apply({}, x, rngs={"dropout": jax.random.key(0)}), x)
