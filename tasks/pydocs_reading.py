@@ -16,8 +16,8 @@ from glimmer_jax.data.reading import Exercises, Stage, blocks
 from glimmer_jax.data.vocabulary import Vocabulary
 
 STAGES = {
-    1: Stage(passages=1, passage_words=(8, 16), clause_words=(4, 8), spans=0.2),
-    2: Stage(passages=2, passage_words=(10, 20), clause_words=(5, 9), spans=0.2),
+    1: Stage(passages=1, passage_words=(8, 16), clause_words=(4, 8), spans=0.5),
+    2: Stage(passages=2, passage_words=(10, 20), clause_words=(5, 9), spans=0.4),
     3: Stage(
         passages=4,
         passage_words=(15, 40),

@@ -149,10 +149,12 @@ class Reranker(nn.Module):
         self.stack = EncoderStack(self.config, self.num_layers)
         # The raw residual stream is large; without a norm the score would be, too.
         self.norm = RMSNorm(jnp.float32)
-        # Zero, so that at step 0 all passages tie and the retriever's order stands.
+        # The weights are `kernel - 1`: zero at the start, so that all passages tie and the
+        # retriever's order stands. A parameter that is zero itself would hardly ever move, since
+        # Adafactor's steps are relative to a parameter's size.
         self.kernel = self.param(
             "kernel",
-            nn.with_logical_partitioning(nn.initializers.zeros, (axes.EMBED,)),
+            nn.with_logical_partitioning(nn.initializers.ones, (axes.EMBED,)),
             (self.config.emb_dim,),
             jnp.float32,
         )
@@ -161,7 +163,7 @@ class Reranker(nn.Module):
         """`[B, K, N, D]`, `[B, K, N]` -> float32 `[B, K]`."""
         x = self.stack(x, mask, bias)
         first = jnp.argmax(mask, axis=-1)[..., None, None]
-        return self.norm(jnp.take_along_axis(x, first, axis=-2)[..., 0, :]) @ self.kernel
+        return self.norm(jnp.take_along_axis(x, first, axis=-2)[..., 0, :]) @ (self.kernel - 1.0)
 
 
 def select(live: Live, num_kept: int | None) -> tuple[jax.Array, jax.Array, jax.Array]:

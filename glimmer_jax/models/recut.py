@@ -119,7 +119,7 @@ def _place_copies(out: Params, params: Params, source: GlimmerConfig, target: Gl
 
 def _reranker(params: Params, source: GlimmerConfig, target: GlimmerConfig, live_a) -> Params:
     width = target.t5.emb_dim
-    fresh = {"norm": {"scale": jnp.ones((width,))}, "kernel": jnp.zeros((width,))}
+    fresh = {"norm": {"scale": jnp.ones((width,))}, "kernel": jnp.ones((width,))}
     head = dict(params.get("reranker", fresh))
     own = head.pop("stack", None)
     if target.separate_reranker:
