@@ -26,6 +26,7 @@ CORE = [
     "safetensors>=0.6",
     "tensorboardX>=2.6.4",
     "bm25s>=0.3",
+    "matplotlib>=3.9",
     "PyStemmer>=3",
     "gin-config>=0.5",
 ]

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
+CHECKPOINTS = PACKAGE / "checkpoints"  # of our own training; its README.md is the model card
 
 
 def root() -> Path:

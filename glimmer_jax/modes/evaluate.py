@@ -97,16 +97,21 @@ def evaluate(
         use_cached=use_cached_tasks,
     )
     predict = Predictor(model, devices, lookup)
-    answered = 0
+    answered = -batch_size  # the first batch compiles, and is not counted
     shown = started = time.monotonic()
+    busy = 0.0
 
     def timed(batch: dict[str, Any]) -> Any:
-        nonlocal answered, shown
+        nonlocal answered, shown, busy
+        began = time.monotonic()
         outputs = predict(params, batch)
         answered += batch_size
+        if answered:
+            busy += time.monotonic() - began
         if time.monotonic() - shown > 10:
             shown = time.monotonic()
-            print(f"{answered} questions, {answered / (shown - started):.1f} a second", flush=True)
+            done = answered + batch_size
+            print(f"{done} questions, {done / (shown - started):.1f} a second", flush=True)
         return outputs
 
     metrics = with_mean(dev.run(timed))
@@ -118,6 +123,8 @@ def evaluate(
         answer=lengths.target,
     )
     metrics["tflop_per_question"] = cost.tflop
+    if answered > 0:
+        metrics["questions_per_second"] = answered / busy
     for name, value in sorted(metrics.items()):
         print(f"{name:48} {value:.4f}")
     if output_dir is not None and jax.process_index() == 0:

@@ -1,0 +1,1 @@
+"""Commands that start other commands: the quickstart."""

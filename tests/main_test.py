@@ -1,0 +1,295 @@
+"""The command line, from corpus to answers on a tiny model; bad input ends with one line."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import gin
+import pytest
+
+from glimmer_jax import main as command_line
+from glimmer_jax import shipped
+
+ROOT = pathlib.Path(shipped.root())
+ABLATIONS = sorted(path.stem for path in (ROOT / "gin" / "ablations").glob("*.gin"))
+TASKS = ("which_function", "slot_filling", "fact_verification")
+
+# The examples at a size that compiles in seconds.
+TINY = [
+    "--gin.NUM_ENCODER_LAYERS=3",
+    "--gin.t5.T5Config.num_decoder_layers=1",
+    "--gin.t5.T5Config.emb_dim=8",
+    "--gin.t5.T5Config.num_heads=2",
+    "--gin.t5.T5Config.head_dim=4",
+    "--gin.t5.T5Config.mlp_dim=16",
+]
+LENGTHS = "--gin.TASK_FEATURE_LENGTHS={'inputs': 24, 'targets': 16, 'passages': (3, 16)}"
+
+
+@pytest.fixture(autouse=True)
+def clear(monkeypatch):
+    monkeypatch.delenv("GLIMMER_DATA_DIR", raising=False)
+    yield
+    os.environ.pop("GLIMMER_DATA_DIR", None)
+    gin.clear_config()
+
+
+def run(mode, *files, **macros):
+    arguments = [f"--run_mode={mode}", *(f"--gin_file=gin/{file}.gin" for file in files)]
+    arguments += [f"--gin.{name}={value!r}" for name, value in macros.items()]
+    if not {"runs/passages", "runs/retrieve", "runs/score"} & set(files):
+        arguments += TINY
+    if mode in ("train", "eval", "infer"):
+        arguments = [*arguments[:2], LENGTHS, *arguments[2:]]
+    return command_line.main(arguments)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with a corpus and questions, passages and retrieved files made by the command."""
+    folder = tmp_path_factory.mktemp("work")
+    words = ("red", "green", "blue", "black", "white", "grey")
+    corpus = [{"id": i, "title": word, "text": f"{word} thing"} for i, word in enumerate(words)]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(one) + "\n" for one in corpus))
+    (folder / "questions").mkdir()
+    for task in TASKS:
+        for split in ("train", "dev", "test"):
+            lines = [
+                {
+                    "id": f"{task}/{split}/{i}",
+                    "input": f"{words[i % 6]} thing",
+                    "output": [{"answer": words[i % 6], "provenance": [{"title": words[i % 6]}]}],
+                }
+                for i in range(10)
+            ]
+            path = folder / "questions" / f"{task}-{split}.jsonl"
+            path.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    passages = str(folder / "passages")
+    corpus_path = str(folder / "corpus.jsonl")
+    assert (
+        run(
+            "passages",
+            "runs/passages",
+            CORPUS=corpus_path,
+            PASSAGES_DIR=passages,
+            MAX_PASSAGE_TOKENS=16,
+        )
+        == 0
+    )
+    questions, data = str(folder / "questions" / "*.jsonl"), str(folder / "retrieved")
+    assert (
+        run(
+            "retrieve",
+            "runs/retrieve",
+            PASSAGES_DIR=passages,
+            QUESTIONS=questions,
+            DATA_DIR=data,
+            NUM_PASSAGES=3,
+        )
+        == 0
+    )
+    return folder
+
+
+def data(work):
+    return {"PASSAGES_DIR": str(work / "passages"), "DATA_DIR": str(work / "retrieved")}
+
+
+def train(work, model_dir, *files, **macros):
+    defaults = {"MODEL_DIR": str(model_dir), "TRAIN_STEPS": 5, "BATCH_SIZE": 8, "EVAL_EVERY": 0}
+    quiet = {"BEST_METRIC": None, "LOG_EVERY": 1}
+    files = files or ("examples/pydocs_glimmer_train",)
+    return run("train", *files, **{**defaults, **quiet, **data(work), **macros})
+
+
+def losses(model_dir):
+    lines = (model_dir / "train" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def trained(work, tmp_path_factory):
+    model_dir = tmp_path_factory.mktemp("run")
+    assert train(work, model_dir, EVAL_EVERY=5, BEST_METRIC="mean", EVAL_EXAMPLES=8) == 0
+    return model_dir
+
+
+def test_training_leaves_checkpoints_config_and_metrics(trained):
+    assert (trained / "checkpoints" / "5" / "checksums.json").is_file()
+    assert "TRAIN_STEPS = 5" in (trained / "config.gin").read_text()
+    assert len(losses(trained)) >= 5
+
+
+def test_all_modes_after_training(work, trained, capsys):
+    memory, checkpoint = str(work / "memory"), str(trained)
+    shared = {"CHECKPOINT_PATH": checkpoint, "PASSAGES_DIR": data(work)["PASSAGES_DIR"]}
+    assert (
+        run(
+            "build_memory",
+            "examples/pydocs_glimmer_memory",
+            **shared,
+            MEMORY_DIR=memory,
+            MAX_PASSAGE_TOKENS=16,
+            BATCH_SIZE=2,
+        )
+        == 0
+    )
+    answers = {}
+    for name, extra in (("tokens", {}), ("memory", {"MEMORY_DIR": memory})):
+        out = work / f"out_{name}"
+        evaluated = {"OUTPUT_DIR": str(out), "BATCH_SIZE": 8, **extra}
+        files = ("examples/pydocs_glimmer_eval",)
+        assert run("eval", *files, **shared, DATA_DIR=data(work)["DATA_DIR"], **evaluated) == 0
+        lines = (out / "predictions-pydocs_which_function.jsonl").read_text().splitlines()
+        answers[name] = [json.loads(line) for line in lines]
+        assert json.loads((out / "metrics.json").read_text())["tflop_per_question"] > 0
+    assert len(answers["tokens"]) == 10
+    for one, other in zip(answers["tokens"], answers["memory"], strict=True):
+        assert one["score"] == pytest.approx(other["score"], abs=1e-3)
+
+    questions = str(work / "retrieved" / "which_function-test.jsonl")
+    predictions = str(work / "answers.jsonl")
+    infer = {"QUESTIONS": questions, "OUTPUT_PATH": predictions, "MEMORY_DIR": memory}
+    assert run("infer", "examples/pydocs_glimmer_infer", **shared, **infer) == 0
+    record = json.loads(pathlib.Path(predictions).read_text().splitlines()[0])
+    assert {one["title"] for one in record["passages"]} >= {"red"}
+    assert sum(one["kept"] for one in record["passages"]) == 2
+
+    capsys.readouterr()
+    assert run("score", "runs/score", PREDICTIONS=predictions, QUESTIONS=questions) == 0
+    assert "exact_match" in capsys.readouterr().out
+
+
+def test_export_and_another_cut_start_a_run(work, trained, tmp_path):
+    path = str(tmp_path / "glimmer.safetensors")
+    files = ("sizes/tiny", "models/glimmer", "runs/export")
+    assert run("export", *files, CHECKPOINT_PATH=str(trained), OUTPUT_PATH=path, NUM_KEPT=2) == 0
+    lumen = ("examples/pydocs_lumen_train",)
+    assert train(work, tmp_path / "run", *lumen, INITIAL_CHECKPOINT_PATH=path) == 0
+
+
+def test_a_question_at_the_prompt(work, trained, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", iter_lines("blue thing\n\n"))
+    shared = {"CHECKPOINT_PATH": str(trained), "PASSAGES_DIR": data(work)["PASSAGES_DIR"]}
+    assert run("infer", "examples/pydocs_glimmer_infer", **shared) == 0
+    shown = capsys.readouterr().out
+    assert "log probability" in shown
+    assert "blue" in shown
+
+
+def iter_lines(text):
+    import io
+
+    return io.StringIO(text)
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_every_ablation_trains_for_five_steps(work, tmp_path, ablation):
+    files = ("examples/pydocs_glimmer_train", f"ablations/{ablation}")
+    macros = {}
+    if ablation == "k":
+        # The lengths of this test have to come after the file, and its K is what it changes.
+        macros["TASK_FEATURE_LENGTHS"] = {"inputs": 24, "targets": 16, "passages": (2, 16)}
+    assert train(work, tmp_path, *files, **macros) == 0
+    assert len(losses(tmp_path)) >= 5
+
+
+@pytest.mark.parametrize(
+    ("mode", "files", "macros", "message"),
+    [
+        ("passages", ["runs/passages"], {"CORPUS": "none.jsonl", "PASSAGES_DIR": "p"}, "no file"),
+        (
+            "eval",
+            ["examples/pydocs_fid_eval"],
+            {"CHECKPOINT_PATH": "none"},
+            "none is no checkpoint",
+        ),
+        (
+            "infer",
+            ["examples/pydocs_glimmer_infer"],
+            {"CHECKPOINT_PATH": "c", "PASSAGES_DIR": "none"},
+            "No passages folder none",
+        ),
+        (
+            "train",
+            ["examples/pydocs_glimmer_train"],
+            {"MODEL_DIR": "m", "TRAIN_STEPS": 5, "NUM_KEPT": 9},
+            "keeps 9 passages",
+        ),
+        (
+            "train",
+            ["examples/pydocs_glimmer_train"],
+            {"MODEL_DIR": "m", "TRAIN_STEPS": 5, "BATCH_SIZE": 9},
+            "BATCH_SIZE=9 must be a multiple of 8",
+        ),
+        (
+            "train",
+            ["examples/pydocs_glimmer_train"],
+            {"MODEL_DIR": "m", "TRAIN_STEPS": 5, "VOCAB_SIZE": 64},
+            "Raise VOCAB_SIZE",
+        ),
+        (
+            "train",
+            ["examples/pydocs_glimmer_train"],
+            {"MODEL_DIR": "m", "TRAIN_STEP": 5},
+            "did you mean TRAIN_STEPS?",
+        ),
+        (
+            "train",
+            ["examples/pydocs_glimmer_train"],
+            {"MODEL_DIR": "m", "TRAIN_STEPS": 5, "MEMORY_DIR": "m"},
+            "needs a frozen memory encoder",
+        ),
+        (
+            "build_memory",
+            ["sizes/tiny", "models/fid", "runs/build_memory"],
+            {"CHECKPOINT_PATH": "c", "MEMORY_DIR": "m", "PASSAGES_DIR": "p"},
+            "nothing to compute ahead of time",
+        ),
+    ],
+)
+def test_bad_input_ends_with_one_line(tmp_path, monkeypatch, capfd, mode, files, macros, message):
+    monkeypatch.chdir(tmp_path)
+    assert run(mode, *files, **macros) == 2
+    error = capfd.readouterr().err.strip()
+    assert error.startswith("glimmer: ")
+    assert message in error
+    assert "\n" not in error
+
+
+def test_a_bad_line_and_a_wrong_k_are_named(work, tmp_path, capfd):
+    folder = tmp_path / "retrieved"
+    folder.mkdir()
+    for task in TASKS:
+        text = (work / "retrieved" / f"{task}-train.jsonl").read_text()
+        (folder / f"{task}-train.jsonl").write_text(text + '{"id": 3\n')
+    assert train(work, tmp_path / "run", DATA_DIR=str(folder)) == 2
+    assert "train.jsonl:11" in capfd.readouterr().err
+    lengths = {"inputs": 24, "targets": 16, "passages": (4, 16)}
+    assert train(work, tmp_path / "run", TASK_FEATURE_LENGTHS=lengths) == 2
+    assert "asks for K=4 passages" in capfd.readouterr().err
+
+
+def test_unknown_arguments_are_refused(capsys):
+    with pytest.raises(SystemExit) as caught:
+        command_line.parse_flags(["--gin_fil=x"])
+    assert caught.value.code == 2
+    assert "bindings are written --gin.NAME=VALUE" in capsys.readouterr().err
+
+
+def test_as_a_process_bad_input_gives_exit_code_2_and_a_traceback_with_debug(tmp_path):
+    command = [sys.executable, "-m", "glimmer_jax.main", "--run_mode=score"]
+    command += ["--gin_file=gin/runs/score.gin", "--gin.PREDICTIONS='x'", "--gin.QUESTIONS='y'"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def outcome(*extra):
+        return subprocess.run(
+            [*command, *extra], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+
+    plain, debug = outcome(), outcome("--debug")
+    assert (plain.returncode, debug.returncode) == (2, 2)
+    assert plain.stderr.strip() == "glimmer: PREDICTIONS: there is no file x. Check the path."
+    assert "Traceback" in debug.stderr
