@@ -90,9 +90,9 @@ def test_glimmer_of_every_size_has_the_golden_parameters(size):
 def test_every_optional_part_has_the_golden_parameters():
     """Frozen memory with its embedding, a question encoder, a reranker of its own."""
     config = glimmer(
-        "tiny", freeze_memory=True, share_question_encoder=False, separate_reranker=True
+        "small", freeze_memory=True, share_question_encoder=False, separate_reranker=True
     )
-    check_golden("glimmer_tiny_all_parts", describe(config))
+    check_golden("glimmer_small_all_parts", describe(config))
 
 
 @functools.cache
