@@ -45,6 +45,9 @@ class Cast:
         return {"states": ((emb_dim,), jnp.dtype(self.dtype))}
 
     def encode(self, states: jax.Array) -> dict[str, jax.Array]:
+        kind = jnp.finfo(self.dtype)
+        # Said twice, because a compiler may take a cast there and back for nothing at all.
+        states = jax.lax.reduce_precision(states, kind.nexp, kind.nmant)
         return {"states": states.astype(self.dtype)}
 
     def decode(self, arrays: Arrays, dtype: Any) -> jax.Array:

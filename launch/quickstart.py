@@ -30,14 +30,18 @@ NUM_ANSWERS = 4
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs all steps; stops at the first that fails, with its exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder of the runs")
+    parser.add_argument(
+        "--output", type=Path, default=Path("quickstart"), help="folder of the runs"
+    )
     parser.add_argument("--train_steps", type=int, default=40, help="updates of the fine-tuning")
     parser.add_argument("--num_examples", type=int, default=300, help="test questions of each task")
     args = parser.parse_args(argv)
     started = time.monotonic()
     data, runs = args.output / "data", args.output / "runs"
 
-    _glimmer("passages", "pydocs_passages", CORPUS_DIR=data / "corpus", PASSAGES_DIR=data / "passages")
+    _glimmer(
+        "passages", "pydocs_passages", CORPUS_DIR=data / "corpus", PASSAGES_DIR=data / "passages"
+    )
     _glimmer(
         "retrieve",
         "pydocs_retrieve",
@@ -93,7 +97,9 @@ def _glimmer(mode: str, gin_file: str, **bindings: Any) -> None:
     """Prints and runs one `glimmer` command."""
     command = ["--run_mode=" + mode, f"--gin_file=gin/examples/{gin_file}.gin"]
     for name, value in bindings.items():
-        command.append(f"--gin.{name}={str(value)!r}" if _is_text(value) else f"--gin.{name}={value}")
+        command.append(
+            f"--gin.{name}={str(value)!r}" if _is_text(value) else f"--gin.{name}={value}"
+        )
     print(f"\n$ glimmer {shlex.join(command)}", flush=True)
     done = subprocess.run([sys.executable, "-m", "glimmer_jax.main", *command], check=False)
     if done.returncode:
@@ -125,7 +131,9 @@ def _answer_a_few(data: Path, runs: Path, checkpoint: Path) -> None:
         answer = answers[question["id"]]
         best = answer["passages"][0]["title"]
         gold = question["output"][0]["answer"]
-        print(f"\n  {question['input']}\n    -> {answer['prediction']}  (gold: {gold}; read: {best})")
+        print(
+            f"\n  {question['input']}\n    -> {answer['prediction']}  (gold: {gold}; read: {best})"
+        )
 
 
 def collect(retrieved: Path, runs: Path) -> dict[str, Any]:
@@ -163,7 +171,10 @@ def collect(retrieved: Path, runs: Path) -> dict[str, Any]:
         systems[name]["tasks"][task] = {"n": len(scores["groups"]), **means}
     for system in systems.values():
         main_task = system["tasks"]["which_function"]
-        system["exact_match"], system["recall_at_1"] = main_task["exact_match"], main_task["recall_at_1"]
+        system["exact_match"], system["recall_at_1"] = (
+            main_task["exact_match"],
+            main_task["recall_at_1"],
+        )
     return {**systems, "differences": _differences(rows)}
 
 

@@ -19,7 +19,10 @@ def table(report: Mapping[str, Any]) -> str:
             row += [f"{system['questions_per_second']:.1f}"]
         lines.append(row + [""] * (len(head) - len(row)))
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    text = [
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    ]
     n = report["retriever"]["tasks"]["which_function"]["n"]
     text.append(f"\nDifferences on which_function (n = {n}, paired 95 % intervals):")
     for name, one in report["differences"].items():
@@ -44,7 +47,9 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
         axes.annotate(name, (cost, quality), xytext=(6, 6), textcoords="offset points")
     baseline = 100 * report["retriever"]["exact_match"]
     axes.axhline(baseline, color="grey", linestyle="--", linewidth=1)
-    axes.annotate("BM25's first title", (0.02, baseline), xycoords=("axes fraction", "data"), va="bottom")
+    axes.annotate(
+        "BM25's first title", (0.02, baseline), xycoords=("axes fraction", "data"), va="bottom"
+    )
     axes.set_xlim(left=0)
     axes.set_xlabel("GFLOP a question (projections, counted)")
     axes.set_ylabel("exact match, which function, %")

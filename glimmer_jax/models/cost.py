@@ -27,8 +27,8 @@ class Cost:
 
     @property
     def tflop(self) -> float:
-        """10^12 floating-point operations: two for each multiply-add."""
-        return 2 * self.total / 1e12
+        """10^12 multiply-adds, which is what the papers call a TFLOP."""
+        return self.total / 1e12
 
 
 def question_cost(

@@ -230,7 +230,9 @@ class Glimmer(nn.Module):
         """Layers [0, M) over tokens `[..., X]` with the memory's weights -> `[..., X, D]`."""
         if not self.config.memory_layers:
             return self.dropout(self.token_embedder(tokens))
-        bias = self.live_encoder.bias(tokens.shape[-1]) if self.config.share_position_table else None
+        bias = (
+            self.live_encoder.bias(tokens.shape[-1]) if self.config.share_position_table else None
+        )
         if not self.config.freeze_memory:
             return self.memory_encoder(self.dropout(self.token_embedder(tokens)), tokens > 0, bias)
         states = self.memory_encoder(self.memory_embedder(tokens), tokens > 0)

@@ -28,7 +28,8 @@ def recut(params: Params, source: GlimmerConfig, target: GlimmerConfig) -> Param
 
     Returns:
       Parameters for `target`, scanned or looped as it says. A score head that the source lacks
-      starts fresh: unit norm, zero weights.
+      starts fresh, at zero; one that it has is kept, as a start, even where other layers will feed
+      it.
 
     Raises:
       ValueError: the sizes differ; layers would have to change position table although the two
@@ -36,14 +37,17 @@ def recut(params: Params, source: GlimmerConfig, target: GlimmerConfig) -> Param
     """
     _check_sizes(source, target)
     params = unstack_layers(params)
-    m, total = source.memory_layers, source.t5.num_encoder_layers
+    m, cut = source.memory_layers, source.memory_layers + source.rerank_layers
     live = params["live_encoder"]
     memory = params.get("memory_encoder", {})
-    encoder = [memory[f"layers_{i}"] for i in range(m)]
-    for name in ("live_a", "live_b"):
-        stack = live.get(name, {})
-        encoder += [stack[f"layers_{i}"] for i in range(len(stack))]
-    assert len(encoder) == total, (len(encoder), total)
+    stacks = [_layers(memory), _layers(live.get("live_a", {})), _layers(live.get("live_b", {}))]
+    wanted = [m, source.rerank_layers, source.t5.num_encoder_layers - cut]
+    if [len(stack) for stack in stacks] != wanted:
+        raise ValueError(
+            f"The source has {wanted} layers in memory, Live-A and Live-B, and the parameters have "
+            f"{[len(stack) for stack in stacks]}. Give the configuration they were trained with."
+        )
+    encoder = [layer for stack in stacks for layer in stack]
 
     # Position tables: those of the source, or copies of the only one it has.
     live_table = live["relpos_bias"]
@@ -74,6 +78,10 @@ def recut(params: Params, source: GlimmerConfig, target: GlimmerConfig) -> Param
     if target.rerank_layers:
         out["reranker"] = _reranker(params, source, target, encoder[new_m:new_cut])
     return stack_layers(out) if target.t5.scan_layers else out
+
+
+def _layers(stack: Params) -> list[Params]:
+    return [stack[f"layers_{i}"] for i in range(sum(name.startswith("layers_") for name in stack))]
 
 
 def _check_sizes(source: GlimmerConfig, target: GlimmerConfig) -> None:

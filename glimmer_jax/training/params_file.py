@@ -1,4 +1,4 @@
-"""Parameters as one small file: safetensors in bfloat16, with a JSON file that says what they are.
+"""Parameters as one small file: safetensors in bfloat16, and JSON that says what they are.
 
 This is the form in which trained models are shipped with the code: half the size of float32, no
 optimiser state, two files. Training from it goes on in float32.
@@ -30,7 +30,12 @@ def save_params_file(path: Any, params: dict[str, Any], config: dict[str, Any]) 
     path = _checked(path)
     flat = flax.traverse_util.flatten_dict(jax.device_get(params), sep="/")
     # safetensors writes the buffer as it lies in memory.
-    flat = {name: np.ascontiguousarray(x, ml_dtypes.bfloat16) for name, x in flat.items()}
+    # Vectors stay as they are: they are small, and the score head lies close to 1, where bfloat16
+    # has steps of 1/128.
+    flat = {
+        name: np.ascontiguousarray(x, ml_dtypes.bfloat16 if x.ndim > 1 else x.dtype)
+        for name, x in flat.items()
+    }
     data = safetensors.numpy.save(flat)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
