@@ -104,7 +104,7 @@ def test_models_of_all_sizes_build_abstractly(model, size):
     layers = built.config.t5.num_encoder_layers
     cut = (built.config.memory_layers, built.config.rerank_layers)
     # GLIMMER (arXiv 2306.10231), alpha 1/3 and beta 1/4.
-    glimmer = {6: (4, 1), 8: (5, 1), 12: (8, 1), 24: (16, 2)}[layers]
+    glimmer = {7: (5, 1), 8: (5, 1), 12: (8, 1), 24: (16, 2)}[layers]
     assert cut == {"fid": (0, 0), "lumen": (glimmer[0], 0), "glimmer": glimmer}[model]
     if model == "fid":
         # T5 v1.1's published counts, in millions.
