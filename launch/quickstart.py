@@ -19,6 +19,7 @@ from typing import Any
 
 from glimmer_jax.data import scoring
 from glimmer_jax.json_lines import read_json_lines, write_json_lines
+from glimmer_jax.passages import Passages
 from glimmer_jax.shipped import CHECKPOINTS
 from launch import report
 
@@ -85,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     _answer_a_few(data, runs, weights["glimmer"])
 
-    found = collect(data / "retrieved", runs)
+    titles = {one["id"]: one["title"] for one in Passages.open(data / "passages").records()}
+    found = collect(data / "retrieved", runs, titles)
     found["seconds"] = round(time.monotonic() - started)
     Path("report.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     report.plot(found, Path("report.png"))
@@ -136,11 +138,12 @@ def _answer_a_few(data: Path, runs: Path, checkpoint: Path) -> None:
         )
 
 
-def collect(retrieved: Path, runs: Path) -> dict[str, Any]:
+def collect(retrieved: Path, runs: Path, titles: Mapping[int, str]) -> dict[str, Any]:
     """The report: scores of the retriever and the three models on the same test questions.
 
     Args:
       retrieved: folder of the retrieved test files.
+      titles: title of each passage id.
       runs: folder with `<model>_eval/metrics.json` and `predictions-pydocs_<task>.jsonl`.
 
     Returns:
@@ -165,7 +168,9 @@ def collect(retrieved: Path, runs: Path) -> dict[str, Any]:
             predictions = [line for _, line in read_json_lines(path)]
             rows[name, task] = _scores(task, predictions, examples)
         asked = [examples[line["id"]] for line in predictions]
-        rows["retriever", task] = _scores(task, [_first_title(line) for line in asked], examples)
+        rows["retriever", task] = _scores(
+            task, [_first_title(line, titles) for line in asked], examples
+        )
     for (name, task), scores in rows.items():
         means = {key: sum(v) / len(v) for key, v in scores.items() if key != "groups"}
         systems[name]["tasks"][task] = {"n": len(scores["groups"]), **means}
@@ -178,12 +183,11 @@ def collect(retrieved: Path, runs: Path) -> dict[str, Any]:
     return {**systems, "differences": _differences(rows)}
 
 
-def _first_title(line: Mapping[str, Any]) -> dict[str, Any]:
+def _first_title(line: Mapping[str, Any], titles: Mapping[int, str]) -> dict[str, Any]:
     """The retriever as a reader: it answers every question with its first passage's page."""
-    first = line["retrieved"][0]
     return {
         "id": line["id"],
-        "prediction": first["title"],
+        "prediction": titles[line["retrieved"][0]["id"]],
         "passage_ids": [one["id"] for one in line["retrieved"]],
     }
 
