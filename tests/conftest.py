@@ -4,8 +4,10 @@ import os
 
 # Before jax is imported by anybody.
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Tests run tiny programs a few times: compiling them is the cost, and without optimisation it halves.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 

@@ -1,6 +1,7 @@
 """Tasks over retrieved files: `<data_dir>/<task>-<split>.jsonl`, registered with seqio in one call."""
 
 import os
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ import seqio
 import tensorflow as tf
 
 from glimmer_jax.data import preprocessors
-from glimmer_jax.data.kilt import read_examples
 from glimmer_jax.data.vocabulary import Vocabulary
+from glimmer_jax.kilt import read_examples
 
 # File names say dev, seqio says validation.
 FILE_SPLITS = {"train": "train", "validation": "dev", "test": "test"}
@@ -86,8 +87,12 @@ def register(
     """
 
     def dataset_fn(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-        del shuffle_files, seed  # One file; seqio shuffles examples.
-        return preprocessors.to_dataset(read_split(file_task, split, min_bleu))
+        examples = read_split(file_task, split, min_bleu)
+        if shuffle_files:
+            # The whole file, once; seqio's buffer then changes the order from epoch to epoch. A
+            # larger buffer would do both, and hold up every start until it is full.
+            random.Random(seed).shuffle(examples)
+        return preprocessors.to_dataset(examples)
 
     text = vocabulary.seqio()
     ids = seqio.PassThroughVocabulary(size=2**63 - 1)
@@ -107,5 +112,5 @@ def register(
         },
         postprocess_fn=preprocessors.all_answers,
         metric_fns=list(metric_fns),
-        shuffle_buffer_size=10_000,
+        shuffle_buffer_size=1000,
     )
