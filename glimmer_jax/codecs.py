@@ -19,7 +19,10 @@ Arrays = Mapping[str, jax.Array]
 class Codec(Protocol):
     """The interface of a memory codec."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What gin files and stores call it."""
+        ...
 
     def array_specs(self, emb_dim: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Trailing shape and dtype of each stored array, for one token."""

@@ -57,8 +57,7 @@ class T5Config:
     def __post_init__(self):
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
         sizes = ("vocab_size", "emb_dim", "num_heads", "head_dim", "mlp_dim")
-        sizes += ("num_encoder_layers", "num_decoder_layers")
-        for name in sizes:
+        for name in (*sizes, "num_encoder_layers", "num_decoder_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.dtype not in ("float32", "bfloat16"):
@@ -215,15 +214,13 @@ class EncoderStack(nn.Module):
 
     def setup(self):
         layer_cls = _rematted(EncoderLayer, self.config)
-        if self.num_layers == 0:
-            self.layers = None
-        elif self.config.scan_layers:
+        if self.num_layers and self.config.scan_layers:
             kwargs = _scan_kwargs(self.num_layers, (nn.broadcast, nn.broadcast))
             self.layers = nn.scan(layer_cls, **kwargs)(self.config)
         else:
             self.layers = [layer_cls(self.config) for _ in range(self.num_layers)]
 
-    def __call__(self, x: jax.Array, key_mask: jax.Array, bias: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, key_mask: jax.Array, bias: jax.Array | None) -> jax.Array:
         """`[..., N, D]`, bool key mask `[..., N]`, float32 bias `[H, N, N]` -> `[..., N, D]`."""
         mask = key_mask[..., None, None, :]
         if self.num_layers == 0:

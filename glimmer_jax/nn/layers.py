@@ -161,13 +161,19 @@ class MlpBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., N, D]` -> `[..., N, D]`."""
-        hidden = None
+        # T5X calls the only projection `wi`, and those of a gated block `wi_0`, `wi_1`.
+        gated = len(self.activations) > 1
+        factors = []
         for i, name in enumerate(self.activations):
-            # T5X calls the only projection `wi`, and those of a gated block `wi_0`, `wi_1`.
-            wi = "wi" if len(self.activations) == 1 else f"wi_{i}"
-            h = Dense(self.mlp_dim, (axes.EMBED, axes.MLP), self.dtype, self.operands, name=wi)(x)
-            h = ACTIVATIONS[name](h)
-            hidden = h if hidden is None else hidden * h
+            wi = Dense(
+                self.mlp_dim,
+                (axes.EMBED, axes.MLP),
+                self.dtype,
+                self.operands,
+                name=f"wi_{i}" if gated else "wi",
+            )
+            factors.append(ACTIVATIONS[name](wi(x)))
+        hidden = functools.reduce(jnp.multiply, factors)
         hidden = constrain(hidden, activation_names(hidden.ndim, axes.ACT_MLP))
         hidden = Dropout(self.dropout_rate)(hidden)
         out = Dense(x.shape[-1], (axes.MLP, axes.EMBED), self.dtype, self.operands, name="wo")
