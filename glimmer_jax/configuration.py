@@ -6,6 +6,7 @@ bound but never used is an error, and so is one that is used but has no value.
 """
 
 import difflib
+import importlib.util  # noqa: F401 (gin uses it without importing it)
 import logging
 import re
 from collections.abc import Callable, Sequence
