@@ -10,10 +10,8 @@ split of a module never does.
 import dataclasses
 import functools
 import hashlib
-import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from glimmer_jax.data.pydocs_objects import Documented, documented_objects
@@ -190,28 +188,3 @@ def passages(max_words: int = MAX_WORDS) -> Iterator[dict[str, Any]]:
 def train_texts(max_words: int = MAX_WORDS) -> list[dict[str, Any]]:
     """The passages of the training modules: the only plain text that training may read."""
     return [record for record in passages(max_words) if record["split"] == "train"]
-
-
-def write_corpus(directory: str | Path, max_words: int = MAX_WORDS) -> dict[str, int]:
-    """Writes `corpus.jsonl` and `questions/<task>-<split>.jsonl`; returns lines per file.
-
-    A rewrite of the same corpus with the same Python gives the same bytes.
-    """
-    from glimmer_jax.data import pydocs_tasks
-
-    root = Path(directory)
-    (root / "questions").mkdir(parents=True, exist_ok=True)
-    counts = {"corpus.jsonl": _write(root / "corpus.jsonl", passages(max_words))}
-    for (task, split), examples in pydocs_tasks.all_tasks(max_words).items():
-        name = f"questions/{task}-{split}.jsonl"
-        counts[name] = _write(root / name, examples)
-    return counts
-
-
-def _write(path: Path, records: Any) -> int:
-    count = 0
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            count += 1
-    return count

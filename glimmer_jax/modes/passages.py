@@ -35,9 +35,9 @@ def passages(
     checks.required(CORPUS=corpus, PASSAGES_DIR=passages_dir)
     if corpus == BUILT_IN:
         checks.required(CORPUS_DIR=corpus_dir)
-        from glimmer_jax.data import pydocs
+        from glimmer_jax.data import pydocs_files
 
-        counts = pydocs.write_corpus(str(corpus_dir))
+        counts = pydocs_files.write_corpus(str(corpus_dir))
         for name, count in counts.items():
             print(f"{Path(str(corpus_dir)) / name}: {count} lines")
         source = Path(str(corpus_dir)) / "corpus.jsonl"

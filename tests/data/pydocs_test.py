@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from glimmer_jax.data import pydocs, pydocs_objects
+from glimmer_jax.data import pydocs, pydocs_files, pydocs_objects
 from glimmer_jax.json_lines import read_json_lines
 
 
@@ -94,7 +94,7 @@ def test_chunks_keep_sentences_whole_and_within_bounds():
 
 def test_the_written_corpus_is_the_corpus(tmp_path, monkeypatch, records, pydocs_examples):
     monkeypatch.setattr("glimmer_jax.data.pydocs_tasks.all_tasks", lambda _: pydocs_examples)
-    counts = pydocs.write_corpus(tmp_path)
+    counts = pydocs_files.write_corpus(tmp_path)
     assert [record for _, record in read_json_lines(tmp_path / "corpus.jsonl")] == records
     assert counts["questions/slot_filling-dev.jsonl"] == len(pydocs_examples["slot_filling", "dev"])
     assert len(list((tmp_path / "questions").iterdir())) == 9
