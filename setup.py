@@ -82,7 +82,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["glimmer_jax", "glimmer_jax.*"]), *packages],
     package_dir=packages,
-    package_data={"": ["*.gin", "*.md", "*.model", "*.json", "*.safetensors"]},
+    package_data={"": ["*.gin", "*.md", "*.model"], "glimmer_jax": ["checkpoints/*"]},
     install_requires=CORE + DATA,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["glimmer = glimmer_jax.main:run"]},
