@@ -216,8 +216,8 @@ def test_every_ablation_trains_for_five_steps(work, tmp_path, ablation):
         (
             "train",
             ["examples/pydocs_glimmer_train"],
-            {"MODEL_DIR": "m", "TRAIN_STEPS": 5, "NUM_KEPT": 9},
-            "keeps 9 passages",
+            {"MODEL_DIR": "m", "TRAIN_STEPS": 5, "NUM_KEPT": 11},
+            "keeps 11 passages",
         ),
         (
             "train",
