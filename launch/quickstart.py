@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("quickstart"), help="folder of the runs"
     )
-    parser.add_argument("--train_steps", type=int, default=40, help="updates of the fine-tuning")
+    parser.add_argument("--train_steps", type=int, default=100, help="updates of the fine-tuning")
     parser.add_argument("--num_examples", type=int, default=300, help="test questions of each task")
     args = parser.parse_args(argv)
     started = time.monotonic()
