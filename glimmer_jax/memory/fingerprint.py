@@ -45,7 +45,10 @@ def encoder_fingerprint(params: Mapping[str, Any], config: GlimmerConfig) -> str
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     # The embedding goes by one name, so that a frozen copy equal to the live table is the same.
     _update(digest, "embedding", params[embedder]["embedding"])
-    for name, leaf in sorted(_canonical(params["memory_encoder"]), key=lambda item: item[0]):
+    encoder = dict(params["memory_encoder"])
+    # A table shared with the live layers is kept there, and the memory depends on it all the same.
+    encoder.setdefault("relpos_bias", params.get("live_encoder", {}).get("relpos_bias", {}))
+    for name, leaf in sorted(_canonical(encoder), key=lambda item: item[0]):
         _update(digest, name, leaf)
     return f"sha256:{digest.hexdigest()}"
 

@@ -5,6 +5,7 @@ what a batch asks for, a batch ahead. Both give the same bits for the same rows,
 used is a question of bytes alone (`open_lookup`).
 """
 
+import abc
 import concurrent.futures
 import functools
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,7 +22,7 @@ Batch = dict[str, Any]
 Memory = tuple[dict[str, Any], Any]
 
 
-class Lookup:
+class Lookup(abc.ABC):
     """What both homes share: ids to rows, and batches with their memory put in.
 
     Attributes:
@@ -37,13 +38,13 @@ class Lookup:
         self.masked = 0
         self._unknown = unknown
 
+    @abc.abstractmethod
     def __call__(self, rows_BK: np.ndarray) -> Memory:
         """Rows int `[B, K]`, -1 where there is none.
 
         Returns:
           The codec's arrays `[B, K, P, ...]`, zero beyond each passage; int32 lengths `[B, K]`.
         """
-        raise NotImplementedError
 
     def rows(self, passage_ids: np.ndarray) -> np.ndarray:
         """External ids `[...]` to rows; unknown ones raise or are masked and counted."""

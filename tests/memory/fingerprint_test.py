@@ -98,3 +98,15 @@ def test_dtype_counts():
 def test_model_without_memory_is_refused():
     with pytest.raises(ValueError, match="'memory_encoder'; these have .*FiD"):
         encoder_fingerprint({"token_embedder": {"embedding": np.zeros((2, 2))}})
+
+
+def test_a_table_shared_with_the_live_layers_counts():
+    def params(table):
+        return {
+            "token_embedder": {"embedding": np.ones((8, 4), np.float32)},
+            "memory_encoder": {"layers_0": {"kernel": np.ones((4, 4), np.float32)}},
+            "live_encoder": {"relpos_bias": {"rel_embedding": np.full((1, 32), table, np.float32)}},
+        }
+
+    assert encoder_fingerprint(params(0)) == encoder_fingerprint(params(0))
+    assert encoder_fingerprint(params(0)) != encoder_fingerprint(params(1))
