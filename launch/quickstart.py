@@ -9,10 +9,6 @@ that none of them was trained on, a few answers; then a table, `report.json` and
 
 import argparse
 import json
-import os
-import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,12 +19,13 @@ from glimmer_jax.json_lines import read_json_lines, write_json_lines
 from glimmer_jax.passages import Passages
 from glimmer_jax.shipped import CHECKPOINTS
 from launch import report
+from launch.command import glimmer
 
 MODELS = ("fid", "lumen", "glimmer")
 TASKS = ("which_function", "slot_filling", "fact_verification")
 NUM_ANSWERS = 4
-# Shipped parameters each model begins with. All are cut from one start for now, see the model card.
-SHIPPED = dict.fromkeys(MODELS, CHECKPOINTS / "pydocs_start.safetensors")
+# Parameters that each model begins with; how they were made: glimmer_jax/checkpoints.
+SHIPPED = {name: CHECKPOINTS / f"pydocs_{name}.safetensors" for name in MODELS}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -43,10 +40,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.monotonic()
     data, runs = args.output / "data", args.output / "runs"
 
-    _glimmer(
+    glimmer(
         "passages", "pydocs_passages", CORPUS_DIR=data / "corpus", PASSAGES_DIR=data / "passages"
     )
-    _glimmer(
+    glimmer(
         "retrieve",
         "pydocs_retrieve",
         QUESTIONS=f"{data}/corpus/questions/*.jsonl",
@@ -54,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         DATA_DIR=data / "retrieved",
     )
     shared = {"PASSAGES_DIR": data / "passages", "DATA_DIR": data / "retrieved"}
-    _glimmer(
+    glimmer(
         "train",
         "pydocs_glimmer_train",
         MODEL_DIR=runs / "glimmer",
@@ -67,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     weights = {**SHIPPED, "glimmer": runs / "glimmer"}
     for name in ("lumen", "glimmer"):
-        _glimmer(
+        glimmer(
             "build_memory",
             f"pydocs_{name}_memory",
             CHECKPOINT_PATH=weights[name],
@@ -76,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     for name in MODELS:
         memory = {} if name == "fid" else {"MEMORY_DIR": runs / f"{name}_memory"}
-        _glimmer(
+        glimmer(
             "eval",
             f"pydocs_{name}_eval",
             CHECKPOINT_PATH=weights[name],
@@ -96,31 +93,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\nWritten: report.json, report.png. {found['seconds']} seconds in all.")
 
 
-def _glimmer(mode: str, gin_file: str, **bindings: Any) -> None:
-    """Prints and runs one `glimmer` command."""
-    command = ["--run_mode=" + mode, f"--gin_file=gin/examples/{gin_file}.gin"]
-    for name, value in bindings.items():
-        command.append(
-            f"--gin.{name}={str(value)!r}" if _is_text(value) else f"--gin.{name}={value}"
-        )
-    print(f"\n$ glimmer {shlex.join(command)}", flush=True)
-    # One virtual device a core: matrix products with bfloat16 operands use one core each.
-    devices = f"--xla_force_host_platform_device_count={2 if (os.cpu_count() or 1) > 1 else 1}"
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {devices}".strip(),
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "glimmer_jax.main", *command], check=False, env=environment
-    )
-    if done.returncode:
-        sys.exit(done.returncode)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, (str, Path))
-
-
 def _answer_a_few(data: Path, runs: Path, checkpoint: Path) -> None:
     """Answers the first questions of the test set with `infer` and prints them."""
     asked = []
@@ -128,7 +100,7 @@ def _answer_a_few(data: Path, runs: Path, checkpoint: Path) -> None:
         lines = read_json_lines(data / "retrieved" / f"{task}-test.jsonl")
         asked += [line for _, (_, line) in zip(range(NUM_ANSWERS), lines, strict=False)]
     write_json_lines(runs / "questions.jsonl", asked)
-    _glimmer(
+    glimmer(
         "infer",
         "pydocs_glimmer_infer",
         CHECKPOINT_PATH=checkpoint,

@@ -1,9 +1,7 @@
-"""Reading exercises on the training modules of the built-in corpus, easier to harder.
+"""Reading exercises on the training modules of the built-in corpus.
 
-pydocs_reading_1   one short passage: copying appears
-pydocs_reading_2   two, a clause cut word for word: matching appears
-pydocs_reading_3   four, longer, some words dropped, some from the same module
-pydocs_reading_4   eight of full length, noisy clauses, look-alikes, half of the titles real
+pydocs_reading_1   two short passages, a clause cut word for word: copying and matching appear
+pydocs_reading_2   five of full length, words dropped, look-alikes, a fifth of the titles real
 """
 
 import functools
@@ -16,25 +14,15 @@ from glimmer_jax.data.reading import Exercises, Stage, blocks
 from glimmer_jax.data.vocabulary import Vocabulary
 
 STAGES = {
-    1: Stage(passages=1, passage_words=(8, 16), clause_words=(4, 8), spans=0.5),
-    2: Stage(passages=2, passage_words=(10, 20), clause_words=(5, 9), spans=0.4),
-    3: Stage(
-        passages=4,
-        passage_words=(15, 40),
-        clause_words=(6, 12),
-        dropped=0.15,
-        spans=0.2,
-        made_up_titles=0.7,
-        siblings=0.3,
-    ),
-    4: Stage(
-        passages=8,
-        passage_words=(30, 60),
+    1: Stage(passages=2, passage_words=(10, 20), clause_words=(5, 9), spans=0.4),
+    2: Stage(
+        passages=5,
+        passage_words=(15, 35),
         clause_words=(8, 16),
-        dropped=0.3,
-        spans=0.1,
-        made_up_titles=0.5,
-        siblings=0.5,
+        dropped=0.35,
+        spans=0.15,
+        made_up_titles=0.8,
+        siblings=0.4,
     ),
 }
 # Examples of an epoch. Made as they are read, from their index alone.

@@ -43,6 +43,7 @@ EXAMPLE_RUNS = {
     "memory": ("build_memory", [CHECKPOINT, "MEMORY_DIR = 'm'"]),
     "eval": ("eval", [CHECKPOINT]),
     "infer": ("infer", [CHECKPOINT]),
+    "export": ("export", [CHECKPOINT, "OUTPUT_PATH = 'o.safetensors'"]),
 }
 
 

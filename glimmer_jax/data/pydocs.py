@@ -11,15 +11,18 @@ import dataclasses
 import functools
 import hashlib
 import re
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
 from glimmer_jax.data.pydocs_objects import Documented, documented_objects
 
 SPLITS = ("train", "dev", "test")
-MAX_WORDS = 60
+# Of a passage's text. Characters, because the words of signatures are many tokens each: with the
+# built-in vocabulary 200 of them and the longest titles fit into about 80 tokens.
+MAX_CHARACTERS = 200
 # Longer signatures leave no room for the docstring.
-MAX_SIGNATURE_WORDS = 24
+MAX_SIGNATURE_CHARACTERS = 120
 
 # Modules that copy each other's sentences stay together; those that the language reference quotes,
 # with it in the training split.
@@ -92,11 +95,8 @@ def passage_id(name: str, chunk: int) -> int:
 
 
 def short_signature(signature: str) -> str:
-    """A signature of at most `MAX_SIGNATURE_WORDS` words; `...` stands for what was cut."""
-    words = signature.split(" ")
-    if len(words) <= MAX_SIGNATURE_WORDS:
-        return signature
-    return " ".join([*words[: MAX_SIGNATURE_WORDS - 1], "...)"])
+    """A signature of at most `MAX_SIGNATURE_CHARACTERS`; `...` stands for what was cut."""
+    return textwrap.shorten(signature, MAX_SIGNATURE_CHARACTERS, placeholder=" ...)")
 
 
 def sentences(doc: str) -> list[str]:
@@ -111,45 +111,35 @@ def sentences(doc: str) -> list[str]:
     return [sentence for sentence in found if re.search(r"[A-Za-z]{2}", sentence)]
 
 
-def chunk(found: list[str], first_words: int, max_words: int) -> tuple[tuple[str, ...], ...]:
-    """Packs sentences, in order, into chunks of at most `max_words`; longer sentences are cut.
+def chunk(found: list[str], taken: int, most: int) -> tuple[tuple[str, ...], ...]:
+    """Packs sentences, in order, into chunks of at most `most` characters.
 
-    `first_words` are already taken in the first chunk, by the signature.
+    Longer sentences are cut between words. `taken` characters of the first chunk are the signature's.
     """
     chunks: list[list[str]] = [[]]
-    room = max_words - first_words
+    room = most - taken
     for sentence in found:
-        words = sentence.split()
-        for start in range(0, len(words), max_words):
-            piece = words[start : start + max_words]
+        for piece in textwrap.wrap(sentence, most, break_long_words=False, break_on_hyphens=False):
             if len(piece) > room:
                 chunks.append([])
-                room = max_words
-            chunks[-1].append(" ".join(piece))
-            room -= len(piece)
-    if not chunks[0] and not first_words:
+                room = most
+            chunks[-1].append(piece)
+            room -= len(piece) + 1  # the space between
+    if not chunks[0] and not taken:
         chunks.pop(0)
     return tuple(tuple(one) for one in chunks)
 
 
-@functools.lru_cache(maxsize=2)
-def pages(max_words: int = MAX_WORDS) -> tuple[Page, ...]:
-    """Every page of the corpus, sorted by module and name.
-
-    Raises ValueError where `max_words` leaves no room beside a signature.
-    """
-    if max_words <= MAX_SIGNATURE_WORDS:
-        raise ValueError(
-            f"Passages need more than {MAX_SIGNATURE_WORDS} words, the longest signature, got "
-            f"max_words={max_words}. Raise max_words."
-        )
+@functools.cache
+def pages() -> tuple[Page, ...]:
+    """Every page of the corpus, sorted by module and name."""
     objects = documented_objects()
     topics = _distinct_topics([item for item in objects if item.kind == "topic"])
     made = []
     for item in objects:
         found = topics[item.name] if item.kind == "topic" else sentences(item.doc)
-        taken = len(short_signature(item.signature).split())
-        chunks = chunk(found, taken, max_words)
+        signature = short_signature(item.signature)
+        chunks = chunk(found, len(signature) + 1 if signature else 0, MAX_CHARACTERS)
         if chunks:
             made.append(Page(item, split_of(item.module), chunks))
     return tuple(made)
@@ -165,13 +155,13 @@ def _distinct_topics(items: list[Documented]) -> dict[str, list[str]]:
     return found
 
 
-def passages(max_words: int = MAX_WORDS) -> Iterator[dict[str, Any]]:
+def passages() -> Iterator[dict[str, Any]]:
     """The corpus: one record for each passage.
 
     `{"id": 5313…, "title": "json.dumps", "text": "dumps(obj, *, skipkeys=False, …) Serialize …",
     "page": "json.dumps", "chunk": 0, "module": "json", "split": "train", "signature": "dumps(…)"}`
     """
-    for page in pages(max_words):
+    for page in pages():
         for index in range(len(page.chunks)):
             yield {
                 "id": passage_id(page.name, index),
@@ -185,6 +175,6 @@ def passages(max_words: int = MAX_WORDS) -> Iterator[dict[str, Any]]:
             }
 
 
-def train_texts(max_words: int = MAX_WORDS) -> list[dict[str, Any]]:
+def train_texts() -> list[dict[str, Any]]:
     """The passages of the training modules: the only plain text that training may read."""
-    return [record for record in passages(max_words) if record["split"] == "train"]
+    return [record for record in passages() if record["split"] == "train"]

@@ -14,9 +14,11 @@ from collections.abc import Iterator
 from glimmer_jax.data.pydocs import Page, stable_hash
 
 MIN_WORDS, MAX_WORDS = 6, 12
+# Words of a claim about a docstring at most: subject and claim fit into a question's tokens.
+CLAIM_WORDS = 8
 # Share of a span's words that is dropped, and how much sooner a rare word goes than a common one.
-DROPPED = 0.3
-RARE_WEIGHT = 4.0
+DROPPED = 0.45
+RARE_WEIGHT = 8.0
 COMMON_SHARE = 0.02
 # A passage that holds the words in order within this many times the clause's span answers it too.
 SLACK = 1.0
@@ -169,7 +171,7 @@ def clause_pairs(pages: tuple[Page, ...]) -> list[list[Claim]]:
 def _swap(left: Page, right: Page) -> list[Claim]:
     parts = name_parts(left.name) | name_parts(right.name)
     told = [
-        [word for word in clean_words(page.chunks[0][0]) if not betrays(word, parts)][:MAX_WORDS]
+        [word for word in clean_words(page.chunks[0][0]) if not betrays(word, parts)][:CLAIM_WORDS]
         for page in (left, right)
     ]
     if min(len(words) for words in told) < 4 or told[0] == told[1]:

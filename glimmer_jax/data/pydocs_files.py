@@ -6,13 +6,13 @@ from glimmer_jax.data import pydocs, pydocs_tasks
 from glimmer_jax.json_lines import write_json_lines
 
 
-def write_corpus(directory: str | Path, max_words: int = pydocs.MAX_WORDS) -> dict[str, int]:
+def write_corpus(directory: str | Path) -> dict[str, int]:
     """Writes `corpus.jsonl` and `questions/<task>-<split>.jsonl`; returns lines per file.
 
     A rewrite of the same corpus with the same Python gives the same bytes.
     """
     root = Path(directory)
-    files = {"corpus.jsonl": list(pydocs.passages(max_words))}
-    for (task, split), examples in pydocs_tasks.all_tasks(max_words).items():
+    files = {"corpus.jsonl": list(pydocs.passages())}
+    for (task, split), examples in pydocs_tasks.all_tasks().items():
         files[f"questions/{task}-{split}.jsonl"] = examples
     return {name: write_json_lines(root / name, records) for name, records in files.items()}

@@ -14,9 +14,9 @@ QUESTIONS_PER_PAGE = 4
 Example = dict[str, Any]
 
 
-def all_tasks(max_words: int = pydocs.MAX_WORDS) -> dict[tuple[str, str], list[Example]]:
+def all_tasks() -> dict[tuple[str, str], list[Example]]:
     """Examples by (task, split), each list in an order that mixes modules."""
-    pages = pydocs.pages(max_words)
+    pages = pydocs.pages()
     made = {
         "which_function": which_function(pages),
         "slot_filling": slot_filling(pages),

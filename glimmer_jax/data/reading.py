@@ -8,8 +8,8 @@ that the question points to. Two exercises on any plain text:
     spans   a clause with words missing (T5's span corruption, arXiv 1910.10683, section 3.1.4, with
             the uncorrupted text among the passages)  -> the words
 
-A course is a row of stages: one short passage first, so that copying appears, then two, so that
-matching appears, then more and longer ones, with look-alikes and noise.
+A course is a row of stages: few short passages first, so that copying and matching appear, then more
+and longer ones, with look-alikes and noise.
 """
 
 import dataclasses

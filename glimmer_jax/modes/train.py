@@ -12,6 +12,7 @@ from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.memory.fingerprint import encoder_fingerprint
 from glimmer_jax.memory.lookup import DiskLookup
 from glimmer_jax.memory.store import MemoryStore
+from glimmer_jax.models.matching import matching_start
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks, parameters
 from glimmer_jax.modes.predictor import Predictor
@@ -48,6 +49,7 @@ def train(
     split: str = "train",
     evaluation: EvalConfig = EvalConfig(),
     use_cached_tasks: bool = False,
+    matching: bool = False,
     operative_config: Callable[[], str] = str,
 ) -> None:
     """Trains until `loop_config.total_steps`; started again, goes on where it was.
@@ -71,6 +73,7 @@ def train(
       split: the seqio split to train on.
       evaluation: the dev set.
       use_cached_tasks: read seqio's caches.
+      matching: fresh parameters are those of `models.matching` instead of T5's.
       operative_config: text of the configuration in force, saved beside the checkpoints.
 
     Raises:
@@ -154,7 +157,7 @@ def train(
         devices,
         model_dir,
         make_batches,
-        lambda: fresh_params(model, lengths, loop_config.seed),
+        lambda: fresh_params(model, lengths, loop_config.seed, matching),
         initial_params=initial,
         evaluate=evaluate,
         metadata={
@@ -164,14 +167,15 @@ def train(
     )
 
 
-def fresh_params(model: GlimmerModel, lengths: Lengths, seed: int) -> Any:
+def fresh_params(model: GlimmerModel, lengths: Lengths, seed: int, matching: bool = False) -> Any:
     """Random parameters; traceable."""
     shapes = {
         "question_tokens": (1, lengths.question),
         "passage_tokens": (1, lengths.passages, lengths.passage),
         "decoder_input_tokens": (1, lengths.target),
     }
-    return model.get_initial_variables(jax.random.key(seed), shapes)["params"]
+    params = model.get_initial_variables(jax.random.key(seed), shapes)["params"]
+    return matching_start(params, model.config.t5) if matching else params
 
 
 def with_mean(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -1,0 +1,98 @@
+"""Makes the shipped checkpoints again: one start, then FiD, LUMEN and GLIMMER fine-tuned from it apart.
+
+    python -m launch.checkpoints [--output=DIR]
+
+On two CPU cores it takes about an hour and a half; a killed run goes on where it was. Needs what
+`pydocs_passages` and `pydocs_retrieve` write into `data/pydocs`, and makes it where it is missing.
+Writes `glimmer_jax/checkpoints/pydocs_<model>.safetensors`, and the learning curves beside them.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from glimmer_jax.shipped import CHECKPOINTS
+from launch.command import glimmer
+
+MODELS = ("fid", "lumen", "glimmer")
+TASKS = {
+    "MIXTURE_OR_TASK_NAME": "pydocs",
+    "MIXTURE_OR_TASK_MODULE": "tasks.pydocs",
+    "DATA_DIR": "data/pydocs/retrieved",
+    "PASSAGES_DIR": "data/pydocs/passages",
+    "TASK_FEATURE_LENGTHS": {"inputs": 36, "targets": 24, "passages": (6, 80)},
+}
+# Name of a stage of the start -> what it changes in gin/examples/pydocs_start_train.gin.
+STAGES: dict[str, dict[str, Any]] = {
+    "start1": {"TRAIN_STEPS": 900},
+    "start2": {
+        "TRAIN_STEPS": 1000,
+        "LEARNING_RATE": 0.01,
+        "MIXTURE_OR_TASK_NAME": "pydocs_reading_2",
+        "TASK_FEATURE_LENGTHS": {"inputs": 36, "targets": 24, "passages": (5, 80)},
+    },
+    # Every layer reads question and passage together, as in FiD, and still ends in a score.
+    "start3": {"TRAIN_STEPS": 500, "LEARNING_RATE": 0.007, "ALPHA": 1.0, "BETA": 0.86, **TASKS},
+    "start4": {"TRAIN_STEPS": 800, "LEARNING_RATE": 0.005, **TASKS},
+}
+# The same for all three: steps, examples and rate.
+FINETUNE = {"TRAIN_STEPS": 600, "LEARNING_RATE": 0.003}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs what is not finished yet; stops at the first command that fails, with its exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path("runs"), help="folder of the runs")
+    args = parser.parse_args(argv)
+    if not Path("data/pydocs/retrieved").is_dir():
+        glimmer("passages", "pydocs_passages", OVERWRITE=True)
+        glimmer("retrieve", "pydocs_retrieve")
+    start: dict[str, Path] = {}
+    for name, changes in STAGES.items():
+        run = args.output / name
+        glimmer("train", "pydocs_start_train", MODEL_DIR=run, **start, **changes)
+        start = {"INITIAL_CHECKPOINT_PATH": run}
+    for name in MODELS:
+        run = args.output / name
+        glimmer("train", f"pydocs_{name}_train", MODEL_DIR=run, **start, **FINETUNE)
+        shipped = CHECKPOINTS / f"pydocs_{name}.safetensors"
+        glimmer("export", f"pydocs_{name}_export", CHECKPOINT_PATH=run, OUTPUT_PATH=shipped)
+    curves = {name: metrics(args.output / name) for name in (*STAGES, *MODELS)}
+    plot(curves, CHECKPOINTS / "learning_curves.png")
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """What a run logged while training, a dictionary for each line of its metrics.jsonl."""
+    text = (run / "train" / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """Loss of an answer token and recall at 1, stage after stage, then the three models."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # a file, on machines without a screen too
+    from matplotlib import pyplot
+
+    figure, panes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    offset = 0
+    for name, rows in curves.items():
+        first = offset if name in STAGES else sum(s["TRAIN_STEPS"] for s in STAGES.values())
+        for pane, key in zip(panes, ("train/cross_entropy", "train/recall_at_1"), strict=True):
+            points = [(first + row["step"], row[key]) for row in rows if key in row]
+            # FiD and LUMEN score nothing: their recall is the retriever's.
+            if points and not (key.endswith("recall_at_1") and name in ("fid", "lumen")):
+                pane.plot(*zip(*points, strict=True), label=name)
+        offset += STAGES.get(name, {}).get("TRAIN_STEPS", 0)
+    panes[0].set(xlabel="step", ylabel="cross-entropy of an answer token, nats", ylim=(0, 3))
+    panes[1].set(xlabel="step", ylabel="recall at 1 on its own training questions", ylim=(0, 1))
+    for pane in panes:
+        pane.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
