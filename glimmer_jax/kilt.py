@@ -123,15 +123,18 @@ def provenance(example: Mapping[str, Any]) -> list[dict[str, Any]]:
 def is_gold(record: Mapping[str, Any], where: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a passage answers: its page, and where both name one its paragraph, in `where`.
 
-    Passages name their page in `page` (else `title`), their paragraph in `chunk`.
+    Passages name their page by its `wikipedia_id` in `page`, or by `title` alone, and their paragraph
+    in `chunk`. What either side leaves out, null included, is not compared.
     """
-    page, chunk = str(record.get("page", record.get("title"))), record.get("chunk")
+    page, chunk = record.get("page", record.get("title")), record.get("chunk")
     for one in where:
-        if page not in (str(one.get("wikipedia_id")), str(one.get("title"))):
+        # Ids are compared with ids: a title may look like another page's id.
+        named = one.get("wikipedia_id") if "page" in record else one.get("title")
+        if page is None or named is None or str(page) != str(named):
             continue
-        first = one.get("start_paragraph_id")
+        first, last = one.get("start_paragraph_id"), one.get("end_paragraph_id")
         if chunk is None or first is None:
             return True
-        if first <= chunk <= one.get("end_paragraph_id", first):
+        if first <= chunk <= (first if last is None else last):
             return True
     return False

@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from glimmer_jax.json_lines import dump_line, parse_line, read_json_lines
+from glimmer_jax.text import passage_text
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -32,11 +33,6 @@ FILES = ("tokens.npy", "offsets.npy", "ids.npy", "passages.jsonl", "text_offsets
 EOS_ID = 1
 # Room for the header of tokens.npy, whose length is known only at the end.
 _NPY_HEADER = 128
-
-
-def passage_input(title: str, text: str) -> str:
-    """The text of a passage as the encoder reads it; the end token follows."""
-    return f"title: {title} context: {text}"
 
 
 def write_passages(
@@ -122,7 +118,7 @@ def _write_arrays(
         tokens_file.write(b"\0" * _NPY_HEADER)
         with (folder / "passages.jsonl").open("wb") as lines_file:
             for record in records:
-                tokens = list(encode(passage_input(record["title"], record["text"])))
+                tokens = list(encode(passage_text(record["title"], record["text"])))
                 if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
                     raise ValueError(
                         f"Passage {record['id']} has a token id outside 0..{vocab_size - 1}. Give "

@@ -1,17 +1,19 @@
 """Keeps the chatter of native libraries out of the terminal.
 
 tensorflow and its copy of SentencePiece write information straight to file descriptor 2, whatever
-their settings; a person looking for the one line that matters would have to find it among them.
+their settings; a person looking for the one line that matters would have to find it among them. The
+filter is a process of its own, this file run as a script: a thread would stand still while native
+code holds the interpreter, and the last words of a process that aborts would die with it.
 """
 
 import atexit
 import os
 import re
+import subprocess
 import sys
-import threading
 
 _CHATTER = re.compile(
-    rb"^(?:I\d{4} .*\b(?:port|cudart_stub|cpu_feature_guard)\.cc:\d+\]"
+    rb"(?:I\d{4} .*\b(?:port|cudart_stub|cpu_feature_guard)\.cc:\d+\]"
     rb"|WARNING: All log messages before absl::InitializeLog"
     rb"|normalizer\.cc\(\d+\) LOG\(INFO\))"
 )
@@ -20,23 +22,32 @@ _CHATTER = re.compile(
 def filter_stderr() -> None:
     """From now on, lines of known chatter are dropped; everything else passes unchanged."""
     real = os.dup(2)
-    read_end, write_end = os.pipe()
-    os.dup2(write_end, 2)
-    os.close(write_end)
-
-    def forward() -> None:
-        with os.fdopen(read_end, "rb") as lines:
-            for line in lines:
-                if not _CHATTER.match(line):
-                    os.write(real, line)
-
-    thread = threading.Thread(target=forward, name="stderr", daemon=True)
-    thread.start()
+    child = subprocess.Popen(
+        # Without site packages it starts in a few milliseconds.
+        [sys.executable, "-I", "-S", __file__],
+        stdin=subprocess.PIPE,
+        stdout=real,
+        # Ctrl-C is for the work; the filter ends when there is nothing more to read.
+        start_new_session=True,
+    )
+    assert child.stdin is not None
+    os.dup2(child.stdin.fileno(), 2)
+    child.stdin.close()
 
     def restore() -> None:
         sys.stderr.flush()
-        # The last writing end is closed, so the thread reads to the end and stops.
         os.dup2(real, 2)
-        thread.join(timeout=5)
+        child.wait()
 
     atexit.register(restore)
+
+
+def _forward() -> None:
+    for line in sys.stdin.buffer:
+        if not _CHATTER.match(line):
+            sys.stdout.buffer.write(line)
+            sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    _forward()

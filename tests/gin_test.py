@@ -1,5 +1,6 @@
 """Every shipped gin file parses, finalises, and builds what it configures without computing."""
 
+import ast
 import pathlib
 
 import gin
@@ -133,6 +134,10 @@ def test_ablations_change_one_thing(path):
     changed = {name for name in before if before[name] != after[name]}
     # A change of alpha moves both cuts.
     assert changed and len(changed) <= (2 if path.stem == "alpha" else 1), changed
+    if path.stem == "k":
+        lengths = [ast.literal_eval(found["task_feature_lengths"]) for found in (before, after)]
+        assert [one.pop("passages") for one in lengths] == [(10, 80), (4, 80)]
+        assert lengths[0] == lengths[1]
 
 
 def described(bound):

@@ -16,7 +16,7 @@ ROOT = PACKAGE.parent
 
 # From the bottom up: a module imports modules of its own group and of groups above it in this list.
 LAYERS = (
-    ("axes",),
+    ("axes", "text", "lengths"),
     ("json_lines", "corpus", "kilt", "preemption", "shipped", "quiet"),
     ("partitioning",),
     ("codecs",),
@@ -34,7 +34,7 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Data hangs on the ground alone: it knows files and batches, no model.
-DATA_MAY_USE = {"axes", "json_lines", "corpus", "kilt", "passages", "data"}
+DATA_MAY_USE = {"axes", "text", "lengths", "json_lines", "corpus", "kilt", "passages", "data"}
 CORE = ("axes", "partitioning", "codecs", "losses", "models", "memory", "training", "retrieval")
 
 MODULES = [

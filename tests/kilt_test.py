@@ -74,13 +74,21 @@ def test_answers_are_distinct_and_provenance_is_pooled():
         ({"page": "p", "chunk": 2}, True),
         ({"page": "p", "chunk": 3}, False),
         ({"page": "q", "chunk": 1}, False),
-        ({"title": "p"}, True),
-        ({"page": "whole", "chunk": 9}, True),
+        ({"title": "p"}, False),
+        ({"title": "whole"}, True),
+        ({"page": "7", "chunk": 9}, True),
+        ({"page": "8", "chunk": 9}, False),
+        ({"page": "open", "chunk": 3}, True),
+        ({"page": "open", "chunk": 4}, False),
+        ({}, False),
     ],
 )
 def test_gold_is_the_page_and_the_paragraph(record, gold):
     where = [
         {"wikipedia_id": "p", "start_paragraph_id": 1, "end_paragraph_id": 2},
         {"wikipedia_id": "7", "title": "whole"},
+        # KILT's files spell some missing fields as null.
+        {"wikipedia_id": "open", "start_paragraph_id": 3, "end_paragraph_id": None},
+        {"wikipedia_id": None, "title": "8"},
     ]
     assert kilt.is_gold(record, where) is gold

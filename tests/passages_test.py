@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from glimmer_jax.corpus import read_corpus
-from glimmer_jax.passages import Passages, passage_input, write_passages
+from glimmer_jax.passages import Passages, write_passages
+from glimmer_jax.text import passage_text
 
 RECORDS = [
     {"id": 2**62 + 7, "title": "b", "text": "longer text", "page": "b"},
@@ -35,7 +36,7 @@ def test_what_was_written_is_read(folder):
     assert passages.ids.tolist() == [record["id"] for record in RECORDS]
     assert list(passages.records()) == RECORDS
     assert [passages.text(row) for row in range(3)] == RECORDS
-    wanted = [encode(passage_input(r["title"], r["text"]))[:19] + [1] for r in RECORDS]
+    wanted = [encode(passage_text(r["title"], r["text"]))[:19] + [1] for r in RECORDS]
     rows = passages.rows([41, 3])
     assert rows.dtype == np.int32 and rows.tolist() == [2, 1]
     tokens = passages.tokens(rows, 40)

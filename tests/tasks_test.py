@@ -10,8 +10,8 @@ from glimmer_jax.passages import Passages, write_passages
 seqio = pytest.importorskip("seqio")
 import tensorflow as tf
 
+from glimmer_jax import lengths as lengths_module
 from glimmer_jax.data import evaluation, features, pipeline, preprocessors, retrieved
-from glimmer_jax.data import lengths as lengths_module
 from glimmer_jax.data.vocabulary import Vocabulary
 
 LENGTHS = {"inputs": 8, "targets": 6, "passages": (3, 12)}
@@ -155,6 +155,8 @@ def test_training_answers_need_sound_provenance():
     mixed = {**poor, "output": poor["output"] + line(0, answers=("good",))["output"]}
     assert preprocessors.example_features(mixed, min_bleu=0.5)["answers"] == ["good"]
     unscored = {**poor, "output": [{"answer": "trusted", "provenance": [{"wikipedia_id": "x"}]}]}
+    assert preprocessors.example_features(unscored, min_bleu=0.5)["answers"] == ["trusted"]
+    unscored["output"][0]["provenance"] = [{"wikipedia_id": "x", "bleu_score": None}]
     assert preprocessors.example_features(unscored, min_bleu=0.5)["answers"] == ["trusted"]
 
 

@@ -8,8 +8,8 @@ import seqio
 from etils import epath
 
 from glimmer_jax.data.features import GlimmerFeatureConverter
-from glimmer_jax.data.lengths import check_lengths
 from glimmer_jax.data.pipeline import attach, fill, find_mixture_or_task
+from glimmer_jax.lengths import check_lengths
 from glimmer_jax.passages import Passages
 
 Batch = dict[str, Any]

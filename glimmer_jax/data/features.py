@@ -22,7 +22,7 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from glimmer_jax.data.lengths import check_lengths
+from glimmer_jax.lengths import check_lengths
 
 _Spec = seqio.FeatureConverter.FeatureSpec
 

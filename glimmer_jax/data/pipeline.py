@@ -13,7 +13,7 @@ import numpy as np
 import seqio
 
 from glimmer_jax.data.features import NO_PASSAGE, GlimmerFeatureConverter
-from glimmer_jax.data.lengths import check_lengths
+from glimmer_jax.lengths import check_lengths
 from glimmer_jax.passages import Passages
 
 Batch = dict[str, Any]

@@ -21,14 +21,10 @@ import seqio
 import tensorflow as tf
 
 from glimmer_jax.kilt import answers
+from glimmer_jax.text import question_text
 
 # Training pairs whose provenance matches the knowledge source less than this are left out.
 MIN_BLEU = 0.5
-
-
-def question_text(task_input: Any) -> Any:
-    """The text of a question as the encoder reads it (a string, or a tensor of strings)."""
-    return "question: " + task_input
 
 
 def answered_by_source(output: Mapping[str, Any], min_bleu: float) -> bool:
@@ -37,8 +33,9 @@ def answered_by_source(output: Mapping[str, Any], min_bleu: float) -> bool:
     KILT mapped older data sets onto its own Wikipedia and wrote down in `bleu_score` how well each
     provenance was found again. An output without such scores is trusted.
     """
-    scores = [one["bleu_score"] for one in output.get("provenance", []) if "bleu_score" in one]
-    return not scores or max(scores) >= min_bleu
+    scores = [one.get("bleu_score") for one in output.get("provenance", [])]
+    known = [score for score in scores if score is not None]
+    return not known or max(known) >= min_bleu
 
 
 def example_features(line: Mapping[str, Any], min_bleu: float = 0.0) -> dict[str, Any] | None:

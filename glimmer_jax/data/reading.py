@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from glimmer_jax.data.vocabulary import Vocabulary
+from glimmer_jax.text import passage_text, question_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +58,11 @@ class Exercises:
         least = stage.clause_words[0] + 2
         self._texts = [(r["title"], r["text"].split(), r["module"]) for r in records]
         self._asked = [i for i, (_, words, _) in enumerate(self._texts) if len(words) >= least]
-        if not self._asked:
+        if len(self._asked) < stage.passages:
             raise ValueError(
-                f"No passage has {least} words, the least that a clause of {stage.clause_words[0]} "
-                "words is cut from. Give more text or shorter clauses."
+                f"{len(self._asked)} passages have {least} words, the least that a clause of "
+                f"{stage.clause_words[0]} words is cut from, and an exercise takes {stage.passages}. "
+                "Give more text, shorter clauses or fewer passages."
             )
         self._by_module: dict[str, list[int]] = {}
         for i in self._asked:
@@ -82,12 +84,11 @@ class Exercises:
         stage = self._stage
         gold = draw.choice(self._asked)
         chosen = [gold]
+        siblings = self._by_module[self._texts[gold][2]]
         while len(chosen) < stage.passages:
-            pool = self._asked
-            if draw.random() < stage.siblings:
-                pool = self._by_module[self._texts[gold][2]]
-            other = draw.choice(pool)
-            if other not in chosen or len(pool) <= stage.passages:
+            sibling = draw.random() < stage.siblings and len(siblings) > stage.passages
+            other = draw.choice(siblings if sibling else self._asked)
+            if other not in chosen:
                 chosen.append(other)
         made_up = draw.random() < stage.made_up_titles
         titles = [self._made_up_title(draw) if made_up else self._texts[i][0] for i in chosen]
@@ -99,9 +100,9 @@ class Exercises:
         order = list(range(stage.passages))
         draw.shuffle(order)
         encode, eos = self._vocabulary.encode, self._vocabulary.eos_id
-        texts = [f"title: {titles[i]} context: {' '.join(windows[i])}" for i in order]
+        texts = [passage_text(titles[i], " ".join(windows[i])) for i in order]
         return {
-            "inputs": self._encode(f"question: {question}"),
+            "inputs": self._encode(question_text(question)),
             "targets": [*self._encode(answer), eos],
             "passages": [[*encode(text), eos] for text in texts],
             "gold_passages": [int(i == 0) for i in order],

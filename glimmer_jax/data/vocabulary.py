@@ -19,6 +19,8 @@ from typing import Any
 
 import sentencepiece
 
+from glimmer_jax.text import passage_text, question_text
+
 PYDOCS_MODEL = Path(__file__).parent / "pydocs.model"
 EXTRA_IDS = 100
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
@@ -120,11 +122,11 @@ def training_text() -> Iterator[str]:
     from glimmer_jax.data import pydocs, pydocs_tasks
 
     for record in pydocs.train_texts():
-        yield f"title: {record['title']} context: {record['text']}"
+        yield passage_text(record["title"], record["text"])
     for (_, split), examples in pydocs_tasks.all_tasks().items():
         if split == "train":
             for example in examples:
-                yield f"question: {example['input']}"
+                yield question_text(example["input"])
                 yield example["output"][0]["answer"]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from glimmer_jax.data.lengths import Lengths, check_lengths
+from glimmer_jax.lengths import Lengths, check_lengths
 from glimmer_jax.models.glimmer import GlimmerConfig
 
 

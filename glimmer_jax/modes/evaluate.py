@@ -97,21 +97,24 @@ def evaluate(
         use_cached=use_cached_tasks,
     )
     predict = Predictor(model, devices, lookup)
-    answered = -batch_size  # the first batch compiles, and is not counted
-    shown = started = time.monotonic()
+    compiled = False  # by the first batch, which is not counted
+    answered = 0
+    shown = time.monotonic()
     busy = 0.0
 
     def timed(batch: dict[str, Any]) -> Any:
-        nonlocal answered, shown, busy
+        nonlocal compiled, answered, shown, busy
         began = time.monotonic()
         outputs = predict(params, batch)
-        answered += batch_size
-        if answered:
-            busy += time.monotonic() - began
-        if time.monotonic() - shown > 10:
-            shown = time.monotonic()
-            done = answered + batch_size
-            print(f"{done} questions, {done / (shown - started):.1f} a second", flush=True)
+        now = time.monotonic()
+        if compiled:
+            # The last batch is filled up with rows without a question.
+            answered += int((batch["question_tokens"] > 0).any(axis=1).sum())
+            busy += now - began
+            if now - shown > 10:
+                shown = now
+                print(f"{answered} questions, {answered / busy:.1f} a second", flush=True)
+        compiled = True
         return outputs
 
     metrics = with_mean(dev.run(timed))
@@ -123,7 +126,7 @@ def evaluate(
         answer=lengths.target,
     )
     metrics["tflop_per_question"] = cost.tflop
-    if answered > 0:
+    if answered:
         metrics["questions_per_second"] = answered / busy
     for name, value in sorted(metrics.items()):
         print(f"{name:48} {value:.4f}")

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from glimmer_jax.data.lengths import Lengths
 from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.json_lines import read_json_lines, write_json_lines
+from glimmer_jax.lengths import Lengths
 from glimmer_jax.memory.fingerprint import encoder_fingerprint
 from glimmer_jax.memory.lookup import open_lookup
 from glimmer_jax.memory.store import MemoryStore
@@ -19,6 +19,7 @@ from glimmer_jax.modes.predictor import Predictor
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.passages import Passages
 from glimmer_jax.retrieval.bm25 import Bm25, Bm25Config
+from glimmer_jax.text import question_text
 
 Example = dict[str, Any]
 
@@ -112,7 +113,7 @@ def make_batch(
     tokens_BQ = np.zeros((batch_size, lengths.question), np.int32)
     ids_BK = np.full((batch_size, lengths.passages), -1, np.int64)
     for row, (question, ids) in enumerate(zip(questions, passage_ids, strict=True)):
-        tokens = vocabulary.encode(f"question: {question}")[: lengths.question]
+        tokens = vocabulary.encode(question_text(question))[: lengths.question]
         tokens_BQ[row, lengths.question - len(tokens) :] = tokens
         ids_BK[row, : len(ids)] = ids
     return {

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 from etils import epath
 
-from glimmer_jax.data.lengths import Lengths
 from glimmer_jax.data.vocabulary import Vocabulary
+from glimmer_jax.lengths import Lengths
 from glimmer_jax.memory.fingerprint import encoder_fingerprint
 from glimmer_jax.memory.lookup import DiskLookup
 from glimmer_jax.memory.store import MemoryStore

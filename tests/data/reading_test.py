@@ -101,5 +101,12 @@ def test_bad_stages_are_refused(change, message):
 
 
 def test_text_too_short_for_a_clause_is_refused():
-    with pytest.raises(ValueError, match="No passage has 32 words"):
+    with pytest.raises(ValueError, match="0 passages have 32 words.*an exercise takes 3"):
         exercises(clause_words=(30, 30))
+
+
+def test_the_passage_in_question_is_never_among_the_others():
+    made = exercises(siblings=1.0, passages=5)
+    for index in range(30):
+        titles = {text(ids).partition(" context: ")[2] for ids in made.example(index)["passages"]}
+        assert len(titles) == 5
