@@ -69,20 +69,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a mode; returns the exit code."""
     flags = parse_flags(sys.argv[1:] if argv is None else argv)
     from glimmer_jax.configuration import first_line
-    from glimmer_jax.preemption import Preempted
+    from glimmer_jax.preemption import Preempted, leave_at_sigterm
     from glimmer_jax.training.metrics import NonFiniteError
 
     try:
-        run_mode(flags)
+        with leave_at_sigterm():
+            run_mode(flags)
     except Preempted as error:
         print(f"glimmer: {first_line(error)}", file=sys.stderr)
         return START_AGAIN
     except (ValueError, FileNotFoundError, NonFiniteError) as error:
+        if not _is_ours(error):
+            raise
         if flags.debug:
             traceback.print_exc()
         print(f"glimmer: {first_line(error)}", file=sys.stderr)
         return BAD_INPUT
     return DONE
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether this project raised it, about its input; what a library raises is a bug of ours."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    module = place.tb_frame.f_globals.get("__name__", "") if place is not None else ""
+    return module.split(".")[0] in ("glimmer_jax", "tasks", "launch", "__main__")
 
 
 def run() -> None:

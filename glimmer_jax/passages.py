@@ -15,6 +15,7 @@ is the same tokens everywhere (GLIMMER, arXiv 2306.10231, section 3).
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 from array import array
@@ -26,6 +27,8 @@ import numpy as np
 
 from glimmer_jax.json_lines import dump_line, parse_line, read_json_lines
 from glimmer_jax.text import passage_text
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -284,6 +287,15 @@ class Passages:
         rows = np.asarray(rows, np.int64)
         spans = self._offsets[np.maximum(rows, 0) + 1] - self._offsets[np.maximum(rows, 0)]
         return np.where(rows < 0, 0, spans).astype(np.int32)
+
+    def warn_of_cuts(self, length: int) -> None:
+        """Logs how many passages `tokens` would cut at `length`, if it is any."""
+        count = int((np.diff(self._offsets) > length).sum())
+        if count:
+            logger.warning(
+                "%d of %d passages of %s are longer than %d tokens and are cut.",
+                count, len(self), self.path, length,
+            )  # fmt: skip
 
     def tokens(self, rows: Any, length: int) -> np.ndarray:
         """Rows [...] -> int32 tokens [..., length], left-aligned, 0 beyond; all 0 for row -1.

@@ -1,18 +1,41 @@
 """Being asked to stop: SIGTERM is noticed here and acted on where a job can save.
 
 A preempted machine sends SIGTERM and allows some seconds. A handler must not save by itself (it may
-interrupt anything), so it only raises a flag, and every long loop polls the flag between two units
-of work, saves, and raises `Preempted`, which the command line turns into exit code 42 ("start me
-again").
+interrupt anything), so it only raises a flag, and every loop that has something to save polls the flag
+between two units of work, saves, and raises `Preempted`, which the command line turns into exit code
+42 ("start me again"). Everything else is simply left, by `leave_at_sigterm`: what it writes appears
+whole or not at all.
 """
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 
 
 class Preempted(Exception):
     """The job was asked to stop, has saved what it did, and goes on when started again."""
+
+
+@contextlib.contextmanager
+def leave_at_sigterm() -> Iterator[None]:
+    """Raises `Preempted` where the main thread stands when SIGTERM comes; a Watcher inside takes over.
+
+    Outside the main thread, where Python installs no handlers, it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        raise Preempted("Stopped by SIGTERM.")
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 class Watcher:

@@ -28,17 +28,23 @@ TASKS = {
 STAGES: dict[str, dict[str, Any]] = {
     "start1": {"TRAIN_STEPS": 900},
     "start2": {
-        "TRAIN_STEPS": 1000,
+        "TRAIN_STEPS": 500,
         "LEARNING_RATE": 0.01,
         "MIXTURE_OR_TASK_NAME": "pydocs_reading_2",
         "TASK_FEATURE_LENGTHS": {"inputs": 36, "targets": 24, "passages": (5, 80)},
     },
     # Every layer reads question and passage together, as in FiD, and still ends in a score.
-    "start3": {"TRAIN_STEPS": 500, "LEARNING_RATE": 0.007, "ALPHA": 1.0, "BETA": 0.86, **TASKS},
+    "start3": {"TRAIN_STEPS": 400, "LEARNING_RATE": 0.007, "ALPHA": 1.0, "BETA": 0.86, **TASKS},
     "start4": {"TRAIN_STEPS": 800, "LEARNING_RATE": 0.005, **TASKS},
 }
 # The same for all three: steps, examples and rate.
-FINETUNE = {"TRAIN_STEPS": 600, "LEARNING_RATE": 0.003}
+FINETUNE = {
+    "TRAIN_STEPS": 800,
+    "LEARNING_RATE": 0.004,
+    "LOG_EVERY": 25,
+    "EVAL_EVERY": 0,
+    "BEST_METRIC": None,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

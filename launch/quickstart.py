@@ -41,7 +41,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     data, runs = args.output / "data", args.output / "runs"
 
     glimmer(
-        "passages", "pydocs_passages", CORPUS_DIR=data / "corpus", PASSAGES_DIR=data / "passages"
+        "passages",
+        "pydocs_passages",
+        CORPUS_DIR=data / "corpus",
+        PASSAGES_DIR=data / "passages",
+        OVERWRITE=True,
     )
     glimmer(
         "retrieve",
@@ -63,16 +67,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         **shared,
     )
     weights = {**SHIPPED, "glimmer": runs / "glimmer"}
-    for name in ("lumen", "glimmer"):
+    # A memory belongs to one encoder, and each number of steps makes another.
+    memories = {
+        "lumen": runs / "lumen_memory",
+        "glimmer": runs / f"glimmer_memory_{args.train_steps}",
+    }
+    for name, memory in memories.items():
         glimmer(
             "build_memory",
             f"pydocs_{name}_memory",
             CHECKPOINT_PATH=weights[name],
             PASSAGES_DIR=data / "passages",
-            MEMORY_DIR=runs / f"{name}_memory",
+            MEMORY_DIR=memory,
         )
     for name in MODELS:
-        memory = {} if name == "fid" else {"MEMORY_DIR": runs / f"{name}_memory"}
+        given = {"MEMORY_DIR": memories[name]} if name in memories else {}
         glimmer(
             "eval",
             f"pydocs_{name}_eval",
@@ -80,9 +89,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             NUM_EXAMPLES=args.num_examples,
             OUTPUT_DIR=runs / f"{name}_eval",
             **shared,
-            **memory,
+            **given,
         )
-    _answer_a_few(data, runs, weights["glimmer"])
+    _answer_a_few(data, runs, weights["glimmer"], memories["glimmer"])
 
     titles = {one["id"]: one["title"] for one in Passages.open(data / "passages").records()}
     found = collect(data / "retrieved", runs, titles)
@@ -93,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\nWritten: report.json, report.png. {found['seconds']} seconds in all.")
 
 
-def _answer_a_few(data: Path, runs: Path, checkpoint: Path) -> None:
+def _answer_a_few(data: Path, runs: Path, checkpoint: Path, memory: Path) -> None:
     """Answers the first questions of the test set with `infer` and prints them."""
     asked = []
     for task in TASKS:
@@ -105,7 +114,7 @@ def _answer_a_few(data: Path, runs: Path, checkpoint: Path) -> None:
         "pydocs_glimmer_infer",
         CHECKPOINT_PATH=checkpoint,
         PASSAGES_DIR=data / "passages",
-        MEMORY_DIR=runs / "glimmer_memory",
+        MEMORY_DIR=memory,
         QUESTIONS=runs / "questions.jsonl",
         OUTPUT_PATH=runs / "answers.jsonl",
     )

@@ -28,6 +28,7 @@ LAYERS = (
     ("training",),
     ("retrieval",),
     ("data",),
+    ("serving",),
     ("modes",),
     ("configuration",),
     ("main",),

@@ -294,3 +294,20 @@ def test_as_a_process_bad_input_gives_exit_code_2_and_a_traceback_with_debug(tmp
     assert (plain.returncode, debug.returncode) == (2, 2)
     assert plain.stderr.strip() == "glimmer: PREDICTIONS: there is no file x. Check the path."
     assert "Traceback" in debug.stderr
+
+
+def test_an_error_inside_a_library_is_no_bad_input(monkeypatch):
+    def broken(*_):
+        import numpy as np
+
+        np.reshape(np.zeros(3), (2, 2))
+
+    monkeypatch.setattr(command_line, "run_mode", broken)
+    with pytest.raises(ValueError, match="cannot reshape"):
+        command_line.main(["--run_mode=score"])
+
+
+def test_sigterm_before_training_starts_asks_to_be_started_again(monkeypatch, capsys):
+    monkeypatch.setattr(command_line, "run_mode", lambda _: os.kill(os.getpid(), 15))
+    assert command_line.main(["--run_mode=score"]) == 42
+    assert "Stopped by SIGTERM" in capsys.readouterr().err

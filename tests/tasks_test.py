@@ -1,5 +1,6 @@
 """seqio side: tasks over retrieved files, feature converter, batches, evaluation."""
 
+import functools
 import json
 
 import numpy as np
@@ -236,15 +237,20 @@ def test_bad_data_ends_before_anything_is_computed(data_dir, passages):
 
 
 def test_fit_is_checked_before_training(data_dir):
-    counts = pipeline.check_fit(TASK, "validation", LENGTHS)
+    fit = functools.partial(pipeline.check_fit, vocabulary=Vocabulary(), has_passages=True)
+    counts = fit(TASK, "validation", LENGTHS)
     assert counts == {"examples": 5, "questions_cut": 0, "answers_cut": 0}
     too_many = {**LENGTHS, "passages": (4, 12)}
     with pytest.raises(ValueError, match="asks for K=4 passages.* have 3 at most"):
-        pipeline.check_fit(TASK, "validation", too_many)
+        fit(TASK, "validation", too_many)
     with pytest.raises(ValueError, match="5 of 5 questions of .* are longer than the 2 tokens"):
-        pipeline.check_fit(TASK, "validation", {**LENGTHS, "inputs": 2})
+        fit(TASK, "validation", {**LENGTHS, "inputs": 2})
     with pytest.raises(ValueError, match="5 of 5 answers of .* are longer than the 1 tokens"):
-        pipeline.check_fit(TASK, "validation", {**LENGTHS, "targets": 1})
+        fit(TASK, "validation", {**LENGTHS, "targets": 1})
+    with pytest.raises(ValueError, match="set PASSAGES_DIR .* or MEMORY_DIR"):
+        fit(TASK, "validation", LENGTHS, has_passages=False)
+    with pytest.raises(ValueError, match="The inputs of .* have the vocabulary"):
+        fit(TASK, "validation", LENGTHS, vocabulary=Vocabulary(extra_ids=3))
 
 
 def test_evaluation_calls_plain_functions_on_batches(data_dir, passages, tmp_path):

@@ -13,6 +13,7 @@ import numpy as np
 import seqio
 
 from glimmer_jax.data.features import NO_PASSAGE, GlimmerFeatureConverter
+from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.lengths import check_lengths
 from glimmer_jax.passages import Passages
 
@@ -143,21 +144,45 @@ def check_fit(
     split: str,
     lengths: Mapping[str, Any],
     *,
+    vocabulary: Vocabulary,
+    has_passages: bool,
     examples: int = 1000,
     max_cut: float = 0.1,
 ) -> dict[str, int]:
-    """Compares the first examples of every task with the lengths, before anything is compiled.
+    """Compares every task, and its first examples, with the settings, before anything is compiled.
+
+    Args:
+      mixture_or_task_name: registered with seqio.
+      split: train, validation or test.
+      lengths: `{"inputs": Q, "targets": T, "passages": (K, P)}`.
+      vocabulary: that of model and passages.
+      has_passages: whether there is a folder or a memory to read passages from.
+      examples: of each task that are looked at.
+      max_cut: share of them that may be longer than their lengths.
 
     Returns:
       Counts over all tasks: `examples`, and of them `questions_cut` and `answers_cut`.
 
     Raises:
-      ValueError: no example has as many passages as K, or more than `max_cut` of the questions or
-        of the answers are longer than Q or T.
+      ValueError: a task has another vocabulary, its passages are ids that nothing resolves, no
+        example has as many passages as K, or more than `max_cut` of the questions or of the answers
+        are longer than Q or T.
     """
     question_length, target_length, num_passages, _ = check_lengths(lengths)
     counts = {"examples": 0, "questions_cut": 0, "answers_cut": 0}
     for task in seqio.get_subtasks(find_mixture_or_task(mixture_or_task_name)):
+        for feature in ("inputs", "targets"):
+            if task.output_features[feature].vocabulary != vocabulary.seqio():
+                raise ValueError(
+                    f"The {feature} of {task.name} have the vocabulary "
+                    f"{task.output_features[feature].vocabulary}, and model and passages have "
+                    f"{vocabulary.path}. Register the task with that one, or give the task's."
+                )
+        if "passage_ids" in task.output_features and not has_passages:
+            raise ValueError(
+                f"The examples of {task.name} name their passages by id: set PASSAGES_DIR to the "
+                "folder they were retrieved from, or MEMORY_DIR to its memory."
+            )
         ds = task.get_dataset(None, split, shuffle=False, num_epochs=1)
         most = seen = questions = targets = 0
         for example in ds.take(examples).as_numpy_iterator():

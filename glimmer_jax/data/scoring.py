@@ -9,7 +9,7 @@ list of them.
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,12 @@ def accuracy(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str,
 def f1(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float]:
     """`{"f1": …}` over words."""
     return {"f1": _mean(f1_of, targets, predictions)}
+
+
+def with_mean(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics with `mean`: right answers (exact match or accuracy), averaged over tasks."""
+    right = [v for name, v in metrics.items() if name.endswith(("/exact_match", "/accuracy"))]
+    return {**metrics, **({"mean": sum(right) / len(right)} if right else {})}
 
 
 def recall_of(gold: Sequence[bool], at: int) -> float:

@@ -6,9 +6,10 @@ from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.memory import build, compute
 from glimmer_jax.memory.fingerprint import encoder_fingerprint
 from glimmer_jax.models.model import GlimmerModel
-from glimmer_jax.modes import checks, parameters
+from glimmer_jax.modes import checks
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.passages import Passages
+from glimmer_jax.training import parameters
 
 
 def build_memory(

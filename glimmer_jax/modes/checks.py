@@ -5,8 +5,10 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.lengths import Lengths, check_lengths
 from glimmer_jax.models.glimmer import GlimmerConfig
+from glimmer_jax.models.model import GlimmerModel
 
 
 def required(**values: Any) -> None:
@@ -45,10 +47,16 @@ def lengths_for(config: GlimmerConfig, lengths: Any) -> Lengths:
     return found
 
 
-def vocabulary_fits(config: GlimmerConfig, vocabulary: Any) -> None:
-    """Raises ValueError where token ids would lie outside the embedding."""
-    if vocabulary.vocab_size > config.t5.vocab_size:
+def vocabulary_fits(model: GlimmerModel, vocabulary: Vocabulary) -> None:
+    """Raises ValueError where ids would lie outside the embedding, or mean something else."""
+    rows = model.config.t5.vocab_size
+    if vocabulary.vocab_size > rows:
         raise ValueError(
             f"The vocabulary {vocabulary.path} has {vocabulary.vocab_size} ids, and the model's "
-            f"embedding {config.t5.vocab_size} rows. Raise VOCAB_SIZE or give the model's vocabulary."
+            f"embedding {rows} rows. Raise VOCAB_SIZE or give the model's vocabulary."
+        )
+    if vocabulary.eos_id != model.eos_id:
+        raise ValueError(
+            f"The end token of the vocabulary {vocabulary.path} is {vocabulary.eos_id}, and answers "
+            f"of this model end with {model.eos_id}. Give a vocabulary made as T5's: padding 0, end 1."
         )

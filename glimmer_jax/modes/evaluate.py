@@ -10,16 +10,11 @@ import jax
 
 from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.json_lines import write_json_lines
-from glimmer_jax.memory.fingerprint import encoder_fingerprint
-from glimmer_jax.memory.lookup import open_lookup
-from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.models.cost import question_cost
 from glimmer_jax.models.model import GlimmerModel
-from glimmer_jax.modes import checks, parameters
-from glimmer_jax.modes.predictor import Predictor
-from glimmer_jax.modes.train import with_mean
+from glimmer_jax.modes import checks
 from glimmer_jax.partitioning import MeshConfig, make_mesh
-from glimmer_jax.passages import Passages
+from glimmer_jax.serving.predictor import Predictor
 
 
 def evaluate(
@@ -67,36 +62,36 @@ def evaluate(
     """
     checks.required(CHECKPOINT_PATH=checkpoint_path, MIXTURE_OR_TASK_NAME=mixture_or_task_name)
     lengths = checks.lengths_for(model.config, task_feature_lengths)
-    checks.vocabulary_fits(model.config, vocabulary)
-    devices = make_mesh(mesh)
-    checks.batch_size("BATCH_SIZE", batch_size, devices)
-    passages = None
-    if passages_dir is not None and memory_dir is None:
-        passages = Passages.open(passages_dir, vocabulary.fingerprint)
-    host_params = parameters.load(checkpoint_path, model, vocabulary.fingerprint)
-    lookup = None
-    if memory_dir is not None:
-        fingerprint = encoder_fingerprint(host_params, model.config)
-        store = MemoryStore.open(memory_dir, fingerprint, vocabulary.fingerprint)
-        lookup = open_lookup(store, devices, lengths.passage, memory_bytes_per_device)
-    params = parameters.place(host_params, model, devices)
+    checks.vocabulary_fits(model, vocabulary)
+    checks.batch_size("BATCH_SIZE", batch_size, make_mesh(mesh))
+    predictor = Predictor.load(
+        model,
+        checkpoint_path,
+        lengths,
+        passages_dir=None if memory_dir else passages_dir,
+        memory_dir=memory_dir,
+        vocabulary=vocabulary,
+        mesh=mesh,
+        memory_bytes_per_device=memory_bytes_per_device,
+    )
 
-    from glimmer_jax.data import pipeline, retrieved
+    from glimmer_jax.data import pipeline, retrieved, scoring
     from glimmer_jax.data.evaluation import Evaluation
 
     retrieved.use_data_dir(data_dir)
     pipeline.import_tasks(mixture_or_task_module)
-    pipeline.check_fit(mixture_or_task_name, split, task_feature_lengths)
+    pipeline.check_fit(
+        mixture_or_task_name, split, task_feature_lengths, vocabulary=vocabulary, has_passages=True
+    )
     dev = Evaluation(
         mixture_or_task_name,
         split,
         task_feature_lengths,
         batch_size,
-        passages=passages,
+        passages=predictor.passages,
         num_examples=num_examples,
         use_cached=use_cached_tasks,
     )
-    predict = Predictor(model, devices, lookup)
     compiled = False  # by the first batch, which is not counted
     answered = 0
     shown = time.monotonic()
@@ -105,7 +100,7 @@ def evaluate(
     def timed(batch: dict[str, Any]) -> Any:
         nonlocal compiled, answered, shown, busy
         began = time.monotonic()
-        outputs = predict(params, batch)
+        outputs = predictor.predict(batch)
         now = time.monotonic()
         if compiled:
             # The last batch is filled up with rows without a question.
@@ -117,7 +112,7 @@ def evaluate(
         compiled = True
         return outputs
 
-    metrics = with_mean(dev.run(timed))
+    metrics = scoring.with_mean(dev.run(timed))
     cost = question_cost(
         model.config,
         passages=lengths.passages,

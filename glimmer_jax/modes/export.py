@@ -2,7 +2,8 @@
 
 from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.models.model import GlimmerModel
-from glimmer_jax.modes import checks, parameters
+from glimmer_jax.modes import checks
+from glimmer_jax.training import parameters
 from glimmer_jax.training.params_file import save_params_file
 
 

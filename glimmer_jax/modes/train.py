@@ -14,11 +14,11 @@ from glimmer_jax.memory.lookup import DiskLookup
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.models.matching import matching_start
 from glimmer_jax.models.model import GlimmerModel
-from glimmer_jax.modes import checks, parameters
-from glimmer_jax.modes.predictor import Predictor
+from glimmer_jax.modes import checks
 from glimmer_jax.partitioning import MeshConfig, check_divisible, make_mesh
 from glimmer_jax.passages import Passages
-from glimmer_jax.training import loop
+from glimmer_jax.serving.predict import make_predict
+from glimmer_jax.training import loop, parameters
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 
@@ -81,7 +81,7 @@ def train(
     """
     checks.required(MODEL_DIR=model_dir, MIXTURE_OR_TASK_NAME=mixture_or_task_name)
     lengths = checks.lengths_for(model.config, task_feature_lengths)
-    checks.vocabulary_fits(model.config, vocabulary)
+    checks.vocabulary_fits(model, vocabulary)
     devices = make_mesh(mesh)
     checks.batch_size("BATCH_SIZE", batch_size, devices, loop_config.num_microbatches)
     eval_batch = evaluation.batch_size or batch_size
@@ -96,6 +96,7 @@ def train(
     passages = None
     if passages_dir is not None:
         passages = Passages.open(passages_dir, vocabulary.fingerprint)
+        passages.warn_of_cuts(lengths.passage)
     initial = None
     if initial_checkpoint_path is not None:
         loaded = parameters.load(initial_checkpoint_path, model, vocabulary.fingerprint)
@@ -107,12 +108,18 @@ def train(
         lookup, passages = DiskLookup(store, lengths.passage), None
 
     # seqio and tensorflow take seconds to import: not before the checks above.
-    from glimmer_jax.data import pipeline, retrieved
+    from glimmer_jax.data import pipeline, retrieved, scoring
     from glimmer_jax.data.evaluation import Evaluation
 
     retrieved.use_data_dir(data_dir)
     pipeline.import_tasks(mixture_or_task_module)
-    counts = pipeline.check_fit(mixture_or_task_name, split, task_feature_lengths)
+    counts = pipeline.check_fit(
+        mixture_or_task_name,
+        split,
+        task_feature_lengths,
+        vocabulary=vocabulary,
+        has_passages=passages is not None or lookup is not None,
+    )
     print("First examples: " + ", ".join(f"{name} {n}" for name, n in counts.items()))
 
     def make_batches(step: int) -> Iterator[dict[str, Any]]:
@@ -142,11 +149,11 @@ def train(
             use_cached=use_cached_tasks,
             log_dir=str(epath.Path(model_dir) / "dev"),
         )
-        predict = Predictor(model, devices, lookup)
+        predict = make_predict(model, devices, lookup)
 
         def evaluate(state: Any) -> dict[str, float]:
             metrics = dev.run(lambda batch: predict(state.params, batch), step=int(state.step))
-            return with_mean(metrics)
+            return scoring.with_mean(metrics)
 
     config_text = operative_config()
     _save_config(model_dir, config_text)
@@ -176,12 +183,6 @@ def fresh_params(model: GlimmerModel, lengths: Lengths, seed: int, matching: boo
     }
     params = model.get_initial_variables(jax.random.key(seed), shapes)["params"]
     return matching_start(params, model.config.t5) if matching else params
-
-
-def with_mean(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Metrics with `mean`: right answers (exact match or accuracy), averaged over tasks."""
-    right = [v for name, v in metrics.items() if name.endswith(("/exact_match", "/accuracy"))]
-    return {**metrics, **({"mean": sum(right) / len(right)} if right else {})}
 
 
 def _save_config(model_dir: str, text: str) -> None:

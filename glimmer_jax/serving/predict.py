@@ -1,5 +1,6 @@
 """Answers for numpy batches, passages read from tokens or from a memory."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,38 +12,38 @@ from glimmer_jax.memory.lookup import Lookup
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.training.prefetch import put_batch
 
+Batch = dict[str, Any]
+# (params, numpy batch) -> int32 tokens [B, T], and per row what the model returns.
+Predict = Callable[[Any, Batch], tuple[np.ndarray, dict[str, np.ndarray]]]
 
-class Predictor:
-    """The model's `predict_batch_with_aux`, compiled once for each batch shape.
 
-    Every process passes the whole batch, computes its own rows, and gets all answers.
+def make_predict(model: GlimmerModel, mesh: Mesh, lookup: Lookup | None = None) -> Predict:
+    """The model's `predict_batch_with_aux` over numpy batches, compiled once for each batch shape.
+
+    Every process passes the whole batch, computes its own rows, and gets all answers. Batches have
+    `passage_tokens`, or `passage_ids` where a `lookup` gives their memory; `gold_passages` come back
+    as given.
     """
+    jitted = jax.jit(model.predict_batch_with_aux)
 
-    def __init__(self, model: GlimmerModel, mesh: Mesh, lookup: Lookup | None = None):
-        """`lookup` gives the memory of `passage_ids`; without it batches have `passage_tokens`."""
-        self._mesh = mesh
-        self._lookup = lookup
-        self._predict = jax.jit(model.predict_batch_with_aux)
-
-    def __call__(
-        self, params: Any, batch: dict[str, Any]
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Tokens int32 `[B, T]`, and per row what the model returns, `gold_passages` as given."""
+    def predict(params: Any, batch: Batch) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         rows = len(batch["question_tokens"]) // jax.process_count()
         own = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
         batch = {name: value[own] for name, value in batch.items()}
-        placed = put_batch(batch, self._mesh)
-        if self._lookup is not None:
-            memory, lengths = self._lookup(self._lookup.rows(batch["passage_ids"]))
+        placed = put_batch(batch, mesh)
+        if lookup is not None:
+            memory, lengths = lookup(lookup.rows(batch["passage_ids"]))
             placed.pop("passage_tokens", None)
             found = {"passage_memory": memory, "passage_lengths": lengths}
             # A lookup on the mesh returns arrays that already lie there.
-            placed |= found if isinstance(lengths, jax.Array) else put_batch(found, self._mesh)
-        with jax.set_mesh(self._mesh):
-            tokens, aux = self._predict(params, placed)
+            placed |= found if isinstance(lengths, jax.Array) else put_batch(found, mesh)
+        with jax.set_mesh(mesh):
+            tokens, aux = jitted(params, placed)
         if "gold_passages" in placed:
             aux["gold_passages"] = placed["gold_passages"]
         return _fetch(tokens), {name: _fetch(value) for name, value in aux.items()}
+
+    return predict
 
 
 def _fetch(x: jax.Array) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Serving: a checkpoint with its memory or its passages, from questions to answers."""

@@ -1,0 +1,196 @@
+"""A loaded checkpoint that answers: with its memory, or with passages that it encodes itself.
+
+    predictor = Predictor.load("runs/glimmer", lengths, passages_dir="data/passages",
+                               memory_dir="runs/memory")
+    predictor.answer([{"id": "1", "input": "formatted stream to file-like"}])
+
+Modes `eval` and `infer` are thin around it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from glimmer_jax.data.vocabulary import Vocabulary
+from glimmer_jax.lengths import Lengths
+from glimmer_jax.memory.fingerprint import encoder_fingerprint
+from glimmer_jax.memory.lookup import open_lookup
+from glimmer_jax.memory.store import MemoryStore
+from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.partitioning import MeshConfig, make_mesh
+from glimmer_jax.passages import Passages
+from glimmer_jax.retrieval.bm25 import Bm25, Bm25Config
+from glimmer_jax.serving.predict import Batch, make_predict
+from glimmer_jax.text import question_text
+from glimmer_jax.training import parameters
+
+Example = dict[str, Any]
+
+
+class Predictor:
+    """See the module's docstring; made by `load`.
+
+    Attributes:
+      lengths: Q, T, K and P of every batch.
+      passages: the corpus, or None.
+      from_memory: whether passages are read as memory.
+    """
+
+    def __init__(
+        self,
+        model: GlimmerModel,
+        params: Any,
+        mesh: Mesh,
+        lengths: Lengths,
+        vocabulary: Vocabulary,
+        passages: Passages | None,
+        lookup: Any | None,
+        bm25: Bm25Config,
+    ):
+        self.lengths = lengths
+        self.passages = passages
+        self.from_memory = lookup is not None
+        self._params = params
+        self._vocabulary = vocabulary
+        self._predict = make_predict(model, mesh, lookup)
+        self._bm25 = bm25
+        self._index: Bm25 | None = None
+
+    @classmethod
+    def load(
+        cls,
+        model: GlimmerModel,
+        checkpoint_path: Any,
+        lengths: Lengths,
+        *,
+        passages_dir: Any | None = None,
+        memory_dir: Any | None = None,
+        vocabulary: Vocabulary = Vocabulary(),
+        mesh: MeshConfig = MeshConfig(),
+        memory_bytes_per_device: int = 0,
+        bm25: Bm25Config = Bm25Config(),
+    ) -> "Predictor":
+        """Opens everything, checks that it belongs together, puts the parameters on the mesh.
+
+        Args:
+          model: FiD, LUMEN or GLIMMER.
+          checkpoint_path: a run's folder, a step's, or a `.safetensors` file, of any cut.
+          lengths: Q, T, K and P.
+          passages_dir: the corpus; needed to retrieve, to name titles, and where there is no memory.
+          memory_dir: read passages as memory.
+          vocabulary: that of the model.
+          mesh: devices.
+          memory_bytes_per_device: a memory that fits into this is kept on the devices.
+          bm25: settings of the index, which is made when a question first needs it.
+
+        Raises:
+          ValueError: neither passages nor memory, or files that do not belong together.
+        """
+        if passages_dir is None and memory_dir is None:
+            raise ValueError(
+                "There is nothing to read: set PASSAGES_DIR (passages are encoded for each question) "
+                "or MEMORY_DIR (made by --run_mode=build_memory)."
+            )
+        devices = make_mesh(mesh)
+        passages = None
+        if passages_dir is not None:
+            passages = Passages.open(passages_dir, vocabulary.fingerprint)
+            if memory_dir is None:
+                passages.warn_of_cuts(lengths.passage)
+        host_params = parameters.load(checkpoint_path, model, vocabulary.fingerprint)
+        lookup = None
+        if memory_dir is not None:
+            fingerprint = encoder_fingerprint(host_params, model.config)
+            store = MemoryStore.open(memory_dir, fingerprint, vocabulary.fingerprint)
+            lookup = open_lookup(store, devices, lengths.passage, memory_bytes_per_device)
+        params = parameters.place(host_params, model, devices)
+        return cls(model, params, devices, lengths, vocabulary, passages, lookup, bm25)
+
+    def predict(self, batch: Batch) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Answers of a numpy batch: int32 tokens `[B, T]`, and per row what the model returns.
+
+        The batch has `passage_tokens`, or `passage_ids` where passages are read as memory.
+        """
+        return self._predict(self._params, batch)
+
+    def answer(self, questions: Sequence[Mapping[str, Any]], batch_size: int) -> list[Example]:
+        """Answers to at most `batch_size` questions, `{"id", "input"}`, in order.
+
+        Passages are those in `retrieved`, or BM25's.
+
+        Returns:
+          `{"id", "input", "prediction", "score", "passages": [{"id", "title", "score", "kept"}]}`,
+          passages by score, best first; `score` is the log probability of the answer.
+        """
+        passages = self._corpus()
+        found = [self._passage_ids(one) for one in questions]
+        batch = self._batch([one["input"] for one in questions], found, batch_size)
+        if not self.from_memory:
+            rows = passages.rows(batch["passage_ids"])
+            batch["passage_tokens"] = passages.tokens(rows, self.lengths.passage)
+        tokens, aux = self.predict(batch)
+        return [
+            _record(one, ids, self._vocabulary.decode(tokens[row]), aux, row, passages)
+            for row, (one, ids) in enumerate(zip(questions, found, strict=True))
+        ]
+
+    def _corpus(self) -> Passages:
+        if self.passages is None:
+            raise ValueError("Answers name their passages: give PASSAGES_DIR beside MEMORY_DIR.")
+        return self.passages
+
+    def _passage_ids(self, question: Mapping[str, Any]) -> list[int]:
+        count = self.lengths.passages
+        if "retrieved" in question:
+            return [one["id"] for one in question["retrieved"][:count]]
+        if self._index is None:
+            self._index = Bm25(self._corpus().records(), self._bm25)
+        found = self._index.search([question["input"]], count)[0]
+        return [self._index.records[row]["id"] for row, _ in found]
+
+    def _batch(
+        self, questions: Sequence[str], passage_ids: Sequence[Sequence[int]], batch_size: int
+    ) -> Batch:
+        """A batch of the contract without targets, filled up with empty rows."""
+        lengths = self.lengths
+        tokens_BQ = np.zeros((batch_size, lengths.question), np.int32)
+        ids_BK = np.full((batch_size, lengths.passages), -1, np.int64)
+        for row, (question, ids) in enumerate(zip(questions, passage_ids, strict=True)):
+            tokens = self._vocabulary.encode(question_text(question))[: lengths.question]
+            tokens_BQ[row, lengths.question - len(tokens) :] = tokens
+            ids_BK[row, : len(ids)] = ids
+        return {
+            "question_tokens": tokens_BQ,
+            "passage_ids": ids_BK,
+            "decoder_input_tokens": np.zeros((batch_size, lengths.target), np.int32),
+        }
+
+
+def _record(
+    question: Mapping[str, Any],
+    ids: Sequence[int],
+    prediction: str,
+    aux: Mapping[str, np.ndarray],
+    row: int,
+    passages: Passages,
+) -> Example:
+    scores = aux["passage_scores"][row][: len(ids)]
+    kept = set(aux["kept_passages"][row].tolist())
+    rows = passages.rows(np.asarray(ids, np.int64))
+    return {
+        "id": question["id"],
+        "input": question["input"],
+        "prediction": prediction,
+        "score": round(float(aux["scores"][row]), 4),
+        "passages": [
+            {
+                "id": int(ids[place]),
+                "title": passages.text(int(rows[place]))["title"],
+                "score": round(float(scores[place]), 4),
+                "kept": int(place) in kept,
+            }
+            for place in np.argsort(-scores, kind="stable")
+        ],
+    }
