@@ -1,6 +1,6 @@
 """The built-in corpus: three tasks over retrieved files, and their mixture at equal rates.
 
-    pydocs_which_function       a noisy clause of a docstring  -> the qualified name
+    pydocs_which_function       a clause of a docstring        -> the qualified name
     pydocs_slot_filling         "json.dumps [SEP] default of indent" -> None
     pydocs_fact_verification    a claim -> SUPPORTS or REFUTES
 

@@ -1,32 +1,24 @@
-"""Clauses of docstrings: as noisy questions with one answer, and as claims.
+"""Clauses of docstrings: as questions with one answer, and as claims.
 
-A clause never contains the name of its object nor a part of it. A question is an in-order fragment of one
-sentence with some words dropped, rare ones sooner than common ones: word overlap alone often
-misleads, order and closeness still point to one passage.
+A clause never contains the name of its object nor a part of it. A question is a short phrase of common
+words, which stands in one passage alone: many passages hold the same words, so word overlap alone
+often misleads, and only their order points to one.
 """
 
 import math
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterator
 
 from glimmer_jax.data.pydocs import Page, stable_hash
 
-MIN_WORDS, MAX_WORDS = 6, 12
+MIN_WORDS, MAX_WORDS = 5, 6
 # Words of a claim about a docstring at most: subject and claim fit into a question's tokens.
 CLAIM_WORDS = 8
-# Share of a span's words that is dropped, and how much sooner a rare word goes than a common one.
-DROPPED = 0.45
-RARE_WEIGHT = 8.0
-COMMON_SHARE = 0.02
-# A passage that holds the words in order within this many times the clause's span answers it too.
-SLACK = 1.0
-# Lengths tried a sentence, and clauses asked of it.
-LENGTHS = 8
+# Clauses asked of a sentence at most.
 PER_SENTENCE = 3
 # The clauses of the commonest words are taken, up to this many nats of chance.
-JITTER = 2.0
+JITTER = 1.0
 
 Claim = tuple[Page, str, int, bool]
 
@@ -82,11 +74,10 @@ class ClauseIndex:
         return self._rarity[word.lower()]
 
     def holders(self, clause: list[str], span: int) -> set[tuple[str, int]]:
-        """(page, chunk) of the passages that hold the words in order within about `span` words."""
+        """(page, chunk) of the passages that hold the words in order within `span` words."""
         words = [word.lower() for word in clause]
         rows = set.intersection(*sorted((self._holders[word] for word in words), key=len))
-        limit = int(span * SLACK)
-        return {self._keys[row] for row in rows if _in_order(words, self._words[row], limit)}
+        return {self._keys[row] for row in rows if _in_order(words, self._words[row], span)}
 
 
 def _in_order(words: list[str], text: list[str], limit: int) -> bool:
@@ -104,7 +95,7 @@ def _in_order(words: list[str], text: list[str], limit: int) -> bool:
     return False
 
 
-def noisy_clauses(page: Page, index: ClauseIndex, count: int) -> list[tuple[int, str]]:
+def common_clauses(page: Page, index: ClauseIndex, count: int) -> list[tuple[int, str]]:
     """At most `count` questions of a page as (chunk, clause), each held by that passage alone."""
     parts = name_parts(page.name)
     fragments = []
@@ -115,11 +106,13 @@ def noisy_clauses(page: Page, index: ClauseIndex, count: int) -> list[tuple[int,
             words = clean_words(sentence)
             usable = [place for place, word in enumerate(words) if not betrays(word, parts)]
             rarity = [index.rarity(word) for word in words]
-            for places in _fragments(usable, rarity, draw):
-                clause = [words[place] for place in places]
-                ease = sum(rarity[place] for place in places) + JITTER * draw.random()
-                span = places[-1] - places[0] + 1
-                fragments.append((ease / len(clause), chunk, number, clause, span))
+            for length in range(MIN_WORDS, MAX_WORDS + 1):
+                for start in range(len(usable) - length + 1):
+                    places = usable[start : start + length]
+                    clause = [words[place] for place in places]
+                    ease = sum(rarity[place] for place in places) + JITTER * draw.random()
+                    span = places[-1] - places[0] + 1
+                    fragments.append((ease / length, chunk, number, clause, span))
     chosen: dict[str, int] = {}
     used: dict[tuple[int, int], int] = defaultdict(int)
     for _, chunk, number, clause, span in sorted(fragments):
@@ -132,23 +125,6 @@ def noisy_clauses(page: Page, index: ClauseIndex, count: int) -> list[tuple[int,
             used[chunk, number] += 1
             chosen[text] = chunk
     return [(chunk, text) for text, chunk in chosen.items()]
-
-
-def _fragments(usable: list[int], rarity: list[float], draw: random.Random) -> Iterator[list[int]]:
-    """Places of the words that a clause keeps, for clauses from every start in a sentence."""
-    if len(usable) < MIN_WORDS:
-        return
-    common = -math.log(COMMON_SHARE)
-    power = [1.0 if nats < common else 1.0 / RARE_WEIGHT for nats in rarity]
-    for _ in range(LENGTHS):
-        length = draw.randint(MIN_WORDS, MAX_WORDS)
-        span = min(round(length / (1 - DROPPED)), len(usable))
-        kept = min(length, max(MIN_WORDS, round(span * (1 - DROPPED))))
-        for start in range(len(usable) - span + 1):
-            places = usable[start : start + span]
-            # A weighted draw without replacement: the largest go first.
-            last = sorted(places, key=lambda at: draw.random() ** power[at])
-            yield sorted(last[:kept])
 
 
 def clause_pairs(pages: tuple[Page, ...]) -> list[list[Claim]]:

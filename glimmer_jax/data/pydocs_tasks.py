@@ -32,16 +32,16 @@ def all_tasks() -> dict[tuple[str, str], list[Example]]:
 
 
 def which_function(pages: tuple[pydocs.Page, ...]) -> list[tuple[str, Example]]:
-    """(split, example): a noisy clause of one sentence asks for the name of the object.
+    """(split, example): a clause of one sentence asks for the name of the object.
 
-    `{"input": "obj as formatted stream to file-like", "output": [{"answer": "json.dump", …}]}`
+    `{"input": "formatted stream to file-like object", "output": [{"answer": "json.dump", …}]}`
     """
     made = []
     index = pydocs_clauses.ClauseIndex(pages)
     for page in pages:
         if page.documented.kind not in ("function", "class", "property"):
             continue
-        clauses = pydocs_clauses.noisy_clauses(page, index, QUESTIONS_PER_PAGE)
+        clauses = pydocs_clauses.common_clauses(page, index, QUESTIONS_PER_PAGE)
         for number, (chunk, clause) in enumerate(clauses):
             made.append(_example("which_function", page, number, clause, page.name, chunk))
     return made

@@ -160,7 +160,7 @@ class Exercises:
 
 
 def blocks(
-    exercises: Exercises, start: int, stop: int, size: int = 256
+    exercises: Any, start: int, stop: int, size: int = 256
 ) -> Iterator[dict[str, np.ndarray]]:
     """Examples `start` to `stop`, `size` at a time, as int32 arrays padded with 0.
 

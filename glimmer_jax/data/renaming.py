@@ -1,0 +1,113 @@
+"""Training questions on passages whose titles are made up anew for every example.
+
+A small model given the real titles of a few thousand pages learns them by heart and reads nothing.
+Here every part of a qualified name (`json`, `dumps`) is exchanged, for this example alone, for another
+one: in the titles, at the head of the passages, in the question and in the answer. Siblings stay
+siblings, and what is left to learn is to read.
+"""
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from glimmer_jax.data.vocabulary import Vocabulary
+from glimmer_jax.kilt import answers
+from glimmer_jax.text import passage_text, question_text
+
+
+class RenamedQuestions:
+    """Questions of several tasks, each a function of seed and index alone."""
+
+    def __init__(
+        self,
+        tasks: Mapping[str, Sequence[Mapping[str, Any]]],
+        records: Mapping[int, Mapping[str, Any]],
+        num_passages: int,
+        vocabulary: Vocabulary,
+        shares: Mapping[str, float] | None = None,
+        seed: int = 0,
+    ):
+        """Args:
+          tasks: retrieved examples of each task; those with fewer passages are left out.
+          records: passage id -> `{"title", "text"}`.
+          num_passages: K.
+          vocabulary: of questions, answers and passages.
+          shares: how often each task is drawn; None for equally often.
+          seed: of all draws.
+
+        Raises ValueError where a task has no example with K passages.
+        """
+        self._tasks = {
+            name: [one for one in examples if len(one["retrieved"]) >= num_passages]
+            for name, examples in tasks.items()
+        }
+        if empty := [name for name, examples in self._tasks.items() if not examples]:
+            raise ValueError(
+                f"No example of {', '.join(empty)} has {num_passages} retrieved passages. Retrieve "
+                "more (NUM_PASSAGES) or take fewer."
+            )
+        self._weights = [(shares or {}).get(name, 1.0) for name in self._tasks]
+        self._records = records
+        self._num_passages = num_passages
+        self._vocabulary = vocabulary
+        self._seed = seed
+        titles = {record["title"] for record in records.values()}
+        self._parts = sorted({part for title in titles for part in title.split(".")})
+
+    def example(self, index: int) -> dict[str, Any]:
+        """One question.
+
+        Returns:
+          `inputs` and `targets` (token lists, the target ended), `passages` (K token lists), and
+          `gold_passages` (K times 0 or 1).
+        """
+        draw = random.Random(f"{self._seed}:{index}")
+        task = draw.choices(list(self._tasks), self._weights)[0]
+        asked = draw.choice(self._tasks[task])
+        retrieved = asked["retrieved"][: self._num_passages]
+        draw.shuffle(retrieved := list(retrieved))
+        records = [self._records[one["id"]] for one in retrieved]
+        exchange = _Exchange(self._parts, draw)
+        new = {record["title"]: exchange(record["title"]) for record in records}
+        about = asked["output"][0]["provenance"][0]["title"]
+        new.setdefault(about, exchange(about))
+        answer = draw.choice(answers(asked))
+        encode, eos = self._vocabulary.encode, self._vocabulary.eos_id
+        texts = [passage_text(new[one["title"]], _head(one, new[one["title"]])) for one in records]
+        return {
+            "inputs": encode(question_text(_replaced(asked["input"], about, new[about]))),
+            "targets": [*encode(new.get(answer, answer)), eos],
+            "passages": [[*encode(text), eos] for text in texts],
+            "gold_passages": [int(bool(one["gold"])) for one in retrieved],
+        }
+
+
+class _Exchange:
+    """Names with every part exchanged, the same part for the same one and no two for one."""
+
+    def __init__(self, parts: Sequence[str], draw: random.Random):
+        self._parts = parts
+        self._draw = draw
+        self._new: dict[str, str] = {}
+
+    def __call__(self, name: str) -> str:
+        return ".".join(self._part(part) for part in name.split("."))
+
+    def _part(self, part: str) -> str:
+        while part not in self._new:
+            drawn = self._draw.choice(self._parts)
+            if drawn not in self._new.values():
+                self._new[part] = drawn
+        return self._new[part]
+
+
+def _head(record: Mapping[str, Any], title: str) -> str:
+    """The text, whose signature begins with the last part of the name."""
+    old = record["title"].rpartition(".")[2]
+    text = record["text"]
+    return title.rpartition(".")[2] + text[len(old) :] if text.startswith(f"{old}(") else text
+
+
+def _replaced(question: str, old: str, new: str) -> str:
+    return re.sub(rf"(?<![\w.]){re.escape(old)}(?![\w])", lambda _: new, question)
