@@ -1,7 +1,8 @@
 """The command line: `python -m glimmer_jax.main --run_mode=MODE --gin_file=… --gin.X=…`.
 
-Flags are T5X's. Exit codes: 0 done; 42 preempted, start me again; 2 bad input or configuration, do
-not retry.
+Flags are T5X's. One job is set by flags instead of gin, since it takes two files and nothing else:
+KILT's official scores, `--run_mode=score --gold=FILE --guess=FILE [--ks=1,5,10,20]`. Exit codes:
+0 done; 42 preempted, start me again; 2 bad input or configuration, do not retry.
 """
 
 import argparse
@@ -40,6 +41,12 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--gin_bindings", action="append", default=[], metavar="X=V")
     parser.add_argument("--seqio_additional_cache_dirs", default="", metavar="DIR,DIR")
     parser.add_argument("--tfds_data_dir", metavar="DIR")
+    kilt = parser.add_argument_group("KILT's official scores (--run_mode=score, without gin)")
+    kilt.add_argument("--gold", metavar="FILE", help="labelled KILT file")
+    kilt.add_argument("--guess", metavar="FILE", help="KILT submission")
+    kilt.add_argument(
+        "--ks", type=_integers, metavar="K,K", help="of precision@k and recall@k; 1,5,10,20"
+    )
     parser.add_argument("--debug", action="store_true", help="tracebacks of bad input")
     flags, others = parser.parse_known_args(argv)
     for other in others:
@@ -47,11 +54,24 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         if not other.startswith("--gin.") or not equals:
             parser.error(f"unknown argument {other!r}; bindings are written --gin.NAME=VALUE")
         flags.gin_bindings.append(f"{name} = {value}")
+    if official_arguments(flags):
+        if flags.run_mode != "score" or not flags.gold or not flags.guess:
+            parser.error("--gold, --guess and --ks want --run_mode=score and both files")
+        if flags.gin_file or flags.gin_bindings:
+            parser.error("--gold and --guess take no gin; without them gin/runs/score.gin scores")
     return flags
 
 
+def official_arguments(flags: argparse.Namespace) -> dict[str, Any]:
+    """The given ones of the flags of KILT's official scores."""
+    given = {name: getattr(flags, name) for name in ("gold", "guess", "ks")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def run_mode(flags: argparse.Namespace) -> Any:
-    """Configures the mode's function with gin and calls it."""
+    """Configures the mode's function, with gin or with the flags of its own, and calls it."""
+    if arguments := official_arguments(flags):
+        return _find("glimmer_jax.modes.score:official")(**arguments)
     from glimmer_jax import configuration
 
     function = _find(MODES[flags.run_mode])
@@ -112,6 +132,13 @@ def run() -> None:
 
         filter_stderr()
     sys.exit(main())
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"wants numbers like 1,5,10, got {text!r}") from None
 
 
 def _find(place: str) -> Callable[..., Any]:

@@ -280,6 +280,64 @@ def test_unknown_arguments_are_refused(capsys):
     assert "bindings are written --gin.NAME=VALUE" in capsys.readouterr().err
 
 
+def kilt_file(path, answer, page):
+    output = [{"answer": answer, "provenance": [{"wikipedia_id": page}]}]
+    path.write_text(json.dumps({"id": "q", "input": "?", "output": output}) + "\n")
+    return path
+
+
+def test_official_scores_are_printed_as_json(tmp_path, capsys):
+    gold = kilt_file(tmp_path / "gold", "Jane Austen", "7")
+    guess = kilt_file(tmp_path / "guess", "jane austen", 7)
+    files = ["--run_mode=score", f"--gold={gold}", f"--guess={guess}"]
+    assert command_line.main([*files, "--ks=2,1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rouge = pytest.approx(0.0)
+    assert found["downstream"] == {
+        "downstream": {"accuracy": 0.0, "em": 1.0, "f1": 1.0, "rougel": rouge},
+        "kilt": {"KILT-accuracy": 0.0, "KILT-em": 1.0, "KILT-f1": 1.0, "KILT-rougel": rouge},
+        "retrieval": {"Rprec": 1.0, "recall@5": 1.0},
+    }
+    pages = {"Rprec": 1.0, "precision@1": 1.0, "precision@2": 0.5}
+    assert found["retrieval"] == {**pages, "recall@2": 1.0, "success_rate@2": 1.0}
+    assert command_line.main(files) == 0
+    assert "recall@20" in json.loads(capsys.readouterr().out)["retrieval"]
+
+
+def test_official_scores_name_what_is_wrong(tmp_path, capfd):
+    gold = kilt_file(tmp_path / "gold", "x", "7")
+    guess = kilt_file(tmp_path / "guess", "x", "7")
+    guess.write_text(guess.read_text() + '{"id": 3\n')
+    for path, message in (
+        (guess, "guess:2: not a JSON object"),
+        (tmp_path / "none", "--guess: there is no file"),
+    ):
+        flags = ["--run_mode=score", f"--gold={gold}", f"--guess={path}"]
+        assert command_line.main(flags) == 2
+        seen = capfd.readouterr()
+        assert message in seen.err and not seen.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--run_mode=score", "--gold=g"], "want --run_mode=score and both files"),
+        (["--run_mode=score", "--ks=1"], "want --run_mode=score and both files"),
+        (["--gold=g", "--guess=p"], "want --run_mode=score and both files"),
+        (["--run_mode=score", "--gold=g", "--guess=p", "--gin.X=1"], "take no gin"),
+        (
+            ["--run_mode=score", "--gold=g", "--guess=p", "--ks=1,x"],
+            "--ks: wants numbers like 1,5,10, got '1,x'",
+        ),
+    ],
+)
+def test_flags_of_official_scores_go_together(capsys, flags, message):
+    with pytest.raises(SystemExit) as caught:
+        command_line.parse_flags(flags)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_as_a_process_bad_input_gives_exit_code_2_and_a_traceback_with_debug(tmp_path):
     command = [sys.executable, "-m", "glimmer_jax.main", "--run_mode=score"]
     command += ["--gin_file=gin/runs/score.gin", "--gin.PREDICTIONS='x'", "--gin.QUESTIONS='y'"]

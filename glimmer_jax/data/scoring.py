@@ -1,7 +1,8 @@
-"""How good answers are: KILT's metrics, recall of passages, and paired bootstrap intervals.
+"""How good answers are: exact match, F1, recall of passages, and paired bootstrap intervals.
 
-Answers are compared as KILT and SQuAD do: lower case, no punctuation, no articles, single spaces;
-the best of several gold answers counts. All scores are fractions from 0 to 1. The functions of
+Answers are compared as SQuAD does: lower case, no punctuation, no articles, single spaces; the best
+of several gold answers counts. KILT's official scores differ here and there, and are in
+`glimmer_jax.data.kilt_metrics`. All scores are fractions from 0 to 1. The functions of
 `(targets, predictions)` are metric functions for seqio as they stand; a target is a gold answer or a
 list of them.
 """
@@ -56,7 +57,7 @@ def exact_match(targets: Sequence[Target], predictions: Sequence[str]) -> dict[s
 
 
 def accuracy(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float]:
-    """`{"accuracy": …}`: fact verification and slot filling; the same comparison, KILT's name."""
+    """`{"accuracy": …}`: exact match under the name used for classes and slots."""
     return {"accuracy": _mean(match_of, targets, predictions)}
 
 

@@ -1,8 +1,14 @@
-"""Mode `score`: metrics of a prediction file, with intervals."""
+"""Mode `score`: how good a file of answers is.
+
+With gin, our metrics of a prediction file, with intervals. With `--gold` and `--guess`, KILT's
+official scores, for numbers that are compared with published ones.
+"""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from glimmer_jax.data.kilt_metrics import KS, kilt_scores
 from glimmer_jax.data.scoring import score_file
 from glimmer_jax.modes import checks
 
@@ -29,4 +35,21 @@ def score(
     if output_path is not None:
         Path(output_path).parent.mkdir(parents=True, exist_ok=True)
         Path(output_path).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return found
+
+
+def official(gold: str, guess: str, ks: Sequence[int] = KS) -> dict[str, dict | None]:
+    """Prints, and returns, KILT's official scores as JSON (`kilt_metrics.kilt_scores`).
+
+    Args:
+      gold: labelled KILT file.
+      guess: KILT submission, a guess for each gold question.
+      ks: lengths of the lists whose precision, recall and success rate count.
+
+    Raises:
+      ValueError: missing or malformed files, or ks.
+    """
+    gold_path = checks.existing_file("--gold", gold)
+    found = kilt_scores(gold_path, checks.existing_file("--guess", guess), ks)
+    print(json.dumps(found, indent=2))
     return found
