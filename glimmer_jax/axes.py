@@ -10,6 +10,7 @@ Local arrays carry their shape as a suffix (`memory_BKPD`); docstrings spell the
     Q  question tokens             F  width of the gated feed-forward
     N  Q + P, one live sequence    V  vocabulary
     L  layers of a stack           W  beams
+    G  key and value heads         S  tokens of all kept passages, M x N
 
 The names below label the dimensions of parameters and activations. `partitioning.AXIS_RULES` is the
 only place where a name meets the mesh. Parameter names are those of T5X, so that its partitioners
@@ -20,6 +21,7 @@ and checkpoints understand our trees.
 VOCAB = "vocab"
 EMBED = "embed"
 JOINED_KV = "joined_kv"
+KV = "kv"  # keys and values of fewer heads than queries have
 HEADS = "heads"
 MLP = "mlp"
 RELPOS_BUCKETS = "relpos_buckets"

@@ -26,6 +26,7 @@ AXIS_RULES: Mapping[str, tuple[str, ...]] = {
     axes.VOCAB: ("model",),
     axes.EMBED: ("fsdp",),
     axes.JOINED_KV: ("model",),
+    axes.KV: (),
     axes.HEADS: ("model",),
     axes.MLP: ("model",),
     axes.RELPOS_BUCKETS: (),

@@ -47,6 +47,12 @@ def question_cost(
     attention = t5.emb_dim * t5.num_heads * t5.head_dim
     feed_forward = (len(t5.mlp_activations) + 1) * t5.emb_dim * t5.mlp_dim
     encoder_layer = 4 * attention + feed_forward
+    # Queries and outputs have all heads, keys and values perhaps fewer (FiDO).
+    sizes = t5.decoder_sizes
+    queries = 2 * t5.emb_dim * sizes.num_heads * sizes.head_dim
+    keys = 2 * t5.emb_dim * sizes.num_kv_heads * sizes.head_dim
+    decoder_feed_forward = (len(t5.mlp_activations) + 1) * t5.emb_dim * sizes.mlp_dim
+    attending = t5.num_decoder_layers // t5.cross_attention_period
     kept = passages if config.num_kept is None else min(config.num_kept, passages)
     live = t5.num_encoder_layers - config.memory_layers
     reused = 0 if config.separate_reranker else config.rerank_layers
@@ -55,8 +61,9 @@ def question_cost(
         question=question * config.memory_layers * encoder_layer,
         rerank=passages * tokens * config.rerank_layers * encoder_layer,
         read=kept * tokens * (live - reused) * encoder_layer,
-        cross=kept * tokens * t5.num_decoder_layers * 2 * attention,
-        # Queries and output of cross-attention are per answer token: 4 + 2 attention products.
-        answer=answer * t5.num_decoder_layers * (6 * attention + feed_forward),
+        cross=kept * tokens * attending * keys,
+        # Queries and output of cross-attention are computed for each answer token, too.
+        answer=answer
+        * (t5.num_decoder_layers * (queries + keys + decoder_feed_forward) + attending * queries),
         precompute=passage * config.memory_layers * encoder_layer,
     )

@@ -6,14 +6,16 @@ refused: a layer cannot move to a stack with another position table, and two cop
 trained apart cannot become one.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from glimmer_jax.models.fido import convert_decoder
 from glimmer_jax.models.glimmer import GlimmerConfig
-from glimmer_jax.models.t5 import stack_layers, unstack_layers
+from glimmer_jax.models.stacking import stack_layers, unstack_layers
 
 Params = dict[str, Any]
 
@@ -24,7 +26,8 @@ def recut(params: Params, source: GlimmerConfig, target: GlimmerConfig) -> Param
     Args:
       params: unboxed parameters, scanned or looped as `source` says.
       source: the setting they belong to.
-      target: the setting wanted; its T5 must have the sizes of the source's.
+      target: the setting wanted; its T5 must have the sizes of the source's, but for a decoder with
+        fewer key heads or sparser cross-attention, which is made from the source's (`fido`).
 
     Returns:
       Parameters for `target`, scanned or looped as it says. A score head that the source lacks
@@ -37,6 +40,9 @@ def recut(params: Params, source: GlimmerConfig, target: GlimmerConfig) -> Param
     """
     _check_sizes(source, target)
     params = unstack_layers(params)
+    if _decoder(source) != _decoder(target):
+        looped = [dataclasses.replace(c.t5, scan_layers=False) for c in (source, target)]
+        params["decoder"] = convert_decoder(params["decoder"], *looped)
     m, cut = source.memory_layers, source.memory_layers + source.rerank_layers
     live = params["live_encoder"]
     memory = params.get("memory_encoder", {})
@@ -84,11 +90,19 @@ def _layers(stack: Params) -> list[Params]:
     return [stack[f"layers_{i}"] for i in range(sum(name.startswith("layers_") for name in stack))]
 
 
+def _decoder(config: GlimmerConfig) -> tuple[Any, ...]:
+    t5 = config.t5
+    return t5.decoder_sizes, t5.num_decoder_layers, t5.cross_attention_period
+
+
 def _check_sizes(source: GlimmerConfig, target: GlimmerConfig) -> None:
     numerics = ("dropout_rate", "dtype", "matmul_dtype", "scan_layers", "remat_policy")
     for name in source.t5.__dataclass_fields__:
         a, b = getattr(source.t5, name), getattr(target.t5, name)
-        if name not in numerics and a != b:
+        of_decoder = (
+            name.startswith(("decoder_", "num_decoder")) or name == "cross_attention_period"
+        )
+        if name not in numerics and not of_decoder and a != b:
             raise ValueError(
                 f"Parameters of a T5 with {name}={a} cannot become one with {name}={b}; a recut "
                 "moves layers, it does not change their sizes."

@@ -26,8 +26,8 @@ def attend(
 
     Args:
       query: `[..., X, H, C]`, any float dtype.
-      key: `[..., Y, H, C]`.
-      value: `[..., Y, H, C]`.
+      key: `[..., Y, G, C]`; G divides H, and each key head serves H / G neighbouring query heads.
+      value: `[..., Y, G, C]`.
       mask: bool, broadcastable to `[..., H, X, Y]`; False keys are not seen.
       bias: float32 `[H, X, Y]`, added to the logits.
       dropout: applied to the weights.
@@ -36,7 +36,10 @@ def attend(
       `[..., X, H, C]` in the dtype of `value`; zeros for a query that sees no key.
     """
     # float32 logits and softmax: T5's logits are unscaled and overflow the precision of bfloat16.
-    logits = jnp.einsum("...xhc,...yhc->...hxy", query, key, preferred_element_type=jnp.float32)
+    num_heads, groups = query.shape[-2], key.shape[-2]
+    grouped = query.reshape(*query.shape[:-2], groups, num_heads // groups, query.shape[-1])
+    logits = jnp.einsum("...xgrc,...ygc->...grxy", grouped, key, preferred_element_type=jnp.float32)
+    logits = logits.reshape(*logits.shape[:-4], num_heads, *logits.shape[-2:])
     if bias is not None:
         logits = logits + jnp.expand_dims(bias, tuple(range(logits.ndim - 3)))
     logits = jnp.where(mask, logits, MASKED)
@@ -46,7 +49,9 @@ def attend(
     weights = (weights / jnp.where(total > 0, total, 1.0)).astype(value.dtype)
     if dropout is not None:
         weights = dropout(weights)
-    return jnp.einsum("...hxy,...yhc->...xhc", weights, value)
+    weights = weights.reshape(*weights.shape[:-3], groups, -1, *weights.shape[-2:])
+    out = jnp.einsum("...grxy,...ygc->...xgrc", weights, value)
+    return out.reshape(*out.shape[:-3], num_heads, out.shape[-1])
 
 
 class Attention(nn.Module):
@@ -54,6 +59,7 @@ class Attention(nn.Module):
 
     emb_dim: int
     num_heads: int
+    num_kv_heads: int  # fewer than `num_heads`: multi-query (1) or grouped-query attention
     head_dim: int
     dropout_rate: float
     dtype: Any
@@ -64,18 +70,23 @@ class Attention(nn.Module):
         names = (axes.EMBED, axes.JOINED_KV)
         # T5 folds the missing 1/sqrt(C) into the start of the query projection.
         self.query = Dense(joined, names, self.dtype, self.operands, 1.0 / self.head_dim)
-        self.key = Dense(joined, names, self.dtype, self.operands)
-        self.value = Dense(joined, names, self.dtype, self.operands)
+        # Few key heads are too few to be spread over devices: they lie whole on each.
+        grouped = self.num_kv_heads < self.num_heads
+        kv = (self.num_kv_heads * self.head_dim, (axes.EMBED, axes.KV) if grouped else names)
+        self.key = Dense(*kv, self.dtype, self.operands)
+        self.value = Dense(*kv, self.dtype, self.operands)
         self.out = Dense(self.emb_dim, (axes.JOINED_KV, axes.EMBED), self.dtype, self.operands)
         self.dropout = Dropout(self.dropout_rate)
 
-    def _split_heads(self, x: jax.Array) -> jax.Array:
-        x = x.reshape(*x.shape[:-1], self.num_heads, self.head_dim)
-        return constrain(x, (axes.BATCH, *(None,) * (x.ndim - 3), axes.ACT_HEADS, axes.ACT_KV))
+    def _split_heads(self, x: jax.Array, num_heads: int) -> jax.Array:
+        x = x.reshape(*x.shape[:-1], num_heads, self.head_dim)
+        heads = axes.ACT_HEADS if num_heads == self.num_heads else None
+        return constrain(x, (axes.BATCH, *(None,) * (x.ndim - 3), heads, axes.ACT_KV))
 
     def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """`[..., Y, D]` -> keys and values, each `[..., Y, H, C]`."""
-        return self._split_heads(self.key(x)), self._split_heads(self.value(x))
+        """`[..., Y, D]` -> keys and values, each `[..., Y, G, C]`."""
+        n = self.num_kv_heads
+        return self._split_heads(self.key(x), n), self._split_heads(self.value(x), n)
 
     def __call__(
         self,
@@ -84,7 +95,7 @@ class Attention(nn.Module):
         mask: jax.Array,
         bias: jax.Array | None = None,
     ) -> jax.Array:
-        """Queries `[..., X, D]` against keys and values `[..., Y, H, C]` -> `[..., X, D]`."""
-        query = self._split_heads(self.query(x))
+        """Queries `[..., X, D]` against keys and values `[..., Y, G, C]` -> `[..., X, D]`."""
+        query = self._split_heads(self.query(x), self.num_heads)
         out = attend(query, *keys_values, mask, bias, self.dropout)
         return self.out(out.reshape(*out.shape[:-2], -1))

@@ -25,14 +25,14 @@ from glimmer_jax.training.schedule import Schedule
 
 ROW, COLUMN, LAYER, WHOLE = "row", "column", "layer", "whole"
 
-# T5X's standard rules, and the names that T5X users add for separate head dimensions.
+# T5X's standard rules.
 FACTOR_RULES: Mapping[str | None, str] = {
     axes.EMBED: ROW,
     axes.VOCAB: COLUMN,
     axes.MLP: COLUMN,
     axes.HEADS: COLUMN,
     axes.JOINED_KV: COLUMN,
-    "kv": COLUMN,
+    axes.KV: COLUMN,
     axes.RELPOS_BUCKETS: WHOLE,
     axes.LAYERS: LAYER,
     None: WHOLE,

@@ -9,7 +9,7 @@ import pytest
 
 from glimmer_jax.models.glimmer import Glimmer, fuse, select
 from glimmer_jax.models.model import DecodeConfig, GlimmerModel
-from glimmer_jax.models.t5 import unstack_layers
+from glimmer_jax.models.stacking import unstack_layers
 from tests.models import tiny
 
 LOOPED = dataclasses.replace(tiny.GLIMMER, t5=dataclasses.replace(tiny.T5, scan_layers=False))

@@ -9,7 +9,8 @@ import pytest
 
 from glimmer_jax import partitioning
 from glimmer_jax.models.glimmer import GlimmerConfig
-from glimmer_jax.models.t5 import EncoderStack, stack_layers, unstack_layers
+from glimmer_jax.models.stacking import stack_layers, unstack_layers
+from glimmer_jax.models.t5 import EncoderStack
 from glimmer_jax.partitioning import MeshConfig
 from tests.models import tiny
 

@@ -10,7 +10,8 @@ import pytest
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.matching import matching_start
 from glimmer_jax.models.model import GlimmerModel
-from glimmer_jax.models.t5 import T5Config, stack_layers
+from glimmer_jax.models.stacking import stack_layers
+from glimmer_jax.models.t5 import T5Config
 
 T5 = T5Config(
     vocab_size=64,

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from glimmer_jax.models.glimmer import Glimmer, GlimmerConfig, fuse, select
-from glimmer_jax.models.t5 import unstack_layers
+from glimmer_jax.models.stacking import unstack_layers
 from tests.models import tiny
 
 GOLDEN = pathlib.Path(__file__).parent / "goldens" / "parity.npz"

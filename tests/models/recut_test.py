@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from glimmer_jax.models.recut import recut
-from glimmer_jax.models.t5 import unstack_layers
+from glimmer_jax.models.stacking import unstack_layers
 from tests.models import tiny
 
 KEEPS_ALL = dataclasses.replace(tiny.GLIMMER, num_kept=None)

@@ -1,0 +1,219 @@
+"""T5's decoder, and FiDO's (arXiv 2212.08153), which reads less and may be larger.
+
+With `cross_attention_period` p only every p-th layer attends to the passages; with few key and value
+heads the rest costs less. Cross-attention keys and values are computed once for each question, in
+the layers that attend, and never for each beam.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from glimmer_jax import axes
+from glimmer_jax.models.t5 import (
+    T5Config,
+    attention,
+    mlp,
+    position_bias,
+    rematted,
+    residual,
+    scan_kwargs,
+)
+from glimmer_jax.nn.layers import Dense, Dropout, RMSNorm, activation_names
+from glimmer_jax.partitioning import constrain
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention, cross-attention where the layer attends, feed-forward.
+
+    The two ways through a layer, a whole target at once (`__call__`) and one token with a cache
+    (`step`), share every line that computes.
+    """
+
+    config: T5Config
+    attends: bool = True
+
+    def setup(self):
+        config, sizes = self.config, self.config.decoder_sizes
+        dtype = jnp.dtype(config.dtype)
+        self.pre_self_attention_layer_norm = RMSNorm(dtype)
+        self.self_attention = attention(sizes, config)
+        if self.attends:
+            self.pre_cross_attention_layer_norm = RMSNorm(dtype)
+            self.encoder_decoder_attention = attention(sizes, config)
+        self.pre_mlp_layer_norm = RMSNorm(dtype)
+        self.mlp = mlp(sizes, config)
+        self.dropout = Dropout(config.dropout_rate)
+
+    def _cross_and_mlp(self, x, cross_keys_values, cross_mask):
+        if self.attends:
+            y = self.pre_cross_attention_layer_norm(x)
+            y = self.encoder_decoder_attention(y, cross_keys_values, cross_mask)
+            x = residual(x + self.dropout(y))
+        y = self.mlp(self.pre_mlp_layer_norm(x))
+        return residual(x + self.dropout(y))
+
+    def __call__(self, x, encoded, cross_mask, self_mask, bias):
+        """Targets `[..., T, D]` over encoder states `[..., S, D]`."""
+        y = self.pre_self_attention_layer_norm(x)
+        y = self.self_attention(y, self.self_attention.keys_values(y), self_mask, bias)
+        x = residual(x + self.dropout(y))
+        keys_values = self.cross_keys_values((), encoded)[1]
+        return self._cross_and_mlp(x, keys_values, cross_mask), None
+
+    def cross_keys_values(self, carry, encoded):
+        """Keys and values of the encoder states, once a question: each `[B, S, G, C]`, or None."""
+        if not self.attends:
+            return carry, None
+        return carry, self.encoder_decoder_attention.keys_values(encoded)
+
+    def step(self, x, cache, cross_keys_values, cross_mask, self_mask, bias, index):
+        """One token of every beam, `[B, W, D]`, at position `index` of the cache.
+
+        Beams are a batch for self-attention, and queries of one sequence for cross-attention: the
+        encoder's keys and values are read once and never copied for each beam.
+        """
+        y = self.pre_self_attention_layer_norm(x)[:, :, None]
+        new = self.self_attention.keys_values(y)
+        cache = tuple(
+            jax.lax.dynamic_update_slice_in_dim(old, fresh.astype(old.dtype), index, axis=2)
+            for old, fresh in zip(cache, new, strict=True)
+        )
+        y = self.self_attention(y, cache, self_mask, bias)[:, :, 0]
+        return self._cross_and_mlp(x + y, cross_keys_values, cross_mask), cache
+
+
+class DecoderBlock(nn.Module):
+    """As many layers as the period of cross-attention, of which the last attends: what is scanned."""
+
+    config: T5Config
+
+    def setup(self):
+        period = self.config.cross_attention_period
+        self.block = [DecoderLayer(self.config, self.config.attends(i)) for i in range(period)]
+
+    def __call__(self, x, *args):
+        for layer in self.block:
+            x, _ = layer(x, *args)
+        return x, None
+
+    def cross_keys_values(self, carry, encoded):
+        return self.block[-1].cross_keys_values(carry, encoded)
+
+    def step(self, x, cache, cross_keys_values, *args):
+        """The cache holds one (keys, values) for each layer of the block."""
+        caches = []
+        for layer, one in zip(self.block, cache, strict=True):
+            x, one = layer.step(x, one, cross_keys_values, *args)
+            caches.append(one)
+        return x, tuple(caches)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """What decoding carries from token to token: keys and values of the tokens so far.
+
+    layers: (keys, values), each `[B, W, T, G, C]`, of each layer; of scanned layers stacked on a
+      leading axis, one pair for each layer of a block.
+    """
+
+    layers: Any
+
+
+jax.tree_util.register_dataclass(Cache, data_fields=["layers"], meta_fields=[])
+
+
+class Decoder(nn.Module):
+    """Decoder layers, their position bias, the final norm and the output projection."""
+
+    config: T5Config
+
+    def setup(self):
+        config = self.config
+        n, period = config.num_decoder_layers, config.cross_attention_period
+        heads = config.decoder_sizes.num_heads
+        self.relpos_bias = position_bias(config, heads, bidirectional=False)
+        if config.scan_layers:
+            broadcast = nn.broadcast
+            unit = DecoderLayer if period == 1 else DecoderBlock
+            self.layers = nn.scan(
+                rematted(unit, config),
+                methods={
+                    "__call__": scan_kwargs(n // period, (broadcast,) * 4),
+                    "cross_keys_values": scan_kwargs(n // period, (broadcast,)),
+                    "step": scan_kwargs(n // period, (0, 0, *(broadcast,) * 4)),
+                },
+            )(config)
+        else:
+            layer_cls = rematted(DecoderLayer, config)
+            self.layers = [layer_cls(config, config.attends(i)) for i in range(n)]
+        self.decoder_norm = RMSNorm(jnp.dtype(config.dtype))
+        self.dropout = Dropout(config.dropout_rate)
+        # float32 logits: the softmax over V is taken of them, in the loss and in decoding.
+        names = (axes.EMBED, axes.VOCAB)
+        self.logits_dense = Dense(config.vocab_size, names, jnp.float32, config.operands)
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        logits = self.logits_dense(self.dropout(self.decoder_norm(x)))
+        return constrain(logits, activation_names(logits.ndim, axes.ACT_VOCAB))
+
+    def __call__(self, x: jax.Array, encoded: jax.Array, key_mask: jax.Array) -> jax.Array:
+        """Embedded targets `[..., T, D]` -> float32 logits `[..., T, V]`.
+
+        Args:
+          x: embedded decoder input tokens.
+          encoded: encoder states `[..., S, D]`.
+          key_mask: bool `[..., S]`, the encoder positions that exist.
+        """
+        length = x.shape[-2]
+        causal = jnp.tril(jnp.ones((length, length), bool))
+        self_mask = jnp.reshape(causal, (1,) * (x.ndim - 1) + causal.shape)
+        args = (encoded, key_mask[..., None, None, :], self_mask, self.relpos_bias(length, length))
+        if self.config.scan_layers:
+            x, _ = self.layers(x, *args)
+        else:
+            for layer in self.layers:
+                x, _ = layer(x, *args)
+        return self._logits(x)
+
+    def cross_keys_values(self, encoded: jax.Array) -> Any:
+        """Keys and values for encoder states `[B, S, D]` of the layers that attend, computed once."""
+        if self.config.scan_layers:
+            return self.layers.cross_keys_values((), encoded)[1]
+        return [layer.cross_keys_values((), encoded)[1] for layer in self.layers]
+
+    def empty_cache(self, batch: int, beams: int, length: int) -> Cache:
+        """A cache of zeros for targets of up to `length` tokens."""
+        config, sizes = self.config, self.config.decoder_sizes
+        shape: tuple[int, ...] = (batch, beams, length, sizes.num_kv_heads, sizes.head_dim)
+        n, period = config.num_decoder_layers, config.cross_attention_period
+        if config.scan_layers:
+            shape = (n // period, *shape)
+        pair = (jnp.zeros(shape, config.dtype),) * 2
+        if config.scan_layers:
+            return Cache(pair if period == 1 else (pair,) * period)
+        return Cache([pair] * n)
+
+    def step(
+        self, x: jax.Array, index: jax.Array, cache: Cache, cross_keys_values: Any, key_mask
+    ) -> tuple[jax.Array, Cache]:
+        """One token of every beam: embedded `[B, W, D]` at position `index` -> logits `[B, W, V]`.
+
+        Raises nothing; `index` beyond the cache would silently overwrite its last position, so
+        the caller's loop is bounded by the cache's length.
+        """
+        length = jax.tree.leaves(cache)[0].shape[-3]
+        bias = jax.lax.dynamic_slice_in_dim(self.relpos_bias(length, length), index, 1, axis=1)
+        self_mask = (jnp.arange(length) <= index)[None, None, None, None]
+        args = (key_mask[:, None, None, :], self_mask, bias, index)
+        if self.config.scan_layers:
+            x, layers = self.layers.step(x, cache.layers, cross_keys_values, *args)
+            return self._logits(x), Cache(layers)
+        caches = []
+        for layer, one, cross in zip(self.layers, cache.layers, cross_keys_values, strict=True):
+            x, one = layer.step(x, one, cross, *args)
+            caches.append(one)
+        return self._logits(x), Cache(caches)

@@ -1,0 +1,165 @@
+"""FiDO's decoder: sparse cross-attention and few key heads, scanned and looped, cached and whole."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glimmer_jax.models.cost import question_cost
+from glimmer_jax.models.fido import convert_decoder
+from glimmer_jax.models.glimmer import Glimmer, fuse, select
+from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.models.recut import recut
+from glimmer_jax.models.stacking import stack_layers, unstack_layers
+from glimmer_jax.nn.attention import attend
+from tests.models import tiny
+
+T5 = dataclasses.replace(
+    tiny.T5, num_decoder_layers=4, cross_attention_period=2, decoder_kv_heads=2, decoder_mlp_dim=24
+)
+FIDO = dataclasses.replace(tiny.GLIMMER, t5=T5)
+LOOPED = dataclasses.replace(FIDO, t5=dataclasses.replace(T5, scan_layers=False))
+ROWS, BEAMS = 3, 2
+
+
+def test_fewer_key_heads_are_those_heads_repeated():
+    random = np.random.default_rng(0)
+    query, key, value = (
+        random.normal(size=(2, 5, heads, 3)).astype(np.float32) for heads in (4, 2, 2)
+    )
+    mask = np.ones((2, 1, 1, 5), bool)
+    got = attend(query, key, value, mask)
+    want = attend(query, np.repeat(key, 2, axis=2), np.repeat(value, 2, axis=2), mask)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_only_every_second_layer_has_cross_attention():
+    decoder = unstack_layers(tiny.params(FIDO))["decoder"]
+    attending = ["encoder_decoder_attention" in decoder[f"layers_{i}"] for i in range(4)]
+    assert attending == [False, True, False, True]
+    key = decoder["layers_1"]["encoder_decoder_attention"]["key"]["kernel"]
+    assert key.shape == (T5.emb_dim, 2 * T5.head_dim)
+    assert decoder["layers_0"]["mlp"]["wo"]["kernel"].shape == (24, T5.emb_dim)
+
+
+def test_stacking_blocks_and_back_changes_nothing():
+    params = tiny.params(FIDO)
+    tiny.assert_trees_equal(stack_layers(unstack_layers(params)), params)
+
+
+def test_scanned_equals_looped():
+    params, batch = tiny.params(FIDO), tiny.batch(rows=ROWS)
+    scanned = tiny.forward(FIDO)(params, batch)[0]
+    looped = tiny.forward(LOOPED)(unstack_layers(params), batch)[0]
+    np.testing.assert_allclose(scanned, looped, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [FIDO, LOOPED], ids=["scanned", "looped"])
+def test_cached_decoding_equals_the_full_forward_pass(config):
+    params = tiny.params(FIDO)
+    full = tiny.forward(FIDO)
+    params_here = params if config is FIDO else unstack_layers(params)
+    batch = tiny.batch(rows=ROWS)
+    inputs = np.random.default_rng(1).integers(2, tiny.V, (ROWS, BEAMS, tiny.T)).astype(np.int32)
+    inputs[..., 0] = 0
+
+    @jax.jit
+    def teacher_forced(params, batch, inputs):
+        def start(module, batch):
+            live = module.rerank(batch)
+            states, mask, _ = select(live, config.num_kept)
+            encoded, mask = fuse(module.read(states, mask), mask)
+            cache = module.empty_cache(ROWS, BEAMS, tiny.T)
+            return module.start_decoding(encoded), cache, mask
+
+        variables = {"params": params}
+        cross, cache, mask = Glimmer(config).apply(variables, batch, method=start)
+
+        def step(cache, tokens_index):
+            tokens, index = tokens_index
+            logits, cache = Glimmer(config).apply(
+                variables, tokens, index, cache, cross, mask, method="decode_step"
+            )
+            return cache, logits
+
+        by_time = (jnp.moveaxis(inputs, 2, 0), jnp.arange(tiny.T))
+        return jnp.moveaxis(jax.lax.scan(step, cache, by_time)[1], 0, 2)
+
+    cached = teacher_forced(params_here, batch, inputs)
+    for beam in range(BEAMS):
+        want = full(params, dict(batch, decoder_input_tokens=inputs[:, beam]))[0]
+        np.testing.assert_allclose(cached[:, beam], want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [FIDO, LOOPED], ids=["scanned", "looped"])
+def test_no_product_of_passage_length_keys_stands_in_the_token_loop(config):
+    """In the compiled program, keys and values of the passages are inputs of the loop."""
+    model = GlimmerModel(config)
+    params = jax.eval_shape(lambda: tiny.params(config))
+    batch = tiny.batch(rows=ROWS)
+    text = jax.jit(model.predict_batch).lower(params, batch).as_text()
+    loop = text[text.index("stablehlo.while") :]
+    kept = config.num_kept * (tiny.Q + tiny.P)
+    # A projection of encoder states has a result [B, S, G * C]; inside the loop there must be none.
+    width = T5.decoder_kv_heads * T5.head_dim
+    projected = rf"stablehlo\.dot_general.*-> tensor<{ROWS}x{kept}x{width}xf32>"
+    assert re.search(projected, text)
+    body = loop[loop.rindex("stablehlo.while") :] if config is LOOPED else loop
+    assert not re.search(projected, body.split("func.func private @")[0])
+
+
+def test_converted_heads_are_means_and_converted_models_run():
+    plain = dataclasses.replace(
+        FIDO,
+        t5=dataclasses.replace(T5, cross_attention_period=1, decoder_kv_heads=None),
+    )
+    params = tiny.params(plain)
+    made = recut(params, plain, FIDO)
+    shapes = jax.tree.map(lambda leaf: leaf.shape, tiny.abstract(FIDO)[0])
+    assert jax.tree.map(lambda leaf: leaf.shape, made) == shapes
+    before = unstack_layers(params)["decoder"]["layers_3"]["self_attention"]["key"]["kernel"]
+    after = unstack_layers(made)["decoder"]["layers_3"]["self_attention"]["key"]["kernel"]
+    want = before.reshape(T5.emb_dim, 2, 2, T5.head_dim).mean(2).reshape(T5.emb_dim, -1)
+    np.testing.assert_allclose(after, want, atol=1e-6)
+    logits = tiny.forward(FIDO)(made, tiny.batch(rows=ROWS))[0]
+    assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(decoder_kv_heads=4), "2 key heads and a period of 2 cannot become 4 and 2"),
+        (dict(cross_attention_period=1), "cannot become 2 and 1: heads are merged"),
+        (dict(decoder_mlp_dim=32), "cannot become one of 4 with"),
+    ],
+)
+def test_nothing_is_made_up(change, message):
+    with pytest.raises(ValueError, match=message):
+        convert_decoder(tiny.params(FIDO)["decoder"], T5, dataclasses.replace(T5, **change))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(cross_attention_period=3), "must divide the 4 decoder layers"),
+        (dict(decoder_kv_heads=3), "must divide the decoder's 4 heads"),
+        (dict(decoder_num_heads=0), "decoder_num_heads must be None or at least 1, got 0"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(T5, **change)
+
+
+def test_the_count_of_cost_follows():
+    sizes = dict(passages=3, question=4, passage=6, answer=5)
+    cost, plain = (
+        question_cost(dataclasses.replace(tiny.GLIMMER, t5=t5), **sizes)
+        for t5 in (T5, dataclasses.replace(tiny.T5, num_decoder_layers=4))
+    )
+    # Half of the layers attend, with half of the key heads.
+    assert cost.cross * 4 == plain.cross
+    assert cost.answer < plain.answer and cost.rerank == plain.rerank
