@@ -122,10 +122,8 @@ def _answer_a_few(data: Path, runs: Path, checkpoint: Path, memory: Path) -> Non
     for question in asked:
         answer = answers[question["id"]]
         best = answer["passages"][0]["title"]
-        gold = question["output"][0]["answer"]
-        print(
-            f"\n  {question['input']}\n    -> {answer['prediction']}  (gold: {gold}; read: {best})"
-        )
+        gold, given = (one["output"][0]["answer"] for one in (question, answer))
+        print(f"\n  {question['input']}\n    -> {given}  (gold: {gold}; read: {best})")
 
 
 def collect(retrieved: Path, runs: Path, titles: Mapping[int, str]) -> dict[str, Any]:

@@ -159,7 +159,14 @@ def test_all_modes_after_training(work, trained, capsys):
 
     capsys.readouterr()
     assert run("score", "runs/score", PREDICTIONS=predictions, QUESTIONS=questions) == 0
-    assert "exact_match" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "exact_match" in shown and "recall_at_1" in shown
+    # The same file is a submission to KILT.
+    assert record["output"][0]["provenance"][0]["title"] == record["passages"][0]["title"]
+    arguments = ["--run_mode=score", f"--gold={questions}", f"--guess={predictions}"]
+    assert command_line.main(arguments) == 0
+    official = json.loads(capsys.readouterr().out)
+    assert set(official["downstream"]["downstream"]) == {"accuracy", "em", "f1", "rougel"}
 
 
 def test_export_and_another_cut_start_a_run(work, trained, tmp_path):

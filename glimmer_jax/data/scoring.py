@@ -176,7 +176,8 @@ def score_examples(
     """Scores of each example that has answers, in order; keys `exact_match`, `f1`, `recall_at_1`, …
 
     A prediction is `{"id", "prediction": text}`, or KILT's `{"id", "output": [{"answer": text}]}`.
-    With `passage_ids`, best first, and marks in the example's `retrieved`, recall counts too.
+    With `passage_ids` or `passages` (`infer`'s), best first, and marks in the example's `retrieved`,
+    recall counts too.
     Raises ValueError naming examples that have no prediction.
     """
     asked = [example for example in examples if answers(example)]
@@ -192,9 +193,12 @@ def score_examples(
         text = prediction_text(prediction)
         scores["exact_match"].append(match_of(answers(example), text))
         scores["f1"].append(f1_of(answers(example), text))
-        if "passage_ids" in prediction and "retrieved" in example and provenance(example):
+        ids = prediction.get("passage_ids")
+        if ids is None and "passages" in prediction:
+            ids = [one["id"] for one in prediction["passages"]]
+        if ids is not None and "retrieved" in example and provenance(example):
             gold = {one["id"] for one in example["retrieved"] if one.get("gold")}
-            marks = [one in gold for one in prediction["passage_ids"]]
+            marks = [one in gold for one in ids]
             for at in (1, 5):
                 scores.setdefault(f"recall_at_{at}", []).append(recall_of(marks, at))
     return scores

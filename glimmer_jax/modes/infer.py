@@ -30,8 +30,7 @@ def infer(
     vocabulary: Vocabulary = Vocabulary(),
     memory_bytes_per_device: int = 0,
 ) -> None:
-    """Writes, or prints, `{"id", "input", "prediction", "score", "passages": [{"id", "title",
-    "score", "kept"}]}`, passages by score, best first.
+    """Writes, or prints, answers in KILT's form with scores and passages; see `Predictor.answer`.
 
     Args:
       model: FiD, LUMEN or GLIMMER.
@@ -102,7 +101,7 @@ def _typed(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _show(record: Example) -> None:
-    print(f"{record['prediction']}    (log probability {record['score']:.2f})")
+    print(f"{record['output'][0]['answer']}    (log probability {record['score']:.2f})")
     for one in record["passages"]:
         print(f"  {'read' if one['kept'] else '    '}  {one['score']:8.3f}  {one['title']}")
     sys.stdout.flush()

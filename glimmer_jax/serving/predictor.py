@@ -121,8 +121,10 @@ class Predictor:
         Passages are those in `retrieved`, or BM25's.
 
         Returns:
-          `{"id", "input", "prediction", "score", "passages": [{"id", "title", "score", "kept"}]}`,
-          passages by score, best first; `score` is the log probability of the answer.
+          KILT's form of a prediction, `{"id", "input", "output": [{"answer", "provenance":
+          [{"wikipedia_id", "title"}]}]}`, the pages of the passages without repetition, best first;
+          and `score`, the log probability of the answer, and `passages`, `[{"id", "title", "score",
+          "kept"}]`, best first.
         """
         passages = self._corpus()
         found = [self._passage_ids(one) for one in questions]
@@ -178,19 +180,30 @@ def _record(
 ) -> Example:
     scores = aux["passage_scores"][row][: len(ids)]
     kept = set(aux["kept_passages"][row].tolist())
+    order = np.argsort(-scores, kind="stable")
     rows = passages.rows(np.asarray(ids, np.int64))
+    records = {place: passages.text(int(rows[place])) for place in order.tolist()}
+    # Passages without a page of their own stand for it.
+    pages = {str(one.get("page", ids[place])): one["title"] for place, one in records.items()}
     return {
         "id": question["id"],
         "input": question["input"],
-        "prediction": prediction,
+        "output": [
+            {
+                "answer": prediction,
+                "provenance": [
+                    {"wikipedia_id": page, "title": title} for page, title in pages.items()
+                ],
+            }
+        ],
         "score": round(float(aux["scores"][row]), 4),
         "passages": [
             {
                 "id": int(ids[place]),
-                "title": passages.text(int(rows[place]))["title"],
+                "title": one["title"],
                 "score": round(float(scores[place]), 4),
-                "kept": int(place) in kept,
+                "kept": place in kept,
             }
-            for place in np.argsort(-scores, kind="stable")
+            for place, one in records.items()
         ],
     }
