@@ -25,6 +25,7 @@ LAYERS = (
     ("nn",),
     ("models",),
     ("memory",),
+    ("weights",),
     ("training",),
     ("retrieval",),
     ("data",),
@@ -35,7 +36,17 @@ LAYERS = (
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Data hangs on the ground alone: it knows files and batches, no model.
 DATA_MAY_USE = {"axes", "json_lines", "corpus", "kilt", "passages", "data"}
-CORE = ("axes", "partitioning", "codecs", "losses", "models", "memory", "training", "retrieval")
+CORE = (
+    "axes",
+    "partitioning",
+    "codecs",
+    "losses",
+    "models",
+    "memory",
+    "weights",
+    "training",
+    "retrieval",
+)
 
 MODULES = [
     module.name

@@ -9,13 +9,24 @@ trained apart cannot become one.
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.t5 import stack_layers, unstack_layers
 
 Params = dict[str, Any]
+
+# T5 settings that change neither the parameters nor, beyond rounding, what they compute.
+NUMERICS = ("dropout_rate", "dtype", "matmul_dtype", "remat_policy")
+# Settings of the family that decide which parameters there are and what they are called.
+STRUCTURE = (
+    "memory_layers",
+    "rerank_layers",
+    "freeze_memory",
+    "share_question_encoder",
+    "share_position_table",
+    "separate_reranker",
+)
 
 
 def recut(params: Params, source: GlimmerConfig, target: GlimmerConfig) -> Params:
@@ -29,13 +40,16 @@ def recut(params: Params, source: GlimmerConfig, target: GlimmerConfig) -> Param
     Returns:
       Parameters for `target`, scanned or looped as it says. A score head that the source lacks
       starts fresh, at zero; one that it has is kept, as a start, even where other layers will feed
-      it.
+      it. The very same tree where the two settings have the same parameters.
 
     Raises:
       ValueError: the sizes differ; layers would have to change position table although the two
         tables differ; or copies that are no longer equal would have to be merged.
     """
     _check_sizes(source, target)
+    same_layout = source.t5.scan_layers == target.t5.scan_layers
+    if same_layout and all(getattr(source, x) == getattr(target, x) for x in STRUCTURE):
+        return params
     params = unstack_layers(params)
     m, cut = source.memory_layers, source.memory_layers + source.rerank_layers
     live = params["live_encoder"]
@@ -85,10 +99,9 @@ def _layers(stack: Params) -> list[Params]:
 
 
 def _check_sizes(source: GlimmerConfig, target: GlimmerConfig) -> None:
-    numerics = ("dropout_rate", "dtype", "matmul_dtype", "scan_layers", "remat_policy")
     for name in source.t5.__dataclass_fields__:
         a, b = getattr(source.t5, name), getattr(target.t5, name)
-        if name not in numerics and a != b:
+        if name not in (*NUMERICS, "scan_layers") and a != b:
             raise ValueError(
                 f"Parameters of a T5 with {name}={a} cannot become one with {name}={b}; a recut "
                 "moves layers, it does not change their sizes."
@@ -127,7 +140,8 @@ def _place_copies(out: Params, params: Params, source: GlimmerConfig, target: Gl
 
 def _reranker(params: Params, source: GlimmerConfig, target: GlimmerConfig, live_a) -> Params:
     width = target.t5.emb_dim
-    fresh = {"norm": {"scale": jnp.ones((width,))}, "kernel": jnp.ones((width,))}
+    ones = np.ones((width,), np.float32)
+    fresh = {"norm": {"scale": ones}, "kernel": ones}
     head = dict(params.get("reranker", fresh))
     own = head.pop("stack", None)
     if target.separate_reranker:

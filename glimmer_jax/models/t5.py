@@ -1,17 +1,20 @@
-"""T5 v1.1 (arXiv 1910.10683): its configuration, its layers, and stacks of them.
+"""T5 (arXiv 1910.10683), v1.1 and 1.0: its configuration, its layers, and stacks of them.
 
-Pre-norm residual blocks, RMSNorm, gated GELU, a relative position bias shared by the layers of a
-stack, unscaled attention, no biases. Names of parameters are T5X's. A stack is either scanned (one
+Pre-norm residual blocks, RMSNorm, gated GELU (1.0: ReLU, not gated), a relative position bias shared
+by the layers of a stack, unscaled attention, no biases, an output layer of its own (1.0: the
+embedding, with logits scaled by D^-0.5). Names of parameters are T5X's. A stack is either scanned (one
 set of parameters with a leading layer axis, compiled once whatever the depth) or looped
 (`layers_0`, `layers_1`, ...); `stack_layers` and `unstack_layers` move between the two.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from glimmer_jax import axes
 from glimmer_jax.nn.attention import Attention
@@ -22,6 +25,7 @@ from glimmer_jax.nn.layers import (
     MlpBlock,
     RMSNorm,
     activation_names,
+    project,
 )
 from glimmer_jax.nn.relative_position import RelativePositionBias
 from glimmer_jax.partitioning import constrain
@@ -53,6 +57,7 @@ class T5Config:
     remat_policy: str = "none"  # none, minimal or full
     relpos_buckets: int = 32
     relpos_max_distance: int = 128
+    tie_output: bool = False  # T5 1.0: the output layer is the embedding, logits scaled by D^-0.5
 
     def __post_init__(self):
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
@@ -272,20 +277,35 @@ class Decoder(nn.Module):
         self.decoder_norm = RMSNorm(jnp.dtype(config.dtype))
         self.dropout = Dropout(config.dropout_rate)
         # float32 logits: the softmax over V is taken of them, in the loss and in decoding.
-        names = (axes.EMBED, axes.VOCAB)
-        self.logits_dense = Dense(config.vocab_size, names, jnp.float32, config.operands)
+        if not config.tie_output:
+            names = (axes.EMBED, axes.VOCAB)
+            self.logits_dense = Dense(config.vocab_size, names, jnp.float32, config.operands)
 
-    def _logits(self, x: jax.Array) -> jax.Array:
-        logits = self.logits_dense(self.dropout(self.decoder_norm(x)))
+    def _logits(self, x: jax.Array, embedding: jax.Array | None) -> jax.Array:
+        x = self.dropout(self.decoder_norm(x))
+        if embedding is None:
+            logits = self.logits_dense(x)
+        else:
+            x = x.astype(jnp.float32) * self.config.emb_dim**-0.5
+            operands = self.config.operands
+            product = jnp.dot if operands is None else functools.partial(project, operands=operands)
+            logits = product(x, embedding.T)
         return constrain(logits, activation_names(logits.ndim, axes.ACT_VOCAB))
 
-    def __call__(self, x: jax.Array, encoded: jax.Array, key_mask: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        encoded: jax.Array,
+        key_mask: jax.Array,
+        embedding: jax.Array | None = None,
+    ) -> jax.Array:
         """Embedded targets `[..., T, D]` -> float32 logits `[..., T, V]`.
 
         Args:
           x: embedded decoder input tokens.
           encoded: encoder states `[..., S, D]`.
           key_mask: bool `[..., S]`, the encoder positions that exist.
+          embedding: `[V, D]`, given where it is the output layer (`tie_output`).
         """
         length = x.shape[-2]
         causal = jnp.tril(jnp.ones((length, length), bool))
@@ -296,7 +316,7 @@ class Decoder(nn.Module):
         else:
             for layer in self.layers:
                 x, _ = layer(x, *args)
-        return self._logits(x)
+        return self._logits(x, embedding)
 
     def cross_keys_values(self, encoded: jax.Array) -> Any:
         """Keys and values of all layers for encoder states `[B, S, D]`, computed once."""
@@ -315,7 +335,13 @@ class Decoder(nn.Module):
         return Cache(keys=zeros, values=zeros)
 
     def step(
-        self, x: jax.Array, index: jax.Array, cache: Cache, cross_keys_values: Any, key_mask
+        self,
+        x: jax.Array,
+        index: jax.Array,
+        cache: Cache,
+        cross_keys_values: Any,
+        key_mask: jax.Array,
+        embedding: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """One token of every beam: embedded `[B, W, D]` at position `index` -> logits `[B, W, V]`.
 
@@ -331,14 +357,14 @@ class Decoder(nn.Module):
             x, (keys, values) = self.layers.step(
                 x, (cache.keys, cache.values), cross_keys_values, *args
             )
-            return self._logits(x), Cache(keys, values)
+            return self._logits(x, embedding), Cache(keys, values)
         keys, values = [], []
         layers = zip(self.layers, cache.keys, cache.values, cross_keys_values, strict=True)
         for layer, key, value, cross in layers:
             x, (key, value) = layer.step(x, (key, value), cross, *args)
             keys.append(key)
             values.append(value)
-        return self._logits(x), Cache(keys, values)
+        return self._logits(x, embedding), Cache(keys, values)
 
 
 def position_bias(config: T5Config, *, bidirectional: bool) -> RelativePositionBias:
@@ -357,8 +383,15 @@ def stack_layers(tree: dict[str, Any]) -> dict[str, Any]:
     numbered = [f"layers_{i}" for i in range(len(out)) if f"layers_{i}" in out]
     if numbered:
         layers = [out.pop(name) for name in numbered]
-        out["layers"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+        out["layers"] = jax.tree.map(_stack, *layers)
     return out
+
+
+def _stack(*leaves: Any) -> Any:
+    # What lies on the host stays there: a device would have to hold all of it.
+    if all(isinstance(leaf, np.ndarray) for leaf in leaves):
+        return np.stack(leaves)
+    return jnp.stack(leaves)
 
 
 def unstack_layers(tree: dict[str, Any]) -> dict[str, Any]:
