@@ -18,6 +18,10 @@ class Preempted(Exception):
     """The job was asked to stop, has saved what it did, and goes on when started again."""
 
 
+class Interrupted(Exception):
+    """Work that its caller finishes by saving was cut short; nothing is saved yet."""
+
+
 @contextlib.contextmanager
 def leave_at_sigterm() -> Iterator[None]:
     """Raises `Preempted` where the main thread stands when SIGTERM comes; a Watcher inside takes over.
@@ -76,3 +80,8 @@ class Watcher:
     def requested(self) -> bool:
         """True once SIGTERM has arrived."""
         return self._event.is_set()
+
+    def poll(self) -> None:
+        """Raises Interrupted once SIGTERM has arrived; for work that may be given up half done."""
+        if self.requested:
+            raise Interrupted("SIGTERM")

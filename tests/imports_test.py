@@ -17,7 +17,7 @@ ROOT = PACKAGE.parent
 # From the bottom up: a module imports modules of its own group and of groups above it in this list.
 LAYERS = (
     ("axes", "text", "lengths"),
-    ("json_lines", "corpus", "kilt", "preemption", "shipped", "quiet"),
+    ("json_lines", "corpus", "kilt", "preemption", "lock", "shipped", "quiet"),
     ("partitioning",),
     ("codecs",),
     ("passages",),
@@ -25,6 +25,7 @@ LAYERS = (
     ("nn",),
     ("models",),
     ("memory",),
+    ("weights",),
     ("training",),
     ("retrieval",),
     ("data",),
@@ -36,7 +37,17 @@ LAYERS = (
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Data hangs on the ground alone: it knows files and batches, no model.
 DATA_MAY_USE = {"axes", "text", "lengths", "json_lines", "corpus", "kilt", "passages", "data"}
-CORE = ("axes", "partitioning", "codecs", "losses", "models", "memory", "training", "retrieval")
+CORE = (
+    "axes",
+    "partitioning",
+    "codecs",
+    "losses",
+    "models",
+    "memory",
+    "weights",
+    "training",
+    "retrieval",
+)
 
 MODULES = [
     module.name

@@ -16,13 +16,14 @@ import jax
 import numpy as np
 
 from glimmer_jax import codecs
+from glimmer_jax.lock import WriterLock
 from glimmer_jax.memory import batches, error, folder, manifest, resume, shard
 from glimmer_jax.memory.compute import Content, Encode, Job, Passages
-from glimmer_jax.memory.lock import BuildLock
 from glimmer_jax.memory.manifest import Identity, Manifest, Program, Record
 from glimmer_jax.memory.progress import Progress
 from glimmer_jax.preemption import Watcher
 
+LOCK = "build.lock"
 logger = logging.getLogger(__name__)
 
 
@@ -102,7 +103,7 @@ def build_memory(
         chunk_tokens=chunk_tokens,
     )
     kvstore = folder.open_folder(path)
-    with BuildLock(kvstore), watcher or Watcher() as watcher:
+    with WriterLock(kvstore, LOCK), watcher or Watcher() as watcher:
         plan = resume.plan(kvstore, passages, identity, program, accept_other_program)
         codec_error = None
         if reference is not None:

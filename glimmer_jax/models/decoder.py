@@ -6,6 +6,7 @@ the layers that attend, and never for each beam.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -22,7 +23,7 @@ from glimmer_jax.models.t5 import (
     residual,
     scan_kwargs,
 )
-from glimmer_jax.nn.layers import Dense, Dropout, RMSNorm, activation_names
+from glimmer_jax.nn.layers import Dense, Dropout, RMSNorm, activation_names, project
 from glimmer_jax.partitioning import constrain
 
 
@@ -153,20 +154,35 @@ class Decoder(nn.Module):
         self.decoder_norm = RMSNorm(jnp.dtype(config.dtype))
         self.dropout = Dropout(config.dropout_rate)
         # float32 logits: the softmax over V is taken of them, in the loss and in decoding.
-        names = (axes.EMBED, axes.VOCAB)
-        self.logits_dense = Dense(config.vocab_size, names, jnp.float32, config.operands)
+        if not config.tie_output:
+            names = (axes.EMBED, axes.VOCAB)
+            self.logits_dense = Dense(config.vocab_size, names, jnp.float32, config.operands)
 
-    def _logits(self, x: jax.Array) -> jax.Array:
-        logits = self.logits_dense(self.dropout(self.decoder_norm(x)))
+    def _logits(self, x: jax.Array, embedding: jax.Array | None) -> jax.Array:
+        x = self.dropout(self.decoder_norm(x))
+        if embedding is None:
+            logits = self.logits_dense(x)
+        else:
+            x = x.astype(jnp.float32) * self.config.emb_dim**-0.5
+            operands = self.config.operands
+            product = jnp.dot if operands is None else functools.partial(project, operands=operands)
+            logits = product(x, embedding.T)
         return constrain(logits, activation_names(logits.ndim, axes.ACT_VOCAB))
 
-    def __call__(self, x: jax.Array, encoded: jax.Array, key_mask: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        encoded: jax.Array,
+        key_mask: jax.Array,
+        embedding: jax.Array | None = None,
+    ) -> jax.Array:
         """Embedded targets `[..., T, D]` -> float32 logits `[..., T, V]`.
 
         Args:
           x: embedded decoder input tokens.
           encoded: encoder states `[..., S, D]`.
           key_mask: bool `[..., S]`, the encoder positions that exist.
+          embedding: `[V, D]`, given where it is the output layer (`tie_output`).
         """
         length = x.shape[-2]
         causal = jnp.tril(jnp.ones((length, length), bool))
@@ -177,7 +193,7 @@ class Decoder(nn.Module):
         else:
             for layer in self.layers:
                 x, _ = layer(x, *args)
-        return self._logits(x)
+        return self._logits(x, embedding)
 
     def cross_keys_values(self, encoded: jax.Array) -> Any:
         """Keys and values for encoder states `[B, S, D]` of the layers that attend, computed once."""
@@ -198,7 +214,13 @@ class Decoder(nn.Module):
         return Cache([pair] * n)
 
     def step(
-        self, x: jax.Array, index: jax.Array, cache: Cache, cross_keys_values: Any, key_mask
+        self,
+        x: jax.Array,
+        index: jax.Array,
+        cache: Cache,
+        cross_keys_values: Any,
+        key_mask: jax.Array,
+        embedding: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """One token of every beam: embedded `[B, W, D]` at position `index` -> logits `[B, W, V]`.
 
@@ -211,9 +233,9 @@ class Decoder(nn.Module):
         args = (key_mask[:, None, None, :], self_mask, bias, index)
         if self.config.scan_layers:
             x, layers = self.layers.step(x, cache.layers, cross_keys_values, *args)
-            return self._logits(x), Cache(layers)
+            return self._logits(x, embedding), Cache(layers)
         caches = []
         for layer, one, cross in zip(self.layers, cache.layers, cross_keys_values, strict=True):
             x, one = layer.step(x, one, cross, *args)
             caches.append(one)
-        return self._logits(x), Cache(caches)
+        return self._logits(x, embedding), Cache(caches)

@@ -309,7 +309,10 @@ class Glimmer(nn.Module):
     def decode(self, encoded: jax.Array, mask: jax.Array, decoder_input_tokens: jax.Array):
         """Logits `[..., T, V]` of targets `[..., T]` over encoder states `[..., S, D]`."""
         x = self.dropout(self.token_embedder(decoder_input_tokens))
-        return self.decoder(x, encoded, mask)
+        return self.decoder(x, encoded, mask, self._output_table())
+
+    def _output_table(self) -> jax.Array | None:
+        return self.token_embedder.table() if self.config.t5.tie_output else None
 
     def start_decoding(self, encoded: jax.Array) -> Any:
         """Cross-attention keys and values of all decoder layers, once for each question."""
@@ -321,7 +324,7 @@ class Glimmer(nn.Module):
     def decode_step(self, tokens, index, cache, cross_keys_values, mask):
         """One token `[B, W]` of every beam -> logits `[B, W, V]` and the new cache."""
         x = self.token_embedder(tokens)
-        return self.decoder.step(x, index, cache, cross_keys_values, mask)
+        return self.decoder.step(x, index, cache, cross_keys_values, mask, self._output_table())
 
     def __call__(self, batch: Batch) -> tuple[jax.Array, Live, jax.Array]:
         """Logits float32 `[B, T, V]`, the live states of all passages, kept indices `[B, m]`."""

@@ -34,9 +34,9 @@ def matching_start(params: Params, config: T5Config) -> Params:
         )
     params = _attentions(params, config)
     embedding = params["token_embedder"]["embedding"]
-    decoder = dict(params["decoder"])
-    decoder["logits_dense"] = {"kernel": embedding.T / jnp.sqrt(float(config.emb_dim))}
-    params["decoder"] = decoder
+    if not config.tie_output:
+        output = {"kernel": embedding.T / jnp.sqrt(float(config.emb_dim))}
+        params["decoder"] = {**params["decoder"], "logits_dense": output}
     for stack in ("memory_encoder", "question_encoder", "live_encoder"):
         if "relpos_bias" in params.get(stack, {}):
             table = params[stack]["relpos_bias"]["rel_embedding"]

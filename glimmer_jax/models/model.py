@@ -45,7 +45,7 @@ class LossConfig:
     clean_teacher: bool = False  # run the teacher's Live-A again without dropout
     teacher_chunk: int = 8  # passages whose [B, T, V] logits exist at one time
     supervised_weight: float = 0.0  # of -log p_rank(gold), where gold passages are known
-    cross_entropy_weight: float = 1.0  # 0 trains the reranker alone
+    cross_entropy_weight: float = 1.0  # of z-loss too; 0 trains the scores alone
 
     def __post_init__(self):
         if self.temperature <= 0:
@@ -197,14 +197,33 @@ class GlimmerModel:
 
         Raises:
           ValueError: memory is given while the memory encoder is trained: its gradient would have
-            nowhere to go, and the memory would go stale with the first step.
+            nowhere to go, and the memory would go stale with the first step. Or a term of the loss
+            has nothing to learn from: no `gold_passages`, or one passage a question.
         """
         if "passage_memory" in batch and not self.config.freeze_memory:
             raise ValueError(
                 "Training from stored memory needs a frozen memory encoder (freeze_memory=True); "
                 "with a trained one, give passage_tokens."
             )
+        self._check_terms(batch)
         return self._loss(params, batch, dropout_rng, normalizers)
+
+    def _check_terms(self, batch: Batch) -> None:
+        if not self.config.rerank_layers:
+            return
+        num_passages = _passage_exists(batch).shape[1]
+        if self.loss.distillation_weight and num_passages == 1:
+            raise ValueError(
+                "Distillation compares a question's passages, and these batches have one for each "
+                "question (K=1). Set DISTILLATION_WEIGHT = 0, or read more passages "
+                "(TASK_FEATURE_LENGTHS)."
+            )
+        if self.loss.supervised_weight and "gold_passages" not in batch:
+            raise ValueError(
+                f"SUPERVISED_WEIGHT={self.loss.supervised_weight} needs examples that name their gold "
+                f"passages, and these batches have {sorted(batch)}. Set it to 0, or give tasks with "
+                "`gold_passages`."
+            )
 
     def eval_fn(self, params: Params, batch: Batch) -> tuple[jax.Array, Metrics]:
         """The loss without dropout, from tokens or from memory."""
@@ -222,7 +241,7 @@ class GlimmerModel:
         cross_entropy, z = losses.token_losses(logits, targets)
         cross_entropy = jnp.sum(cross_entropy * weights)
         z_loss = loss_config.z_loss * jnp.sum(z * weights)
-        loss = (loss_config.cross_entropy_weight * cross_entropy + z_loss) / normalizers["tokens"]
+        loss = loss_config.cross_entropy_weight * (cross_entropy + z_loss) / normalizers["tokens"]
 
         num_tokens = jnp.sum(weights)
         correct = (jnp.argmax(logits, axis=-1) == targets) * weights

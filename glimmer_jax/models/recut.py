@@ -10,7 +10,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from glimmer_jax.models.fido import convert_decoder
@@ -18,6 +17,18 @@ from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.stacking import stack_layers, unstack_layers
 
 Params = dict[str, Any]
+
+# T5 settings that change neither the parameters nor, beyond rounding, what they compute.
+NUMERICS = ("dropout_rate", "dtype", "matmul_dtype", "remat_policy")
+# Settings of the family that decide which parameters there are and what they are called.
+STRUCTURE = (
+    "memory_layers",
+    "rerank_layers",
+    "freeze_memory",
+    "share_question_encoder",
+    "share_position_table",
+    "separate_reranker",
+)
 
 
 def recut(params: Params, source: GlimmerConfig, target: GlimmerConfig) -> Params:
@@ -32,13 +43,16 @@ def recut(params: Params, source: GlimmerConfig, target: GlimmerConfig) -> Param
     Returns:
       Parameters for `target`, scanned or looped as it says. A score head that the source lacks
       starts fresh, at zero; one that it has is kept, as a start, even where other layers will feed
-      it.
+      it. The very same tree where the two settings have the same parameters.
 
     Raises:
       ValueError: the sizes differ; layers would have to change position table although the two
         tables differ; or copies that are no longer equal would have to be merged.
     """
     _check_sizes(source, target)
+    same_layout = source.t5.scan_layers == target.t5.scan_layers
+    if same_layout and all(getattr(source, x) == getattr(target, x) for x in STRUCTURE):
+        return params
     params = unstack_layers(params)
     if _decoder(source) != _decoder(target):
         looped = [dataclasses.replace(c.t5, scan_layers=False) for c in (source, target)]
@@ -96,13 +110,12 @@ def _decoder(config: GlimmerConfig) -> tuple[Any, ...]:
 
 
 def _check_sizes(source: GlimmerConfig, target: GlimmerConfig) -> None:
-    numerics = ("dropout_rate", "dtype", "matmul_dtype", "scan_layers", "remat_policy")
     for name in source.t5.__dataclass_fields__:
         a, b = getattr(source.t5, name), getattr(target.t5, name)
         of_decoder = (
             name.startswith(("decoder_", "num_decoder")) or name == "cross_attention_period"
         )
-        if name not in numerics and not of_decoder and a != b:
+        if name not in (*NUMERICS, "scan_layers") and not of_decoder and a != b:
             raise ValueError(
                 f"Parameters of a T5 with {name}={a} cannot become one with {name}={b}; a recut "
                 "moves layers, it does not change their sizes."
@@ -141,7 +154,8 @@ def _place_copies(out: Params, params: Params, source: GlimmerConfig, target: Gl
 
 def _reranker(params: Params, source: GlimmerConfig, target: GlimmerConfig, live_a) -> Params:
     width = target.t5.emb_dim
-    fresh = {"norm": {"scale": jnp.ones((width,))}, "kernel": jnp.ones((width,))}
+    ones = np.ones((width,), np.float32)
+    fresh = {"norm": {"scale": ones}, "kernel": ones}
     head = dict(params.get("reranker", fresh))
     own = head.pop("stack", None)
     if target.separate_reranker:

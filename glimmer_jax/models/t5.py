@@ -1,7 +1,8 @@
-"""T5 v1.1 (arXiv 1910.10683): its configuration, and encoder layers in stacks.
+"""T5 (arXiv 1910.10683), v1.1 and 1.0: its configuration, and encoder layers in stacks.
 
-Pre-norm residual blocks, RMSNorm, gated GELU, a relative position bias shared by the layers of a
-stack, unscaled attention, no biases. Names of parameters are T5X's. A stack is either scanned (one
+Pre-norm residual blocks, RMSNorm, gated GELU (1.0: ReLU, not gated), a relative position bias shared
+by the layers of a stack, unscaled attention, no biases, an output layer of its own (1.0: the
+embedding, with logits scaled by D^-0.5). Names of parameters are T5X's. A stack is either scanned (one
 set of parameters with a leading layer axis, compiled once whatever the depth) or looped
 (`layers_0`, `layers_1`, ...); `stacking` moves between the two.
 """
@@ -67,6 +68,7 @@ class T5Config:
     decoder_num_heads: int | None = None  # None: as the encoder
     decoder_head_dim: int | None = None  # None: as the encoder
     decoder_mlp_dim: int | None = None  # None: as the encoder
+    tie_output: bool = False  # T5 1.0: the output layer is the embedding, logits scaled by D^-0.5
 
     def __post_init__(self):
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))

@@ -9,7 +9,7 @@ from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.passages import Passages
-from glimmer_jax.training import parameters
+from glimmer_jax.weights import parameters
 
 
 def build_memory(

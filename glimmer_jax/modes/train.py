@@ -1,10 +1,12 @@
 """Mode `train`: fine-tuning or pre-training on a seqio task or mixture."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from glimmer_jax.data.vocabulary import Vocabulary
@@ -17,9 +19,15 @@ from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
 from glimmer_jax.partitioning import MeshConfig, check_divisible, make_mesh
 from glimmer_jax.passages import Passages
-from glimmer_jax.serving.predict import make_predict
-from glimmer_jax.training import loop, parameters
+from glimmer_jax.serving.predict import Predict, make_predict
+from glimmer_jax.training import loop
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
+from glimmer_jax.training.state import TrainState
+from glimmer_jax.weights import parameters
+from glimmer_jax.weights.model_config import describe
+
+if TYPE_CHECKING:
+    from glimmer_jax.data.evaluation import Evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,15 +105,26 @@ def train(
     if passages_dir is not None:
         passages = Passages.open(passages_dir, vocabulary.fingerprint)
         passages.warn_of_cuts(lengths.passage)
+    if memory_dir is not None:
+        passages = None
     initial = None
     if initial_checkpoint_path is not None:
-        loaded = parameters.load(initial_checkpoint_path, model, vocabulary.fingerprint)
-        initial = lambda: loaded  # noqa: E731
-    lookup = None
-    if memory_dir is not None:
-        fingerprint = encoder_fingerprint(loaded, model.config)
-        store = MemoryStore.open(memory_dir, fingerprint, vocabulary.fingerprint)
-        lookup, passages = DiskLookup(store, lengths.passage), None
+        # Read when it is needed: a run that goes on has its own.
+        initial = functools.partial(
+            parameters.load, initial_checkpoint_path, model, vocabulary.fingerprint
+        )
+    config_text = operative_config()
+    lookup: DiskLookup | None = None
+    predict: Predict | None = None
+
+    def on_start(state: TrainState) -> None:
+        nonlocal lookup, predict
+        if memory_dir is not None:
+            fingerprint = encoder_fingerprint(state.params, model.config)
+            store = MemoryStore.open(memory_dir, fingerprint, vocabulary.fingerprint)
+            lookup = DiskLookup(store, lengths.passage)
+        predict = make_predict(model, devices, lookup)
+        _save_config(model_dir, config_text)
 
     # seqio and tensorflow take seconds to import: not before the checks above.
     from glimmer_jax.data import pipeline, retrieved, scoring
@@ -149,14 +168,25 @@ def train(
             use_cached=use_cached_tasks,
             log_dir=str(epath.Path(model_dir) / "dev"),
         )
-        predict = make_predict(model, devices, lookup)
+        if loop_config.best_metric is not None:
+            probe = Evaluation(
+                mixture_or_task_name,
+                evaluation.split,
+                task_feature_lengths,
+                eval_batch,
+                num_examples=1,
+                use_cached=use_cached_tasks,
+            )
+            check_best_metric(loop_config.best_metric, probe, lengths, model.config.num_kept)
 
-        def evaluate(state: Any) -> dict[str, float]:
-            metrics = dev.run(lambda batch: predict(state.params, batch), step=int(state.step))
-            return scoring.with_mean(metrics)
+        def evaluate(state: TrainState, poll: Callable[[], None]) -> dict[str, float]:
+            def answer(batch: dict[str, Any]) -> Any:
+                poll()
+                assert predict is not None
+                return predict(state.params, batch)
 
-    config_text = operative_config()
-    _save_config(model_dir, config_text)
+            return scoring.with_mean(dev.run(answer, step=int(state.step)))
+
     loop.train(
         loop_config,
         model,
@@ -166,9 +196,14 @@ def train(
         make_batches,
         lambda: fresh_params(model, lengths, loop_config.seed, matching),
         initial_params=initial,
+        on_start=on_start,
         evaluate=evaluate,
         metadata={
-            **parameters.describe(model, vocabulary.fingerprint),
+            **describe(model.config, vocabulary.fingerprint),
+            "mixture_or_task_name": mixture_or_task_name,
+            "split": split,
+            "task_feature_lengths": dict(task_feature_lengths),
+            "batch_size": batch_size,
             "operative_config": config_text,
         },
     )
@@ -183,6 +218,38 @@ def fresh_params(model: GlimmerModel, lengths: Lengths, seed: int, matching: boo
     }
     params = model.get_initial_variables(jax.random.key(seed), shapes)["params"]
     return matching_start(params, model.config.t5) if matching else params
+
+
+def check_best_metric(
+    name: str, evaluation: "Evaluation", lengths: Lengths, num_kept: int | None
+) -> None:
+    """Asks for the names of the dev metrics before training, by evaluating empty answers.
+
+    Raises:
+      ValueError: the best checkpoint could not be chosen by `name`.
+    """
+
+    def empty_answers(batch: dict[str, Any]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        rows, passages = len(batch["question_tokens"]), lengths.passages
+        kept = np.arange(num_kept or passages, dtype=np.int32)
+        aux = {
+            "scores": np.zeros(rows, np.float32),
+            "passage_scores": np.zeros((rows, passages), np.float32),
+            "kept_passages": np.broadcast_to(kept, (rows, kept.size)),
+        }
+        if "gold_passages" in batch:
+            aux["gold_passages"] = batch["gold_passages"]
+        return np.zeros((rows, lengths.target), np.int32), aux
+
+    from glimmer_jax.data.scoring import with_mean
+
+    names = with_mean(evaluation.run(empty_answers))
+    if name not in names:
+        why = " (mean is that of exact_match and accuracy over tasks)" if name == "mean" else ""
+        raise ValueError(
+            f"BEST_METRIC={name!r} is none of the dev metrics{why}; there are {sorted(names)}. Set it "
+            "to one of these, or to None."
+        )
 
 
 def _save_config(model_dir: str, text: str) -> None:

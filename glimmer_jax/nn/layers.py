@@ -92,23 +92,28 @@ class Dense(nn.Module):
 
 
 class Embed(nn.Module):
-    """Token embedding, `[V, D]`."""
+    """Token embedding, `[V, D]`, which may be the output layer as well."""
 
     num_embeddings: int
     features: int
     dtype: Dtype
 
-    @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """int32 `[...]` -> `[..., D]` in `dtype`."""
-        embedding = self.param(
+    def setup(self):
+        self.embedding = self.param(
             "embedding",
             nn.with_logical_partitioning(nn.initializers.normal(1.0), (axes.VOCAB, axes.EMBED)),
             (self.num_embeddings, self.features),
             jnp.float32,
         )
-        x = jnp.take(embedding.astype(self.dtype), tokens, axis=0)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """int32 `[...]` -> `[..., D]` in `dtype`."""
+        x = jnp.take(self.embedding.astype(self.dtype), tokens, axis=0)
         return constrain(x, activation_names(x.ndim, axes.ACT_EMBED))
+
+    def table(self) -> jax.Array:
+        """The parameter itself, float32 `[V, D]`."""
+        return self.embedding
 
 
 class RMSNorm(nn.Module):

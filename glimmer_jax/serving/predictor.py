@@ -24,7 +24,7 @@ from glimmer_jax.passages import Passages
 from glimmer_jax.retrieval.bm25 import Bm25, Bm25Config
 from glimmer_jax.serving.predict import Batch, make_predict
 from glimmer_jax.text import question_text
-from glimmer_jax.training import parameters
+from glimmer_jax.weights import parameters
 
 Example = dict[str, Any]
 

@@ -6,25 +6,29 @@ A run's folder holds one folder for each step:
     <directory>/<step>/training/...   step counter and optimiser state
     <directory>/<step>/metadata/...   JSON: step, dev metrics, and what the run says about itself
     <directory>/<step>/checksums.json written last; a step without it does not count
+    <directory>/unfinished/<step>     what a killed writer left of the newest step; never read
 
-Saving copies to the host and returns; a thread waits for the files, writes the checksums, and
-removes what need not be kept. Arrays carry no mesh: a step restores bit-exactly onto any.
+One writer at a time may open it: hold the run's lock (`lock.WriterLock`) meanwhile. Saving copies to
+the host and returns; a thread waits for the files, writes the checksums, and removes what need not
+be kept. Arrays carry no mesh: a step restores bit-exactly onto any.
 """
 
 import concurrent.futures
 import logging
+import math
 from typing import Any
 
 import flax.serialization
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
-from glimmer_jax.training.checksums import has_sidecar, verify_sidecar, write_sidecar
-from glimmer_jax.training.restore import read_metadata, restore_item
 from glimmer_jax.training.state import TrainState
+from glimmer_jax.weights.checksums import has_sidecar, verify_sidecar, write_sidecar
+from glimmer_jax.weights.steps import best_step, read_metadata, restore_item
 
-_DELETED = "deleted"
+_DELETED, _UNFINISHED = "deleted", "unfinished"
 _logger = logging.getLogger(__name__)
 
 
@@ -40,13 +44,6 @@ def steps_to_keep(
     """
     best = best_step(scores, best_is_max)
     return set(sorted(scores)[-keep_latest:]) | ({best} if best is not None else set())
-
-
-def best_step(scores: dict[int, float | None], best_is_max: bool = True) -> int | None:
-    """The step with the best score, the earliest of equals; None if none has a score."""
-    sign = 1 if best_is_max else -1
-    scored = {step: sign * score for step, score in scores.items() if score is not None}
-    return max(scored, key=lambda step: (scored[step], -step)) if scored else None
 
 
 class Checkpoints:
@@ -72,7 +69,7 @@ class Checkpoints:
           best_is_max: whether higher is better.
 
         Raises:
-          ValueError: nothing would be kept.
+          ValueError: nothing would be kept, or steps have lost their checksums.
         """
         if keep_latest < 1:
             raise ValueError(f"keep_latest must be at least 1 checkpoint, got {keep_latest}.")
@@ -81,6 +78,7 @@ class Checkpoints:
         self._keep_latest = keep_latest
         self._best_metric = best_metric
         self._best_is_max = best_is_max
+        self._put_unfinished_aside()
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -92,9 +90,12 @@ class Checkpoints:
             ),
         )
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
-        self._pending: concurrent.futures.Future[None] | None = None
+        self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
+        # Of every step that is kept, the one being saved included. Only the caller's thread looks.
         self._scores: dict[int, float | None] = {}
-        self._forget_unfinished_steps()
+        for step in self._manager.all_steps():
+            saved = read_metadata(self.directory / str(step))
+            self._scores[step] = self._score(saved["dev_metrics"])
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -103,15 +104,16 @@ class Checkpoints:
         self.close()
 
     def steps(self) -> list[int]:
-        """Finished steps, oldest first."""
+        """Finished steps, oldest first; waits for the one being saved."""
+        self.wait()
         return sorted(self._scores)
 
     def latest_step(self) -> int | None:
         """The newest finished step, None if there is none."""
-        return max(self._scores, default=None)
+        return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
-        """The finished step with the best dev metric, None if none was evaluated."""
+        """The step with the best dev metric, None if none was evaluated."""
         return best_step(self._scores, self._best_is_max)
 
     def is_best(self, dev_metrics: dict[str, float] | None) -> bool:
@@ -135,6 +137,9 @@ class Checkpoints:
         step = int(state.step)
         score = self._score(dev_metrics)
         metadata = {**self.run_metadata, "step": step, "dev_metrics": dev_metrics or {}}
+        if self._best_metric is not None:
+            # For readers of the folder: by what they choose a step.
+            metadata["best_metric"] = {"name": self._best_metric, "is_max": self._best_is_max}
         # Plain dicts: the files do not depend on the classes of the optimiser's state.
         training = flax.serialization.to_state_dict({"step": state.step, "opt": state.opt_state})
         self._manager.save(
@@ -145,13 +150,21 @@ class Checkpoints:
                 metadata=ocp.args.JsonSave(metadata),
             ),
         )
-        self._pending = self._worker.submit(self._finish, step, score)
+        self._scores[step] = score
+        keep = steps_to_keep(self._scores, self._keep_latest, self._best_is_max)
+        old = [one for one in self._scores if one not in keep]
+        for one in old:
+            del self._scores[one]
+        self._pending = step, self._worker.submit(self._finish, step, old)
 
     def wait(self) -> None:
         """Returns when the last save is complete on disk; raises what it failed with."""
         if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
+            (step, pending), self._pending = self._pending, None
+            error = pending.exception()
+            if error is not None:
+                del self._scores[step]
+                raise error
 
     def close(self) -> None:
         """Waits for the last save and lets go of Orbax's threads."""
@@ -198,28 +211,39 @@ class Checkpoints:
                 f"The best checkpoint is chosen by dev metric {self._best_metric!r}, and the "
                 f"evaluation returned {sorted(dev_metrics)}. Set best_metric to one of these."
             )
-        return float(dev_metrics[self._best_metric])
+        score = float(dev_metrics[self._best_metric])
+        return None if math.isnan(score) else score  # NaN is neither better nor worse
 
-    def _finish(self, step: int, score: float | None) -> None:
+    def _finish(self, step: int, old: list[int]) -> None:
         self._manager.wait_until_finished()
         if jax.process_index() == 0:
             write_sidecar(self.directory / str(step))
-        self._scores[step] = score
-        keep = steps_to_keep(self._scores, self._keep_latest, self._best_is_max)
-        for old in set(self._scores) - keep:
-            self._manager.delete(old)
-            del self._scores[old]
+        for one in old:
+            self._manager.delete(one)
         self._empty_deleted()
 
-    def _forget_unfinished_steps(self) -> None:
-        for step in sorted(self._manager.all_steps()):
-            folder = self.directory / str(step)
-            if has_sidecar(folder):
-                self._scores[step] = self._score(read_metadata(folder)["dev_metrics"])
-            else:
-                _logger.warning("%s was not finished when its writer stopped; removing it.", folder)
-                self._manager.delete(step)
-        self._empty_deleted()
+    def _put_unfinished_aside(self) -> None:
+        """Nothing without checksums is read, and nothing of it is deleted."""
+        folders = self.directory.iterdir() if self.directory.exists() else ()
+        steps = sorted(int(folder.name) for folder in folders if folder.name.isdigit())
+        unfinished = [step for step in steps if not has_sidecar(self.directory / str(step))]
+        # A step is begun only when the one before it is finished, so a kill leaves one: the newest.
+        if unfinished and unfinished != steps[-1:]:
+            raise ValueError(
+                f"{self.directory}: steps {unfinished} of {steps} have no checksums.json; more than "
+                "a killed writer can leave, so the folder was copied without them. Copy it again "
+                "with every checksums.json, or move these steps away."
+            )
+        if unfinished and jax.process_index() == 0:
+            folder = self.directory / str(unfinished[0])
+            aside = self.directory / _UNFINISHED / folder.name
+            while aside.exists():
+                aside = aside.with_name(f"{aside.name}+")
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            folder.rename(aside)
+            _logger.warning("%s was not finished when its writer stopped: now %s.", folder, aside)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("unfinished steps")
 
     def _empty_deleted(self) -> None:
         deleted = self.directory / _DELETED

@@ -1,14 +1,18 @@
 """The training loop. It knows batches, steps and folders, and nothing of tasks, gin or clouds."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from glimmer_jax.preemption import Preempted, Watcher
+from glimmer_jax.lock import WriterLock
+from glimmer_jax.memory.folder import open_folder
+from glimmer_jax.preemption import Interrupted, Preempted, Watcher
 from glimmer_jax.training.checkpoint import Checkpoints
 from glimmer_jax.training.metrics import (
     Averages,
@@ -23,6 +27,8 @@ from glimmer_jax.training.prefetch import Prefetch
 from glimmer_jax.training.source import start_state
 from glimmer_jax.training.state import TrainState, state_shardings
 from glimmer_jax.training.step import Model, jit_train_step, make_train_step
+
+LOCK = "run.lock"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +67,8 @@ def train(
     fresh_params: Callable[[], Any],
     *,
     initial_params: Callable[[], Any] | None = None,
-    public_params: Callable[[], Any] | None = None,
-    evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+    on_start: Callable[[TrainState], None] | None = None,
+    evaluate: Callable[[TrainState, Callable[[], None]], dict[str, float]] | None = None,
     metadata: dict[str, Any] | None = None,
 ) -> TrainState:
     """Trains until `total_steps`, going on from the newest checkpoint in `model_dir`.
@@ -72,14 +78,17 @@ def train(
       model: gives loss and denominators.
       optimizer: from `make_optimizer`.
       mesh: the devices.
-      model_dir: folder of the run; gets `checkpoints/`, `train/` (TensorBoard, `metrics.jsonl`).
+      model_dir: folder of the run; gets `checkpoints/`, `train/` (TensorBoard, `metrics.jsonl`), and
+        while it runs `run.lock`.
       make_batches: step -> iterator of numpy batches (this process's rows) from that step on; the
         same step must give the same batches, or a restarted run differs.
       fresh_params: traceable; random parameters of the model.
-      initial_params: loads given parameters; used if the run has no checkpoint of its own.
-      public_params: loads public weights; used if there is neither.
-      evaluate: state -> dev metrics, called every `eval_every` steps and at the end.
-      metadata: saved with every checkpoint.
+      initial_params: loads given parameters; called if the run has no checkpoint of its own.
+      on_start: called with the first state when it is known that this run may go on here, and before
+        the first batch; raises where the state does not belong to the data.
+      evaluate: (state, poll) -> dev metrics, called every `eval_every` steps and at the end. It calls
+        `poll()` between batches, and lets through what that raises.
+      metadata: saved with every checkpoint; what `same_run` compares should be in it.
 
     Returns:
       The state after the last step.
@@ -87,30 +96,32 @@ def train(
     Raises:
       Preempted: SIGTERM came; the state is saved.
       NonFiniteError: the loss of a step, which is named, was not finite.
-      ValueError: the data ended early, or what is restored does not fit.
+      ValueError: another process trains in `model_dir`, the data ended early, or what is restored
+        does not fit.
     """
+    lock = WriterLock(open_folder(str(model_dir)), LOCK) if jax.process_index() == 0 else None
     model_dir = epath.Path(model_dir)
-    watcher = Watcher()
-    checkpoints = Checkpoints(
-        model_dir / "checkpoints",
-        metadata={**(metadata or {}), "seed": config.seed},
-        keep_latest=config.keep_latest,
-        best_metric=config.best_metric,
-        best_is_max=config.best_is_max,
-    )
-    with watcher, checkpoints, jax.set_mesh(mesh):
-        state, source = start_state(
-            checkpoints,
-            optimizer,
-            mesh,
-            fresh_params,
-            initial=initial_params,
-            public=public_params,
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(_StopRequests())
+        if lock is not None:
+            stack.enter_context(lock)
+        checkpoints = stack.enter_context(
+            Checkpoints(
+                model_dir / "checkpoints",
+                metadata={**(metadata or {}), "seed": config.seed},
+                keep_latest=config.keep_latest,
+                best_metric=config.best_metric,
+                best_is_max=config.best_is_max,
+            )
         )
+        stack.enter_context(jax.set_mesh(mesh))
+        state, source = start_state(checkpoints, optimizer, mesh, fresh_params, initial_params)
         step = int(state.step)
         print_once(f"Training from step {step} to {config.total_steps}, from {source}.")
         if step >= config.total_steps:
             return state
+        if on_start is not None:
+            on_start(state)
         train_step = jit_train_step(
             make_train_step(model, optimizer, config.num_microbatches, config.seed),
             state_shardings(optimizer, state.params, mesh),
@@ -133,9 +144,11 @@ def train(
                 dev_metrics = None
                 if evaluate and config.eval_every and (last or step % config.eval_every == 0):
                     log.flush()
-                    dev_metrics = evaluate(state)
-                    log.write_dev(step, dev_metrics)
-                stopping = watcher.requested
+                    # Interrupted, the step is saved without dev metrics.
+                    with contextlib.suppress(Interrupted):
+                        dev_metrics = evaluate(state, stop.poll)
+                        log.write_dev(step, dev_metrics)
+                stopping = stop.before(step + 1)
                 if (
                     last
                     or stopping
@@ -144,12 +157,43 @@ def train(
                 ):
                     # A state whose loss or gradient was not finite is never saved.
                     log.flush()
+                    if lock is not None:
+                        lock.check()
                     checkpoints.save(state, dev_metrics)
                 if stopping and not last:
                     checkpoints.wait()
                     raise Preempted(f"Stopped at step {step} of {config.total_steps}, saved.")
         checkpoints.wait()
     return state
+
+
+class _StopRequests:
+    """Whether to stop: SIGTERM, on which all processes of a run agree before they save."""
+
+    def __init__(self) -> None:
+        self._watcher = Watcher()
+        self._alone = jax.process_count() == 1
+
+    def __enter__(self) -> "_StopRequests":
+        # With several processes JAX has SIGTERM; a handler of ours would keep it from JAX.
+        if self._alone:
+            self._watcher.__enter__()
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        if self._alone:
+            self._watcher.__exit__(*exc_info)
+
+    def before(self, step: int) -> bool:
+        """Whether the run stops before this step; to be asked before every one."""
+        if self._alone:
+            return self._watcher.requested
+        return multihost_utils.reached_preemption_sync_point(step)
+
+    def poll(self) -> None:
+        """Raises Interrupted in the middle of an evaluation, of a run of one process only."""
+        if self._alone:
+            self._watcher.poll()
 
 
 class _Log:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import pathlib
 import sys
 import time
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
+from etils import epath
 
 
 class NonFiniteError(Exception):
@@ -65,44 +65,61 @@ def check_finite(step: int, metrics: Mapping[str, Any]) -> None:
 
 
 class MetricWriter:
-    """Writes scalars to TensorBoard and `metrics.jsonl`; only process 0 does.
+    """Writes scalars to `metrics.jsonl`, and to TensorBoard in a local folder; only process 0 does.
 
-    Started again at a step, it forgets what a killed run logged after that step.
+    Started again at a step, it forgets what a killed run logged after that step. In a bucket, where
+    nothing can be appended, the log is written anew each time.
     """
 
     def __init__(self, directory: Any, start_step: int = 0):
         self._tensorboard: Any = None
+        self._file: TextIO | None = None
         if jax.process_index() != 0:
+            return
+        path = epath.Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        self._log = path / "metrics.jsonl"
+        self._lines: list[str] = []
+        if self._log.exists():
+            lines = self._log.read_text().splitlines()
+            self._lines = [line for line in lines if _logged_step(line) <= start_step]
+            partial = path / "metrics.jsonl.partial"
+            partial.write_text(_text(self._lines))
+            partial.replace(self._log)
+        if "://" in str(directory):
+            print_once(
+                f"TensorBoard's files need a local MODEL_DIR; all numbers are in {self._log}."
+            )
             return
         # Here, because it imports torch wherever torch is installed, which takes seconds.
         import tensorboardX
 
-        path = pathlib.Path(directory)
-        path.mkdir(parents=True, exist_ok=True)
         self._tensorboard = tensorboardX.SummaryWriter(str(path), purge_step=start_step + 1)
-        log = path / "metrics.jsonl"
-        if log.exists():
-            lines = log.read_text().splitlines()
-            kept = [line for line in lines if _logged_step(line) <= start_step]
-            partial = path / "metrics.jsonl.partial"
-            partial.write_text("".join(f"{line}\n" for line in kept))
-            partial.replace(log)
-        self._log: TextIO = log.open("a")
+        self._file = self._log.open("a")
 
     def write(self, step: int, scalars: Mapping[str, float], prefix: str) -> None:
         """Logs `prefix/name` for each scalar at a step."""
-        if self._tensorboard is None:
+        if jax.process_index() != 0:
             return
         named = {f"{prefix}/{name}": float(value) for name, value in scalars.items()}
+        line = json.dumps({"step": step, **named})
+        if self._file is None:
+            self._lines.append(line)
+            self._log.write_text(_text(self._lines))
+            return
+        self._file.write(f"{line}\n")
+        self._file.flush()
         for name, value in named.items():
             self._tensorboard.add_scalar(name, value, step)
-        self._log.write(json.dumps({"step": step, **named}) + "\n")
-        self._log.flush()
 
     def close(self) -> None:
-        if self._tensorboard is not None:
+        if self._file is not None:
             self._tensorboard.close()
-            self._log.close()
+            self._file.close()
+
+
+def _text(lines: list[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _logged_step(line: str) -> float:

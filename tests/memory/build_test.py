@@ -1,9 +1,7 @@
 """The build job: stopped and started, refused where it must be, and right at the edges."""
 
-import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 
 from glimmer_jax import codecs, partitioning
-from glimmer_jax.memory import batches, build, compute, lock
+from glimmer_jax.memory import batches, build, compute
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.preemption import Preempted, Watcher
 
@@ -125,27 +123,7 @@ def test_second_writer_is_refused_and_told_who_holds_the_store(tiny, tmp_path):
         return tiny.encode(tokens)
 
     tiny.build_tiny(path, tiny.TinyPassages(count=2), encode=encode, reference=None)
-    assert not (path / lock.LOCK).exists()
-
-
-def test_lock_of_a_dead_process_is_taken_over_and_of_another_host_not(tiny, tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    holder = {"host": socket.gethostname(), "pid": dead.pid, "process_start": None, "since": "t"}
-    (tmp_path / lock.LOCK).write_text(json.dumps({**holder, "host": "elsewhere"}))
-    with pytest.raises(ValueError, match=f"process {dead.pid} on elsewhere since t.*delete build"):
-        tiny.build_tiny(tmp_path)
-    (tmp_path / lock.LOCK).write_text("{")
-    with pytest.raises(ValueError, match="unreadable lock file"):
-        tiny.build_tiny(tmp_path)
-    # This pid, but another start: the number was used again.
-    (tmp_path / lock.LOCK).write_text(
-        json.dumps({**holder, "pid": os.getpid(), "process_start": "other boot 1"})
-    )
-    with lock.BuildLock(build.folder.open_folder(tmp_path)):
-        pass
-    (tmp_path / lock.LOCK).write_text(json.dumps(holder))
-    tiny.build_tiny(tmp_path, tiny.TinyPassages(count=1))
+    assert not (path / build.LOCK).exists()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from glimmer_jax import losses
-from glimmer_jax.models.model import LossConfig
+from glimmer_jax.models.model import GlimmerModel, LossConfig
 from tests.models import tiny
 
 # The distillation alone.
@@ -174,3 +174,27 @@ def test_bfloat16_activations_keep_float32_scores_logits_and_loss():
 def test_losses_outside_their_range_are_refused(kwargs, match):
     with pytest.raises(ValueError, match=match):
         LossConfig(**kwargs)
+
+
+def test_without_weight_on_cross_entropy_the_reader_learns_nothing():
+    loss = dataclasses.replace(tiny.LIGHT_LOSS, cross_entropy_weight=0.0)
+    _, grads = tiny.loss_and_grad(tiny.GLIMMER, loss)(tiny.params(tiny.GLIMMER), tiny.batch())
+    assert all(not leaf.any() for leaf in jax.tree.leaves(grads["decoder"]))
+    assert np.asarray(grads["reranker"]["kernel"]).any()
+
+
+@pytest.mark.parametrize(
+    ("loss", "batch", "match"),
+    [
+        (LossConfig(), dict(passages=1), r"Distillation compares .*K=1.*DISTILLATION_WEIGHT = 0"),
+        (
+            LossConfig(distillation_weight=0, supervised_weight=0.5),
+            dict(gold=False),
+            r"SUPERVISED_WEIGHT=0.5 needs .*'question_tokens'\]. Set it to 0",
+        ),
+    ],
+)
+def test_terms_without_anything_to_learn_from_are_refused(loss, batch, match):
+    config = dataclasses.replace(tiny.GLIMMER, num_kept=1)
+    with pytest.raises(ValueError, match=match):
+        GlimmerModel(config, loss).loss_fn(tiny.params(config), tiny.batch(**batch), None)

@@ -139,3 +139,17 @@ def test_two_tables_that_differ_do_not_become_one():
     shared = dataclasses.replace(KEEPS_ALL, share_position_table=True)
     with pytest.raises(ValueError, match=r"nor can its two position tables become one"):
         recut(tiny.params(KEEPS_ALL), KEEPS_ALL, shared)
+
+
+def test_where_no_parameter_moves_the_tree_is_left_as_it_is(fid):
+    params = recut(fid, tiny.FID, tiny.GLIMMER)
+    other = dataclasses.replace(tiny.GLIMMER, num_kept=1, memory_codec="bf16")
+    assert recut(params, tiny.GLIMMER, other) is params
+
+
+def test_on_the_host_it_stays_on_the_host(fid):
+    """A device would have to hold all of a large model, and then give it back."""
+    looped = dataclasses.replace(SEPARATE, t5=dataclasses.replace(tiny.T5, scan_layers=False))
+    with jax.transfer_guard("disallow_explicit"):
+        params = recut(recut(fid, tiny.FID, looped), looped, SEPARATE)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))

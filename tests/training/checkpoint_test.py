@@ -1,21 +1,26 @@
 """Checkpoints: what is kept, what is noticed, and that every bit comes back on any mesh."""
 
+import dataclasses
 import json
 import logging
 import shutil
+import threading
 
 import jax
 import numpy as np
 import pytest
 
 from glimmer_jax.partitioning import MeshConfig, make_mesh
-from glimmer_jax.training.checkpoint import Checkpoints, best_step, steps_to_keep
-from glimmer_jax.training.checksums import SIDECAR, verify_sidecar
+from glimmer_jax.training.checkpoint import Checkpoints, steps_to_keep
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
-from glimmer_jax.training.params_file import load_params_file, save_params_file
-from glimmer_jax.training.restore import find_step, restore_params
-from glimmer_jax.training.source import load_initial_params, start_state
+from glimmer_jax.training.same_run import check_same_run
+from glimmer_jax.training.source import start_state
 from glimmer_jax.training.state import TrainState, abstract_state, init_state
+from glimmer_jax.weights.checksums import SIDECAR, verify_sidecar
+from glimmer_jax.weights.load import load
+from glimmer_jax.weights.model_config import describe
+from glimmer_jax.weights.steps import best_step, find_step, restore_params
+from tests.models import tiny
 from tests.training.toy_model import ToyModel
 
 MODEL = ToyModel()
@@ -94,9 +99,10 @@ def test_metadata_is_saved_with_each_step(saved):
 
 def test_parameters_are_read_without_the_rest(saved, state):
     for path in (saved, saved / "4", saved.parent):
-        params = restore_params(path)
-        jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(state.params))
-    assert find_step(saved).name == "4"
+        loaded = load(path)
+        jax.tree.map(np.testing.assert_array_equal, loaded.params, jax.device_get(state.params))
+        assert loaded.config is None and loaded.vocabulary_fingerprint == "v"
+        assert loaded.what.startswith(f"step 4 of {saved}")
 
 
 def test_the_latest_and_the_best_are_kept(tmp_path, state):
@@ -122,7 +128,7 @@ def test_a_flipped_bit_is_named(damaged):
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
     with pytest.raises(ValueError, match=f"is damaged.*changed files.*{victim.name}"):
-        restore_params(damaged)
+        load(damaged)
 
 
 def test_a_truncated_and_a_missing_file_are_named(damaged):
@@ -133,13 +139,28 @@ def test_a_truncated_and_a_missing_file_are_named(damaged):
         verify_sidecar(damaged / "4")
 
 
-def test_a_step_without_checksums_does_not_count(damaged, caplog):
+def test_what_a_killed_writer_left_is_put_aside_and_kept(damaged, state, caplog):
     (damaged / "4" / SIDECAR).unlink()
     with pytest.raises(ValueError, match=r"no checksums\.json"):
         restore_params(damaged / "4")
-    with caplog.at_level(logging.WARNING), Checkpoints(damaged) as checkpoints:
-        assert checkpoints.latest_step() == 2
-    assert "was not finished" in caplog.text and not (damaged / "4").exists()
+    assert find_step(damaged).folder.name == "2"
+    for number, aside in enumerate(("4", "4+")):
+        with caplog.at_level(logging.WARNING), Checkpoints(damaged) as checkpoints:
+            assert checkpoints.latest_step() == 2
+            if number == 0:
+                checkpoints.save(at_step(state, 4))
+        assert "was not finished" in caplog.text
+        assert largest_file(damaged / "unfinished" / aside / "params").stat().st_size > 0
+        (damaged / "4" / SIDECAR).unlink(missing_ok=True)
+
+
+def test_a_copy_without_checksums_is_refused_and_left_as_it_is(damaged):
+    (damaged / "2" / SIDECAR).unlink()
+    for steps in (r"\[2\] of \[2, 4\]", r"\[2, 4\] of \[2, 4\]"):
+        with pytest.raises(ValueError, match=f"steps {steps} have no checksums.json; more than"):
+            Checkpoints(damaged)
+        (damaged / "4" / SIDECAR).unlink(missing_ok=True)
+    assert sorted(path.name for path in damaged.iterdir()) == ["2", "4"]
 
 
 def test_arrays_of_another_model_are_named(saved, mesh):
@@ -164,18 +185,16 @@ def test_a_step_that_is_not_there_is_refused(saved, mesh, tmp_path):
 
 def test_order_of_preference(saved, mesh, tmp_path):
     given = jax.tree.map(lambda x: np.full(x.shape, 2, x.dtype), jax.eval_shape(fresh))
-    public = jax.tree.map(lambda x: x + 1, given)
     run = {"seed": 0, "vocabulary_fingerprint": "v"}
 
-    def start(directory, **sources):
+    def start(directory, initial=None):
         with Checkpoints(directory, metadata=run) as checkpoints:
-            state, source = start_state(checkpoints, OPTIMIZER, mesh, fresh, **sources)
+            state, source = start_state(checkpoints, OPTIMIZER, mesh, fresh, initial)
         return int(state.step), float(state.params["output"]["kernel"][0, 0]), source
 
-    both = dict(initial=lambda: given, public=lambda: public)
-    assert start(saved, **both)[0] == 4
-    assert start(tmp_path, **both) == (0, 2.0, "the given checkpoint")
-    assert start(tmp_path, public=lambda: public) == (0, 3.0, "public weights")
+    # A run that goes on does not even look at what it was given.
+    assert start(saved, lambda: pytest.fail("loaded"))[0] == 4
+    assert start(tmp_path, lambda: given) == (0, 2.0, "the given weights")
     assert start(tmp_path)[2] == "random parameters"
 
 
@@ -183,43 +202,75 @@ def test_the_checkpoint_of_another_run_is_refused(saved, mesh):
     metadata = {"seed": 0, "vocabulary_fingerprint": "w"}
     with (
         Checkpoints(saved, metadata=metadata) as checkpoints,
-        pytest.raises(ValueError, match="vocabulary_fingerprint 'v', and this one has 'w'"),
+        pytest.raises(ValueError, match="vocabulary_fingerprint 'v', and this one 'w'"),
     ):
         start_state(checkpoints, OPTIMIZER, mesh, fresh)
 
 
-def test_params_file_is_bfloat16_and_comes_back_as_float32(tmp_path, state):
-    path = tmp_path / "glimmer.safetensors"
-    save_params_file(path, state.params, {"model": {"emb_dim": 16}})
-    params, config = load_initial_params(path)
-    assert config == {"model": {"emb_dim": 16}}
-    num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
-    assert path.stat().st_size < 2 * num_parameters + 2000
+def test_a_run_is_its_data_and_what_its_model_computes():
+    def run(config=tiny.GLIMMER, **changes):
+        data = {"batch_size": 8, "task_feature_lengths": {"passages": (3, 6)}}
+        return {**describe(config, "v"), **data, "mixture_or_task_name": "a", **changes}
 
-    def check(loaded, original):
-        assert loaded.dtype == np.float32
-        rounded = np.asarray(original.astype(jax.numpy.bfloat16).astype(np.float32))
-        np.testing.assert_array_equal(loaded, rounded)
+    def t5(**changes):
+        return dataclasses.replace(tiny.GLIMMER, t5=dataclasses.replace(tiny.T5, **changes))
 
-    jax.tree.map(check, params, jax.device_get(state.params))
-
-
-def test_a_damaged_params_file_is_refused(tmp_path):
-    path = tmp_path / "small.safetensors"
-    save_params_file(path, {"a": np.ones(3, np.float32)}, {})
-    content = json.loads(path.with_suffix(".json").read_text())
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="is damaged"):
-        load_params_file(path)
-    assert set(content) == {"sha256"}
-    path.unlink()
-    with pytest.raises(ValueError, match=r"small.safetensors is missing"):
-        load_params_file(path)
-    with pytest.raises(ValueError, match=r"called NAME.safetensors"):
-        save_params_file(tmp_path / "small.bin", {}, {})
+    saved = json.loads(json.dumps(run()))
+    check_same_run(saved, run(), "here")
+    check_same_run({"step": 3}, run(), "here")  # by an older version
+    check_same_run(saved, run(t5(dropout_rate=0.1, dtype="bfloat16", remat_policy="full")), "here")
+    for other, message in (
+        (run(batch_size=16), "here holds a run with batch_size 8, and this one 16"),
+        (run(mixture_or_task_name="b"), "mixture_or_task_name 'a', and this one 'b'"),
+        (run(task_feature_lengths={"passages": (4, 6)}), r"\[3, 6\]\}, and this one .*\[4, 6\]"),
+        (run(t5(mlp_activations=("relu", "linear"))), r"\('gelu', 'linear'\), and this one"),
+        (run(t5(relpos_max_distance=64)), "relpos_max_distance 128, and this one 64"),
+        (run(dataclasses.replace(tiny.GLIMMER, num_kept=1)), "num_kept 2, and this one 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_same_run(saved, other, "here")
 
 
-def test_initial_parameters_come_from_a_run_too(saved, state):
-    params, metadata = load_initial_params(saved)
-    assert metadata["step"] == 4
-    assert jax.tree.structure(params) == jax.tree.structure(state.params)
+def test_readers_take_the_best_step_of_a_run_that_named_a_metric(tmp_path, state):
+    run = dict(keep_latest=2, best_metric="loss", best_is_max=False)
+    with Checkpoints(tmp_path / "checkpoints", **run) as checkpoints:
+        checkpoints.save(at_step(state, 1))
+        checkpoints.wait()
+        assert find_step(tmp_path).why == "the newest"
+        for step, loss in ((2, 0.5), (3, 0.5), (4, 0.9)):
+            checkpoints.save(at_step(state, step), {"loss": loss})
+        assert checkpoints.latest_step() == 4
+    found = find_step(tmp_path)
+    assert (found.folder.name, found.why) == ("2", "the best by dev metric loss, 0.5")
+    assert load(tmp_path).what.startswith("step 2 of ")
+    assert find_step(tmp_path / "checkpoints" / "3").why == "the step given"
+
+
+def test_the_score_of_a_step_counts_as_soon_as_it_is_being_saved(tmp_path, state, monkeypatch):
+    begin = threading.Event()
+    finish = Checkpoints._finish
+
+    def slow(self, *args):
+        assert begin.wait(30)
+        finish(self, *args)
+
+    monkeypatch.setattr(Checkpoints, "_finish", slow)
+    with Checkpoints(tmp_path, best_metric="em") as checkpoints:
+        checkpoints.save(at_step(state, 1), {"em": 0.5})
+        assert not checkpoints.is_best({"em": 0.4}) and checkpoints.is_best({"em": 0.6})
+        assert not checkpoints.is_best({"em": float("nan")})
+        begin.set()
+        assert checkpoints.steps() == [1]
+
+
+def test_a_step_that_could_not_be_saved_is_raised_and_forgotten(tmp_path, state, monkeypatch):
+    def fail(self, *args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Checkpoints, "_finish", fail)
+    checkpoints = Checkpoints(tmp_path, best_metric="em")
+    checkpoints.save(at_step(state, 1), {"em": 0.5})
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.wait()
+    assert checkpoints.latest_step() is None and checkpoints.is_best({"em": 0.1})
+    checkpoints.close()

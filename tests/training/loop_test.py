@@ -14,12 +14,12 @@ import pytest
 
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.preemption import Preempted, Watcher
-from glimmer_jax.training import loop
+from glimmer_jax.training import loop, metrics
 from glimmer_jax.training.checkpoint import Checkpoints
 from glimmer_jax.training.loop import TrainConfig, train
 from glimmer_jax.training.metrics import MetricWriter, NonFiniteError, format_seconds, means
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
-from glimmer_jax.training.restore import restore_params
+from glimmer_jax.weights.load import load
 from tests.training import toy_run
 from tests.training.toy_model import ToyModel, batch_at, batches_from
 
@@ -27,7 +27,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 MODEL = ToyModel()
 
 
-def train_toy(model_dir, make_batches=batches_from, model=MODEL, evaluate=None, **config):
+def train_toy(
+    model_dir, make_batches=batches_from, model=MODEL, evaluate=None, on_start=None, **config
+):
     return train(
         TrainConfig(**config),
         model,
@@ -36,6 +38,7 @@ def train_toy(model_dir, make_batches=batches_from, model=MODEL, evaluate=None, 
         model_dir,
         make_batches,
         model.init,
+        on_start=on_start,
         evaluate=evaluate,
         metadata={"vocabulary_fingerprint": "sha256:0"},
     )
@@ -60,7 +63,7 @@ def test_killed_and_restarted_equals_uninterrupted(tmp_path):
         folder = tmp_path / name / "checkpoints"
         with Checkpoints(folder, keep_latest=1) as checkpoints:
             assert checkpoints.steps() == [10]
-        states.append(restore_params(folder))
+        states.append(load(folder).params)
     jax.tree.map(np.testing.assert_array_equal, *states)
     steps = [line["step"] for line in log_lines(tmp_path / "killed")]
     assert steps == sorted(set(steps))
@@ -124,7 +127,7 @@ def test_the_best_on_dev_is_kept(tmp_path, capfd):
     scores = {2: 0.3, 4: 0.8, 6: 0.5, 7: 0.4}
     train_toy(
         tmp_path,
-        evaluate=lambda state: {"exact_match": scores[int(state.step)]},
+        evaluate=lambda state, poll: {"exact_match": scores[int(state.step)]},
         total_steps=7,
         eval_every=2,
         keep_latest=1,
@@ -135,6 +138,40 @@ def test_the_best_on_dev_is_kept(tmp_path, capfd):
     dev = {line["step"]: line["dev/exact_match"] for line in log_lines(tmp_path) if len(line) == 2}
     assert dev == scores
     assert "step 4  dev  exact_match 0.8" in capfd.readouterr().err
+
+
+def test_sigterm_during_an_evaluation_cuts_it_short_and_saves(tmp_path, capfd):
+    polls = itertools.count()
+
+    def evaluate(state, poll):
+        for _ in range(100):
+            next(polls)
+            os.kill(os.getpid(), signal.SIGTERM)
+            poll()
+        return {}
+
+    with pytest.raises(Preempted, match="Stopped at step 2 of 50, saved"):
+        train_toy(tmp_path, evaluate=evaluate, total_steps=50, eval_every=2)
+    assert next(polls) == 1 and "dev" not in capfd.readouterr().err
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.latest_step() == 2
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    def make_batches(step):
+        with pytest.raises(ValueError, match=f"being written by process {os.getpid()} on"):
+            train_toy(tmp_path, total_steps=9)
+        return batches_from(step)
+
+    train_toy(tmp_path, make_batches, total_steps=2)
+    assert not (tmp_path / loop.LOCK).exists()
+
+
+def test_the_caller_sees_the_first_state_unless_there_is_nothing_to_do(tmp_path):
+    seen = []
+    for total, wanted in ((2, [0]), (4, [0, 2]), (4, [0, 2])):
+        train_toy(tmp_path, total_steps=total, on_start=lambda state: seen.append(int(state.step)))
+        assert seen == wanted
 
 
 def test_data_that_ends_early_is_refused(tmp_path):
@@ -164,6 +201,20 @@ def test_a_restarted_log_forgets_later_steps_and_half_lines(tmp_path):
     writer.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": 2, "a": 1}, {"step": 4, "train/loss": 0.5}]
+
+
+def test_in_a_bucket_the_log_is_written_without_tensorboard(tmp_path, monkeypatch, capfd):
+    # Another scheme than a file's; what stands behind it is a folder here.
+    bucket = lambda path: tmp_path / path.removeprefix("gs://")  # noqa: E731
+    monkeypatch.setattr(metrics.epath, "Path", bucket)
+    for start, loss in ((0, 0.5), (3, 0.4)):
+        writer = MetricWriter("gs://b/train", start_step=start)
+        writer.write(start + 1, {"loss": loss}, "train")
+        writer.close()
+    lines = (tmp_path / "b" / "train" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 4]
+    assert "TensorBoard's files need a local MODEL_DIR" in capfd.readouterr().err
+    assert [path.name for path in (tmp_path / "b" / "train").iterdir()] == ["metrics.jsonl"]
 
 
 def test_means_leave_out_what_has_no_weight():

@@ -1,5 +1,7 @@
 """Reading checkpoints: finding a step, its metadata, its arrays, or its parameters alone."""
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.traverse_util
@@ -8,11 +10,23 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from glimmer_jax.training.checksums import has_sidecar, verify_sidecar
+from glimmer_jax.weights.checksums import has_sidecar, verify_sidecar
 
 
-def find_step(path: Any) -> epath.Path:
-    """The folder of one step: `path` itself, or the newest finished step below it.
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """The folder of one step, and why it was taken."""
+
+    folder: epath.Path
+    why: str
+
+
+def find_step(path: Any) -> Step:
+    """The step to read: `path` itself, or the best finished step below it, or the newest.
+
+    The best is that of the dev metric which the run named, the earliest of equals. A run that named
+    none, or has not evaluated yet, gives its newest. (A run that goes on takes its newest always:
+    see `training.checkpoint`.)
 
     Raises:
       ValueError: neither `path` nor a folder in it is a checkpoint.
@@ -20,38 +34,55 @@ def find_step(path: Any) -> epath.Path:
     path = epath.Path(path).resolve()
     for folder in (path, path / "checkpoints"):
         if (folder / "params").exists():
-            return folder
+            return Step(folder, "the step given")
         steps = [
             child
             for child in (folder.iterdir() if folder.exists() else ())
             if child.name.isdigit() and has_sidecar(child)
         ]
         if steps:
-            return max(steps, key=lambda child: int(child.name))
+            return _best_or_newest(sorted(steps, key=lambda child: int(child.name)))
     raise ValueError(
-        f"{path} is no checkpoint: expected the folder of a step (with params/ in it), or the "
-        "folder of a run with finished steps."
+        f"{path} is no checkpoint: expected the folder of a step (with params/ in it), the folder "
+        "of a run with finished steps, a .safetensors file, or a folder of public T5 weights."
     )
 
 
-def read_metadata(path: Any) -> dict[str, Any]:
-    """The JSON saved with a checkpoint; `path` as for `find_step`."""
+def best_step(scores: Mapping[int, float | None], best_is_max: bool = True) -> int | None:
+    """The step with the best score, the earliest of equals; None if none has a score."""
+    sign = 1 if best_is_max else -1
+    scored = {step: sign * score for step, score in scores.items() if score is not None}
+    return max(scored, key=lambda step: (scored[step], -step)) if scored else None
+
+
+def _best_or_newest(steps: list[epath.Path]) -> Step:
+    chosen_by = read_metadata(steps[-1]).get("best_metric")
+    if chosen_by is not None:
+        name, best_is_max = chosen_by["name"], chosen_by["is_max"]
+        dev = {int(step.name): read_metadata(step)["dev_metrics"].get(name) for step in steps}
+        if (best := best_step(dev, best_is_max)) is not None:
+            folder = next(step for step in steps if int(step.name) == best)
+            return Step(folder, f"the best by dev metric {name}, {dev[best]:.4g}")
+    return Step(steps[-1], "the newest")
+
+
+def read_metadata(folder: Any) -> dict[str, Any]:
+    """The JSON saved with a step."""
     with _checkpointer() as checkpointer:
         args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-        return checkpointer.restore(find_step(path), args=args).metadata
+        return checkpointer.restore(epath.Path(folder), args=args).metadata
 
 
-def restore_params(path: Any, target: Any = None) -> Any:
-    """Only the parameters of one of our checkpoints, whatever it was trained with.
+def restore_params(folder: Any, target: Any = None) -> Any:
+    """Only the parameters of one of our steps, whatever it was trained with.
 
     Args:
-      path: a step's folder, or a run's (its newest finished step is taken).
+      folder: of a step.
       target: tree of ShapeDtypeStructs with shardings to place the parameters; None gives numpy.
 
     Raises:
-      ValueError: no checkpoint there, files damaged, or arrays other than `target`'s.
+      ValueError: files damaged, or arrays other than `target`'s.
     """
-    folder = find_step(path)
     verify_sidecar(folder)
     return restore_item(folder, "params", target)
 

@@ -1,0 +1,58 @@
+"""Mode `train`: what is checked before the first step, and what going on with a run needs."""
+
+import shutil
+
+import numpy as np
+import pytest
+from glimmer_jax.data.lengths import Lengths
+
+from glimmer_jax.modes.train import check_best_metric
+from tests.main_test import clear, data, run, train, work  # noqa: F401 (fixtures)
+
+LENGTHS = Lengths(question=4, target=5, passages=3, passage=6)
+ONE_TASK = {"MIXTURE_OR_TASK_NAME": "pydocs_which_function"}
+
+
+class Dev:
+    """An evaluation that looks at what it is answered."""
+
+    def __init__(self, *names):
+        self.names = names
+
+    def run(self, predict):
+        batch = {"question_tokens": np.ones((2, 4)), "gold_passages": np.ones((2, 3))}
+        tokens, aux = predict(batch)
+        assert tokens.shape == (2, 5) and aux["kept_passages"].tolist() == [[0, 1], [0, 1]]
+        assert aux["passage_scores"].shape == aux["gold_passages"].shape == (2, 3)
+        return dict.fromkeys(self.names, 0.0)
+
+
+def test_the_metric_that_chooses_the_best_step_must_be_there_before_training():
+    check_best_metric("mean", Dev("a/exact_match"), LENGTHS, num_kept=2)
+    check_best_metric("a/f1", Dev("a/f1"), LENGTHS, num_kept=2)
+    message = r"BEST_METRIC='mean' is none of .*\(mean is that of.*; there are \['a/f1'\]"
+    with pytest.raises(ValueError, match=message):
+        check_best_metric("mean", Dev("a/f1"), LENGTHS, num_kept=2)
+
+
+def test_a_run_from_memory_goes_on_from_its_own_state_alone(work, tmp_path, capfd):  # noqa: F811
+    first, lumen = tmp_path / "first", ("examples/pydocs_lumen_train",)
+    shared = {**ONE_TASK, "TRAIN_STEPS": 1}
+    assert train(work, first, *lumen, **shared) == 0
+    memory = {"MEMORY_DIR": str(tmp_path / "memory"), "PASSAGES_DIR": data(work)["PASSAGES_DIR"]}
+    built = {"CHECKPOINT_PATH": str(first), "MAX_PASSAGE_TOKENS": 16, "BATCH_SIZE": 2, **memory}
+    assert run("build_memory", "examples/pydocs_lumen_memory", **built) == 0
+    shared = {**ONE_TASK, **memory, "INITIAL_CHECKPOINT_PATH": str(first)}
+    assert train(work, tmp_path / "run", *lumen, **shared, TRAIN_STEPS=1) == 0
+
+    # Another batch size is refused, and the run's configuration stays what it was.
+    config = (tmp_path / "run" / "config.gin").read_text()
+    assert train(work, tmp_path / "run", *lumen, **shared, TRAIN_STEPS=2, BATCH_SIZE=16) == 2
+    assert "holds a run with batch_size 8, and this one 16" in capfd.readouterr().err
+    assert (tmp_path / "run" / "config.gin").read_text() == config
+
+    # What it started from may be gone.
+    shutil.rmtree(first)
+    assert train(work, tmp_path / "run", *lumen, **shared, TRAIN_STEPS=2) == 0
+    assert "from step 1 to 2" in capfd.readouterr().err
+    assert "TRAIN_STEPS = 2" in (tmp_path / "run" / "config.gin").read_text()

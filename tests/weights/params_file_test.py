@@ -1,0 +1,54 @@
+"""Parameters as one file: half the size of float32, and damage is noticed."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glimmer_jax.weights.load import load
+from glimmer_jax.weights.model_config import config_from, describe
+from glimmer_jax.weights.params_file import load_params_file, save_params_file
+from tests.models import tiny
+
+
+def test_matrices_are_bfloat16_and_come_back_as_float32(tmp_path):
+    path, params = tmp_path / "glimmer.safetensors", tiny.params(tiny.GLIMMER)
+    save_params_file(path, params, describe(tiny.GLIMMER, "sha256:v"))
+    loaded = load(path)
+    assert (loaded.config, loaded.vocabulary_fingerprint) == (tiny.GLIMMER, "sha256:v")
+    assert loaded.what == f"{path}, a parameter file"
+    num_parameters = sum(x.size for x in jax.tree.leaves(params))
+    assert path.stat().st_size < 2.5 * num_parameters + 8000
+
+    def check(loaded, original):
+        assert loaded.dtype == np.float32
+        rounded = original.astype(jnp.bfloat16) if original.ndim > 1 else original
+        np.testing.assert_array_equal(loaded, rounded.astype(np.float32))
+
+    jax.tree.map(check, loaded.params, params)
+
+
+def test_settings_of_another_version_are_refused_and_missing_ones_have_defaults(tmp_path):
+    described = describe(tiny.FID, "v")
+    del described["model_config"]["t5"]["relpos_buckets"]
+    assert config_from(described, "here") == tiny.FID
+    described["model_config"]["hashing"] = True
+    with pytest.raises(ValueError, match=r"here has model settings .* not know: \['hashing'\]"):
+        config_from(described, "here")
+
+
+def test_a_damaged_params_file_is_refused(tmp_path):
+    path = tmp_path / "small.safetensors"
+    save_params_file(path, {"a": np.ones(3, np.float32)}, {})
+    content = json.loads(path.with_suffix(".json").read_text())
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="is damaged"):
+        load_params_file(path)
+    assert set(content) == {"sha256"}
+    path.unlink()
+    with pytest.raises(ValueError, match=r"small.safetensors is missing"):
+        load_params_file(path)
+    with pytest.raises(ValueError, match=r"called NAME.safetensors"):
+        save_params_file(tmp_path / "small.bin", {}, {})
