@@ -17,34 +17,36 @@ from glimmer_jax.shipped import CHECKPOINTS
 from launch.command import glimmer
 
 MODELS = ("fid", "lumen", "glimmer")
-TASKS = {
-    "MIXTURE_OR_TASK_NAME": "pydocs",
+LINEAR = {"SCHEDULE": "linear", "WARMUP_STEPS": 20}
+RENAMED = {
+    "MIXTURE_OR_TASK_NAME": "pydocs_renamed",
     "MIXTURE_OR_TASK_MODULE": "tasks.pydocs",
     "DATA_DIR": "data/pydocs/retrieved",
-    "PASSAGES_DIR": "data/pydocs/passages",
-    "TASK_FEATURE_LENGTHS": {"inputs": 36, "targets": 24, "passages": (6, 80)},
+    "LEARNING_RATE": 0.006,
+    **LINEAR,
 }
+
+
+def lengths(passages: int) -> dict[str, Any]:
+    return {"inputs": 36, "targets": 24, "passages": (passages, 80)}
+
+
 # Name of a stage of the start -> what it changes in gin/examples/pydocs_start_train.gin.
+READING_2 = {"MIXTURE_OR_TASK_NAME": "pydocs_reading_2", "TASK_FEATURE_LENGTHS": lengths(5)}
 STAGES: dict[str, dict[str, Any]] = {
     "start1": {"TRAIN_STEPS": 900},
-    "start2": {
-        "TRAIN_STEPS": 500,
-        "LEARNING_RATE": 0.01,
-        "MIXTURE_OR_TASK_NAME": "pydocs_reading_2",
-        "TASK_FEATURE_LENGTHS": {"inputs": 36, "targets": 24, "passages": (5, 80)},
+    "start2": {"TRAIN_STEPS": 500, "LEARNING_RATE": 0.01, **READING_2},
+    "start2b": {"TRAIN_STEPS": 400, "LEARNING_RATE": 0.008, **LINEAR, **READING_2},
+    "start3": {"TRAIN_STEPS": 600, "TASK_FEATURE_LENGTHS": lengths(6), **RENAMED},
+    "start4": {
+        "TRAIN_STEPS": 600,
+        "TASK_FEATURE_LENGTHS": lengths(8),
+        "NUM_KEPT": 1,
+        **RENAMED,
     },
-    # Every layer reads question and passage together, as in FiD, and still ends in a score.
-    "start3": {"TRAIN_STEPS": 400, "LEARNING_RATE": 0.007, "ALPHA": 1.0, "BETA": 0.86, **TASKS},
-    "start4": {"TRAIN_STEPS": 800, "LEARNING_RATE": 0.005, **TASKS},
 }
 # The same for all three: steps, examples and rate.
-FINETUNE = {
-    "TRAIN_STEPS": 800,
-    "LEARNING_RATE": 0.004,
-    "LOG_EVERY": 25,
-    "EVAL_EVERY": 0,
-    "BEST_METRIC": None,
-}
+FINETUNE = {"TRAIN_STEPS": 350, "LEARNING_RATE": 0.004, "WARMUP_STEPS": 20, "LOG_EVERY": 25}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -62,9 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         INITIAL_CHECKPOINT_PATH=SHIPPED["glimmer"],
         TRAIN_STEPS=args.train_steps,
         LOG_EVERY=10,
-        EVAL_EVERY=0,
-        BEST_METRIC=None,
-        **shared,
+        DATA_DIR=data / "retrieved",
     )
     weights = {**SHIPPED, "glimmer": runs / "glimmer"}
     # A memory belongs to one encoder, and each number of steps makes another.

@@ -5,16 +5,24 @@
     pydocs_fact_verification    a claim -> SUPPORTS or REFUTES
 
 Files are `<DATA_DIR>/<task>-<split>.jsonl`, written by `--run_mode=retrieve`.
+
+For training there are the same questions on passages whose titles are made up anew in every example,
+`pydocs_renamed` and, for one task, `pydocs_<task>_renamed`. They hold their passages themselves (no
+PASSAGES_DIR), as many as TASK_FEATURE_LENGTHS says, up to `RENAMED_PASSAGES`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import seqio
 
-from glimmer_jax.data import scoring
+from glimmer_jax.data import computed, pydocs, scoring
 from glimmer_jax.data.evaluation import reranked_recall
-from glimmer_jax.data.retrieved import register
+from glimmer_jax.data.renaming import RenamedQuestions
+from glimmer_jax.data.retrieved import register, retrieved_file
+from glimmer_jax.data.vocabulary import Vocabulary
+from glimmer_jax.kilt import read_examples
 
 METRICS: dict[str, list[Callable[..., Any]]] = {
     "which_function": [scoring.exact_match, scoring.f1, reranked_recall],
@@ -26,3 +34,18 @@ for _task, _metrics in METRICS.items():
     register(f"pydocs_{_task}", _task, _metrics)
 
 seqio.MixtureRegistry.add("pydocs", [f"pydocs_{task}" for task in METRICS], default_rate=1.0)
+
+RENAMED_PASSAGES = 10
+# Which function is asked more often: it alone is answered by copying a whole title.
+SHARES = {"which_function": 4.0}
+
+
+def _renamed(tasks: tuple[str, ...]) -> RenamedQuestions:
+    examples = {name: list(read_examples(retrieved_file(name, "train"))) for name in tasks}
+    records = {record["id"]: record for record in pydocs.train_texts()}
+    return RenamedQuestions(examples, records, RENAMED_PASSAGES, Vocabulary(), SHARES)
+
+
+computed.register("pydocs_renamed", functools.partial(_renamed, tuple(METRICS)))
+for _task in METRICS:
+    computed.register(f"pydocs_{_task}_renamed", functools.partial(_renamed, (_task,)))

@@ -15,10 +15,8 @@ and longer ones, with look-alikes and noise.
 import dataclasses
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.text import passage_text, question_text
@@ -157,31 +155,3 @@ class Exercises:
             elif piece.strip():
                 ids += self._vocabulary.encode(piece.strip())
         return ids
-
-
-def blocks(
-    exercises: Any, start: int, stop: int, size: int = 256
-) -> Iterator[dict[str, np.ndarray]]:
-    """Examples `start` to `stop`, `size` at a time, as int32 arrays padded with 0.
-
-    Yields:
-      `inputs` [n, Q], `targets` [n, T], `passages` [n, K, P], `gold_passages` [n, K].
-    """
-    for first in range(start, stop, size):
-        examples = [exercises.example(i) for i in range(first, min(first + size, stop))]
-        passages = [ids for example in examples for ids in example["passages"]]
-        yield {
-            "inputs": _padded([example["inputs"] for example in examples]),
-            "targets": _padded([example["targets"] for example in examples]),
-            "passages": np.reshape(
-                _padded(passages), (len(examples), len(passages) // len(examples), -1)
-            ),
-            "gold_passages": np.asarray([e["gold_passages"] for e in examples], np.int32),
-        }
-
-
-def _padded(lists: list[list[int]]) -> np.ndarray:
-    array = np.zeros((len(lists), max(map(len, lists))), np.int32)
-    for row, ids in zip(array, lists, strict=True):
-        row[: len(ids)] = ids
-    return array

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from glimmer_jax.data.reading import Exercises, Stage, blocks
+from glimmer_jax.data.computed import blocks
+from glimmer_jax.data.reading import Exercises, Stage
 from glimmer_jax.data.vocabulary import Vocabulary
 
 STAGE = Stage(passages=3, passage_words=(8, 12), clause_words=(4, 6))
