@@ -131,7 +131,7 @@ def build_memory(
             if writing is not None:
                 _keep(writing.result(), records, progress)
         found = _manifest(identity, records, codec_error)
-        kvstore.write(manifest.MANIFEST, found.to_bytes()).result()
+        folder.write_file(kvstore, manifest.MANIFEST, found.to_bytes())
         rates = progress.finish()
     return Report(found, len(plan.todo), len(plan.finished), **rates)
 
@@ -177,7 +177,7 @@ def _write(kvstore, name: str, content: Content, job: Job) -> Record:
         source_sha256=content.source_sha256,
         files=files,
     )
-    here.write(manifest.RECORD, record.to_bytes()).result()
+    folder.write_file(here, manifest.RECORD, record.to_bytes())
     return record
 
 

@@ -22,9 +22,6 @@ INDEX_ARRAYS = (IDS, OFFSETS, TITLES)
 # A chunk that is not there is an error; hence zeros must be written like anything else.
 _STRICT = {"fill_missing_data_reads": False, "store_data_equal_to_fill_value": True}
 
-# What TensorStore raises for a missing or changed file.
-TENSORSTORE_ERRORS = (ValueError, KeyError, OSError, RuntimeError)
-
 
 def _metadata(shape: Sequence[int], dtype: np.dtype, chunk_rows: int) -> dict[str, Any]:
     checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
@@ -86,18 +83,22 @@ def write_arrays(
     Returns:
       path inside the shard -> (bytes, SHA-256), computed before the bytes left memory.
     """
-    kvstore.delete_range(ts.KvStore.KeyRange()).result()
     title_bytes = np.frombuffer(json.dumps(list(titles)).encode("ascii"), np.uint8)
     index = {IDS: np.asarray(ids, np.int64), OFFSETS: np.asarray(offsets, np.int64)}
-    files, pending = {}, []
+    files: dict[str, tuple[int, str]] = {}
+    pending = []
     every: dict[str, np.ndarray] = {**index, TITLES: title_bytes, **arrays}
-    for name, values in every.items():
-        chunk_rows = chunk_tokens if name in arrays else len(values)
-        for key, data in _encode(np.ascontiguousarray(values), chunk_rows).items():
-            files[f"{name}/{key}"] = (len(data), hashlib.sha256(data).hexdigest())
-            pending.append(kvstore.write(f"{name}/{key}", data))
-    for write in pending:
-        write.result()
+    try:
+        kvstore.delete_range(ts.KvStore.KeyRange()).result()
+        for name, values in every.items():
+            chunk_rows = chunk_tokens if name in arrays else len(values)
+            for key, data in _encode(np.ascontiguousarray(values), chunk_rows).items():
+                files[f"{name}/{key}"] = (len(data), hashlib.sha256(data).hexdigest())
+                pending.append(kvstore.write(f"{name}/{key}", data))
+        for write in pending:
+            write.result()
+    except ValueError as error:
+        raise folder.unreachable(kvstore.url, error) from error
     return files
 
 
@@ -105,13 +106,14 @@ def open_array(kvstore: ts.KvStore, name: str, context: ts.Context) -> ts.Future
     """A future of array `name` of the shard in `kvstore`, open for reading."""
     spec = {
         "driver": "zarr3",
-        "kvstore": folder.subfolder(kvstore, name).spec().to_json(),
         **_STRICT,
         # A finished shard never changes under a reader.
         "recheck_cached_data": "open",
         "recheck_cached_metadata": "open",
     }
-    return ts.open(spec, context=context, open=True, read=True)
+    # The store itself, not its JSON, which would lose its retries and credentials.
+    here = folder.subfolder(kvstore, name)
+    return ts.open(spec, kvstore=here, context=context, open=True, read=True)
 
 
 def check_files(kvstore: ts.KvStore, files: Mapping[str, tuple[int, str]]) -> list[str]:
@@ -129,7 +131,11 @@ def check_files(kvstore: ts.KvStore, files: Mapping[str, tuple[int, str]]) -> li
 
 
 def check_sizes(kvstore: ts.KvStore, files: Mapping[str, tuple[int, str]]) -> list[str]:
-    """Whether every file is there and reaches its last byte, without reading the rest."""
+    """Whether every file is there and reaches its last byte, without reading the rest.
+
+    Raises:
+      OSError: the storage did not answer, so nothing is known of the file.
+    """
     reads = {
         name: kvstore.read(name, byte_range=slice(size - 1, size))
         for name, (size, _) in files.items()
@@ -139,14 +145,23 @@ def check_sizes(kvstore: ts.KvStore, files: Mapping[str, tuple[int, str]]) -> li
         try:
             if read.result().state == "missing":
                 problems.append(f"{name} is missing")
-        except TENSORSTORE_ERRORS:
+        except ValueError as error:
+            if not folder.is_damage(error):
+                raise folder.unreachable(f"{kvstore.url}{name}", error) from error
             problems.append(f"{name} is shorter than {files[name][0]} bytes")
     return problems
 
 
-def damaged(name: str, error: Exception) -> DamagedStore:
-    """The error to raise where reading shard `name` failed with `error`."""
+def failed(name: str, kvstore: ts.KvStore, error: ValueError) -> DamagedStore | OSError:
+    """The error to raise where TensorStore failed to read shard `name` with `error`."""
+    if folder.is_damage(error):
+        return damaged(name, str(error))
+    return folder.unreachable(kvstore.url, error)
+
+
+def damaged(name: str, problem: str) -> DamagedStore:
+    """The error to raise where the bytes of shard `name` are wrong."""
     return DamagedStore(
-        f"Shard {name} of the memory store is damaged: {error}. Delete the folder shards/{name} "
+        f"Shard {name} of the memory store is damaged: {problem}. Delete the folder shards/{name} "
         "and run the same build_memory command again: it rebuilds that shard alone."
     )

@@ -15,7 +15,7 @@ import tensorstore as ts
 
 from glimmer_jax import codecs
 from glimmer_jax.memory import folder, manifest, shard
-from glimmer_jax.memory.manifest import Manifest, Record
+from glimmer_jax.memory.manifest import DamagedStore, Manifest, Record
 
 # How many shards' files are opened at a time.
 _OPEN_AT_ONCE = 64
@@ -64,6 +64,7 @@ class MemoryStore:
           ValueError: there is no finished store, it has another format version, or it was made by
             another encoder or with another vocabulary.
           DamagedStore: manifest or index are damaged.
+          OSError: the storage did not answer, or refused; the same of every method that reads.
         """
         context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
         kvstore = folder.open_folder(path, context)
@@ -89,6 +90,9 @@ class MemoryStore:
     def _shard_kvstore(self, name: str) -> ts.KvStore:
         return folder.subfolder(self._kvstore, manifest.shard_folder(name))
 
+    def _failed(self, name: str, error: ValueError) -> DamagedStore | OSError:
+        return shard.failed(name, self._shard_kvstore(name), error)
+
     def _read_index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """ids, first token within the shard, and length, of all rows."""
         ids = np.empty(len(self), np.int64)
@@ -108,16 +112,14 @@ class MemoryStore:
                     shard_ids, offsets = (
                         opening[2 * i + j][0].result().read().result() for j in (0, 1)
                     )
-                except shard.TENSORSTORE_ERRORS as error:
-                    raise shard.damaged(entry.name, error) from error
+                except ValueError as error:
+                    raise self._failed(entry.name, error) from error
                 if (
                     shard_ids.shape != (entry.passages,)
                     or offsets.shape != (entry.passages + 1,)
                     or (offsets[0], offsets[-1]) != (0, entry.tokens)
                 ):
-                    raise shard.damaged(
-                        entry.name, ValueError("its index does not fit the manifest")
-                    )
+                    raise shard.damaged(entry.name, "its index does not fit the manifest")
                 ids[rows], starts[rows], lengths[rows] = shard_ids, offsets[:-1], np.diff(offsets)
         return ids, starts, lengths
 
@@ -225,9 +227,10 @@ class MemoryStore:
                 pending.append((entry.name, first, last, reads))
         for name, first, last, reads in pending:
             try:
-                yield first, last, {key: read.result() for key, read in reads.items()}
-            except shard.TENSORSTORE_ERRORS as error:
-                raise shard.damaged(name, error) from error
+                data = {key: read.result() for key, read in reads.items()}
+            except ValueError as error:
+                raise self._failed(name, error) from error
+            yield first, last, data
 
     def _array(self, shard_name: str, name: str) -> ts.TensorStore:
         key = (shard_name, name)
@@ -236,8 +239,8 @@ class MemoryStore:
                 opened = shard.open_array(
                     self._shard_kvstore(shard_name), name, self._context
                 ).result()
-            except shard.TENSORSTORE_ERRORS as error:
-                raise shard.damaged(shard_name, error) from error
+            except ValueError as error:
+                raise self._failed(shard_name, error) from error
             self._open[key] = opened
         return self._open[key]
 
@@ -250,8 +253,8 @@ class MemoryStore:
         """Titles of one shard's passages, in the order of its rows."""
         try:
             data = self._array(shard_name, shard.TITLES).read().result()
-        except shard.TENSORSTORE_ERRORS as error:
-            raise shard.damaged(shard_name, error) from error
+        except ValueError as error:
+            raise self._failed(shard_name, error) from error
         return json.loads(data.tobytes())
 
     def title(self, row: int) -> str:
