@@ -15,9 +15,9 @@ import tensorstore as ts
 
 from glimmer_jax.memory import folder
 from glimmer_jax.memory.manifest import DamagedStore
+from glimmer_jax.memory.source import Source
 
-IDS, OFFSETS, TITLES = "ids", "offsets", "titles"
-INDEX_ARRAYS = (IDS, OFFSETS, TITLES)
+IDS, OFFSETS, TITLES, DIGESTS = "ids", "offsets", "titles", "digests"
 
 # A chunk that is not there is an error; hence zeros must be written like anything else.
 _STRICT = {"fill_missing_data_reads": False, "store_data_equal_to_fill_value": True}
@@ -65,10 +65,8 @@ def _encode(values: np.ndarray, chunk_rows: int) -> dict[str, bytes]:
 def write_arrays(
     kvstore: ts.KvStore,
     arrays: Mapping[str, np.ndarray],
-    *,
-    ids: np.ndarray,
+    source: Source,
     offsets: np.ndarray,
-    titles: Sequence[str],
     chunk_tokens: int,
 ) -> dict[str, tuple[int, str]]:
     """Writes the arrays of one shard, whatever was left of an earlier attempt removed.
@@ -76,18 +74,22 @@ def write_arrays(
     Args:
       kvstore: the shard's folder.
       arrays: the codec's arrays, `[tokens, ...]`.
-      ids, offsets: int64 `[n]` and `[n + 1]`; passage i has tokens offsets[i] to offsets[i + 1].
-      titles: n titles; any string survives, lone surrogates too.
+      source: the shard's n passages. Any title survives, one with lone surrogates too.
+      offsets: int64 `[n + 1]`; passage i has tokens offsets[i] to offsets[i + 1].
       chunk_tokens: tokens of an inner chunk.
 
     Returns:
       path inside the shard -> (bytes, SHA-256), computed before the bytes left memory.
     """
-    title_bytes = np.frombuffer(json.dumps(list(titles)).encode("ascii"), np.uint8)
-    index = {IDS: np.asarray(ids, np.int64), OFFSETS: np.asarray(offsets, np.int64)}
+    index = {
+        IDS: np.asarray(source.ids, np.int64),
+        OFFSETS: np.asarray(offsets, np.int64),
+        DIGESTS: source.digests,
+        TITLES: np.frombuffer(json.dumps(source.titles).encode("ascii"), np.uint8),
+    }
     files: dict[str, tuple[int, str]] = {}
     pending = []
-    every: dict[str, np.ndarray] = {**index, TITLES: title_bytes, **arrays}
+    every: dict[str, np.ndarray] = {**index, **arrays}
     try:
         kvstore.delete_range(ts.KvStore.KeyRange()).result()
         for name, values in every.items():

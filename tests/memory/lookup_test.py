@@ -53,7 +53,8 @@ def test_absent_passages_are_zeros_of_length_zero(tiny_store):
 
 def test_negative_zero_survives_the_mesh(tiny, tmp_path):
     def encode(tokens):
-        return {"states": -jax.numpy.zeros((*tokens.shape, tiny.EMB_DIM), jax.numpy.bfloat16)}
+        zeros = jax.numpy.zeros((*tokens.shape, tiny.EMB_DIM), jax.numpy.bfloat16)
+        return {"states": -zeros}, np.ones(tokens.shape, bool)
 
     tiny.build_tiny(tmp_path / "s", encode=encode, reference=None)
     store = MemoryStore.open(tmp_path / "s")

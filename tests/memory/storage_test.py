@@ -8,6 +8,7 @@ import pytest
 
 from glimmer_jax.memory import folder, manifest, shard
 from glimmer_jax.memory.store import DamagedStore, MemoryStore
+from glimmer_jax.memory.verify import verify
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_a_refusing_server_is_no_damage(served, status):
     with pytest.raises(OSError, match=message):
         store.read(np.array([7]), 12)
     with pytest.raises(OSError, match=r"http://127.*shard.json could not be read"):
-        store.verify()
+        verify(store)
     with pytest.raises(OSError, match=r"manifest.json could not be read"):
         MemoryStore.open(spec)
 
