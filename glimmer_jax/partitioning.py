@@ -111,10 +111,14 @@ def spec(names: Sequence[str | None]) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
-    """Pins the sharding of an activation inside jit; without a mesh in scope, returns `x`."""
+    """Pins the sharding of an activation inside jit; without a mesh in scope, returns `x`.
+
+    So it does inside a `shard_map` over the whole mesh, where each device is on its own.
+    """
     if x.ndim != len(names):
         raise ValueError(f"An array of shape {x.shape} was given {len(names)} names {names}.")
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.are_all_axes_manual:
         return x
     return jax.lax.with_sharding_constraint(x, spec(names))
 

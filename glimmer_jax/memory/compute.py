@@ -5,161 +5,120 @@ The device encodes one batch while the host puts the last one in place, so neith
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from glimmer_jax import codecs
-from glimmer_jax.memory import batches, resume
-from glimmer_jax.memory.manifest import Identity, Program
+from glimmer_jax.memory import batches
+from glimmer_jax.memory.encoder import Encode
+from glimmer_jax.memory.identity import Identity, Program
 from glimmer_jax.memory.progress import Progress
+from glimmer_jax.memory.source import Passages, Source, read_source
 from glimmer_jax.preemption import Preempted, Watcher
 
-Encode = Callable[[np.ndarray], Mapping[str, Any]]
 
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How passages become memory: the encode step, and what is recorded of it."""
 
-class Passages(Protocol):
-    """What the build reads; see `glimmer_jax.passages`."""
+    encode: Encode
+    identity: Identity
+    program: Program
+    devices: int = 1  # that `encode` spreads its rows over, `program.rows` on each
 
-    ids: np.ndarray  # int64 [n]
-
-    def __len__(self) -> int: ...
-    def lengths(self, rows: np.ndarray) -> np.ndarray: ...
-    def tokens(self, rows: np.ndarray, length: int) -> np.ndarray: ...
-    def text(self, row: int) -> Mapping[str, Any]: ...
-
-
-def bind_encoder(
-    encode_memory: Callable[[Any, jax.Array], Any], params: Any, mesh: jax.sharding.Mesh
-) -> Encode:
-    """`encode_memory(params, tokens)` as the build wants it, batches spread over all of `mesh`."""
-    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
-    # Parameters are an argument: as a constant they would be compiled in for every bucket.
-    jitted = jax.jit(encode_memory, out_shardings=rows)
-
-    def encode(tokens: np.ndarray):
-        with jax.set_mesh(mesh):
-            return jitted(params, jax.device_put(tokens, rows))
-
-    return encode
+    def __post_init__(self):
+        if self.program.buckets[-1] != self.identity.max_length:
+            raise ValueError(
+                f"The last length bucket must be max_length={self.identity.max_length}; got "
+                f"buckets {self.program.buckets}."
+            )
+        if self.devices < 1:
+            raise ValueError(f"devices must be at least 1; got {self.devices}.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Content:
     """A computed shard, in RAM."""
 
-    rows: np.ndarray
-    offsets: np.ndarray
-    truncated: int
-    source_sha256: str
-    titles: list[str]
-    arrays: dict[str, np.ndarray]
+    source: Source
+    offsets: np.ndarray  # int64 [n + 1], where each passage's tokens begin
+    arrays: dict[str, np.ndarray]  # the codec's, `[tokens, *trailing]`
 
 
 class Job:
     """The computing half: everything that stays the same from shard to shard."""
 
-    def __init__(
-        self,
-        encode: Encode,
-        passages: Passages,
-        identity: Identity,
-        program: Program,
-        devices: int,
-        watcher: Watcher,
-        progress: Progress,
-    ):
-        self.encode = encode
+    def __init__(self, recipe: Recipe, passages: Passages, watcher: Watcher, progress: Progress):
+        self.recipe = recipe
         self.passages = passages
-        self.identity = identity
-        self.program = program
-        self.devices = devices
         self.watcher = watcher
         self.progress = progress
-        self.specs = codecs.get(identity.codec).array_specs(identity.emb_dim)
+        identity = recipe.identity
+        self._specs = codecs.get(identity.codec).array_specs(identity.emb_dim)
 
-    def compute(self, todo: resume.Range) -> Content:
-        """Encodes one shard.
+    def compute(self, name: str, rows: np.ndarray) -> Content:
+        """Encodes the passages `rows` as shard `name`.
 
         Raises:
           ValueError: the encoder gave NaN or infinity, or arrays that are not the codec's.
           Preempted: asked to stop between two batches; the shard is dropped.
         """
-        rows = np.arange(todo.first_row, todo.first_row + todo.passages)
-        source = resume.read_source(self.passages, rows, self.identity.max_length)
+        recipe, program = self.recipe, self.recipe.program
+        source = read_source(self.passages, rows, recipe.identity.max_length)
         offsets = np.concatenate([[0], np.cumsum(source.lengths, dtype=np.int64)])
         arrays = {
             name: np.empty((offsets[-1], *trailing), dtype)
-            for name, (trailing, dtype) in self.specs.items()
+            for name, (trailing, dtype) in self._specs.items()
         }
-        groups = batches.groups(source.lengths, self.program.rows, self.program.buckets)
-        running: deque[tuple[list[batches.Group], Mapping[str, Any], jax.Array]] = deque()
-        for call in batches.calls(groups, self.devices):
+        content = Content(source, offsets, arrays)
+        running: deque[tuple[list[batches.Group], Any]] = deque()
+        groups = batches.groups(source.lengths, program.rows, program.buckets)
+        for call in batches.calls(groups, recipe.devices):
             if self.watcher.requested:
                 raise Preempted(
-                    f"Stopped before shard {todo.name} was complete; finished shards are kept. Run "
-                    "the same build_memory command again to go on."
+                    f"Stopped before shard {name} was complete; finished shards are kept. Run the "
+                    "same command again to go on."
                 )
-            tokens = np.zeros((self.devices, self.program.rows, call[0].bucket), np.int32)
+            tokens = np.zeros((recipe.devices, program.rows, call[0].bucket), np.int32)
             for device, group in enumerate(call):
                 taken = source.tokens[group.positions, : group.bucket]
                 tokens[device, : len(group.positions)] = taken
-            encoded = self.encode(tokens.reshape(-1, call[0].bucket))
-            running.append((call, encoded, _finite(dict(encoded))))
+            running.append((call, recipe.encode(tokens.reshape(-1, call[0].bucket))))
             # One batch ahead: the device works on this one while the last is put in place.
             if len(running) > 1:
-                self._place(running.popleft(), rows, offsets, arrays)
+                self._place(*running.popleft(), content)
         while running:
-            self._place(running.popleft(), rows, offsets, arrays)
-        return Content(rows, offsets, source.truncated, source.sha256, source.titles, arrays)
+            self._place(*running.popleft(), content)
+        return content
 
-    def _place(self, running, rows, offsets, arrays) -> None:
-        call, encoded, finite = running
-        bucket = call[0].bucket
-        finite = np.asarray(finite).reshape(self.devices, self.program.rows, bucket)
-        host = {name: np.asarray(value) for name, value in encoded.items()}
+    def _place(self, call: list[batches.Group], encoded: Any, content: Content) -> None:
+        bucket, rows = call[0].bucket, self.recipe.program.rows
+        host = {name: np.asarray(value) for name, value in encoded[0].items()}
         self._check_arrays(host, bucket)
+        finite = np.asarray(encoded[1])
         tokens = 0
         for device, group in enumerate(call):
-            for slot, position in enumerate(group.positions):
-                begin, end = offsets[position], offsets[position + 1]
-                if not finite[device, slot, : end - begin].all():
+            for slot, position in enumerate(group.positions, device * rows):
+                begin, end = content.offsets[position], content.offsets[position + 1]
+                if not finite[slot, : end - begin].all():
                     raise ValueError(
                         "The memory encoder gave NaN or infinity for passage "
-                        f"{int(self.passages.ids[rows[position]])}. Check the checkpoint (did its "
+                        f"{int(content.source.ids[position])}. Check the checkpoint (did its "
                         "training diverge?) and the activation dtype."
                     )
-                at = device * self.program.rows + slot
                 for name, value in host.items():
-                    arrays[name][begin:end] = value[at, : end - begin]
+                    content.arrays[name][begin:end] = value[slot, : end - begin]
                 tokens += int(end - begin)
-        computed = self.devices * self.program.rows * bucket
+        computed = self.recipe.devices * rows * bucket
         self.progress.encoded(sum(len(group.positions) for group in call), tokens, computed)
 
-    def _check_arrays(self, host: Mapping[str, np.ndarray], bucket: int) -> None:
-        n = self.devices * self.program.rows
-        wanted = {name: ((n, bucket, *t), np.dtype(d)) for name, (t, d) in self.specs.items()}
+    def _check_arrays(self, host: dict[str, np.ndarray], bucket: int) -> None:
+        n = self.recipe.devices * self.recipe.program.rows
+        wanted = {name: ((n, bucket, *t), np.dtype(d)) for name, (t, d) in self._specs.items()}
         got = {name: (value.shape, value.dtype) for name, value in host.items()}
         if wanted != got:
             raise ValueError(
-                f"Codec {self.identity.codec!r} stores {wanted} for this batch, and the encoder "
-                f"returned {got}. Build with the model's own codec, emb_dim and batch size."
+                f"Codec {self.recipe.identity.codec!r} stores {wanted} for this batch, and the "
+                f"encoder returned {got}. Build with the model's own codec, emb_dim and batch size."
             )
-
-
-@jax.jit
-def _finite(arrays: Mapping[str, jax.Array]) -> jax.Array:
-    """bool `[n, P]`: all floats of a token are finite; on the device, so little is fetched."""
-    flags = [
-        jnp.isfinite(x).reshape(*x.shape[:2], -1).all(-1)
-        for x in arrays.values()
-        if jnp.issubdtype(x.dtype, jnp.floating)
-    ]
-    some = next(iter(arrays.values()))
-    result = jnp.ones(some.shape[:2], bool)
-    for flag in flags:
-        result = result & flag
-    return result

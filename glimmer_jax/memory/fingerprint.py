@@ -1,8 +1,8 @@
-"""The fingerprint of an encoder: which weights a memory was made with.
+"""Fingerprints: with which weights, and of which passages, a memory was made.
 
-It covers exactly the parameters that memory depends on: the embedding, layers [0, M) and their
-position table, and the settings of the layers. It is the same for scanned and looped stacks and on
-any mesh.
+That of an encoder covers exactly the parameters that memory depends on: the embedding, layers
+[0, M) and their position table, and the settings of the layers. It is the same for scanned and
+looped stacks and on any mesh.
 """
 
 import hashlib
@@ -18,7 +18,6 @@ from jax.experimental import multihost_utils
 from glimmer_jax.models.glimmer import GlimmerConfig
 
 _LOOPED = re.compile(r"layers_(\d+)")
-
 
 # Settings that change what the same parameters compute, beyond rounding.
 _SETTINGS = ("num_heads", "head_dim", "mlp_activations", "relpos_buckets", "relpos_max_distance")
@@ -44,13 +43,21 @@ def encoder_fingerprint(params: Mapping[str, Any], config: GlimmerConfig) -> str
     settings = {name: getattr(config.t5, name) for name in _SETTINGS}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     # The embedding goes by one name, so that a frozen copy equal to the live table is the same.
-    _update(digest, "embedding", params[embedder]["embedding"])
+    _update(digest, "embedding", _on_host(params[embedder]["embedding"]))
     encoder = dict(params["memory_encoder"])
     # A table shared with the live layers is kept there, and the memory depends on it all the same.
     encoder.setdefault("relpos_bias", params.get("live_encoder", {}).get("relpos_bias", {}))
     for name, leaf in sorted(_canonical(encoder), key=lambda item: item[0]):
         _update(digest, name, leaf)
     return f"sha256:{digest.hexdigest()}"
+
+
+def passages_fingerprint(manifest: Mapping[str, Any]) -> str:
+    """`sha256:...` over ids and tokens of a passages folder, by the checksums in its manifest."""
+    files = manifest["files"]
+    names = ("ids.npy", "offsets.npy", "tokens.npy")
+    sums = json.dumps([files[name]["sha256"] for name in names])
+    return f"sha256:{hashlib.sha256(sums.encode()).hexdigest()}"
 
 
 def _update(digest: Any, name: str, leaf: Any) -> None:

@@ -8,12 +8,19 @@ object. So a file is there whole or not at all, wherever it lives.
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import tensorstore as ts
 
 Path = str | os.PathLike | Mapping[str, Any]
+
+# TensorStore raises ValueError for every status and puts its code first. These codes speak of the
+# bytes that were found: a checksum, a chunk that is not there, a file cut short, nonsense in JSON.
+_DAMAGE = re.compile(r"(DATA_LOSS|NOT_FOUND|OUT_OF_RANGE|FAILED_PRECONDITION): ")
+# A web server's refusal says nothing of the bytes, except that there are none (404) or too few (416).
+_REFUSED = re.compile(r"\[HTTP code (?!404|416)\d+\]")
 
 
 def open_folder(path: Path, context: ts.Context | None = None) -> ts.KvStore:
@@ -38,9 +45,42 @@ def subfolder(kvstore: ts.KvStore, name: str) -> ts.KvStore:
 
 
 def read_file(kvstore: ts.KvStore, key: str) -> bytes | None:
-    """The bytes of a file, or None where there is none."""
-    result = kvstore.read(key).result()
+    """The bytes of a file, or None where there is none.
+
+    Raises:
+      OSError: the storage did not answer, or refused.
+    """
+    try:
+        result = kvstore.read(key).result()
+    except ValueError as error:
+        raise unreachable(f"{kvstore.url}{key}", error) from error
     return None if result.state == "missing" else bytes(result.value)
+
+
+def write_file(kvstore: ts.KvStore, key: str, data: bytes) -> None:
+    """Writes a file whole.
+
+    Raises:
+      OSError: the storage is full, did not answer, or refused.
+    """
+    try:
+        kvstore.write(key, data).result()
+    except ValueError as error:
+        raise unreachable(f"{kvstore.url}{key}", error) from error
+
+
+def is_damage(error: ValueError) -> bool:
+    """Whether TensorStore's error is about wrong bytes, and not about reaching them."""
+    text = str(error)
+    return bool(_DAMAGE.match(text)) and not _REFUSED.search(text)
+
+
+def unreachable(where: str, error: ValueError) -> OSError:
+    """The error to raise where storage failed: the same command may well succeed later."""
+    return OSError(
+        f"{where} could not be read or written: {error}. That is the storage, not the memory: check "
+        "the connection, permissions and free space, and run the same command again."
+    )
 
 
 def dump_json(value: Any) -> bytes:

@@ -4,24 +4,31 @@
       manifest.json               written last: a folder without it is an unfinished build
       shards/000000/
         shard.json                written after the shard's arrays: sizes and SHA-256 of its files
-        ids/ offsets/ titles/     zarr v3 arrays of the shard's passages
+        ids/ offsets/ titles/ digests/
+                                  zarr v3 arrays of the shard's passages
         states/ ...               zarr v3 arrays of the codec, `[tokens, ...]`
 
-A shard is a range of consecutive passages and needs no other shard, so shards are built, checked,
-rebuilt and added one by one, by any number of processes. Checksums form a chain: the manifest holds
-the SHA-256 of each record and of itself, a record those of its files. Neither holds a time, a host
-or a path, so the same build gives the same bytes.
+A shard knows neither its name nor its place and needs no other shard, so shards are built, checked,
+rebuilt, added and copied to other stores one by one, by any number of processes; only the manifest
+puts them in order. Checksums form a chain: the manifest holds the SHA-256 of each record and of
+itself, a record those of its files. Neither holds a time, a host or a path, so the same build gives
+the same bytes.
+
+A finished store is changed by writing a new manifest, never by changing shards that the old one
+names: whoever has opened a version reads that version to its end.
 """
 
 import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from glimmer_jax.memory import folder
+from glimmer_jax.memory.identity import Identity, Layout, Program
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 RECORD = "shard.json"
 
@@ -34,44 +41,12 @@ class DamagedStore(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """What one device ran: two builds agree to the last bit only if this is equal."""
-
-    rows: int  # passages in one device's batch
-    buckets: tuple[int, ...]  # lengths, in tokens, that a batch may be padded to
-    dtype: str  # of activations while encoding
-    backend: str  # cpu, gpu or tpu
-    jax_version: str
-
-    def __post_init__(self):
-        object.__setattr__(self, "buckets", tuple(self.buckets))
-        if self.rows < 1:
-            raise ValueError(f"A batch needs at least one row a device, got {self.rows}.")
-        increasing = all(a < b for a, b in zip(self.buckets, self.buckets[1:], strict=False))
-        if not self.buckets or self.buckets[0] < 1 or not increasing:
-            raise ValueError(f"Length buckets must be increasing and positive: {self.buckets}.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Identity:
-    """What must agree for shards to belong to one store."""
-
-    encoder_fingerprint: str
-    vocabulary_fingerprint: str
-    codec: str
-    emb_dim: int
-    max_length: int  # tokens; longer passages were cut to it
-    shard_passages: int  # passages in each shard but the last
-    chunk_tokens: int  # tokens in the smallest unit that is read and checksummed
-
-
-@dataclasses.dataclass(frozen=True)
 class Record:
     """One finished shard."""
 
     identity: Identity
     program: Program
-    first_row: int
+    layout: Layout
     passages: int
     tokens: int
     truncated: int  # passages cut to max_length
@@ -90,14 +65,20 @@ class Record:
             _check_version(value, where)
             value["identity"] = Identity(**value["identity"])
             value["program"] = Program(**value["program"])
+            value["layout"] = Layout(**value["layout"])
             value["files"] = {name: (size, sha) for name, (size, sha) in value["files"].items()}
             record = cls(**value)
             for name, (size, _) in record.files.items():
                 if not _FILE_NAME.fullmatch(name):
                     raise DamagedStore(f"{where} names the file {name!r}, outside its shard.")
                 _check_counts(where, size=size)
-            _check_counts(where, first_row=record.first_row, tokens=record.tokens)
+            _check_counts(where, passages=record.passages, tokens=record.tokens)
         return record
+
+    @property
+    def bytes(self) -> int:
+        """Of the shard's files."""
+        return sum(size for size, _ in self.files.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +90,27 @@ class Shard:
     passages: int
     tokens: int
     bytes: int
-    program: int  # index into Manifest.programs
+    truncated: int
+    longest: int
+    program: Program
+    layout: Layout
     record_sha256: str
+
+    @classmethod
+    def of(cls, name: str, record: Record) -> "Shard":
+        """The line of a finished shard; its place is given by the manifest."""
+        return cls(
+            name=name,
+            first_row=0,
+            passages=record.passages,
+            tokens=record.tokens,
+            bytes=record.bytes,
+            truncated=record.truncated,
+            longest=record.longest,
+            program=record.program,
+            layout=record.layout,
+            record_sha256=hashlib.sha256(record.to_bytes()).hexdigest(),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,17 +118,65 @@ class Manifest:
     """What a finished store is."""
 
     identity: Identity
-    num_passages: int
+    version: int  # 1 when it was built, one more after each change
+    num_passages: int  # rows, withdrawn ones included
     num_tokens: int
     num_bytes: int  # of all shards' files
     truncated: int
     longest: int
-    programs: tuple[Program, ...]
+    passages_fingerprints: tuple[str, ...]  # of the passages folders it was made from
     codec_error: dict[str, float] | None  # of the stored type against float32, on a sample
+    withdrawn: tuple[int, ...]  # rows that count no longer, increasing
     shards: tuple[Shard, ...]
+
+    @classmethod
+    def of(
+        cls,
+        identity: Identity,
+        shards: Sequence[Shard],
+        *,
+        version: int,
+        passages_fingerprints: Sequence[str],
+        codec_error: dict[str, float] | None,
+        withdrawn: Sequence[int] = (),
+    ) -> "Manifest":
+        """The manifest of these shards, in this order."""
+        placed, row = [], 0
+        for shard in shards:
+            placed.append(dataclasses.replace(shard, first_row=row))
+            row += shard.passages
+        return cls(
+            identity=identity,
+            version=version,
+            num_passages=row,
+            num_tokens=sum(shard.tokens for shard in shards),
+            num_bytes=sum(shard.bytes for shard in shards),
+            truncated=sum(shard.truncated for shard in shards),
+            longest=max((shard.longest for shard in shards), default=0),
+            passages_fingerprints=tuple(dict.fromkeys(passages_fingerprints)),
+            codec_error=codec_error,
+            withdrawn=tuple(sorted(withdrawn)),
+            shards=tuple(placed),
+        )
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """Every program that made a shard, once."""
+        return tuple(dict.fromkeys(shard.program for shard in self.shards))
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Every layout of a shard, once."""
+        return tuple(dict.fromkeys(shard.layout for shard in self.shards))
 
     def to_bytes(self) -> bytes:
         value = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        # Each program and layout once; shards refer to them by number.
+        value["programs"] = [dataclasses.asdict(program) for program in self.programs]
+        value["layouts"] = [dataclasses.asdict(layout) for layout in self.layouts]
+        for line, shard in zip(value["shards"], self.shards, strict=True):
+            line["program"] = self.programs.index(shard.program)
+            line["layout"] = self.layouts.index(shard.layout)
         return folder.dump_json({**value, "sha256": _self_checksum(value)})
 
     @classmethod
@@ -147,8 +195,20 @@ class Manifest:
                     "Run the same build_memory command again to write it anew."
                 )
             value["identity"] = Identity(**value["identity"])
-            value["programs"] = tuple(Program(**program) for program in value["programs"])
-            value["shards"] = tuple(Shard(**shard) for shard in value["shards"])
+            value["passages_fingerprints"] = tuple(value["passages_fingerprints"])
+            value["withdrawn"] = tuple(value["withdrawn"])
+            programs = [Program(**program) for program in value.pop("programs")]
+            layouts = [Layout(**layout) for layout in value.pop("layouts")]
+            value["shards"] = tuple(
+                Shard(
+                    **{
+                        **line,
+                        "program": _pick(programs, line["program"], where, line["name"]),
+                        "layout": _pick(layouts, line["layout"], where, line["name"]),
+                    }
+                )
+                for line in value["shards"]
+            )
             manifest = cls(**value)
             manifest._check(where)
         return manifest
@@ -159,8 +219,8 @@ class Manifest:
             if not _SHARD_NAME.fullmatch(shard.name):
                 raise DamagedStore(f"{where} names the shard {shard.name!r}, outside the store.")
             _check_counts(where, tokens=shard.tokens, bytes=shard.bytes, passages=shard.passages)
-            if shard.first_row != row or not 0 <= shard.program < len(self.programs):
-                raise DamagedStore(f"{where}: the entry of shard {shard.name!r} does not fit.")
+            if shard.first_row != row:
+                raise _does_not_fit(where, shard.name)
             row += shard.passages
             tokens += shard.tokens
         if (row, tokens) != (self.num_passages, self.num_tokens):
@@ -168,6 +228,21 @@ class Manifest:
                 f"{where} promises {self.num_passages} passages and {self.num_tokens} tokens; its "
                 f"shards have {row} and {tokens}."
             )
+        for withdrawn in self.withdrawn:
+            _check_counts(where, withdrawn=withdrawn)
+        gone = self.withdrawn
+        if gone and (gone[-1] >= row or any(a >= b for a, b in zip(gone, gone[1:], strict=False))):
+            raise DamagedStore(f"{where} withdraws rows that it does not have.")
+
+
+def _pick(table: list, index: Any, where: str, name: Any) -> Any:
+    if not isinstance(index, int) or not 0 <= index < len(table):
+        raise _does_not_fit(where, name)
+    return table[index]
+
+
+def _does_not_fit(where: str, name: Any) -> DamagedStore:
+    return DamagedStore(f"{where}: the entry of shard {name!r} does not fit.")
 
 
 class _Reading:
@@ -208,18 +283,3 @@ def _self_checksum(value: dict[str, Any]) -> str:
 
 def shard_folder(name: str) -> str:
     return f"shards/{name}"
-
-
-def describe(program: Program) -> str:
-    """One line for messages."""
-    fields = dataclasses.asdict(program).items()
-    return ", ".join(f"{name}={value}" for name, value in fields)
-
-
-def check_fingerprint(kind: str, stored: str, wanted: str | None, where: str) -> None:
-    """Refuses a store whose encoder or vocabulary is not the one at hand."""
-    if wanted is not None and stored != wanted:
-        raise ValueError(
-            f"The memory store {where} was built with the {kind} {stored}, and this model's {kind} "
-            f"is {wanted}. Build the memory again with this model, or use the model that built it."
-        )

@@ -15,15 +15,12 @@ import tensorstore as ts
 
 from glimmer_jax.memory import folder
 from glimmer_jax.memory.manifest import DamagedStore
+from glimmer_jax.memory.source import Source
 
-IDS, OFFSETS, TITLES = "ids", "offsets", "titles"
-INDEX_ARRAYS = (IDS, OFFSETS, TITLES)
+IDS, OFFSETS, TITLES, DIGESTS = "ids", "offsets", "titles", "digests"
 
 # A chunk that is not there is an error; hence zeros must be written like anything else.
 _STRICT = {"fill_missing_data_reads": False, "store_data_equal_to_fill_value": True}
-
-# What TensorStore raises for a missing or changed file.
-TENSORSTORE_ERRORS = (ValueError, KeyError, OSError, RuntimeError)
 
 
 def _metadata(shape: Sequence[int], dtype: np.dtype, chunk_rows: int) -> dict[str, Any]:
@@ -68,10 +65,8 @@ def _encode(values: np.ndarray, chunk_rows: int) -> dict[str, bytes]:
 def write_arrays(
     kvstore: ts.KvStore,
     arrays: Mapping[str, np.ndarray],
-    *,
-    ids: np.ndarray,
+    source: Source,
     offsets: np.ndarray,
-    titles: Sequence[str],
     chunk_tokens: int,
 ) -> dict[str, tuple[int, str]]:
     """Writes the arrays of one shard, whatever was left of an earlier attempt removed.
@@ -79,25 +74,33 @@ def write_arrays(
     Args:
       kvstore: the shard's folder.
       arrays: the codec's arrays, `[tokens, ...]`.
-      ids, offsets: int64 `[n]` and `[n + 1]`; passage i has tokens offsets[i] to offsets[i + 1].
-      titles: n titles; any string survives, lone surrogates too.
+      source: the shard's n passages. Any title survives, one with lone surrogates too.
+      offsets: int64 `[n + 1]`; passage i has tokens offsets[i] to offsets[i + 1].
       chunk_tokens: tokens of an inner chunk.
 
     Returns:
       path inside the shard -> (bytes, SHA-256), computed before the bytes left memory.
     """
-    kvstore.delete_range(ts.KvStore.KeyRange()).result()
-    title_bytes = np.frombuffer(json.dumps(list(titles)).encode("ascii"), np.uint8)
-    index = {IDS: np.asarray(ids, np.int64), OFFSETS: np.asarray(offsets, np.int64)}
-    files, pending = {}, []
-    every: dict[str, np.ndarray] = {**index, TITLES: title_bytes, **arrays}
-    for name, values in every.items():
-        chunk_rows = chunk_tokens if name in arrays else len(values)
-        for key, data in _encode(np.ascontiguousarray(values), chunk_rows).items():
-            files[f"{name}/{key}"] = (len(data), hashlib.sha256(data).hexdigest())
-            pending.append(kvstore.write(f"{name}/{key}", data))
-    for write in pending:
-        write.result()
+    index = {
+        IDS: np.asarray(source.ids, np.int64),
+        OFFSETS: np.asarray(offsets, np.int64),
+        DIGESTS: source.digests,
+        TITLES: np.frombuffer(json.dumps(source.titles).encode("ascii"), np.uint8),
+    }
+    files: dict[str, tuple[int, str]] = {}
+    pending = []
+    every: dict[str, np.ndarray] = {**index, **arrays}
+    try:
+        kvstore.delete_range(ts.KvStore.KeyRange()).result()
+        for name, values in every.items():
+            chunk_rows = chunk_tokens if name in arrays else len(values)
+            for key, data in _encode(np.ascontiguousarray(values), chunk_rows).items():
+                files[f"{name}/{key}"] = (len(data), hashlib.sha256(data).hexdigest())
+                pending.append(kvstore.write(f"{name}/{key}", data))
+        for write in pending:
+            write.result()
+    except ValueError as error:
+        raise folder.unreachable(kvstore.url, error) from error
     return files
 
 
@@ -105,13 +108,14 @@ def open_array(kvstore: ts.KvStore, name: str, context: ts.Context) -> ts.Future
     """A future of array `name` of the shard in `kvstore`, open for reading."""
     spec = {
         "driver": "zarr3",
-        "kvstore": folder.subfolder(kvstore, name).spec().to_json(),
         **_STRICT,
         # A finished shard never changes under a reader.
         "recheck_cached_data": "open",
         "recheck_cached_metadata": "open",
     }
-    return ts.open(spec, context=context, open=True, read=True)
+    # The store itself, not its JSON, which would lose its retries and credentials.
+    here = folder.subfolder(kvstore, name)
+    return ts.open(spec, kvstore=here, context=context, open=True, read=True)
 
 
 def check_files(kvstore: ts.KvStore, files: Mapping[str, tuple[int, str]]) -> list[str]:
@@ -129,7 +133,11 @@ def check_files(kvstore: ts.KvStore, files: Mapping[str, tuple[int, str]]) -> li
 
 
 def check_sizes(kvstore: ts.KvStore, files: Mapping[str, tuple[int, str]]) -> list[str]:
-    """Whether every file is there and reaches its last byte, without reading the rest."""
+    """Whether every file is there and reaches its last byte, without reading the rest.
+
+    Raises:
+      OSError: the storage did not answer, so nothing is known of the file.
+    """
     reads = {
         name: kvstore.read(name, byte_range=slice(size - 1, size))
         for name, (size, _) in files.items()
@@ -139,14 +147,23 @@ def check_sizes(kvstore: ts.KvStore, files: Mapping[str, tuple[int, str]]) -> li
         try:
             if read.result().state == "missing":
                 problems.append(f"{name} is missing")
-        except TENSORSTORE_ERRORS:
+        except ValueError as error:
+            if not folder.is_damage(error):
+                raise folder.unreachable(f"{kvstore.url}{name}", error) from error
             problems.append(f"{name} is shorter than {files[name][0]} bytes")
     return problems
 
 
-def damaged(name: str, error: Exception) -> DamagedStore:
-    """The error to raise where reading shard `name` failed with `error`."""
+def failed(name: str, kvstore: ts.KvStore, error: ValueError) -> DamagedStore | OSError:
+    """The error to raise where TensorStore failed to read shard `name` with `error`."""
+    if folder.is_damage(error):
+        return damaged(name, str(error))
+    return folder.unreachable(kvstore.url, error)
+
+
+def damaged(name: str, problem: str) -> DamagedStore:
+    """The error to raise where the bytes of shard `name` are wrong."""
     return DamagedStore(
-        f"Shard {name} of the memory store is damaged: {error}. Delete the folder shards/{name} "
+        f"Shard {name} of the memory store is damaged: {problem}. Delete the folder shards/{name} "
         "and run the same build_memory command again: it rebuilds that shard alone."
     )

@@ -5,17 +5,16 @@ each); token states are read when asked for, only the chunks that are needed, ea
 its crc32c. See `manifest` for the layout of the folder.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import tensorstore as ts
 
 from glimmer_jax import codecs
-from glimmer_jax.memory import folder, manifest, shard
-from glimmer_jax.memory.manifest import Manifest, Record
+from glimmer_jax.memory import folder, identity, manifest, shard, versions
+from glimmer_jax.memory.manifest import DamagedStore, Manifest
 
 # How many shards' files are opened at a time.
 _OPEN_AT_ONCE = 64
@@ -24,24 +23,31 @@ Arrays = dict[str, np.ndarray]
 
 
 class MemoryStore:
-    """A finished memory store, open for reading. Many readers may share one store.
+    """One version of a finished memory store, open for reading.
+
+    Many readers may share a store, also while it is changed: shards of a version stay as they are.
 
     Attributes:
+      path: where it was opened.
+      kvstore: its folder.
       manifest: what the store is and how it was built.
-      ids: int64 `[n]`, external passage id of each row.
-      lengths: int32 `[n]`, tokens of each row.
+      ids: int64 `[n]`, external passage id of each row, withdrawn ones included.
+      lengths: int32 `[n]`, tokens of each row; 0 where it is withdrawn.
     """
 
     def __init__(self, path: folder.Path, kvstore: ts.KvStore, manifest_: Manifest, context):
         self.path = path
         self.manifest = manifest_
-        self._kvstore = kvstore
+        self.kvstore = kvstore
         self._context = context
         self._specs = codecs.get(manifest_.identity.codec).array_specs(manifest_.identity.emb_dim)
         self._open: dict[tuple[str, str], ts.TensorStore] = {}
         self._first_rows = np.array([s.first_row for s in manifest_.shards], np.int64)
         self.ids, self._starts, self.lengths = self._read_index()
-        self._order = np.argsort(self.ids, kind="stable")
+        withdrawn = np.array(manifest_.withdrawn, np.int64)
+        self.lengths[withdrawn] = 0
+        live = np.setdiff1d(np.arange(len(self)), withdrawn)
+        self._order = live[np.argsort(self.ids[live], kind="stable")]
         self._sorted_ids = self.ids[self._order]
 
     @classmethod
@@ -51,6 +57,7 @@ class MemoryStore:
         encoder_fingerprint: str | None = None,
         vocabulary_fingerprint: str | None = None,
         cache_bytes: int = 256 << 20,
+        version: int | None = None,
     ) -> "MemoryStore":
         """Opens the store at `path`.
 
@@ -59,35 +66,36 @@ class MemoryStore:
           encoder_fingerprint: of the checkpoint that will read this memory, if known.
           vocabulary_fingerprint: likewise.
           cache_bytes: RAM for chunks that were read before.
+          version: an earlier version of the store; default: the newest.
 
         Raises:
-          ValueError: there is no finished store, it has another format version, or it was made by
-            another encoder or with another vocabulary.
+          ValueError: there is no finished store or no such version, it has another format version,
+            or it was made by another encoder or with another vocabulary.
           DamagedStore: manifest or index are damaged.
+          OSError: the storage did not answer, or refused; the same of every method that reads.
         """
         context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
         kvstore = folder.open_folder(path, context)
-        data = folder.read_file(kvstore, manifest.MANIFEST)
-        if data is None:
-            raise ValueError(
-                f"No finished memory store at {kvstore.url}: it has no {manifest.MANIFEST}. "
-                "If this is an unfinished build, run the same build_memory command again and it "
-                "goes on where it stopped; otherwise check the path."
-            )
-        found = Manifest.from_bytes(data, f"{kvstore.url}{manifest.MANIFEST}")
-        manifest.check_fingerprint(
-            "encoder", found.identity.encoder_fingerprint, encoder_fingerprint, kvstore.url
-        )
-        manifest.check_fingerprint(
-            "vocabulary", found.identity.vocabulary_fingerprint, vocabulary_fingerprint, kvstore.url
+        found = versions.read_manifest(kvstore, version)
+        made = found.identity
+        identity.check_fingerprint("encoder", made.encoder_fingerprint, encoder_fingerprint, path)
+        identity.check_fingerprint(
+            "vocabulary", made.vocabulary_fingerprint, vocabulary_fingerprint, path
         )
         return cls(path, kvstore, found, context)
 
     def __len__(self) -> int:
         return self.manifest.num_passages
 
+    def check_passages(self, fingerprint: str) -> None:
+        """Refuses passages with `fingerprint.passages_fingerprint` other than the memory's own."""
+        identity.check_passages(self.manifest.passages_fingerprints, fingerprint, self.path)
+
     def _shard_kvstore(self, name: str) -> ts.KvStore:
-        return folder.subfolder(self._kvstore, manifest.shard_folder(name))
+        return folder.subfolder(self.kvstore, manifest.shard_folder(name))
+
+    def _failed(self, name: str, error: ValueError) -> DamagedStore | OSError:
+        return shard.failed(name, self._shard_kvstore(name), error)
 
     def _read_index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """ids, first token within the shard, and length, of all rows."""
@@ -108,16 +116,14 @@ class MemoryStore:
                     shard_ids, offsets = (
                         opening[2 * i + j][0].result().read().result() for j in (0, 1)
                     )
-                except shard.TENSORSTORE_ERRORS as error:
-                    raise shard.damaged(entry.name, error) from error
+                except ValueError as error:
+                    raise self._failed(entry.name, error) from error
                 if (
                     shard_ids.shape != (entry.passages,)
                     or offsets.shape != (entry.passages + 1,)
                     or (offsets[0], offsets[-1]) != (0, entry.tokens)
                 ):
-                    raise shard.damaged(
-                        entry.name, ValueError("its index does not fit the manifest")
-                    )
+                    raise shard.damaged(entry.name, "its index does not fit the manifest")
                 ids[rows], starts[rows], lengths[rows] = shard_ids, offsets[:-1], np.diff(offsets)
         return ids, starts, lengths
 
@@ -135,17 +141,19 @@ class MemoryStore:
         if unknown not in ("error", "mask"):
             raise ValueError(f"unknown must be 'error' or 'mask', got {unknown!r}.")
         ids = np.asarray(ids, np.int64)
-        if not len(self):
+        if not len(self._order):
             found, rows = np.zeros(ids.shape, bool), np.zeros(ids.shape, np.int64)
         else:
-            at = np.minimum(np.searchsorted(self._sorted_ids, ids), len(self) - 1)
+            at = np.minimum(np.searchsorted(self._sorted_ids, ids), len(self._order) - 1)
             found, rows = self._sorted_ids[at] == ids, self._order[at]
-        missing = ids[~found & (ids != -1)]
+        missing = np.unique(ids[~found & (ids != -1)])
         if missing.size and unknown == "error":
+            withdrawn = int(np.isin(missing, self.ids[list(self.manifest.withdrawn)]).sum())
             raise ValueError(
-                f"{missing.size} passage ids are not in the memory store {self.path}: "
-                f"{np.unique(missing)[:10].tolist()}. The examples were retrieved from other "
-                "passages: build the memory of those, retrieve again, or mask unknown ids."
+                f"{missing.size} passage ids are not in the memory store {self.path}"
+                f"{f' ({withdrawn} of them withdrawn)' if withdrawn else ''}: "
+                f"{missing[:10].tolist()}. The examples were retrieved from other passages: build "
+                "the memory of those, retrieve again, or mask unknown ids."
             )
         return np.where(found, rows, -1).astype(np.int32)
 
@@ -225,9 +233,10 @@ class MemoryStore:
                 pending.append((entry.name, first, last, reads))
         for name, first, last, reads in pending:
             try:
-                yield first, last, {key: read.result() for key, read in reads.items()}
-            except shard.TENSORSTORE_ERRORS as error:
-                raise shard.damaged(name, error) from error
+                data = {key: read.result() for key, read in reads.items()}
+            except ValueError as error:
+                raise self._failed(name, error) from error
+            yield first, last, data
 
     def _array(self, shard_name: str, name: str) -> ts.TensorStore:
         key = (shard_name, name)
@@ -236,8 +245,8 @@ class MemoryStore:
                 opened = shard.open_array(
                     self._shard_kvstore(shard_name), name, self._context
                 ).result()
-            except shard.TENSORSTORE_ERRORS as error:
-                raise shard.damaged(shard_name, error) from error
+            except ValueError as error:
+                raise self._failed(shard_name, error) from error
             self._open[key] = opened
         return self._open[key]
 
@@ -246,52 +255,23 @@ class MemoryStore:
         for start in range(0, len(self), rows_per_page):
             yield self.read(np.arange(start, min(start + rows_per_page, len(self))), length)
 
+    def read_index(self, shard_name: str, name: str) -> np.ndarray:
+        """One of a shard's small arrays, whole."""
+        try:
+            return self._array(shard_name, name).read().result()
+        except ValueError as error:
+            raise self._failed(shard_name, error) from error
+
     def titles(self, shard_name: str) -> list[str]:
         """Titles of one shard's passages, in the order of its rows."""
-        try:
-            data = self._array(shard_name, shard.TITLES).read().result()
-        except shard.TENSORSTORE_ERRORS as error:
-            raise shard.damaged(shard_name, error) from error
-        return json.loads(data.tobytes())
+        return json.loads(self.read_index(shard_name, shard.TITLES).tobytes())
 
     def title(self, row: int) -> str:
         """Title of one passage."""
         entry = self.manifest.shards[np.searchsorted(self._first_rows, row, side="right") - 1]
         return self.titles(entry.name)[row - entry.first_row]
 
-    def verify(self) -> list[str]:
-        """Reads every byte and compares every checksum; what is wrong, a line each."""
-        problems = []
-        for entry in self.manifest.shards:
-            kvstore = self._shard_kvstore(entry.name)
-            data = folder.read_file(kvstore, manifest.RECORD)
-            where = f"{manifest.shard_folder(entry.name)}/"
-            if data is None:
-                problems.append(f"{where}{manifest.RECORD} is missing")
-            elif hashlib.sha256(data).hexdigest() != entry.record_sha256:
-                problems.append(f"{where}{manifest.RECORD} has been changed: its SHA-256 differs")
-            else:
-                files = Record.from_bytes(data, f"{where}{manifest.RECORD}").files
-                problems += [where + problem for problem in shard.check_files(kvstore, files)]
-        return problems
-
-    def inspect(self) -> dict[str, Any]:
-        """What is in the store, by whom it was made, and how large it is; plain JSON values."""
-        found, identity = self.manifest, self.manifest.identity
-        return {
-            "path": str(self.path),
-            "passages": found.num_passages,
-            "tokens": found.num_tokens,
-            "bytes": found.num_bytes,
-            "bytes_per_token": found.num_bytes / max(found.num_tokens, 1),
-            "shards": len(found.shards),
-            "longest": found.longest,
-            "truncated": found.truncated,
-            "max_length": identity.max_length,
-            "emb_dim": identity.emb_dim,
-            "codec": identity.codec,
-            "codec_error": found.codec_error,
-            "encoder_fingerprint": identity.encoder_fingerprint,
-            "vocabulary_fingerprint": identity.vocabulary_fingerprint,
-            "programs": [manifest.describe(program) for program in found.programs],
-        }
+    def digests(self) -> np.ndarray:
+        """uint64 `[n]`, see `source.Source`: what each row was made from, in eight bytes."""
+        parts = [self.read_index(entry.name, shard.DIGESTS) for entry in self.manifest.shards]
+        return np.concatenate([np.zeros(0, np.uint64), *parts])

@@ -10,9 +10,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from glimmer_jax import axes, codecs, partitioning
+from glimmer_jax.memory.exchange import exchange
 from glimmer_jax.memory.store import MemoryStore
 
 PAGE_TOKENS = 16
@@ -139,33 +140,18 @@ def lookup(
     pages_BKG = jnp.where(wanted, table.first_page[safe_BK][..., None] + steps, -1)
     real_BKP = jnp.arange(length)[None, None] < lengths_BK[..., None]
 
+    bits = {
+        name: jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+        for name, x in table.pages.items()
+    }
     memory = {}
-    for name, pages in table.pages.items():
-        values = _gather(pages, pages_BKG, mesh)
-        values = values.reshape(batch, num_passages, -1, *values.shape[4:])[:, :, :length]
+    for name, pages in exchange(bits, pages_BKG.reshape(-1), mesh).items():
+        values = pages.reshape(batch, num_passages, -1, *pages.shape[2:])[:, :, :length]
         real = real_BKP.reshape(*real_BKP.shape, *(1,) * (values.ndim - 3))
-        memory[name] = _like_batch(jnp.where(real, values, jnp.zeros((), values.dtype)), mesh)
+        values = _like_batch(jnp.where(real, values, jnp.zeros((), values.dtype)), mesh)
+        # A float again only where it stays.
+        memory[name] = jax.lax.bitcast_convert_type(values, table.pages[name].dtype)
     return memory, _like_batch(lengths_BK, mesh)
-
-
-def _gather(pages: jax.Array, wanted: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
-    """`pages[wanted]` with pages spread over the mesh; whatever for -1."""
-    # Devices that do not have a page add zero. As integers: -0.0 + 0.0 would lose the sign.
-    bits = jnp.dtype(f"uint{8 * pages.dtype.itemsize}")
-
-    def on_device(local, wanted):
-        begin = jax.lax.axis_index(mesh.axis_names) * local.shape[0]
-        here = (wanted >= begin) & (wanted < begin + local.shape[0])
-        taken = local[jnp.where(here, wanted - begin, 0)]
-        taken = jax.lax.bitcast_convert_type(taken, bits)
-        mask = here.reshape(*here.shape, *(1,) * (taken.ndim - here.ndim))
-        return jax.lax.psum(jnp.where(mask, taken, jnp.zeros((), bits)), mesh.axis_names)
-
-    spread = PartitionSpec(mesh.axis_names)
-    gathered = jax.shard_map(
-        on_device, mesh=mesh, in_specs=(spread, PartitionSpec()), out_specs=PartitionSpec()
-    )(pages, wanted)
-    return jax.lax.bitcast_convert_type(gathered, pages.dtype)
 
 
 def _like_batch(x: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:

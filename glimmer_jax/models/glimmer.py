@@ -227,7 +227,7 @@ class Glimmer(nn.Module):
         t5 = self.config.t5
         return Embed(t5.vocab_size, t5.emb_dim, jnp.dtype(t5.dtype))
 
-    def _encode_memory(self, tokens: jax.Array) -> jax.Array:
+    def memory_states(self, tokens: jax.Array) -> jax.Array:
         """Layers [0, M) over tokens `[..., X]` with the memory's weights -> `[..., X, D]`."""
         if not self.config.memory_layers:
             return self.dropout(self.token_embedder(tokens))
@@ -242,13 +242,13 @@ class Glimmer(nn.Module):
     def encode_question(self, question_tokens: jax.Array) -> jax.Array:
         """int32 `[B, Q]`, right-aligned -> states `[B, Q, D]` for the live sequence."""
         if self.config.share_question_encoder:
-            return self._encode_memory(question_tokens)
+            return self.memory_states(question_tokens)
         x = self.dropout(self.token_embedder(question_tokens))
         return self.question_encoder(x, question_tokens > 0)
 
     def encode_memory(self, passage_tokens: jax.Array) -> dict[str, jax.Array]:
         """int32 `[..., P]` -> what the store keeps: the codec's arrays `[..., P, *trailing]`."""
-        return codecs.get(self.config.memory_codec).encode(self._encode_memory(passage_tokens))
+        return codecs.get(self.config.memory_codec).encode(self.memory_states(passage_tokens))
 
     def passage_states(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Memory of a batch's passages, from tokens or from the store alike.
@@ -262,7 +262,7 @@ class Glimmer(nn.Module):
             positions = jnp.arange(states.shape[2])[None, None]
             return states, positions < batch["passage_lengths"][..., None]
         tokens = batch["passage_tokens"]
-        states = self._encode_memory(tokens)
+        states = self.memory_states(tokens)
         if self.config.memory_layers:
             states = codecs.straight_through(codec, states)
         return states, tokens > 0

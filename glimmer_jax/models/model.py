@@ -382,8 +382,8 @@ class GlimmerModel:
             return scores, {"passage_scores": live.scores, "kept_passages": kept}
         return scores
 
-    def encode_memory(self, params: Params, passage_tokens: jax.Array) -> dict[str, jax.Array]:
-        """Memory of passages `[n, P]`, as the codec's arrays `[n, P, *trailing]`.
+    def memory_states(self, params: Params, passage_tokens: jax.Array) -> jax.Array:
+        """States of passages `[n, P]` after layer M, `[n, P, D]`, before a codec rounds them.
 
         Raises:
           ValueError: the model has no memory encoder.
@@ -393,7 +393,16 @@ class GlimmerModel:
                 "memory_layers is 0 (FiD): there is nothing to compute ahead of time. Build memory "
                 "with LUMEN or GLIMMER."
             )
-        return self.module.apply({"params": params}, passage_tokens, method="encode_memory")
+        return self.module.apply({"params": params}, passage_tokens, method="memory_states")
+
+    def encode_memory(self, params: Params, passage_tokens: jax.Array) -> dict[str, jax.Array]:
+        """Memory of passages `[n, P]`, as the codec's arrays `[n, P, *trailing]`.
+
+        Raises:
+          ValueError: the model has no memory encoder.
+        """
+        states = self.memory_states(params, passage_tokens)
+        return codecs.get(self.config.memory_codec).encode(states)
 
     def memory_specs(self) -> dict[str, tuple[tuple[int, ...], Any]]:
         """Trailing shape and dtype of each array of `encode_memory`."""

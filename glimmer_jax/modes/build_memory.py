@@ -1,15 +1,14 @@
 """Mode `build_memory`: layers [0, M) over every passage, into a memory store."""
 
-import dataclasses
-
 from glimmer_jax.data.vocabulary import Vocabulary
-from glimmer_jax.memory import build, compute
-from glimmer_jax.memory.fingerprint import encoder_fingerprint
+from glimmer_jax.memory import build
+from glimmer_jax.memory.fingerprint import passages_fingerprint
+from glimmer_jax.memory.identity import Layout
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
-from glimmer_jax.partitioning import MeshConfig, make_mesh
+from glimmer_jax.modes.recipe import make_recipe
+from glimmer_jax.partitioning import MeshConfig
 from glimmer_jax.passages import Passages
-from glimmer_jax.weights import parameters
 
 
 def build_memory(
@@ -22,6 +21,7 @@ def build_memory(
     mesh: MeshConfig = MeshConfig(),
     vocabulary: Vocabulary = Vocabulary(),
     shard_passages: int = 1024,
+    chunk_tokens: int = 64,
     measure_error: bool = True,
     accept_other_program: bool = False,
 ) -> build.Report:
@@ -37,6 +37,7 @@ def build_memory(
       mesh: devices.
       vocabulary: that of the model.
       shard_passages: passages a shard.
+      chunk_tokens: tokens of the smallest unit of reading.
       measure_error: compare a sample with float32, and record it in the manifest.
       accept_other_program: go on with shards that another program (rows, backend) has made.
 
@@ -46,34 +47,17 @@ def build_memory(
     checks.required(
         CHECKPOINT_PATH=checkpoint_path, PASSAGES_DIR=passages_dir, MEMORY_DIR=memory_dir
     )
-    if not model.config.memory_layers:
-        raise ValueError(
-            "This model has memory_layers=0 (FiD): there is nothing to compute ahead of time. Build "
-            "memory with gin/models/lumen.gin or gin/models/glimmer.gin."
-        )
     corpus = Passages.open(passages_dir, vocabulary.fingerprint)
-    devices = make_mesh(mesh)
-    host_params = parameters.load(checkpoint_path, model, vocabulary.fingerprint)
-    params = parameters.place(host_params, model, devices)
-    reference = None
-    if measure_error:
-        t5 = dataclasses.replace(model.config.t5, dtype="float32")
-        exact = GlimmerModel(dataclasses.replace(model.config, t5=t5, memory_codec="f32"))
-        reference = compute.bind_encoder(exact.encode_memory, params, devices)
+    recipe, reference = make_recipe(
+        model, checkpoint_path, vocabulary.fingerprint, mesh, max_length, batch_size
+    )
     report = build.build_memory(
-        compute.bind_encoder(model.encode_memory, params, devices),
+        recipe,
         corpus,
         memory_dir,
-        codec=model.config.memory_codec,
-        emb_dim=model.config.t5.emb_dim,
-        encoder_fingerprint=encoder_fingerprint(host_params, model.config),
-        vocabulary_fingerprint=vocabulary.fingerprint,
-        max_length=max_length,
-        batch_size=batch_size,
-        devices=devices.size,
-        dtype=model.config.t5.dtype,
-        shard_passages=shard_passages,
-        reference=reference,
+        passages_fingerprint=passages_fingerprint(corpus.manifest),
+        layout=Layout(shard_passages, chunk_tokens),
+        reference=reference if measure_error else None,
         accept_other_program=accept_other_program,
     )
     made = report.manifest

@@ -9,9 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from glimmer_jax import codecs, partitioning
-from glimmer_jax.memory import batches, build, compute
+from glimmer_jax import partitioning
+from glimmer_jax.memory import batches, build, encoder
+from glimmer_jax.memory.identity import Layout
 from glimmer_jax.memory.store import MemoryStore
+from glimmer_jax.memory.verify import verify
 from glimmer_jax.preemption import Preempted, Watcher
 
 
@@ -52,7 +54,7 @@ def test_sigterm_keeps_finished_shards_and_exits_42(tiny, tiny_store, tmp_path, 
 def test_stop_request_raises_preempted(tiny, tmp_path):
     watcher = Watcher()
     watcher.request()
-    with pytest.raises(Preempted, match="same build_memory command again"):
+    with pytest.raises(Preempted, match="same command again"):
         tiny.build_tiny(tmp_path / "s", watcher=watcher)
 
 
@@ -86,8 +88,9 @@ def test_damaged_shard_is_rebuilt_alone_with_the_same_bytes(
         ({"encoder_fingerprint": "sha256:e2"}, r"encoder_fingerprint sha256:e1 \(now sha256:e2\)"),
         ({"vocabulary_fingerprint": "v2"}, r"vocabulary_fingerprint sha256:v1 \(now v2\)"),
         ({"codec": "f32"}, r"codec bf16 \(now f32\)"),
-        ({"batch_size": 8}, r"program \(rows=4.*this is \(rows=8"),
-        ({"dtype": "bfloat16"}, r"dtype=float32.*dtype=bfloat16"),
+        ({"rows": 8}, r"program \(rows=4.*this is \(rows=8"),
+        ({"dtype": "bfloat16"}, r" dtype=float32.* dtype=bfloat16"),
+        ({"matmul_dtype": "bfloat16"}, r"matmul_dtype=None.*matmul_dtype=bfloat16"),
     ],
 )
 @pytest.mark.parametrize("finished", [True, False])
@@ -107,11 +110,27 @@ def test_other_passages_are_refused(tiny, copied_store):
         tiny.build_tiny(copied_store, tiny.TinyPassages(count=30))
 
 
+def test_another_layout_is_refused(tiny, copied_store):
+    (copied_store / "manifest.json").unlink()
+    message = r"shard_passages=6, chunk_tokens=4.*cuts with \(shard_passages=6, chunk_tokens=8"
+    with pytest.raises(ValueError, match=message):
+        tiny.build_tiny(copied_store, layout=Layout(6, 8))
+
+
+def test_nan_does_not_hide_in_integers(tiny):
+    states = jax.numpy.zeros((2, 3, 4)).at[1, 2, 3].set(jax.numpy.nan)
+    _, finite = encoder.encode_states("bf16", states)
+    assert not finite[1, 2] and finite.sum() == 5
+    # The largest float32 is finite, but rounds to infinity.
+    _, finite = encoder.encode_states("bf16", jax.numpy.full((1, 1, 4), 3.4028235e38))
+    assert not finite.any()
+
+
 def test_other_program_is_accepted_with_a_flag_and_recorded(tiny, copied_store):
     (copied_store / "shards" / "000002" / "shard.json").unlink()
-    report = tiny.build_tiny(copied_store, batch_size=8, accept_other_program=True)
+    report = tiny.build_tiny(copied_store, rows=8, accept_other_program=True)
     assert [program.rows for program in report.manifest.programs] == [4, 8]
-    assert [shard.program for shard in report.manifest.shards] == [0, 0, 1, 0]
+    assert [shard.program.rows for shard in report.manifest.shards] == [4, 4, 8, 4]
 
 
 def test_second_writer_is_refused_and_told_who_holds_the_store(tiny, tmp_path):
@@ -136,7 +155,7 @@ def test_nan_from_the_encoder_names_the_passage(tiny, tmp_path, bad):
         states[tokens[:, 0] == 99, 0, 1] = bad
         # Values at padding are nobody's.
         states[tokens == 0] = np.nan
-        return codecs.get("bf16").encode(jax.numpy.asarray(states))
+        return encoder.encode_states("bf16", jax.numpy.asarray(states))
 
     with pytest.raises(ValueError, match=f"NaN or infinity for passage {passages.ids[9]}"):
         tiny.build_tiny(tmp_path / "s", passages, encode=encode, reference=None)
@@ -148,7 +167,7 @@ def test_corpora_of_any_size(tiny, tmp_path, count):
     passages = tiny.TinyPassages(count=count)
     report = tiny.build_tiny(tmp_path / "s", passages)
     store = MemoryStore.open(tmp_path / "s")
-    assert len(store) == count and report.built == -(-count // 6) and store.verify() == []
+    assert len(store) == count and report.built == -(-count // 6) and verify(store) == []
     np.testing.assert_array_equal(store.rows(passages.ids), np.arange(count))
     _, lengths = store.read(np.arange(count), 12)
     np.testing.assert_array_equal(lengths, passages.lengths(range(count)))
@@ -166,7 +185,7 @@ def test_long_and_empty_passages(tiny, tmp_path):
 
 def test_bytes_do_not_depend_on_the_number_of_devices(tiny, tiny_store, tmp_path, folder_bytes):
     mesh = partitioning.make_mesh(partitioning.MeshConfig(data=2, model=2), jax.devices()[:4])
-    encode = compute.bind_encoder(lambda params, tokens: tiny.encode(tokens), {}, mesh)
+    encode = encoder.bind_encoder(lambda _, tokens: tiny.encode_states(tokens), {}, mesh, "bf16")
     tiny.build_tiny(tmp_path / "s", encode=encode, devices=4)
     assert folder_bytes(tmp_path / "s") == folder_bytes(tiny_store)
 
@@ -175,8 +194,10 @@ def test_bad_settings_are_refused(tiny, tmp_path):
     passages = tiny.TinyPassages()
     with pytest.raises(ValueError, match="last length bucket must be max_length=12"):
         tiny.build_tiny(tmp_path, buckets=(4, 8))
-    with pytest.raises(ValueError, match="must be at least 1; got 0"):
-        tiny.build_tiny(tmp_path, shard_passages=0)
+    with pytest.raises(ValueError, match="must be at least 1; got 0, 4"):
+        Layout(0, 4)
+    with pytest.raises(ValueError, match="devices must be at least 1; got 0"):
+        tiny.recipe(devices=0)
     passages.ids[3] = passages.ids[4]
     with pytest.raises(ValueError, match=f"unique.*{passages.ids[3]}"):
         tiny.build_tiny(tmp_path, passages)

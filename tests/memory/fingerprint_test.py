@@ -110,3 +110,24 @@ def test_a_table_shared_with_the_live_layers_counts():
 
     assert encoder_fingerprint(params(0)) == encoder_fingerprint(params(0))
     assert encoder_fingerprint(params(0)) != encoder_fingerprint(params(1))
+
+
+def test_parameters_spread_over_hosts_are_gathered(monkeypatch):
+    gathered = []
+    monkeypatch.setattr(
+        fingerprint, "_on_host", lambda leaf: gathered.append(leaf.shape) or np.asarray(leaf)
+    )
+    params = _params()
+    encoder_fingerprint(params)
+    wanted = jax.tree.leaves([params["token_embedder"], params["memory_encoder"]])
+    assert sorted(gathered) == sorted(leaf.shape for leaf in wanted)
+
+
+def test_passages_are_known_by_ids_and_tokens():
+    files = {name: {"sha256": name} for name in ("ids.npy", "offsets.npy", "tokens.npy", "x")}
+    expected = fingerprint.passages_fingerprint({"files": files})
+    assert expected.startswith("sha256:") and len(expected) == 71
+    other = {**files, "x": {"sha256": "changed"}}
+    assert fingerprint.passages_fingerprint({"files": other}) == expected
+    other = {**files, "tokens.npy": {"sha256": "changed"}}
+    assert fingerprint.passages_fingerprint({"files": other}) != expected

@@ -1,5 +1,10 @@
 """Memory on the mesh and on disk: the same bits, whatever the mesh."""
 
+import collections
+import functools
+import math
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -48,7 +53,8 @@ def test_absent_passages_are_zeros_of_length_zero(tiny_store):
 
 def test_negative_zero_survives_the_mesh(tiny, tmp_path):
     def encode(tokens):
-        return {"states": -jax.numpy.zeros((*tokens.shape, tiny.EMB_DIM), jax.numpy.bfloat16)}
+        zeros = jax.numpy.zeros((*tokens.shape, tiny.EMB_DIM), jax.numpy.bfloat16)
+        return {"states": -zeros}, np.ones(tokens.shape, bool)
 
     tiny.build_tiny(tmp_path / "s", encode=encode, reference=None)
     store = MemoryStore.open(tmp_path / "s")
@@ -64,6 +70,55 @@ def test_table_is_sharded_and_an_argument(tiny_store):
         on_mesh.table, ROWS
     )
     assert not [const for const in jaxpr.consts if getattr(const, "nbytes", 0) > 100]
+
+
+@pytest.mark.parametrize("popular", [range(23), [7], [22, 0, 0, 0]], ids=["even", "one", "skewed"])
+def test_popular_passages_are_never_dropped(tiny_store, popular):
+    store = MemoryStore.open(tiny_store)
+    rows = np.random.default_rng(0).choice(popular, (16, 5))
+    on_mesh = lookup.MeshLookup(store, _mesh(data=4, model=2), 12, page_tokens=4)
+    _same(on_mesh(rows), lookup.DiskLookup(store, 12)(rows))
+    # 7 passages of 3 pages each do not divide over 8 devices.
+    _same(on_mesh(rows[:1]), lookup.DiskLookup(store, 12)(rows[:1]))
+
+
+_COLLECTIVE = re.compile(
+    r" = (.*?) (all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute)\("
+)
+
+
+def _moved_bytes(text):
+    """Bytes that a device receives in each collective of a compiled program, by kind."""
+    moved = collections.Counter()
+    for shapes, kind in _COLLECTIVE.findall(text):
+        for dtype, dims in re.findall(r"([a-z]+[0-9]+)\[([0-9,]*)\]", shapes):
+            count = math.prod(int(size) for size in dims.split(",") if size)
+            moved[kind] += count * int(dtype.strip("abcdefghijklmnopqrstuvwxyz")) // 8
+    return moved
+
+
+@pytest.mark.parametrize("sizes", [dict(data=8), dict(data=4, fsdp=2)], ids=["8", "4x2"])
+def test_a_device_receives_at_most_twice_its_own_part_of_the_batch(sizes):
+    batch, passages, length, emb_dim, page = 16, 10, 64, 32, 16
+    mesh = _mesh(**sizes)
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
+    whole = partitioning.replicated(mesh)
+    shape = functools.partial(jax.ShapeDtypeStruct, sharding=whole)
+    memory = table.Table(
+        {"states": jax.ShapeDtypeStruct((800, page, emb_dim), "bfloat16", sharding=spread)},
+        shape((200,), "int32"),
+        shape((200,), "int32"),
+    )
+    with jax.set_mesh(mesh):
+        run = jax.jit(functools.partial(table.lookup, length=length, mesh=mesh))
+        compiled = run.lower(memory, shape((batch, passages), "int32")).compile()
+    part = batch * passages * length * emb_dim * 2 // 8
+    moved = _moved_bytes(compiled.as_text())
+    assert part <= moved["all-to-all"] <= 2 * part
+    page_numbers = 4 * batch * passages * length // page
+    assert sum(moved.values()) - moved["all-to-all"] <= page_numbers
+    states, _ = compiled.output_shardings
+    assert states["states"].is_equivalent_to(partitioning.batch_sharding(mesh), 4)
 
 
 @pytest.mark.parametrize("count", [0, 1])

@@ -1,6 +1,8 @@
 """The real model and the real passages folder through the build and back."""
 
+import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,10 @@ import numpy as np
 import pytest
 
 from glimmer_jax import partitioning
-from glimmer_jax.memory import build, compute, lookup
+from glimmer_jax.memory import build, codec_error, encoder, lookup
+from glimmer_jax.memory.compute import Recipe
 from glimmer_jax.memory.fingerprint import encoder_fingerprint
+from glimmer_jax.memory.identity import Identity, Layout, Program
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.model import GlimmerModel
@@ -67,21 +71,59 @@ def passages(tmp_path_factory):
     return Passages.open(path)
 
 
+def _recipe(model, params, passages, mesh):
+    return Recipe(
+        encoder.bind_encoder(model.memory_states, params, mesh, model.config.memory_codec),
+        Identity(
+            encoder_fingerprint=encoder_fingerprint(params, model.config),
+            vocabulary_fingerprint=passages.fingerprint,
+            codec=model.config.memory_codec,
+            emb_dim=model.config.t5.emb_dim,
+            max_length=P,
+        ),
+        Program(K, (P,), "float32", None, "cpu", jax.__version__),
+        mesh.size,
+    )
+
+
+def test_bytes_of_the_model_do_not_depend_on_the_mesh(
+    model, params, passages, tmp_path, folder_bytes
+):
+    _, names = model.abstract_variables()
+    for name, sizes in {"one": dict(data=1), "many": dict(data=2, fsdp=2, model=2)}.items():
+        count = math.prod(sizes.values())
+        mesh = partitioning.make_mesh(partitioning.MeshConfig(**sizes), jax.devices()[:count])
+        placed = jax.device_put(params, partitioning.shardings(names, mesh))
+        recipe = _recipe(model, placed, passages, mesh)
+        build.build_memory(
+            recipe,
+            passages,
+            tmp_path / name,
+            passages_fingerprint="sha256:p",
+            layout=Layout(4, 64),
+        )
+    assert folder_bytes(tmp_path / "many") == folder_bytes(tmp_path / "one")
+
+
+def test_the_reference_is_float32_throughout(model, params):
+    t5 = dataclasses.replace(model.config.t5, dtype="bfloat16", matmul_dtype="bfloat16")
+    coarse = GlimmerModel(dataclasses.replace(model.config, t5=t5))
+    exact = jax.jit(codec_error.exact_states(coarse))
+    text = exact.lower(params, np.ones((2, P), np.int32)).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert products and "bf16" not in text
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+
+
 def test_memory_from_the_store_equals_memory_computed_now(model, params, passages, tmp_path):
     mesh = partitioning.make_mesh(partitioning.MeshConfig(data=1), jax.devices()[:1])
     fingerprint = encoder_fingerprint(params, model.config)
     build.build_memory(
-        compute.bind_encoder(model.encode_memory, params, mesh),
+        _recipe(model, params, passages, mesh),
         passages,
         tmp_path / "m",
-        codec=model.config.memory_codec,
-        emb_dim=model.config.t5.emb_dim,
-        encoder_fingerprint=fingerprint,
-        vocabulary_fingerprint=passages.fingerprint,
-        max_length=P,
-        batch_size=K,
-        buckets=(P,),
-        shard_passages=K,
+        passages_fingerprint="sha256:p",
+        layout=Layout(K, 64),
     )
     store = MemoryStore.open(tmp_path / "m", fingerprint, passages.fingerprint)
     ids = passages.ids[[[4, -1, 2], [0, 8, 7]]]

@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 
 from glimmer_jax.memory import manifest
-from glimmer_jax.memory.manifest import DamagedStore, Manifest, Program
+from glimmer_jax.memory.identity import Layout, Program
+from glimmer_jax.memory.inspect import inspect
+from glimmer_jax.memory.manifest import DamagedStore, Manifest
 from glimmer_jax.memory.store import MemoryStore
+from glimmer_jax.memory.verify import verify
 
 
 def _expected(tiny, passages, row, length):
     """States of one passage as the group it was encoded in gives them: rows are independent."""
     tokens = passages.tokens([row], length)
-    return np.asarray(tiny.encode(tokens)["states"])[0]
+    return np.asarray(tiny.encode(tokens)[0]["states"])[0]
 
 
 def test_round_trip_is_bit_exact_and_zero_padded(tiny, tiny_store):
@@ -45,7 +48,8 @@ def test_round_trip_keeps_every_bit_of_bfloat16(tiny, tmp_path):
 
     def encode(tokens):
         rows = tokens[:, 0] % 64
-        return {"states": patterns[rows, : tokens.shape[1]].view(ml_dtypes.bfloat16)}
+        states = patterns[rows, : tokens.shape[1]].view(ml_dtypes.bfloat16)
+        return {"states": states}, np.ones(tokens.shape, bool)
 
     passages = tiny.TinyPassages()
     tiny.build_tiny(tmp_path / "s", encode=encode, reference=None)
@@ -92,7 +96,7 @@ def test_pages_and_titles_cover_the_corpus(tiny, tiny_store):
 def test_padding_is_not_on_disk(tiny, tmp_path):
     passages = tiny.TinyPassages(count=200)
     passages.all_tokens[7] = passages.all_tokens[7][:1]
-    tiny.build_tiny(tmp_path / "s", passages, shard_passages=100, chunk_tokens=16)
+    tiny.build_tiny(tmp_path / "s", passages, layout=Layout(100, 16))
     store = MemoryStore.open(tmp_path / "s")
     real = sum(map(len, passages.all_tokens))
     data = (tmp_path / "s").glob("shards/*/states/c/0/0")
@@ -106,7 +110,7 @@ def test_padding_is_not_on_disk(tiny, tmp_path):
 
 
 def test_inspect_names_what_matters(tiny_store):
-    summary = json.loads(json.dumps(MemoryStore.open(tiny_store).inspect()))
+    summary = json.loads(json.dumps(inspect(MemoryStore.open(tiny_store))))
     assert summary["passages"] == 23 and summary["shards"] == 4 and summary["codec"] == "bf16"
     assert 0 < summary["codec_error"]["relative_rms"] < 0.004
     assert "rows=4" in summary["programs"][0]
@@ -118,6 +122,29 @@ def test_other_encoder_or_vocabulary_is_refused_with_both_named(tiny_store):
         MemoryStore.open(tiny_store, "sha256:x")
     with pytest.raises(ValueError, match="vocabulary sha256:v1, .* vocabulary is sha256:y"):
         MemoryStore.open(tiny_store, None, "sha256:y")
+
+
+def test_other_passages_are_refused_with_both_named(tiny_store):
+    store = MemoryStore.open(tiny_store)
+    store.check_passages("sha256:p1")
+    with pytest.raises(ValueError, match="from the passages sha256:p1, .* at hand has sha256:p2"):
+        store.check_passages("sha256:p2")
+
+
+def test_a_sample_of_shards_is_verified(copied_store):
+    for name in ("000000", "000001"):
+        _states(copied_store, name).unlink()
+    store = MemoryStore.open(copied_store)
+    assert verify(store, 2) == ["shards/000000/states/c/0/0 is missing"]
+    assert len(verify(store, 4)) == len(verify(store, 9)) == 2
+    with pytest.raises(ValueError, match="at least one shard, got 0"):
+        verify(store, 0)
+
+
+def test_a_shard_says_nothing_of_its_place(tiny_store):
+    value = json.loads((tiny_store / "shards" / "000002" / "shard.json").read_bytes())
+    assert "first_row" not in value and "000002" not in json.dumps(value)
+    assert not {"shard_passages", "chunk_tokens"} & value["identity"].keys()
 
 
 def test_unfinished_build_is_refused(copied_store):
@@ -132,14 +159,14 @@ def _states(store_path, shard="000001"):
 
 @pytest.mark.parametrize("position", [3, 100, -30])
 def test_bit_flip_is_caught_on_read_and_by_verify(copied_store, position):
-    assert MemoryStore.open(copied_store).verify() == []
+    assert verify(MemoryStore.open(copied_store)) == []
     data = bytearray(_states(copied_store).read_bytes())
     data[position] ^= 4
     _states(copied_store).write_bytes(data)
     store = MemoryStore.open(copied_store)
     with pytest.raises(DamagedStore, match="Shard 000001 .* rebuilds that shard alone"):
         store.read(np.arange(23), 12)
-    assert store.verify() == ["shards/000001/states/c/0/0 has been changed: its SHA-256 differs"]
+    assert verify(store) == ["shards/000001/states/c/0/0 has been changed: its SHA-256 differs"]
 
 
 def test_missing_shard_file_is_an_error_not_zeros(copied_store):
@@ -148,7 +175,7 @@ def test_missing_shard_file_is_an_error_not_zeros(copied_store):
     with pytest.raises(DamagedStore, match="000001"):
         store.read(np.array([7]), 12)
     store.read(np.array([0]), 12)
-    assert store.verify() == ["shards/000001/states/c/0/0 is missing"]
+    assert verify(store) == ["shards/000001/states/c/0/0 is missing"]
 
 
 def test_truncated_file_and_changed_record_are_found(copied_store):
@@ -157,7 +184,7 @@ def test_truncated_file_and_changed_record_are_found(copied_store):
     record = copied_store / "shards" / "000002" / "shard.json"
     record.write_bytes(record.read_bytes() + b" ")
     (copied_store / "shards" / "000003" / "shard.json").unlink()
-    problems = MemoryStore.open(copied_store).verify()
+    problems = verify(MemoryStore.open(copied_store))
     assert [problem.split(" ", 1)[1] for problem in problems] == [
         f"has {len(data) - 1} bytes instead of {len(data)}",
         "has been changed: its SHA-256 differs",
@@ -192,7 +219,11 @@ def _rewrite_manifest(path, change):
         (lambda v: v["shards"][0].update(passages=-6), "impossible number"),
         (lambda v: v["shards"][0].update(tokens=2**70), "impossible number"),
         (lambda v: v["shards"][1].update(first_row=5), "does not fit"),
+        (lambda v: v["shards"][1].update(layout=-1), "does not fit"),
         (lambda v: v["shards"][1].update(program=1), "does not fit"),
+        (lambda v: v.update(withdrawn=[3, 3]), "withdraws rows that it does not have"),
+        (lambda v: v.update(withdrawn=[23]), "withdraws rows that it does not have"),
+        (lambda v: v.update(withdrawn=[-1]), "impossible number"),
         (lambda v: v.update(num_passages=22), "promises 22 passages"),
         (lambda v: v.pop("longest"), "cannot be read"),
     ],
@@ -204,8 +235,8 @@ def test_manifest_that_makes_no_sense_is_refused(copied_store, change, message):
 
 
 def test_other_format_version_is_refused(copied_store):
-    _rewrite_manifest(copied_store, lambda v: v.update(format_version=2))
-    with pytest.raises(ValueError, match="format version 2; this program reads version 1"):
+    _rewrite_manifest(copied_store, lambda v: v.update(format_version=1))
+    with pytest.raises(ValueError, match="format version 1; this program reads version 2"):
         MemoryStore.open(copied_store)
 
 
@@ -235,6 +266,6 @@ def test_manifest_round_trips(tiny_store):
 
 def test_program_is_checked():
     with pytest.raises(ValueError, match="at least one row"):
-        Program(0, (4,), "float32", "cpu", "0")
+        Program(0, (4,), "float32", None, "cpu", "0")
     with pytest.raises(ValueError, match="increasing and positive"):
-        Program(1, (8, 4), "float32", "cpu", "0")
+        Program(1, (8, 4), "float32", None, "cpu", "0")

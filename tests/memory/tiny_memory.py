@@ -4,6 +4,7 @@ As a script, `python tiny_memory.py FOLDER die_at`: builds FOLDER, and kills its
 (or asks itself to stop with SIGTERM) at a named point.
 """
 
+import dataclasses
 import os
 import signal
 import sys
@@ -12,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glimmer_jax import codecs
-from glimmer_jax.memory import build
+from glimmer_jax.memory import build, encoder, shard
+from glimmer_jax.memory.compute import Recipe
+from glimmer_jax.memory.identity import Identity, Layout, Program
 from glimmer_jax.preemption import Preempted
 
 MAX_LENGTH = 12
@@ -56,26 +58,38 @@ def encode_states(tokens):
 
 @jax.jit
 def encode(tokens):
-    return codecs.get("bf16").encode(encode_states(tokens))
+    return encoder.encode_states("bf16", encode_states(tokens))
+
+
+IDENTITY = Identity("sha256:e1", "sha256:v1", "bf16", EMB_DIM, MAX_LENGTH)
+PROGRAM = Program(4, (4, 8, MAX_LENGTH), "float32", None, "cpu", jax.__version__)
+
+
+def recipe(encode=encode, devices=1, **changes):
+    """The tiny recipe, with changes by name of a field of its identity or program."""
+
+    def changed(settings):
+        names = {field.name for field in dataclasses.fields(settings)}
+        mine = {name: changes.pop(name) for name in names & changes.keys()}
+        return dataclasses.replace(settings, **mine)
+
+    made = Recipe(encode, changed(IDENTITY), changed(PROGRAM), devices)
+    assert not changes, changes
+    return made
 
 
 def build_tiny(path, passages=None, **kwargs):
     settings = dict(
-        encode=encode,
         passages=passages if passages is not None else TinyPassages(),
-        codec="bf16",
-        emb_dim=EMB_DIM,
-        encoder_fingerprint="sha256:e1",
-        vocabulary_fingerprint="sha256:v1",
-        max_length=MAX_LENGTH,
-        batch_size=4,
-        buckets=(4, 8, MAX_LENGTH),
-        shard_passages=6,
-        chunk_tokens=4,
+        passages_fingerprint="sha256:p1",
+        layout=Layout(shard_passages=6, chunk_tokens=4),
         reference=encode_states,
     )
-    settings.update(kwargs)
-    return build.build_memory(path=path, **settings)
+    for name in ("encode", "devices", *vars(IDENTITY), *vars(PROGRAM)):
+        if name in kwargs:
+            settings.setdefault("changes", {})[name] = kwargs.pop(name)
+    changes = settings.pop("changes", {})
+    return build.build_memory(recipe(**changes), path=path, **settings | kwargs)
 
 
 def _main(path, die_at):
@@ -91,22 +105,17 @@ def _main(path, die_at):
             os.kill(os.getpid(), signal.SIGTERM)
         return encode(tokens)
 
-    write = build._write
+    write_arrays = shard.write_arrays
 
-    def dying_write(kvstore, name, content, job):
-        if die_at == "between_arrays_and_record" and name == "000001":
-            shard_write = build.shard.write_arrays
+    def dying_write(kvstore, *args, **kwargs):
+        files = write_arrays(kvstore, *args, **kwargs)
+        if die_at == "between_arrays_and_record" and "000001" in kvstore.path:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return files
 
-            def then_die(*args, **kwargs):
-                shard_write(*args, **kwargs)
-                os.kill(os.getpid(), signal.SIGKILL)
-
-            build.shard.write_arrays = then_die
-        return write(kvstore, name, content, job)
-
-    build._write = dying_write
+    shard.write_arrays = dying_write
     if die_at == "before_manifest":
-        build._manifest = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+        build.Manifest.of = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
     try:
         build_tiny(path, encode=dying_encode)
     except Preempted:

@@ -1,20 +1,35 @@
 """What storing costs: the stored memory against the same passages in float32."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from glimmer_jax import codecs
 from glimmer_jax.memory import batches
+from glimmer_jax.memory.encoder import Encode, States, StatesFunction
+from glimmer_jax.models.model import GlimmerModel
 
-Encode = Callable[[np.ndarray], Any]
+
+def exact_states(model: GlimmerModel) -> StatesFunction:
+    """The model's `memory_states` in float32 throughout: activations, operands and products."""
+    t5 = dataclasses.replace(model.config.t5, dtype="float32", matmul_dtype=None)
+    exact = GlimmerModel(dataclasses.replace(model.config, t5=t5))
+
+    def states(params, tokens):
+        # By default a TPU rounds the operands of float32 products to bfloat16.
+        with jax.default_matmul_precision("highest"):
+            return exact.memory_states(params, tokens)
+
+    return states
 
 
 def measure(
     encode: Encode,
-    reference: Encode,
+    reference: States,
     passages: Any,
     codec: codecs.Codec,
     *,
@@ -26,8 +41,8 @@ def measure(
     """Error of the stored type over the real tokens of evenly spaced passages.
 
     Args:
-      encode: int32 tokens `[n, P]` -> the codec's arrays, as the build calls it.
-      reference: int32 tokens `[n, P]` -> float32 states `[n, P, D]`, or the arrays of codec `f32`.
+      encode: the encode step, as the build calls it.
+      reference: int32 tokens `[n, P]` -> float32 states `[n, P, D]`.
       sample: passages to measure on.
 
     Returns:
@@ -43,9 +58,8 @@ def measure(
     for group in batches.groups(lengths, rows, buckets):
         tokens = np.zeros((rows * devices, group.bucket), np.int32)
         tokens[: len(group.positions)] = passages.tokens(chosen[group.positions], group.bucket)
-        stored = np.asarray(codec.decode(encode(tokens), jnp.float32), np.float64)
-        exact = reference(tokens)
-        exact = np.asarray(exact["states"] if isinstance(exact, dict) else exact, np.float64)
+        stored = np.asarray(codec.decode(encode(tokens)[0], jnp.float32), np.float64)
+        exact = np.asarray(reference(tokens), np.float64)
         real = np.arange(group.bucket) < lengths[group.positions][:, None]
         exact, stored = (x[: len(group.positions)][real] for x in (exact, stored))
         square_error += float(np.square(stored - exact).sum())

@@ -1,0 +1,68 @@
+"""The encode step: every device runs the one-device program on rows of its own.
+
+Passages are independent, so nothing needs to be split inside one: parameters are whole on every
+device while it encodes, and rows are dealt out. So the bits do not depend on the mesh, also where
+the model, left alone, would spread heads and feed-forward over devices and add up in another order.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from glimmer_jax import codecs
+
+# Parameters and int32 tokens `[n, P]` -> states `[n, P, D]`; such as `GlimmerModel.memory_states`.
+StatesFunction = Callable[[Any, jax.Array], jax.Array]
+# int32 tokens `[n, P]` -> states `[n, P, D]`.
+States = Callable[[np.ndarray], Any]
+# int32 tokens `[n, P]` -> the codec's arrays `[n, P, *trailing]`, and bool `[n, P]`: whether all
+# channels of a token were finite before they were encoded (an integer codec would hide it).
+Encode = Callable[[np.ndarray], tuple[Mapping[str, Any], Any]]
+
+
+def bind_encoder(memory_states: StatesFunction, params: Any, mesh: Mesh, codec: str) -> Encode:
+    """`memory_states` and the codec as the build wants them, rows spread over all of `mesh`."""
+
+    def encode(params, tokens):
+        return encode_states(codec, memory_states(params, tokens))
+
+    return _spread(encode, params, mesh)
+
+
+def bind_states(memory_states: StatesFunction, params: Any, mesh: Mesh) -> States:
+    """`memory_states` alone, for measuring what a codec loses."""
+    return _spread(memory_states, params, mesh)
+
+
+def encode_states(codec: str, states: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+    """States `[n, P, D]` -> the codec's arrays and which tokens are finite, before and after."""
+    arrays = codecs.get(codec).encode(states)
+    finite = jnp.isfinite(states).all(-1)
+    for array in arrays.values():
+        if jnp.issubdtype(array.dtype, jnp.floating):
+            finite &= jnp.isfinite(array).reshape(*finite.shape, -1).all(-1)
+    return arrays, finite
+
+
+def _spread(function: Callable[[Any, jax.Array], Any], params: Any, mesh: Mesh) -> Callable:
+    rows = PartitionSpec(mesh.axis_names)
+    spread = jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), rows),
+        out_specs=rows,
+        # The model is not written for it: its scans start from values that are the same everywhere.
+        check_vma=False,
+    )
+    # Parameters are an argument: as a constant they would be compiled in for every bucket.
+    jitted = jax.jit(spread)
+    placement = NamedSharding(mesh, rows)
+
+    def run(tokens: np.ndarray):
+        return jitted(params, jax.device_put(tokens, placement))
+
+    return run
