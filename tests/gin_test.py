@@ -114,6 +114,20 @@ def test_models_of_all_sizes_build_abstractly(model, size):
         assert parameter_count(built) / 1e6 == pytest.approx(wanted[size], rel=0.1)
 
 
+@pytest.mark.parametrize("size", ["base", "large", "xl", "xxl"])
+@pytest.mark.parametrize("model", MODELS)
+def test_fidos_decoder_goes_with_any_model(model, size):
+    mode, required = RUNS["eval"]
+    files = [f"gin/sizes/{size}.gin", f"gin/models/{model}.gin"]
+    files += ["gin/decoders/fido.gin", "gin/runs/eval.gin"]
+    configuration.parse(files, required)
+    t5 = arguments(mode)["model"].config.t5
+    attending = [i for i in range(t5.num_decoder_layers) if t5.attends(i)]
+    # arXiv 2212.08153: layers 5, 11, 17, 23 of 24.
+    assert attending == [5, 11, 17, 23][: t5.num_decoder_layers // 6]
+    assert t5.decoder_sizes.num_kv_heads == 1
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_need_only_what_they_say(path):
     mode, required = EXAMPLE_RUNS[path.stem.split("_")[-1]]
