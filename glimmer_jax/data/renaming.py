@@ -2,8 +2,8 @@
 
 A small model given the real titles of a few thousand pages learns them by heart and reads nothing.
 Here every part of a qualified name (`json`, `dumps`) is exchanged, for this example alone, for another
-one: in the titles, at the head of the passages, in the question and in the answer. Siblings stay
-siblings, and what is left to learn is to read.
+one: in the titles, wherever it stands as a word in the passages, in the question and in the answer.
+Siblings stay siblings, a text still speaks of its own title, and what is left to learn is to read.
 """
 
 import random
@@ -74,7 +74,7 @@ class RenamedQuestions:
         new.setdefault(about, exchange(about))
         answer = draw.choice(answers(asked))
         encode, eos = self._vocabulary.encode, self._vocabulary.eos_id
-        texts = [passage_text(new[one["title"]], _head(one, new[one["title"]])) for one in records]
+        texts = [passage_text(new[one["title"]], exchange.words(one["text"])) for one in records]
         return {
             "inputs": encode(question_text(_replaced(asked["input"], about, new[about]))),
             "targets": [*encode(new.get(answer, answer)), eos],
@@ -94,19 +94,16 @@ class _Exchange:
     def __call__(self, name: str) -> str:
         return ".".join(self._part(part) for part in name.split("."))
 
+    def words(self, text: str) -> str:
+        """The text with every word exchanged that is a part of a name exchanged before."""
+        return re.sub(r"\w+", lambda word: self._new.get(word[0], word[0]), text)
+
     def _part(self, part: str) -> str:
         while part not in self._new:
             drawn = self._draw.choice(self._parts)
             if drawn not in self._new.values():
                 self._new[part] = drawn
         return self._new[part]
-
-
-def _head(record: Mapping[str, Any], title: str) -> str:
-    """The text, whose signature begins with the last part of the name."""
-    old = record["title"].rpartition(".")[2]
-    text = record["text"]
-    return title.rpartition(".")[2] + text[len(old) :] if text.startswith(f"{old}(") else text
 
 
 def _replaced(question: str, old: str, new: str) -> str:

@@ -44,6 +44,16 @@ def test_the_answer_is_the_new_title_of_the_gold_passage():
     assert len(seen) > 10
 
 
+def test_a_text_speaks_of_its_own_title_still():
+    records = {**RECORDS, 0: {"title": "os.path.join", "text": "join(a) Use join, not joined."}}
+    asked = [line("text", "os.path.join", "os.path.join")]
+    made = RenamedQuestions({"which": asked}, records, 4, VOCABULARY, seed=1)
+    for index in range(10):
+        _, _, _, title, text = read(made.example(index))
+        new = title.rpartition(".")[2]
+        assert text == f"{new}(a) Use {new}, not joined."
+
+
 def test_siblings_stay_siblings():
     made = questions(which=[line("text", "os.path.join", "os.path.join")])
     for index in range(10):
