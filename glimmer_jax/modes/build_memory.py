@@ -6,7 +6,7 @@ from glimmer_jax.memory.fingerprint import passages_fingerprint
 from glimmer_jax.memory.identity import Layout
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
-from glimmer_jax.modes.recipe import make_recipe
+from glimmer_jax.modes.recipe import check_model, make_recipe
 from glimmer_jax.partitioning import MeshConfig
 from glimmer_jax.passages import Passages
 
@@ -47,6 +47,7 @@ def build_memory(
     checks.required(
         CHECKPOINT_PATH=checkpoint_path, PASSAGES_DIR=passages_dir, MEMORY_DIR=memory_dir
     )
+    check_model(model)
     corpus = Passages.open(passages_dir, vocabulary.fingerprint)
     recipe, reference = make_recipe(
         model, checkpoint_path, vocabulary.fingerprint, mesh, max_length, batch_size

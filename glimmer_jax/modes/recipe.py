@@ -34,11 +34,7 @@ def make_recipe(
       ValueError: no checkpoint is given or it does not fit, or the model has no memory.
     """
     checks.required(CHECKPOINT_PATH=checkpoint_path)
-    if not model.config.memory_layers:
-        raise ValueError(
-            "This model has memory_layers=0 (FiD): there is nothing to compute ahead of time. Build "
-            "memory with gin/models/lumen.gin or gin/models/glimmer.gin."
-        )
+    check_model(model)
     # Each process encodes passages of its own, on its own devices.
     devices = make_mesh(mesh, jax.local_devices())
     host_params = parameters.load(checkpoint_path, model, vocabulary_fingerprint)
@@ -64,3 +60,12 @@ def make_recipe(
         devices.size,
     )
     return recipe, encoder.bind_states(codec_error.exact_states(model), params, devices)
+
+
+def check_model(model: GlimmerModel) -> None:
+    """Raises ValueError for a model without memory."""
+    if not model.config.memory_layers:
+        raise ValueError(
+            "This model has memory_layers=0 (FiD): there is nothing to compute ahead of time. Build "
+            "memory with gin/models/lumen.gin or gin/models/glimmer.gin."
+        )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from glimmer_jax import partitioning
-from glimmer_jax.memory import lookup, table
+from glimmer_jax.memory import encoder, lookup, table
 from glimmer_jax.memory.store import MemoryStore
 
 ROWS = np.array([[0, 22, -1], [7, 7, 3], [-1, -1, -1], [21, 1, 13]])
@@ -43,6 +43,23 @@ def test_mesh_and_disk_give_the_same_bits(tiny_store, sizes):
         disk = lookup.DiskLookup(store, length)
         _same(on_mesh(ROWS), disk(ROWS))
         _same(on_mesh(ROWS[:1]), disk(ROWS[:1]))
+
+
+def test_int8_memory_goes_the_same_ways(tiny, tmp_path):
+    def encode(tokens):
+        return encoder.encode_states("int8", tiny.encode_states(tokens))
+
+    report = tiny.build_tiny(tmp_path / "s", encode=jax.jit(encode), codec="int8")
+    assert 0 < report.manifest.codec_error["relative_rms"] < 0.01
+    store = MemoryStore.open(tmp_path / "s")
+    disk = lookup.DiskLookup(store, 12)(ROWS)
+    assert {name: x.shape[3:] for name, x in disk[0].items()} == {
+        "codes": (8,),
+        "scale": (),
+        "large": (4,),
+        "places": (4,),
+    }
+    _same(lookup.MeshLookup(store, _mesh(data=2, model=2), 12, page_tokens=4)(ROWS), disk)
 
 
 def test_absent_passages_are_zeros_of_length_zero(tiny_store):
