@@ -40,6 +40,14 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--gin_bindings", action="append", default=[], metavar="X=V")
     parser.add_argument("--seqio_additional_cache_dirs", default="", metavar="DIR,DIR")
     parser.add_argument("--tfds_data_dir", metavar="DIR")
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of many processes, as TPU pods and Slurm tell",
+    )
+    parser.add_argument("--coordinator_address", metavar="HOST:PORT", help="of process 0")
+    parser.add_argument("--num_processes", type=int, metavar="N")
+    parser.add_argument("--process_id", type=int, metavar="I", help="from 0 to N - 1")
     parser.add_argument("--debug", action="store_true", help="tracebacks of bad input")
     flags, others = parser.parse_known_args(argv)
     for other in others:
@@ -69,10 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a mode; returns the exit code."""
     flags = parse_flags(sys.argv[1:] if argv is None else argv)
     from glimmer_jax.configuration import first_line
+    from glimmer_jax.distributed import join
     from glimmer_jax.preemption import Preempted
     from glimmer_jax.training.metrics import NonFiniteError
 
     try:
+        join(flags.distributed, flags.coordinator_address, flags.num_processes, flags.process_id)
         run_mode(flags)
     except Preempted as error:
         print(f"glimmer: {first_line(error)}", file=sys.stderr)

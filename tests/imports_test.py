@@ -17,7 +17,7 @@ ROOT = PACKAGE.parent
 # From the bottom up: a module imports modules of its own group and of groups above it in this list.
 LAYERS = (
     ("axes",),
-    ("json_lines", "corpus", "kilt", "preemption", "shipped", "quiet"),
+    ("json_lines", "corpus", "kilt", "preemption", "distributed", "shipped", "quiet"),
     ("partitioning",),
     ("codecs",),
     ("passages",),

@@ -90,7 +90,7 @@ def train(
       ValueError: the data ended early, or what is restored does not fit.
     """
     model_dir = epath.Path(model_dir)
-    watcher = Watcher()
+    watcher = Watcher(together=True)
     checkpoints = Checkpoints(
         model_dir / "checkpoints",
         metadata={**(metadata or {}), "seed": config.seed},
@@ -135,7 +135,7 @@ def train(
                     log.flush()
                     dev_metrics = evaluate(state)
                     log.write_dev(step, dev_metrics)
-                stopping = watcher.requested
+                stopping = watcher.requested_at(step)
                 if (
                     last
                     or stopping
