@@ -47,6 +47,14 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     kilt.add_argument(
         "--ks", type=_integers, metavar="K,K", help="of precision@k and recall@k; 1,5,10,20"
     )
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of many processes, as TPU pods and Slurm tell",
+    )
+    parser.add_argument("--coordinator_address", metavar="HOST:PORT", help="of process 0")
+    parser.add_argument("--num_processes", type=int, metavar="N")
+    parser.add_argument("--process_id", type=int, metavar="I", help="from 0 to N - 1")
     parser.add_argument("--debug", action="store_true", help="tracebacks of bad input")
     flags, others = parser.parse_known_args(argv)
     for other in others:
@@ -89,10 +97,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a mode; returns the exit code."""
     flags = parse_flags(sys.argv[1:] if argv is None else argv)
     from glimmer_jax.configuration import first_line
+    from glimmer_jax.distributed import join
     from glimmer_jax.preemption import Preempted, leave_at_sigterm
     from glimmer_jax.training.metrics import NonFiniteError
 
     try:
+        join(flags.distributed, flags.coordinator_address, flags.num_processes, flags.process_id)
         with leave_at_sigterm():
             run_mode(flags)
     except Preempted as error:

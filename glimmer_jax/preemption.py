@@ -13,6 +13,9 @@ import threading
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 
+import jax
+from jax.experimental import multihost_utils
+
 
 class Preempted(Exception):
     """The job was asked to stop, has saved what it did, and goes on when started again."""
@@ -26,9 +29,11 @@ class Interrupted(Exception):
 def leave_at_sigterm() -> Iterator[None]:
     """Raises `Preempted` where the main thread stands when SIGTERM comes; a Watcher inside takes over.
 
-    Outside the main thread, where Python installs no handlers, it does nothing.
+    It does nothing outside the main thread, where Python installs no handlers, and in a job of many
+    processes, where JAX listens to SIGTERM and a handler of ours would keep it from JAX.
     """
-    if threading.current_thread() is not threading.main_thread():
+    main = threading.current_thread() is threading.main_thread()
+    if not main or jax.distributed.is_initialized():
         yield
         return
 
@@ -47,14 +52,20 @@ class Watcher:
 
     Outside the main thread, where Python installs no handlers, the flag can still be raised by
     `request()`.
+
+    Args:
+      together: the processes of a job stop at one and the same step, asked with `requested_at`; if
+        each stopped at the step where its own signal came, the others would wait for it for ever.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, together: bool = False) -> None:
         self._event = threading.Event()
         self._installed = False
+        self._together = together and jax.process_count() > 1
 
     def __enter__(self) -> "Watcher":
-        if threading.current_thread() is threading.main_thread():
+        # Between processes JAX carries the news; it listens to SIGTERM since the job was joined.
+        if not self._together and threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, self._on_signal)
             self._installed = True
         return self
@@ -74,14 +85,26 @@ class Watcher:
 
     def request(self) -> None:
         """Asks the loop that polls this watcher to save and stop."""
+        if self._together:
+            signal.raise_signal(signal.SIGTERM)
         self._event.set()
 
     @property
     def requested(self) -> bool:
-        """True once SIGTERM has arrived."""
+        """True once SIGTERM has arrived at this process."""
         return self._event.is_set()
 
     def poll(self) -> None:
         """Raises Interrupted once SIGTERM has arrived; for work that may be given up half done."""
         if self.requested:
             raise Interrupted("SIGTERM")
+
+    def requested_at(self, step: int) -> bool:
+        """True in all processes at the same step, soon after SIGTERM has arrived at any of them.
+
+        Args:
+          step: grows from call to call, and is the same in all processes.
+        """
+        if self._together:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.requested

@@ -17,7 +17,7 @@ ROOT = PACKAGE.parent
 # From the bottom up: a module imports modules of its own group and of groups above it in this list.
 LAYERS = (
     ("axes", "text", "lengths"),
-    ("json_lines", "corpus", "kilt", "preemption", "lock", "shipped", "quiet"),
+    ("json_lines", "corpus", "kilt", "preemption", "lock", "distributed", "shipped", "quiet"),
     ("partitioning",),
     ("codecs",),
     ("passages",),

@@ -1,0 +1,52 @@
+"""Joining a job of many processes: told by flags, or found by JAX where it runs.
+
+A launcher on one machine gives every process the address of the first, their number and its own
+place. TPU pods, GKE and Slurm describe all that in the environment, and JAX reads it there.
+"""
+
+import jax
+
+
+def join(
+    detect: bool = False,
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    timeout: int = 300,
+) -> None:
+    """Makes this process one of a job's; does nothing where nothing is asked. Before any array.
+
+    Args:
+      detect: let JAX find the other three in the environment.
+      coordinator_address: `host:port` of process 0, which listens there.
+      num_processes: of the job.
+      process_id: of this process, from 0.
+      timeout: seconds to wait for all the others.
+
+    Raises:
+      ValueError: some of the three without the others, or numbers that do not fit.
+    """
+    told = (coordinator_address, num_processes, process_id)
+    if all(value is None for value in told):
+        if detect:
+            jax.distributed.initialize(initialization_timeout=timeout)
+        return
+    if detect or coordinator_address is None or num_processes is None or process_id is None:
+        raise ValueError(
+            "A job of many processes needs --coordinator_address, --num_processes and --process_id, "
+            "all three, or --distributed alone where the environment tells them; got "
+            f"{'--distributed, ' if detect else ''}coordinator_address={coordinator_address}, "
+            f"num_processes={num_processes}, process_id={process_id}."
+        )
+    if ":" not in coordinator_address:
+        raise ValueError(
+            f"--coordinator_address must be HOST:PORT, got {coordinator_address!r}. Add a free port."
+        )
+    if not 0 <= process_id < num_processes:
+        raise ValueError(
+            f"--process_id must be from 0 to {num_processes - 1} (--num_processes={num_processes}), "
+            f"got {process_id}."
+        )
+    jax.distributed.initialize(
+        coordinator_address, num_processes, process_id, initialization_timeout=timeout
+    )

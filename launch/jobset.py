@@ -1,0 +1,189 @@
+"""Target `jobset`: a GKE JobSet over one TPU slice or several, as a manifest.
+
+A slice is a Job with a pod for each of its hosts. If a pod ends, all of them are useless, so the Job
+fails at once and the JobSet decides by the exit code: 2 is never tried again, 42 always, any other
+end a few times. GKE tells the pods of a JobSet their places, and JAX reads them there.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from launch.plans import Submission, check_at_least, check_name, check_words, glimmer
+
+# TPU generation -> GKE's name, dimensions of its topologies.
+GENERATIONS = {
+    "v4": ("tpu-v4-podslice", 3),
+    "v5e": ("tpu-v5-lite-podslice", 2),
+    "v5p": ("tpu-v5p-slice", 3),
+    "v6e": ("tpu-v6e-slice", 2),
+    "tpu7x": ("tpu7x", 3),
+}
+CONTAINER = "glimmer"
+FINAL_SAVE = 120  # seconds between SIGTERM and the end
+
+
+@dataclasses.dataclass(frozen=True)
+class JobSet:
+    """What to ask GKE for."""
+
+    name: str
+    image: str  # with glimmer_jax[tpu] and the gin files that the flags name
+    tpu: str  # a key of GENERATIONS
+    topology: str  # chips along each dimension of a slice: 4x4x8
+    slices: int = 1
+    spot: bool = False
+    namespace: str = "default"
+    service_account: str | None = None  # of Kubernetes; None: the namespace's default
+    max_restarts: int = 3  # after ends that are neither done, bad input nor "start me again"
+
+    def __post_init__(self):
+        check_name(self.name)
+        check_words(
+            image=self.image, namespace=self.namespace, service_account=self.service_account
+        )
+        check_at_least(1, slices=self.slices)
+        check_at_least(0, max_restarts=self.max_restarts)
+        if self.tpu not in GENERATIONS:
+            raise ValueError(f"--tpu must be one of {', '.join(GENERATIONS)}, got {self.tpu!r}.")
+        dimensions = GENERATIONS[self.tpu][1]
+        if not re.fullmatch(r"[1-9]\d*" + r"x[1-9]\d*" * (dimensions - 1), self.topology):
+            raise ValueError(
+                f"--topology of {self.tpu} must be {dimensions} numbers such as "
+                f"{'x'.join('4' * dimensions)}, got {self.topology!r}."
+            )
+        if self.chips % self.chips_per_host:
+            raise ValueError(
+                f"--topology={self.topology} has {self.chips} chips, which hosts of "
+                f"{self.chips_per_host} do not make. Choose a multiple."
+            )
+
+    @property
+    def chips(self) -> int:
+        """Of one slice."""
+        return math.prod(int(side) for side in self.topology.split("x"))
+
+    @property
+    def chips_per_host(self) -> int:
+        # The two-dimensional generations have hosts of 1, 4 and 8 chips, the others of 4.
+        largest = 8 if GENERATIONS[self.tpu][1] == 2 else 4
+        return self.chips if self.chips <= largest else 4
+
+
+def plan(jobset: JobSet, flags: Sequence[str], annotations: dict[str, str]) -> Submission:
+    """Applies the manifest.
+
+    Args:
+      jobset: the machines.
+      flags: of glimmer.
+      annotations: what the code is, written into the manifest.
+    """
+    kubectl = ("kubectl", f"--namespace={jobset.namespace}")
+    selector = f"--selector=jobset.sigs.k8s.io/jobset-name={jobset.name}"
+    first = f"{selector},jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
+    return Submission(
+        submit=(*kubectl, "apply", "--filename=-"),
+        stdin=json.dumps(manifest(jobset, flags, annotations), indent=2) + "\n",
+        follow=(
+            (*kubectl, "get", "jobset", jobset.name),
+            (*kubectl, "logs", "--follow", first),
+            (*kubectl, "delete", "jobset", jobset.name),
+        ),
+    )
+
+
+def manifest(jobset: JobSet, flags: Sequence[str], annotations: dict[str, str]) -> dict[str, Any]:
+    """The JobSet; arguments as those of `plan`."""
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {
+            "name": jobset.name,
+            "namespace": jobset.namespace,
+            "annotations": {
+                # Each slice gets a node pool of its own.
+                "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool",
+                **annotations,
+            },
+        },
+        "spec": {
+            "failurePolicy": {
+                "maxRestarts": jobset.max_restarts,
+                "rules": [
+                    _rule("badInput", "FailJobSet", "failed with exit code 2 "),
+                    _rule(
+                        "startAgain",
+                        "RestartJobSetAndIgnoreMaxRestarts",
+                        "failed with exit code 42 ",
+                        "has condition DisruptionTarget",
+                    ),
+                ],
+            },
+            "replicatedJobs": [
+                {
+                    "name": "slice",
+                    "replicas": jobset.slices,
+                    "template": {"spec": job_spec(jobset, flags)},
+                }
+            ],
+        },
+    }
+
+
+def job_spec(jobset: JobSet, flags: Sequence[str]) -> dict[str, Any]:
+    """The Job of a slice."""
+    hosts = jobset.chips // jobset.chips_per_host
+    selector = {
+        "cloud.google.com/gke-tpu-accelerator": GENERATIONS[jobset.tpu][0],
+        "cloud.google.com/gke-tpu-topology": jobset.topology,
+    }
+    pod: dict[str, Any] = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": FINAL_SAVE,
+        "nodeSelector": selector,
+        "containers": [
+            {
+                "name": CONTAINER,
+                "image": jobset.image,
+                # Kubernetes puts variables in for $(NAME), unless the dollar is doubled.
+                "command": [part.replace("$(", "$$(") for part in glimmer("python", flags)],
+                "resources": {"limits": {"google.com/tpu": jobset.chips_per_host}},
+            }
+        ],
+    }
+    if jobset.service_account is not None:
+        pod["serviceAccountName"] = jobset.service_account
+    if jobset.spot:
+        spot = "cloud.google.com/gke-spot"
+        selector[spot] = "true"
+        pod["tolerations"] = [
+            {"key": spot, "operator": "Equal", "value": "true", "effect": "NoSchedule"}
+        ]
+    codes = {"containerName": CONTAINER, "operator": "In", "values": [2, 42]}
+    disrupted = [{"type": "DisruptionTarget", "status": "True"}]
+    return {
+        "completionMode": "Indexed",
+        "completions": hosts,
+        "parallelism": hosts,
+        "backoffLimit": 0,
+        # These two reach the JobSet's rules with the exit code in the message.
+        "podFailurePolicy": {
+            "rules": [
+                {"action": "FailJob", "onExitCodes": codes},
+                {"action": "FailJob", "onPodConditions": disrupted},
+            ]
+        },
+        "template": {"spec": pod},
+    }
+
+
+def _rule(name: str, action: str, *patterns: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "action": action,
+        "onJobFailureReasons": ["PodFailurePolicy"],
+        "onJobFailureMessagePatterns": list(patterns),
+    }

@@ -1,0 +1,67 @@
+"""Plays a `Machines` plan: create, wait, ship, run; again where machines were lost; delete."""
+
+from glimmer_jax.main import START_AGAIN
+from launch.plans import Machines, shell
+from launch.processes import Interrupts, read, run, run_again
+
+POLL = 20.0  # seconds between two looks at the state
+ATTEMPTS = 3  # at shipping: workers refuse connections for a while after they say they are ready
+
+
+def play(plan: Machines, interrupts: Interrupts, poll: float = POLL) -> int:
+    """Runs the job to its end, on new machines when it was preempted.
+
+    Args:
+      plan: the commands.
+      interrupts: in force; after one, the machines are deleted and nothing more is tried.
+      poll: seconds between two looks at the state.
+
+    Returns:
+      The job's exit code; 42 if it was preempted more often than the plan allows; gcloud's where
+      that fails; 1 if a finished job's machines could not be deleted.
+    """
+    for left in range(plan.recreate, -1, -1):
+        code, lost = _life(plan, interrupts, poll)
+        if interrupts.count:
+            return interrupts.exit_code
+        if not lost:
+            return code
+        print(f"launch: the machines are lost; new ones {left} times more", flush=True)
+    return START_AGAIN
+
+
+def _life(plan: Machines, interrupts: Interrupts, poll: float) -> tuple[int, bool]:
+    """One life of the machines: exit code, and whether they were lost."""
+    code, lost = 1, False
+    try:
+        code, lost = _work(plan, interrupts, poll)
+    finally:
+        # Its own interrupts are not heard: half-deleted machines cost as much as whole ones.
+        if run([plan.delete], Interrupts()):
+            by_hand = shell(plan.delete)
+            print(f"launch: could not delete; if it is still there: {by_hand}", flush=True)
+            code = code or 1
+    return code, lost
+
+
+def _work(plan: Machines, interrupts: Interrupts, poll: float) -> tuple[int, bool]:
+    code = run([plan.create], interrupts)
+    if code or interrupts.count:
+        return code, False
+    state = _state(plan)
+    while state in plan.waiting and not interrupts.count:
+        interrupts.sleep(poll)
+        state = _state(plan)
+    if state != plan.ready or interrupts.count:
+        return START_AGAIN, True
+    for command in plan.ship:
+        code = run_again(command, interrupts, attempts=ATTEMPTS, pause=poll)
+        if code or interrupts.count:
+            return code, _state(plan) != plan.ready
+    code = run([plan.run], interrupts)
+    # A lost machine breaks the connection, and gcloud's exit code says nothing of the job.
+    return code, code == START_AGAIN or (code != 0 and _state(plan) != plan.ready)
+
+
+def _state(plan: Machines) -> str | None:
+    return read(plan.describe)

@@ -1,0 +1,145 @@
+"""Runs commands as one job: streams what they say, passes signals on, leaves nothing behind."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from types import FrameType, TracebackType
+
+from launch.plans import Argv, shell
+
+GRACE = 60.0  # seconds that the other processes of a job get after the first has failed
+POLL = 0.05  # seconds
+
+
+class Interrupts:
+    """Context that counts Ctrl-C and SIGTERM instead of dying of them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._event = threading.Event()
+        self.last = signal.SIGINT
+
+    def __enter__(self) -> "Interrupts":
+        self._previous = {
+            number: signal.signal(number, self._on_signal)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+        self.last = signal.Signals(number)
+        self._event.set()
+
+    def sleep(self, seconds: float) -> None:
+        """Sleeps, and wakes at an interrupt."""
+        self._event.wait(seconds)
+
+    @property
+    def exit_code(self) -> int:
+        """What shells report of a process that the last of them ended."""
+        return 128 + self.last
+
+
+def run(
+    argvs: Sequence[Argv], interrupts: Interrupts, *, stdin: str = "", grace: float = GRACE
+) -> int:
+    """Runs commands side by side until all have ended.
+
+    The first interrupt is passed on as SIGTERM, upon which glimmer saves; the second kills. If one
+    command fails, the others get `grace` seconds and are killed.
+
+    Args:
+      argvs: the commands; each gets a process group of its own, of which nothing is left at the end.
+      interrupts: in force.
+      stdin: what every command reads.
+      grace: seconds.
+
+    Returns:
+      0, or the exit code of the first command that failed; 128 + N if signal N ended it.
+
+    Raises:
+      FileNotFoundError: a command does not exist.
+    """
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for argv in argvs:
+            # A file and no pipe: a command that reads nothing cannot hold us up.
+            with tempfile.TemporaryFile() as given:
+                given.write(stdin.encode())
+                given.seek(0)
+                processes.append(subprocess.Popen(argv, stdin=given, start_new_session=True))
+        return _wait(processes, interrupts, grace)
+    finally:
+        _send(processes, signal.SIGKILL)
+        for process in processes:
+            process.wait()
+
+
+def run_again(argv: Argv, interrupts: Interrupts, *, attempts: int, pause: float) -> int:
+    """Runs one command until it succeeds, or `attempts` times; `pause` seconds in between."""
+    for attempt in range(attempts):
+        code = run([argv], interrupts)
+        if code == 0 or interrupts.count or attempt + 1 == attempts:
+            break
+        print(f"launch: exit code {code}, once more: {shell(argv)}", flush=True)
+        interrupts.sleep(pause)
+    return code
+
+
+def read(argv: Argv) -> str | None:
+    """What a command prints, stripped; None if it fails."""
+    done = subprocess.run(
+        argv,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    return None if done.returncode else done.stdout.strip()
+
+
+def _wait(
+    processes: Sequence[subprocess.Popen[bytes]], interrupts: Interrupts, grace: float
+) -> int:
+    heard, code, deadline = 0, 0, float("inf")
+    while running := [process for process in processes if process.poll() is None]:
+        if interrupts.count > heard:
+            _send(running, signal.SIGKILL if heard else signal.SIGTERM)
+            heard = interrupts.count
+        code = code or _failure(processes)
+        if code and deadline == float("inf"):
+            deadline = time.monotonic() + grace
+        if time.monotonic() > deadline:
+            print(f"launch: a process ended with {code}, the others did not end", flush=True)
+            _send(running, signal.SIGKILL)
+            deadline = float("inf")
+        time.sleep(POLL)
+    return code or _failure(processes)
+
+
+def _failure(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Exit code of the first that ended badly, as shells report it; 0 if there is none."""
+    codes = [process.returncode for process in processes if process.returncode]
+    return 0 if not codes else codes[0] if codes[0] > 0 else 128 - codes[0]
+
+
+def _send(processes: Sequence[subprocess.Popen[bytes]], number: signal.Signals) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):  # The whole group has ended.
+            os.killpg(process.pid, number)

@@ -1,0 +1,74 @@
+"""Target `slurm`: a batch script for a mesh of GPUs, one process a GPU, as JAX expects of Slurm.
+
+The script runs in the folder it was sent from, which all nodes must see.
+"""
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
+
+from launch.plans import Submission, check_at_least, check_name, check_words, glimmer, shell
+
+FINAL_SAVE = 120  # seconds between SIGTERM and the time limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Slurm:
+    """What to ask Slurm for; the words are sbatch's."""
+
+    name: str
+    nodes: int = 1
+    gpus_per_node: int = 8
+    time: str | None = None  # limit of one start: 12:00:00; the job goes on in the next one
+    partition: str | None = None
+    account: str | None = None
+
+    def __post_init__(self):
+        check_name(self.name)
+        check_words(time=self.time, partition=self.partition, account=self.account)
+        check_at_least(1, nodes=self.nodes, gpus_per_node=self.gpus_per_node)
+
+
+def plan(slurm: Slurm, flags: Sequence[str], folder: str, python: str, code: str) -> Submission:
+    """Sends the script.
+
+    Args:
+      slurm: the machines.
+      flags: of glimmer.
+      folder: working directory, seen by all nodes.
+      python: the interpreter, seen by all nodes.
+      code: what the code is, for a comment; one line.
+    """
+    return Submission(
+        submit=("sbatch",),
+        stdin=script(slurm, flags, folder, python, code),
+        follow=(("squeue", f"--name={slurm.name}"), ("scancel", f"--name={slurm.name}")),
+    )
+
+
+def script(slurm: Slurm, flags: Sequence[str], folder: str, python: str, code: str) -> str:
+    """The batch script; arguments as those of `plan`."""
+    options = {
+        "job-name": slurm.name,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "nodes": slurm.nodes,
+        "ntasks-per-node": slurm.gpus_per_node,
+        "gpus-per-node": slurm.gpus_per_node,
+        "time": slurm.time,
+        "signal": f"TERM@{FINAL_SAVE}",
+        "output": f"{slurm.name}-%j.log",
+        "open-mode": "append",
+    }
+    head = "".join(f"#SBATCH --{k}={v}\n" for k, v in options.items() if v is not None)
+    return f"""#!/bin/bash
+{head}#SBATCH --requeue
+# Code: {code}
+cd {shlex.quote(folder)} || exit 2
+# The others follow a process that ended within a minute, or are ended.
+srun --wait=60 {shell(glimmer(python, flags))}
+code=$?
+# 42: stopped at the time limit or for another job, and saved.
+if [ "$code" -eq 42 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$code"
+"""

@@ -1,0 +1,88 @@
+"""A sweep as data: one launch command a unit, each with its own values, folder and name."""
+
+import ast
+import dataclasses
+import itertools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from glimmer_jax.main import parse_flags
+from launch import record
+from launch.plans import Argv, check_at_least, check_name, shell
+
+_MACRO = re.compile(r"[A-Za-z_][\w./]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Launch commands, to be run by XManager."""
+
+    units: tuple[Argv, ...]  # arguments of `python -m launch`
+    parallel: int  # units at a time
+
+    def text(self) -> str:
+        head = f"# XManager, {len(self.units)} units, {self.parallel} at a time\n"
+        return head + "".join(
+            f"{shell(('python', '-m', 'launch', *unit))}\n" for unit in self.units
+        )
+
+
+def parse_axis(text: str) -> tuple[str, list[Any]]:
+    """`"TEMPERATURE=[0.5, 1.0]"` -> `("TEMPERATURE", [0.5, 1.0])`.
+
+    Raises:
+      ValueError: not of that form, or no values.
+    """
+    name, _, values = text.partition("=")
+    try:
+        parsed = ast.literal_eval(values)
+    except (SyntaxError, ValueError):
+        parsed = None
+    if not _MACRO.fullmatch(name) or not isinstance(parsed, list) or not parsed:
+        raise ValueError(
+            f"--sweep must be NAME=[VALUE, VALUE] with Python values, got {text!r}. Write strings in "
+            "quotes, and the whole in quotes for the shell."
+        )
+    return name, parsed
+
+
+def plan(
+    axes: Sequence[tuple[str, list[Any]]],
+    target: Sequence[str],
+    name: str | None,
+    flags: Sequence[str],
+    parallel: int,
+) -> Sweep:
+    """All combinations of the axes' values; without axes one unit.
+
+    Args:
+      axes: gin name and values.
+      target: a launch command without glimmer's flags: `["local", "--num_processes=2"]`.
+      name: of the target's machines, which each unit gets a numbered one of; None: it has no name.
+      flags: of glimmer; they bind the folder of the sweep, of which each unit gets a numbered one.
+      parallel: units at a time.
+
+    Raises:
+      ValueError: no folder, or a name twice.
+    """
+    check_at_least(1, parallel=parallel)
+    names = [axis for axis, _ in axes]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--sweep must name each axis once, got {', '.join(names)}.")
+    parsed = parse_flags(flags)
+    folder, macro = record.output(parsed), record.OUTPUTS.get(parsed.run_mode)
+    if folder is None or macro in names:
+        raise ValueError(
+            f"A sweep needs --gin.{macro or 'MODEL_DIR'}=\"'FOLDER'\" on the command line: unit 1 "
+            "writes FOLDER/1, and so on."
+        )
+    units = []
+    for number, values in enumerate(itertools.product(*(v for _, v in axes)), start=1):
+        changed: dict[str, Any] = dict(zip(names, values, strict=True))
+        changed[macro] = f"{folder}/{number}"
+        # As in gin, what comes last counts.
+        own = target if name is None else [*target, f"--name={check_name(f'{name}-{number}')}"]
+        bindings = [f"--gin.{axis}={value!r}" for axis, value in changed.items()]
+        units.append((*own, "--", *flags, *bindings))
+    return Sweep(tuple(units), parallel)

@@ -1,0 +1,134 @@
+"""Targets `tpu_vm` and `queued_resource`: TPU VMs of one slice, through gcloud.
+
+The two differ in how machines are got: `tpu_vm` asks for them now and fails where there are none,
+`queued_resource` waits in line. What is done with them is the same.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from launch.plans import Argv, Machines, check_at_least, check_name, check_words, glimmer, shell
+
+# TPU VM images bring Python 3.10, which is too old; uv brings its own.
+SETUP = (
+    "python3 -m pip install --quiet --user uv && "
+    "python3 -m uv venv --quiet --clear --python 3.12 .venv && "
+    "python3 -m uv pip install --quiet --python .venv -c constraints.txt -e '.[tpu]'"
+)
+FOLDER = "glimmer"  # in the home folder of every worker
+
+
+@dataclasses.dataclass(frozen=True)
+class Tpu:
+    """What to ask gcloud for; the words are gcloud's."""
+
+    name: str
+    zone: str
+    accelerator_type: str  # v5p-32
+    version: str  # of the TPU software
+    project: str | None = None  # None: gcloud's own default
+    spot: bool = False
+    create_flags: tuple[str, ...] = ()  # further flags of gcloud's create
+    ssh_flags: tuple[str, ...] = ()  # further flags of gcloud's ssh and scp
+    recreate: int = 3  # times that a preempted slice is made again
+    setup: str = SETUP  # shell command, run once in the code's folder of every worker
+
+    def __post_init__(self):
+        check_name(self.name)
+        check_words(
+            zone=self.zone,
+            accelerator_type=self.accelerator_type,
+            version=self.version,
+            project=self.project,
+        )
+        check_at_least(0, recreate=self.recreate)
+        for flag in (*self.create_flags, *self.ssh_flags):
+            if not flag.startswith("--"):
+                raise ValueError(
+                    "--create_flag and --ssh_flag must be flags of gcloud such as "
+                    f"--create_flag=--network=NAME, got {flag!r}. Begin it with two dashes."
+                )
+
+    @property
+    def place(self) -> Argv:
+        project = () if self.project is None else (f"--project={self.project}",)
+        return (*project, f"--zone={self.zone}", "--quiet")
+
+
+def tpu_vm(tpu: Tpu, flags: Sequence[str], archive: str) -> Machines:
+    """A slice that is made now.
+
+    Args:
+      tpu: the slice.
+      flags: of glimmer.
+      archive: path of the packed code on this machine.
+    """
+    group = ("gcloud", "compute", "tpus", "tpu-vm")
+    create = (
+        *group,
+        "create",
+        tpu.name,
+        *tpu.place,
+        f"--accelerator-type={tpu.accelerator_type}",
+        f"--version={tpu.version}",
+        *(("--spot",) if tpu.spot else ()),
+        *tpu.create_flags,
+    )
+    return Machines(
+        create=create,
+        describe=(*group, "describe", tpu.name, *tpu.place, "--format=value(state)"),
+        ready="READY",
+        waiting=("CREATING", "STARTING", "RESTARTING", "REPAIRING"),
+        ship=_ship(tpu, archive),
+        run=_run(tpu, flags),
+        delete=(*group, "delete", tpu.name, *tpu.place),
+        recreate=tpu.recreate,
+    )
+
+
+def queued_resource(tpu: Tpu, flags: Sequence[str], archive: str) -> Machines:
+    """A slice that is waited for. Arguments as those of `tpu_vm`."""
+    group = ("gcloud", "compute", "tpus", "queued-resources")
+    create = (
+        *group,
+        "create",
+        tpu.name,
+        *tpu.place,
+        f"--node-id={tpu.name}",
+        f"--accelerator-type={tpu.accelerator_type}",
+        f"--runtime-version={tpu.version}",
+        *(("--spot",) if tpu.spot else ()),
+        *tpu.create_flags,
+    )
+    return Machines(
+        create=create,
+        describe=(*group, "describe", tpu.name, *tpu.place, "--format=value(state.state)"),
+        ready="ACTIVE",
+        waiting=("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING"),
+        ship=_ship(tpu, archive),
+        run=_run(tpu, flags),
+        # --force takes the nodes along; without it only an empty queue entry can be deleted.
+        delete=(*group, "delete", tpu.name, *tpu.place, "--force"),
+        recreate=tpu.recreate,
+    )
+
+
+def _ship(tpu: Tpu, archive: str) -> tuple[Argv, ...]:
+    to = ("gcloud", "compute", "tpus", "tpu-vm", "scp", archive, f"{tpu.name}:{FOLDER}.tar.gz")
+    unpack = f"mkdir -p {FOLDER} && tar -xzf {FOLDER}.tar.gz -C {FOLDER} && cd {FOLDER}"
+    return (
+        (*to, *tpu.place, "--worker=all", *tpu.ssh_flags),
+        _ssh(tpu, f"{unpack} && {tpu.setup}"),
+    )
+
+
+def _run(tpu: Tpu, flags: Sequence[str]) -> Argv:
+    command = shell(glimmer(".venv/bin/python", flags))
+    # gcloud gives a command again when its connection breaks. The lock keeps the second from
+    # running beside the first, which may be alive still.
+    return _ssh(tpu, f"cd {FOLDER} && flock {FOLDER}.lock {command}")
+
+
+def _ssh(tpu: Tpu, command: str) -> Argv:
+    ssh = ("gcloud", "compute", "tpus", "tpu-vm", "ssh", tpu.name, *tpu.place, "--worker=all")
+    return (*ssh, *tpu.ssh_flags, f"--command={command}")

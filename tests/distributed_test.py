@@ -1,0 +1,54 @@
+"""Joining a job: what is told, what is missing, and when nothing is asked. Real jobs: tests/launch."""
+
+import jax
+import pytest
+
+from glimmer_jax import main as command_line
+from glimmer_jax.distributed import join
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """Arguments that JAX got."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append((a, k)))
+    return calls
+
+
+def test_a_process_alone_joins_nothing(joined):
+    join()
+    assert joined == []
+
+
+def test_what_is_told_is_passed_on(joined):
+    join(False, "127.0.0.1:8476", 2, 0, timeout=7)
+    assert joined == [(("127.0.0.1:8476", 2, 0), {"initialization_timeout": 7})]
+
+
+def test_the_rest_is_found_by_jax(joined):
+    join(True)
+    assert joined == [((), {"initialization_timeout": 300})]
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ((False, "h:1", 2, None), "needs --coordinator_address, --num_processes and --process_id"),
+        ((False, None, 2, 0), "all three, or --distributed alone"),
+        ((True, "h:1", 2, 0), "got --distributed, coordinator_address=h:1"),
+        ((False, "h", 2, 0), "must be HOST:PORT, got 'h'"),
+        ((False, "h:1", 2, 2), r"--process_id must be from 0 to 1 \(--num_processes=2\), got 2"),
+    ],
+)
+def test_what_does_not_fit_is_refused(joined, told, message):
+    with pytest.raises(ValueError, match=message):
+        join(*told)
+    assert joined == []
+
+
+def test_the_command_line_joins_before_it_runs(joined, capfd):
+    flags = ["--coordinator_address=h:1", "--num_processes=3", "--process_id=1", "--gin_file=none"]
+    assert command_line.main(flags) == 2  # for the gin file that is not there
+    assert joined[0][0] == ("h:1", 3, 1)
+    assert command_line.main(["--process_id=1"]) == 2
+    assert "glimmer: A job of many processes needs" in capfd.readouterr().err

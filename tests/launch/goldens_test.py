@@ -1,0 +1,148 @@
+"""Every target's plan, word for word as `--dry_run` prints it, for one code and one command.
+
+After a wanted change, look at the printed difference and rewrite the goldens:
+
+    GLIMMER_REWRITE_GOLDENS=1 python -m pytest tests/launch/goldens_test.py
+"""
+
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+import launch.__main__ as command_line
+from launch import jobset, local, record
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
+CODE = record.Code("c0ffee" * 6 + "c0de", "7ree" * 10, b"diff")
+# Quotes, blanks, a dollar and a semicolon: what must survive every shell on the way.
+FLAGS = [
+    "--run_mode=train",
+    "--gin_file=gin/runs/finetune.gin",
+    "--gin.MODEL_DIR='gs://bucket/my run'",
+    "--gin.MIXTURE_OR_TASK_NAME='a;$(b)'",
+]
+TPU = "--name=run1 --zone=us-east5-a --accelerator_type=v5p-32 --version=v2-alpha-tpuv5"
+OPTIONS = {
+    "local": "local --num_processes=2",
+    "tpu_vm": f"tpu_vm {TPU} --project=mine --spot --recreate=1 --create_flag=--network=inner "
+    "--ssh_flag=--tunnel-through-iap --setup='make env'",
+    "queued_resource": f"queued_resource {TPU} --spot",
+    "jobset": "jobset --name=run1 --image=repo/glimmer:1 --tpu=v5p --topology=2x2x4",
+    "jobset_multislice": "jobset --name=run1 --image=repo/glimmer@sha256:ab --tpu=v6e "
+    "--topology=4x4 --slices=2 --spot --namespace=team --service_account=writer --max_restarts=5",
+    "slurm": "slurm --name=run1 --nodes=2 --time=12:00:00 --partition=a100 --account=qa",
+    "xm": f'xm --sweep="TEMPERATURE=[0.5, 1.0]" --sweep="BEST_METRIC=[\'mean\', None]" --parallel=2 '
+    f"queued_resource {TPU}",
+}
+
+
+def plan(options, monkeypatch, flags=FLAGS):
+    monkeypatch.setattr(local, "free_port", lambda: 8476)
+    monkeypatch.setattr(os, "getcwd", lambda: "/home/me/my checkout")
+    monkeypatch.setattr(sys, "executable", "/venv/bin/python")
+    monkeypatch.setattr("tempfile.tempdir", "/tmp")
+    args = command_line.parser().parse_args(shlex.split(options))
+    return command_line.make_plan(args, flags, CODE)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_plan_is_the_golden(name, monkeypatch):
+    text = plan(OPTIONS[name], monkeypatch).text()
+    path = GOLDENS / f"{name}.txt"
+    if os.environ.get("GLIMMER_REWRITE_GOLDENS") == "1":
+        path.write_text(text)
+    stored = path.read_text() if path.exists() else ""
+    assert text == stored, f"{path.name} should be:\n{text}"
+
+
+@pytest.mark.parametrize("name", ["tpu_vm", "slurm"])
+def test_flags_come_through_the_shell_unchanged(name, monkeypatch):
+    made = plan(OPTIONS[name], monkeypatch)
+    if name == "slurm":
+        text = next(line for line in made.stdin.splitlines() if line.startswith("srun"))
+    else:
+        text = made.run[-1].removeprefix("--command=")
+    stub = 'cd() { :; }; show() { printf "%s\\n" "$@"; }; srun() { show "$@"; }; flock() { show "$@"; }'
+    done = subprocess.run(
+        ["bash", "-c", f"{stub}\n{text}"], check=True, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-len(FLAGS) :] == FLAGS
+
+
+def test_kubernetes_puts_no_variables_into_the_flags(monkeypatch):
+    spec = jobset.job_spec(
+        jobset.JobSet("run1", "image", "v5e", "2x4"), ["--gin.X='$(HOME) $HOME'"]
+    )
+    assert spec["template"]["spec"]["containers"][0]["command"][-1] == "--gin.X='$$(HOME) $HOME'"
+
+
+@pytest.mark.parametrize(
+    ("tpu", "topology", "hosts", "chips"),
+    [
+        ("v5e", "1x1", 1, 1),
+        ("v6e", "2x4", 1, 8),
+        ("v6e", "4x4", 4, 4),
+        ("v4", "2x2x1", 1, 4),
+        ("v5p", "4x4x8", 32, 4),
+        ("tpu7x", "2x2x2", 2, 4),
+    ],
+)
+def test_every_host_of_a_slice_has_a_pod_with_its_chips(tpu, topology, hosts, chips):
+    spec = jobset.job_spec(jobset.JobSet("run1", "image", tpu, topology), FLAGS)
+    assert spec["completions"] == spec["parallelism"] == hosts
+    [container] = spec["template"]["spec"]["containers"]
+    assert container["resources"]["limits"] == {"google.com/tpu": chips}
+
+
+@pytest.mark.parametrize("spot", [False, True])
+def test_the_job_is_one_that_kubernetes_takes(spot, monkeypatch):
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    spec = jobset.job_spec(
+        jobset.JobSet("run1", "image", "v5p", "2x2x4", spot=spot, service_account="s"), FLAGS
+    )
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "slice"}, "spec": spec}
+    kubernetes_validate.validate(job, kubernetes_validate.latest_version(), strict=True)
+
+
+BAD = [
+    ("tpu_vm --name=Run --zone=z --accelerator_type=a --version=v", "--name must be 1 to 40"),
+    ("tpu_vm --name=r --zone=z;rm --accelerator_type=a --version=v", "--zone must be letters"),
+    ("tpu_vm --name=r --zone=-z --accelerator_type=a --version=v", "--zone must be letters"),
+    (f"tpu_vm {TPU} --recreate=-1", "--recreate must be at least 0, got -1"),
+    (f"tpu_vm {TPU} --create_flag=network", "must be flags of gcloud"),
+    ("jobset --name=r --image=i --tpu=v9 --topology=1x1", "--tpu must be one of v4, v5e"),
+    ("jobset --name=r --image=i --tpu=v5p --topology=4x4", "--topology of v5p must be 3 numbers"),
+    ("jobset --name=r --image=i --tpu=v5e --topology=3x5", "has 15 chips"),
+    ("jobset --name=r --image='i x' --tpu=v5e --topology=2x2", "--image must be letters"),
+    ("slurm --name=r --nodes=0", "--nodes must be at least 1, got 0"),
+    ("slurm --name=r --partition='a\n#SBATCH --uid=0'", "--partition must be letters"),
+    ("local --num_processes=0", "--num_processes must be at least 1"),
+    ("xm --sweep=X local", r"--sweep must be NAME=\[VALUE, VALUE\]"),
+    ("xm --sweep=X=[1] --sweep=X=[2] local", "must name each axis once, got X, X"),
+    ("xm --sweep=MODEL_DIR=[1] local", "A sweep needs --gin.MODEL_DIR"),
+    ("xm --parallel=0 local", "--parallel must be at least 1"),
+    ("xm --sweep=X=[1] slurm --name=r --nodes=0", "--nodes must be at least 1"),
+    (f"xm --sweep=X=[1] slurm --name={'r' * 40}", f"--name must be 1 to 40 .* got '{'r' * 40}-1'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_what_does_not_fit_is_refused(options, message, monkeypatch):
+    with pytest.raises(ValueError, match=message):
+        plan(options, monkeypatch)
+
+
+def test_output_on_a_machine_that_is_deleted_is_refused(monkeypatch):
+    flags = ["--run_mode=eval", "--gin.OUTPUT_DIR='runs/x'"]
+    for name in ("tpu_vm", "queued_resource", "jobset"):
+        with pytest.raises(ValueError, match="OUTPUT_DIR='runs/x' would be deleted"):
+            plan(OPTIONS[name], monkeypatch, flags)
+
+
+def test_an_installed_package_cannot_be_shipped():
+    with pytest.raises(ValueError, match="needs a git checkout"):
+        record.archive_path(record.Code(None, None, b""))

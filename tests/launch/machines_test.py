@@ -1,0 +1,214 @@
+"""A TPU's whole life through the real runner: create, preempt, create again, delete. No cloud."""
+
+import functools
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import launch.__main__ as command_line
+from launch import lifecycle, local, plans, record, tpu
+
+HERE = pathlib.Path(__file__).parent
+OPTIONS = ["--name=run1", "--zone=z", "--accelerator_type=v5p-8", "--version=v2-alpha-tpuv5"]
+FLAGS = ["--run_mode=score", "--gin.QUESTIONS='it''s $HOME; \"a b\"'"]
+# In the place of an environment: a python that writes down its arguments and obeys $JOB.
+PYTHON = """#!/bin/sh
+printf '%s\\n' "$@" > "$GCLOUD_STUB/seen"
+eval "$JOB"
+"""
+SETUP = "mkdir -p .venv/bin && cp fake_python .venv/bin/python"
+PREEMPTED = (
+    '[ "$verb" = run ] && touch "taken$life" && exit 255\n[ -e "taken$life" ] && state=PREEMPTED'
+)
+
+
+@pytest.fixture
+def gcloud(tmp_path, monkeypatch):
+    """The stub's folder; it is on PATH, the code is a tiny checkout, and nothing waits long."""
+    folder = tmp_path / "stub"
+    (folder / "lives").mkdir(parents=True)
+    for life in range(1, 5):
+        (folder / "lives" / str(life)).touch()
+    (folder / "bin").mkdir()
+    shutil.copy(HERE / "gcloud_stub", folder / "bin" / "gcloud")
+    (folder / "bin" / "gcloud").chmod(0o755)
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "fake_python").write_text(PYTHON)
+    (code / "fake_python").chmod(0o755)
+    git = ["git", "-C", str(code), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *arguments], check=True)
+    (code / "new.py").write_text("not committed\n")
+    monkeypatch.setattr(command_line, "ROOT", code)
+    monkeypatch.setattr(lifecycle, "play", functools.partial(lifecycle.play, poll=0.01))
+    monkeypatch.setenv("PATH", f"{folder}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("GCLOUD_STUB", str(folder))
+    monkeypatch.setenv("JOB", "exit 0")
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def go(target="tpu_vm", *options):
+    return command_line.main(
+        [target, *OPTIONS, f"--setup={SETUP}", "--recreate=2", *options, "--", *FLAGS]
+    )
+
+
+def life(gcloud, number, text):
+    path = gcloud / "lives" / str(number)
+    path.write_text(path.read_text() + text + "\n")
+
+
+def verbs(gcloud):
+    lines = (gcloud / "log").read_text().splitlines()
+    kinds = [
+        "run" if "flock" in line else "setup" if "--command=" in line else line.split()[3]
+        for line in lines
+    ]
+    return [kind for kind in kinds if kind != "describe"]
+
+
+ONE_LIFE = ["create", "scp", "setup", "run", "delete"]
+
+
+@pytest.mark.parametrize("target", ["tpu_vm", "queued_resource"])
+def test_code_and_flags_arrive_and_everything_is_deleted(gcloud, tmp_path, target):
+    assert go(target) == 0
+    assert verbs(gcloud) == ONE_LIFE
+    seen = (gcloud / "seen").read_text().splitlines()
+    assert seen == ["-m", "glimmer_jax.main", "--distributed", *FLAGS]
+    assert (gcloud / "worker" / "glimmer" / "new.py").read_text() == "not committed\n"
+    written = json.loads((tmp_path / "launch.json").read_text())
+    code = record.code(command_line.ROOT)
+    assert written["commit"] == code.commit and written["diff_sha256"] == code.diff_sha256
+    assert written["argv"][0] == target and written["argv"][-2:] == FLAGS
+
+
+def test_the_job_waits_until_the_machines_are_ready(gcloud):
+    life(gcloud, 1, 'n=$(cat n 2>/dev/null || echo 0); [ "$verb" = describe ] && echo $((n+1)) > n')
+    life(gcloud, 1, "[ $n -lt 3 ] && state=PROVISIONING")
+    assert go("queued_resource") == 0
+    assert int((gcloud / "n").read_text()) == 4
+
+
+def test_preempted_machines_are_made_again(gcloud):
+    life(gcloud, 1, PREEMPTED)
+    assert go() == 0
+    assert verbs(gcloud) == ONE_LIFE * 2
+
+
+def test_a_job_that_saved_and_stopped_is_started_on_new_machines(gcloud, monkeypatch):
+    monkeypatch.setenv("JOB", 'exit $([ "$(cat "$GCLOUD_STUB/life")" = 1 ] && echo 42 || echo 0)')
+    assert go() == 0
+    assert verbs(gcloud) == ONE_LIFE * 2
+
+
+def test_machines_lost_while_waiting_or_shipping_are_made_again(gcloud):
+    life(gcloud, 1, "state=SUSPENDED")
+    life(
+        gcloud,
+        2,
+        '[ "$verb" = scp ] && exit 1; state=$([ -e "asked" ] && echo FAILED || echo ACTIVE)',
+    )
+    life(gcloud, 2, '[ "$verb" = describe ] && touch asked')
+    assert go("queued_resource") == 0
+    assert verbs(gcloud) == ["create", "delete", "create", *["scp"] * 3, "delete", *ONE_LIFE]
+
+
+def test_preempted_more_often_than_allowed_is_42(gcloud):
+    for number in (1, 2, 3):
+        life(gcloud, number, PREEMPTED)
+    assert go() == 42
+    assert verbs(gcloud) == ONE_LIFE * 3
+
+
+@pytest.mark.parametrize("code", [1, 2])
+def test_bad_input_and_crashes_are_not_repeated(gcloud, monkeypatch, code):
+    monkeypatch.setenv("JOB", f"exit {code}")
+    assert go() == code
+    assert verbs(gcloud) == ONE_LIFE
+
+
+def test_a_worker_that_refuses_the_first_connection_is_asked_again(gcloud):
+    life(gcloud, 1, '[ "$verb" = scp ] && [ ! -e once ] && touch once && exit 255')
+    assert go() == 0
+    assert verbs(gcloud) == ["create", "scp", *ONE_LIFE[1:]]
+
+
+def test_where_there_is_no_room_gclouds_exit_code_is_passed_on(gcloud):
+    life(gcloud, 1, '[ "$verb" = create ] && exit 9')
+    assert go() == 9
+    assert verbs(gcloud) == ["create", "delete"]
+
+
+def test_machines_that_could_not_be_deleted_are_named(gcloud, capfd):
+    life(gcloud, 1, '[ "$verb" = delete ] && exit 1')
+    assert go() == 1
+    assert "could not delete; if it is still there: gcloud compute tpus tpu-vm delete run1" in (
+        capfd.readouterr().out
+    )
+
+
+def test_sigterm_deletes_the_machines(gcloud, monkeypatch):
+    monkeypatch.setenv("JOB", 'touch "$GCLOUD_STUB/up"; sleep 1000')
+    monkeypatch.setenv("PYTHONPATH", str(HERE.parents[1]))
+    argv = ["tpu_vm", *OPTIONS, f"--setup={SETUP}", "--", *FLAGS]
+    code = (
+        "import pathlib, sys; import launch.__main__ as command_line; "
+        f"command_line.ROOT = pathlib.Path({str(command_line.ROOT)!r}); "
+        f"sys.exit(command_line.main({argv!r}))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code]) as launcher:
+        deadline = time.monotonic() + 120
+        while not (gcloud / "up").exists():
+            assert launcher.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(60) == 128 + signal.SIGTERM
+    assert verbs(gcloud) == ONE_LIFE
+
+
+def test_without_gcloud_the_message_says_so(gcloud, monkeypatch, capfd):
+    (gcloud / "bin" / "gcloud").unlink()
+    git = pathlib.Path(shutil.which("git")).resolve()
+    (gcloud / "bin" / "git").symlink_to(git)
+    monkeypatch.setenv("PATH", f"{gcloud}/bin")
+    assert go() == 2
+    assert "gcloud" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("gcloud") is None, reason="gcloud is not installed")
+@pytest.mark.timeout(900)
+def test_the_real_gcloud_would_take_every_command(tmp_path):
+    slice_ = tpu.Tpu("run1", "us-east5-a", "v5p-8", "v2-alpha-tpuv5", project="mine", spot=True)
+    made = [make(slice_, FLAGS, "/tmp/code.tar.gz") for make in (tpu.tpu_vm, tpu.queued_resource)]
+    texts = {
+        plans.shell(argv): None
+        for plan in made
+        for argv in (plan.create, plan.describe, *plan.ship, plan.run, plan.delete)
+    }
+    commands = tmp_path / "commands.json"
+    commands.write_text(json.dumps([{"id": i, "command_string": t} for i, t in enumerate(texts)]))
+    done = subprocess.run(
+        ["gcloud", "meta", "lint-gcloud-commands", f"--commands-file={commands}"],
+        env={**os.environ, "HOME": str(tmp_path), "CLOUDSDK_CONFIG": str(tmp_path)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    verdicts = json.loads(done.stdout)
+    assert len(verdicts) == len(texts)
+    for verdict in verdicts:
+        assert verdict["success"], verdict["error_message"]
+
+
+def test_a_free_port_is_free():
+    assert 1024 <= local.free_port() < 65536

@@ -1,0 +1,139 @@
+"""The runner: exit codes, signals, and that nothing is left running."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from launch import local
+from launch.plans import shell
+from launch.processes import Interrupts, read, run, run_again
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY_JOB = str(pathlib.Path(__file__).with_name("tiny_job.py"))
+
+# Runs its arguments, one shell command each, as `python -m launch local` runs processes.
+DRIVER = """
+import sys
+from launch.processes import Interrupts, run
+with Interrupts() as interrupts:
+    sys.exit(run([("sh", "-c", text) for text in sys.argv[1:]], interrupts))
+"""
+
+
+def sh(text):
+    return ("sh", "-c", text)
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # A process that nobody has asked for its exit code is dead all the same.
+    return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_for(condition, seconds=60.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "It did not happen."
+        time.sleep(0.05)
+
+
+def start(*argv):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, *argv], env=environment)
+
+
+@pytest.mark.parametrize(
+    ("commands", "code"),
+    [
+        (["exit 0", "exit 0"], 0),
+        (["exit 0", "sleep 0.2; exit 42"], 42),
+        (["kill -KILL $$"], 137),
+    ],
+)
+def test_the_exit_code_is_the_jobs(commands, code):
+    assert run([sh(text) for text in commands], Interrupts()) == code
+
+
+def test_a_dead_process_ends_the_others_after_the_grace_period(capfd):
+    begin = time.monotonic()
+    assert run([sh("trap '' TERM; sleep 1000"), sh("exit 3")], Interrupts(), grace=0.5) == 3
+    assert 0.5 <= time.monotonic() - begin < 30
+    assert "a process ended with 3" in capfd.readouterr().out
+
+
+def test_children_of_children_are_ended_too(tmp_path):
+    assert run([sh(f"sleep 1000 & echo $! > {tmp_path}/pid")], Interrupts()) == 0
+    pid = int((tmp_path / "pid").read_text())
+    wait_for(lambda: not alive(pid))
+
+
+def test_a_command_that_does_not_exist_ends_the_rest(tmp_path):
+    first = sh(f"echo $$ > {tmp_path}/pid; exec sleep 1000")
+    with pytest.raises(FileNotFoundError, match="no_such_command"):
+        run([first, ("no_such_command",)], Interrupts())
+    path = tmp_path / "pid"
+    assert not path.exists() or not path.read_text() or not alive(int(path.read_text()))
+
+
+def test_input_reaches_the_command_and_output_is_read(tmp_path):
+    target = tmp_path / "out"
+    assert run([sh(f"cat > {target}")], Interrupts(), stdin="a\nb\n") == 0
+    assert target.read_text() == "a\nb\n"
+    assert run([sh("exit 5")], Interrupts(), stdin="x" * 1_000_000) == 5
+    assert read(sh("echo READY")) == "READY"
+    assert read(sh("echo READY; exit 1")) is None
+
+
+def test_a_command_is_tried_again_until_it_succeeds(tmp_path, capfd):
+    second = sh(f"test -e {tmp_path}/x || {{ touch {tmp_path}/x; exit 7; }}")
+    assert run_again(second, Interrupts(), attempts=3, pause=0.01) == 0
+    assert "exit code 7, once more: sh -c" in capfd.readouterr().out
+    assert run_again(sh("exit 7"), Interrupts(), attempts=2, pause=0.01) == 7
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_are_passed_on_and_the_job_says_how_it_ended(tmp_path, number):
+    command = "trap 'exit 42' TERM; echo $$ > {}; while :; do sleep 0.05; done"
+    paths = [tmp_path / name for name in ("a", "b")]
+    with start("-c", DRIVER, *(command.format(path) for path in paths)) as driver:
+        wait_for(lambda: all(path.exists() and path.read_text() for path in paths))
+        driver.send_signal(number)
+        assert driver.wait(60) == 42
+    assert not any(alive(int(path.read_text())) for path in paths)
+
+
+def test_the_second_signal_kills(tmp_path):
+    command = (
+        f"trap 'touch {tmp_path}/heard' TERM; touch {tmp_path}/up; while :; do sleep 0.05; done"
+    )
+    with start("-c", DRIVER, command) as driver:
+        wait_for((tmp_path / "up").exists)
+        driver.terminate()
+        wait_for((tmp_path / "heard").exists)
+        assert driver.poll() is None
+        driver.terminate()
+        assert driver.wait(60) == 137
+
+
+@pytest.mark.timeout(600)
+def test_two_jax_processes_add_up_and_stop_at_the_same_step(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    plan = local.plan([f"--gin_bindings={tmp_path}"], 2, local.free_port(), sys.executable)
+    commands = [shell(argv).replace("-m glimmer_jax.main", TINY_JOB) for argv in plan.processes]
+    with start("-c", DRIVER, *(f"exec {command}" for command in commands)) as driver:
+        reports = [tmp_path / "0", tmp_path / "1"]
+        wait_for(lambda: all(path.exists() or driver.poll() for path in reports), 400)
+        driver.terminate()
+        assert driver.wait(180) == 42
+    first, second = (path.read_text().splitlines() for path in reports)
+    assert first == second
+    assert first[0] == "of 2 total 3"
+    assert first[1].startswith("stopped at ")

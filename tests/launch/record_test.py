@@ -1,0 +1,93 @@
+"""The record of a launch: the code as git sees it, where launch.json goes, what it says."""
+
+import json
+import subprocess
+import tarfile
+
+import pytest
+
+from glimmer_jax.main import parse_flags
+from launch import record
+
+
+def git(folder, *arguments):
+    identity = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+    subprocess.run(["git", "-C", folder, *identity, *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    (folder / "kept.py").write_text("one\n")
+    (folder / ".gitignore").write_text("ignored\n")
+    git(folder, "init", "--quiet")
+    git(folder, "add", ".")
+    git(folder, "commit", "--quiet", "--message=first")
+    return folder
+
+
+def test_a_clean_tree_has_no_diff(checkout):
+    code = record.code(checkout)
+    assert len(code.commit) == len(code.tree) == 40
+    assert code.diff == b""
+    assert code.diff_sha256 is None
+    assert set(code.annotations()) == {"glimmer/commit"}
+
+
+def test_changes_and_new_files_are_in_the_diff_and_in_the_archive(checkout, tmp_path):
+    clean = record.code(checkout)
+    (checkout / "kept.py").write_bytes(b"two \xff\n")
+    (checkout / "new.py").write_text("new\n")
+    (checkout / "ignored").write_text("no\n")
+    code = record.code(checkout)
+    assert code.commit == clean.commit
+    assert code.tree != clean.tree
+    assert b"two \xff" in code.diff and b"new.py" in code.diff and b"ignored\n+no" not in code.diff
+    assert code == record.code(checkout)
+    status = subprocess.run(["git", "-C", checkout, "status", "--short"], capture_output=True)
+    assert b"?? new.py" in status.stdout  # the person's own index is as it was
+
+    path = str(tmp_path / "code.tar.gz")
+    record.pack(checkout, code, path)
+    with tarfile.open(path) as archive:
+        assert sorted(archive.getnames()) == [".gitignore", "kept.py", "new.py"]
+        assert archive.extractfile("kept.py").read() == b"two \xff\n"
+
+
+def test_of_a_folder_inside_another_checkout_nothing_is_known(checkout):
+    (checkout / "site-packages").mkdir()
+    assert record.code(checkout / "site-packages") == record.Code(None, None, b"")
+
+
+@pytest.mark.parametrize(
+    ("flags", "path"),
+    [
+        (["--run_mode=train", "--gin.MODEL_DIR='runs/a'"], "runs/a/launch.json"),
+        (["--gin.MODEL_DIR='a'", "--gin.MODEL_DIR='b'"], "b/launch.json"),
+        (["--gin_bindings=MODEL_DIR = 'gs://b/a'"], "gs://b/a/launch.json"),
+        (["--run_mode=eval", "--gin.OUTPUT_DIR='out'", "--gin.MEMORY_DIR='m'"], "out/launch.json"),
+        (["--run_mode=build_memory", "--gin.MEMORY_DIR='m/'"], "m.launch.json"),
+        (["--run_mode=infer", "--gin.OUTPUT_PATH='a.jsonl'"], "a.jsonl.launch.json"),
+        (["--run_mode=train", "--gin.MODEL_DIR=%HERE"], "launch.json"),
+        (["--run_mode=score"], "launch.json"),
+    ],
+)
+def test_the_record_is_beside_the_run(flags, path):
+    assert str(record.record_path(parse_flags(flags))) == path
+
+
+def test_a_second_launch_keeps_the_record_of_the_first(tmp_path):
+    run = tmp_path / "run"
+    flags = ["--run_mode=train", f"--gin.MODEL_DIR={str(run)!r}"]
+    code = record.Code("c" * 40, "d" * 40, b"a diff")
+    record.write(code, ["local", "--", *flags], flags, "one\ntwo\n")
+    record.write(code, ["again"], flags, "")
+    assert json.loads((run / "launch.json").read_text())["argv"] == ["again"]
+    [first] = run.glob("launch.*Z.json")
+    kept = json.loads(first.read_text())
+    assert kept["argv"] == ["local", "--", *flags]
+    assert kept["plan"] == ["one", "two"]
+    assert kept["commit"] == "c" * 40
+    assert kept["diff_sha256"] == code.diff_sha256
+    assert (run / f"launch.{code.diff_sha256[:16]}.diff").read_bytes() == b"a diff"
