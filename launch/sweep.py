@@ -72,7 +72,7 @@ def plan(
         raise ValueError(f"--sweep must name each axis once, got {', '.join(names)}.")
     parsed = parse_flags(flags)
     folder, macro = record.output(parsed), record.OUTPUTS.get(parsed.run_mode)
-    if folder is None or macro in names:
+    if folder is None or macro is None or macro in names:
         raise ValueError(
             f"A sweep needs --gin.{macro or 'MODEL_DIR'}=\"'FOLDER'\" on the command line: unit 1 "
             "writes FOLDER/1, and so on."
