@@ -213,6 +213,12 @@ def test_every_ablation_trains_for_five_steps(work, tmp_path, ablation):
             "eval",
             ["examples/pydocs_fid_eval"],
             {"CHECKPOINT_PATH": "none", "PASSAGES_DIR": None},
+            "There is nothing to read: set PASSAGES_DIR",
+        ),
+        (
+            "export",
+            ["sizes/tiny", "models/fid", "runs/export"],
+            {"CHECKPOINT_PATH": "none", "OUTPUT_PATH": "o.safetensors"},
             "none is no checkpoint",
         ),
         (

@@ -65,8 +65,8 @@ class RenamedQuestions:
         draw = random.Random(f"{self._seed}:{index}")
         task = draw.choices(list(self._tasks), self._weights)[0]
         asked = draw.choice(self._tasks[task])
+        # In the retriever's order: a run with a smaller K keeps the first ones.
         retrieved = asked["retrieved"][: self._num_passages]
-        draw.shuffle(retrieved := list(retrieved))
         records = [self._records[one["id"]] for one in retrieved]
         exchange = _Exchange(self._parts, draw)
         new = {record["title"]: exchange(record["title"]) for record in records}
