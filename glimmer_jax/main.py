@@ -22,6 +22,7 @@ MODES = {
     "retrieve": "glimmer_jax.modes.retrieve:retrieve",
     "train": "glimmer_jax.modes.train:train",
     "build_memory": "glimmer_jax.modes.build_memory:build_memory",
+    "memory": "glimmer_jax.modes.memory:memory",
     "eval": "glimmer_jax.modes.evaluate:evaluate",
     "infer": "glimmer_jax.modes.infer:infer",
     "score": "glimmer_jax.modes.score:score",
@@ -35,6 +36,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         prog="glimmer", description="FiD, LUMEN and GLIMMER.", allow_abbrev=False
     )
     parser.add_argument("--run_mode", choices=sorted(MODES), default="train")
+    parser.add_argument("--action", help="of --run_mode=memory; short for --gin.ACTION")
     parser.add_argument("--gin_file", action="append", default=[], metavar="PATH")
     parser.add_argument("--gin_search_paths", default="", metavar="DIR,DIR")
     parser.add_argument("--gin_bindings", action="append", default=[], metavar="X=V")
@@ -47,6 +49,8 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         if not other.startswith("--gin.") or not equals:
             parser.error(f"unknown argument {other!r}; bindings are written --gin.NAME=VALUE")
         flags.gin_bindings.append(f"{name} = {value}")
+    if flags.action is not None:
+        flags.gin_bindings.append(f"ACTION = {flags.action!r}")
     return flags
 
 
