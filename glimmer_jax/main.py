@@ -23,6 +23,7 @@ MODES = {
     "retrieve": "glimmer_jax.modes.retrieve:retrieve",
     "train": "glimmer_jax.modes.train:train",
     "build_memory": "glimmer_jax.modes.build_memory:build_memory",
+    "memory": "glimmer_jax.modes.memory:memory",
     "eval": "glimmer_jax.modes.evaluate:evaluate",
     "infer": "glimmer_jax.modes.infer:infer",
     "score": "glimmer_jax.modes.score:score",
@@ -36,6 +37,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         prog="glimmer", description="FiD, LUMEN and GLIMMER.", allow_abbrev=False
     )
     parser.add_argument("--run_mode", choices=sorted(MODES), default="train")
+    parser.add_argument("--action", help="of --run_mode=memory; short for --gin.ACTION")
     parser.add_argument("--gin_file", action="append", default=[], metavar="PATH")
     parser.add_argument("--gin_search_paths", default="", metavar="DIR,DIR")
     parser.add_argument("--gin_bindings", action="append", default=[], metavar="X=V")
@@ -67,6 +69,8 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
             parser.error("--gold, --guess and --ks want --run_mode=score and both files")
         if flags.gin_file or flags.gin_bindings:
             parser.error("--gold and --guess take no gin; without them gin/runs/score.gin scores")
+    if flags.action is not None:
+        flags.gin_bindings.append(f"ACTION = {flags.action!r}")
     return flags
 
 

@@ -31,6 +31,7 @@ RUNS = {
     "finetune": ("train", [MODEL_DIR, *TASK, "TRAIN_STEPS = 5", "PASSAGES_DIR = 'p'"]),
     "pretrain": ("train", [MODEL_DIR, *TASK, "TRAIN_STEPS = 5", "PASSAGES_DIR = 'p'"]),
     "build_memory": ("build_memory", [CHECKPOINT, "PASSAGES_DIR = 'p'", "MEMORY_DIR = 'm'"]),
+    "memory": ("memory", ["ACTION = 'inspect'", "MEMORY_DIR = 'm'"]),
     "eval": ("eval", [CHECKPOINT, *TASK]),
     "infer": ("infer", [CHECKPOINT, TASK[2], "PASSAGES_DIR = 'p'"]),
     "score": ("score", ["PREDICTIONS = 'p'", "QUESTIONS = 'q'"]),
@@ -135,6 +136,14 @@ def test_examples_need_only_what_they_say(path):
     bound = arguments(mode)
     if "model" in bound:
         assert parameter_count(bound["model"]) < 5e6
+
+
+def test_memory_takes_a_model_after_its_own_file():
+    configuration.parse(["gin/runs/memory.gin"], RUNS["memory"][1])
+    assert arguments("memory")["model"] is None
+    files = ["gin/runs/memory.gin", "gin/sizes/tiny.gin", "gin/models/lumen.gin"]
+    configuration.parse(files, RUNS["memory"][1])
+    assert isinstance(arguments("memory")["model"], GlimmerModel)
 
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)

@@ -15,6 +15,7 @@ import numpy as np
 from glimmer_jax import codecs
 from glimmer_jax.lock import WriterLock
 from glimmer_jax.memory import codec_error, folder, manifest, resume
+from glimmer_jax.memory.builders import Builders, wait_for_records
 from glimmer_jax.memory.compute import Job, Recipe
 from glimmer_jax.memory.encoder import States
 from glimmer_jax.memory.identity import Layout
@@ -24,7 +25,6 @@ from glimmer_jax.memory.source import Passages
 from glimmer_jax.memory.write import write_shards
 from glimmer_jax.preemption import Watcher
 
-LOCK = "build.lock"
 logger = logging.getLogger(__name__)
 
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 class Report:
     """What one run of the job did."""
 
-    manifest: Manifest
+    manifest: Manifest | None  # None where another builder writes it
     built: int  # shards
     skipped: int  # shards that were there already
     passages_per_s: float
@@ -51,6 +51,7 @@ def build_memory(
     reference: States | None = None,
     error_sample: int = 128,
     accept_other_program: bool = False,
+    builders: Builders = Builders(),
     watcher: Watcher | None = None,
     on_progress: Callable[[Mapping[str, float]], None] | None = None,
     progress_seconds: float = 10.0,
@@ -66,6 +67,7 @@ def build_memory(
       reference: the encoder in float32, to measure the error of what is stored.
       error_sample: passages to measure on.
       accept_other_program: keep finished shards that another program made, and record both.
+      builders: who this is, where several build one store at a time.
       watcher: where a request to stop is noticed; default: SIGTERM, if in the main thread.
       on_progress: called with numbers for a metrics writer, about every `progress_seconds`.
 
@@ -78,23 +80,30 @@ def build_memory(
     check_ids(passages.ids)
     shards = resume.cut(np.arange(len(passages)), layout.shard_passages)
     kvstore = folder.open_folder(path)
-    with WriterLock(kvstore, LOCK), watcher or Watcher() as watcher:
+    mine = builders.own(shards)
+    with WriterLock(builders.lock_folder(kvstore), manifest.LOCK), watcher or Watcher() as watcher:
         resume.check_manifest(kvstore, recipe.identity, len(shards))
-        plan = resume.plan(kvstore, passages, shards, recipe, layout, accept_other_program)
-        lost = None
-        if reference is not None:
+        plan = resume.plan(kvstore, passages, mine, recipe, layout, accept_other_program)
+        first, lost = builders.index == 0, None
+        if reference is not None and first:
             lost = measure_error(recipe, reference, passages, error_sample)
         progress = Progress(plan.remaining_passages(), on_progress, progress_seconds)
         job = Job(recipe, passages, watcher, progress)
         records = {**plan.finished, **dict(write_shards(kvstore, plan.todo, job, layout))}
-        found = Manifest.of(
-            recipe.identity,
-            [Shard.of(item.name, records[item.name]) for item in shards],
-            version=1,
-            passages_fingerprints=[passages_fingerprint],
-            codec_error=lost,
-        )
-        folder.write_file(kvstore, manifest.MANIFEST, found.to_bytes())
+        found = None
+        if first:
+            others = [item for item in shards if item.name not in records]
+            records |= wait_for_records(
+                kvstore, others, recipe, layout, accept_other_program, builders, watcher
+            )
+            found = Manifest.of(
+                recipe.identity,
+                [Shard.of(item.name, records[item.name]) for item in shards],
+                version=1,
+                passages_fingerprints=[passages_fingerprint],
+                codec_error=lost,
+            )
+            folder.write_file(kvstore, manifest.MANIFEST, found.to_bytes())
         rates = progress.finish()
     return Report(found, len(plan.todo), len(plan.finished), **rates)
 

@@ -31,6 +31,7 @@ from glimmer_jax.memory.identity import Identity, Layout, Program
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 RECORD = "shard.json"
+LOCK = "build.lock"  # held by the one writer; see `glimmer_jax.lock`
 
 _SHARD_NAME = re.compile(r"[0-9a-z][0-9a-z_-]*")
 _FILE_NAME = re.compile(r"[0-9a-z_]+/(zarr\.json|c(/[0-9]+)+)")

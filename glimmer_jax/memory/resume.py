@@ -73,12 +73,9 @@ def plan(
         if record is None:
             todo.append(item)
             continue
+        check_record(kvstore, item.name, record, recipe, layout, accept_other_program)
         here = folder.subfolder(kvstore, manifest.shard_folder(item.name))
         where = f"{here.url}{manifest.RECORD}"
-        check_identity(where, record.identity, recipe.identity)
-        _check_layout(where, record.layout, layout)
-        if not accept_other_program:
-            check_program(where, record.program, recipe.program)
         _check_source(where, record, item, passages, recipe.identity.max_length)
         problems = shard.check_sizes(here, record.files)
         if problems:
@@ -96,6 +93,22 @@ def read_record(kvstore: ts.KvStore, name: str) -> Record | None:
     here = folder.subfolder(kvstore, manifest.shard_folder(name))
     data = folder.read_file(here, manifest.RECORD)
     return None if data is None else Record.from_bytes(data, f"{here.url}{manifest.RECORD}")
+
+
+def check_record(
+    kvstore: ts.KvStore,
+    name: str,
+    record: Record,
+    recipe: Recipe,
+    layout: Layout,
+    accept_other_program: bool,
+) -> None:
+    """Refuses a shard that another job has made."""
+    where = f"{kvstore.url}{manifest.shard_folder(name)}/{manifest.RECORD}"
+    check_identity(where, record.identity, recipe.identity)
+    _check_layout(where, record.layout, layout)
+    if not accept_other_program:
+        check_program(where, record.program, recipe.program)
 
 
 def check_manifest(kvstore: ts.KvStore, identity: Identity, count: int) -> None:

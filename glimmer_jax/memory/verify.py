@@ -3,6 +3,7 @@
 import hashlib
 
 import numpy as np
+import tensorstore as ts
 
 from glimmer_jax.memory import folder, manifest, shard
 from glimmer_jax.memory.manifest import Record, Shard
@@ -25,13 +26,13 @@ def verify(store: MemoryStore, sample: int | None = None) -> list[str]:
             raise ValueError(f"A sample has at least one shard, got {sample}; None reads all.")
         chosen = np.unique(np.linspace(0, len(entries) - 1, sample).astype(np.int64))
         entries = tuple(entries[i] for i in chosen)
-    return [problem for entry in entries for problem in check_shard(store, entry)]
+    return [problem for entry in entries for problem in check_shard(store.kvstore, entry)]
 
 
-def check_shard(store: MemoryStore, entry: Shard) -> list[str]:
-    """What is wrong with the files of one shard."""
+def check_shard(store: ts.KvStore, entry: Shard) -> list[str]:
+    """What is wrong with the files of one shard of the store in folder `store`."""
     where = f"{manifest.shard_folder(entry.name)}/"
-    kvstore = folder.subfolder(store.kvstore, manifest.shard_folder(entry.name))
+    kvstore = folder.subfolder(store, manifest.shard_folder(entry.name))
     data = folder.read_file(kvstore, manifest.RECORD)
     if data is None:
         return [f"{where}{manifest.RECORD} is missing"]

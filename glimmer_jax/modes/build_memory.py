@@ -1,7 +1,10 @@
 """Mode `build_memory`: layers [0, M) over every passage, into a memory store."""
 
+import jax
+
 from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.memory import build
+from glimmer_jax.memory.builders import Builders
 from glimmer_jax.memory.fingerprint import passages_fingerprint
 from glimmer_jax.memory.identity import Layout
 from glimmer_jax.models.model import GlimmerModel
@@ -24,6 +27,8 @@ def build_memory(
     chunk_tokens: int = 64,
     measure_error: bool = True,
     accept_other_program: bool = False,
+    builder_index: int | None = None,
+    builder_count: int | None = None,
 ) -> build.Report:
     """Builds the store at `memory_dir`, or goes on with it; prints progress and rates.
 
@@ -41,11 +46,19 @@ def build_memory(
       measure_error: compare a sample with float32, and record it in the manifest.
       accept_other_program: go on with shards that another program (rows, backend) has made.
 
+      builder_index: which of `builder_count` builders of one store this is, on storage that all of
+        them see; default: this process among JAX's.
+      builder_count: how many there are; the first also writes the manifest.
+
     Raises:
       ValueError: missing settings, files that do not belong together, or a model without memory.
     """
     checks.required(
         CHECKPOINT_PATH=checkpoint_path, PASSAGES_DIR=passages_dir, MEMORY_DIR=memory_dir
+    )
+    builders = Builders(
+        jax.process_index() if builder_index is None else builder_index,
+        jax.process_count() if builder_count is None else builder_count,
     )
     check_model(model)
     corpus = Passages.open(passages_dir, vocabulary.fingerprint)
@@ -60,8 +73,15 @@ def build_memory(
         layout=Layout(shard_passages, chunk_tokens),
         reference=reference if measure_error else None,
         accept_other_program=accept_other_program,
+        builders=builders,
     )
     made = report.manifest
+    if made is None:
+        print(
+            f"{memory_dir}: builder {builders.index} of {builders.count} has built {report.built} "
+            f"shards and found {report.skipped}; the first builder finishes the store."
+        )
+        return report
     print(
         f"{memory_dir}: {made.num_passages} passages, {made.num_tokens} tokens, "
         f"{made.num_bytes / 2**20:.1f} MiB; {report.built} shards built, {report.skipped} found; "

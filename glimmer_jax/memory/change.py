@@ -1,0 +1,222 @@
+"""Changes to a finished store: passages added, withdrawn, or a damaged shard rebuilt.
+
+Each change is a new version of the manifest over shards that stay as they are, so a reader that has
+opened the store keeps the version it has opened. A change that was stopped has changed nothing; run
+again, it goes on with the shards it has finished.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Iterable
+
+import numpy as np
+import tensorstore as ts
+
+from glimmer_jax.lock import WriterLock
+from glimmer_jax.memory import build, folder, resume, shard, versions
+from glimmer_jax.memory.compute import Job, Recipe
+from glimmer_jax.memory.identity import Layout, check_identity, check_passages
+from glimmer_jax.memory.manifest import LOCK, Manifest, Shard, shard_folder
+from glimmer_jax.memory.progress import Progress
+from glimmer_jax.memory.source import Passages, read_source
+from glimmer_jax.memory.store import MemoryStore
+from glimmer_jax.memory.verify import check_shard
+from glimmer_jax.memory.write import write, write_shards
+from glimmer_jax.preemption import Watcher
+
+logger = logging.getLogger(__name__)
+
+# Passages whose texts are compared at a time: bounds RAM.
+_COMPARE_ROWS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """What a passages folder has that a store has not."""
+
+    new: np.ndarray  # rows of the folder whose ids the store does not have
+    changed: np.ndarray  # rows of the folder whose ids the store has with another text
+
+
+def compare(store: MemoryStore, passages: Passages) -> Difference:
+    """Compares every passage, by its text and not by its id alone."""
+    rows = store.rows(passages.ids, "mask")
+    digests = store.digests()
+    changed: list[int] = []
+    known = np.flatnonzero(rows >= 0)
+    for start in range(0, len(known), _COMPARE_ROWS):
+        some = known[start : start + _COMPARE_ROWS]
+        now = read_source(passages, some, store.manifest.identity.max_length).digests
+        changed += some[now != digests[rows[some]]].tolist()
+    return Difference(np.flatnonzero(rows < 0), np.array(changed, np.int64))
+
+
+def append(
+    recipe: Recipe,
+    passages: Passages,
+    path: folder.Path,
+    *,
+    passages_fingerprint: str,
+    layout: Layout = Layout(shard_passages=1024, chunk_tokens=64),
+    replace: bool = False,
+    watcher: Watcher | None = None,
+) -> Manifest:
+    """Adds the passages that the store does not have yet.
+
+    Args:
+      recipe: how to encode; it must be the store's own, but for its program.
+      passages: the corpus as it is now; passages that the store has are compared and skipped.
+      path: the store.
+      passages_fingerprint: of `passages`; recorded, since the store now covers them.
+      layout: of the new shards.
+      replace: withdraw passages whose text has changed and add them anew, and take back those
+        that were withdrawn.
+      watcher: where a request to stop is noticed.
+
+    Raises:
+      ValueError: the store was made by another encoder, vocabulary or codec, or texts of known ids
+        have changed and `replace` is False.
+      Preempted: asked to stop; finished shards are kept.
+    """
+    build.check_ids(passages.ids)
+    kvstore = folder.open_folder(path)
+    with WriterLock(kvstore, LOCK), watcher or Watcher() as watcher:
+        store = MemoryStore.open(path)
+        old = store.manifest
+        check_identity(f"{kvstore.url}manifest.json", old.identity, recipe.identity)
+        found = compare(store, passages)
+        if found.changed.size and not replace:
+            ids = passages.ids[found.changed]
+            raise ValueError(
+                f"{len(ids)} passages of the memory store {path} have another text in the passages "
+                f"folder: {ids[:10].tolist()}. Set REPLACE=True to withdraw the old and add the "
+                "new, or give the passages folder that the memory was built from."
+            )
+        rows = np.concatenate([found.new, found.changed])
+        if not replace:
+            # What was withdrawn on purpose does not come back by itself.
+            rows = rows[~np.isin(passages.ids[rows], store.ids)]
+        shards = resume.cut(rows, layout.shard_passages, _first_free(old))
+        plan = resume.plan(kvstore, passages, shards, recipe, layout, accept_other_program=False)
+        job = Job(recipe, passages, watcher, Progress(plan.remaining_passages(), None, 10.0))
+        records = {**plan.finished, **dict(write_shards(kvstore, plan.todo, job, layout))}
+        gone = store.rows(passages.ids[found.changed])
+        new = Manifest.of(
+            old.identity,
+            [*old.shards, *(Shard.of(item.name, records[item.name]) for item in shards)],
+            version=old.version + 1,
+            passages_fingerprints=[*old.passages_fingerprints, passages_fingerprint],
+            codec_error=old.codec_error,
+            withdrawn=[*old.withdrawn, *gone.tolist()],
+        )
+        return _put(kvstore, old, new)
+
+
+def withdraw(path: folder.Path, ids: Iterable[int]) -> Manifest:
+    """Makes the store forget passages: their ids are unknown from the next version on.
+
+    Their bytes stay, for readers of earlier versions.
+
+    Raises:
+      ValueError: an id is not in the store, or withdrawn already.
+    """
+    kvstore = folder.open_folder(path)
+    with WriterLock(kvstore, LOCK):
+        store = MemoryStore.open(path)
+        old = store.manifest
+        rows = store.rows(np.unique(np.fromiter(ids, np.int64)))
+        new = Manifest.of(
+            old.identity,
+            old.shards,
+            version=old.version + 1,
+            passages_fingerprints=old.passages_fingerprints,
+            codec_error=old.codec_error,
+            withdrawn=[*old.withdrawn, *rows[rows >= 0].tolist()],
+        )
+        return _put(kvstore, old, new)
+
+
+def repair(
+    recipe: Recipe,
+    passages: Passages,
+    path: folder.Path,
+    *,
+    passages_fingerprint: str,
+    watcher: Watcher | None = None,
+) -> list[str]:
+    """Rebuilds damaged shards in their places, with the bytes they had.
+
+    The manifest must be whole; everything else may be damaged.
+
+    Returns:
+      Names of the shards that were rebuilt.
+
+    Raises:
+      ValueError: encoder, program or passages are not those that the store was made with.
+    """
+    kvstore = folder.open_folder(path)
+    with WriterLock(kvstore, LOCK), watcher or Watcher() as watcher:
+        found = versions.read_manifest(kvstore)
+        where = f"{kvstore.url}manifest.json"
+        check_identity(where, found.identity, recipe.identity)
+        check_passages(found.passages_fingerprints, passages_fingerprint, path)
+        damaged = [entry for entry in found.shards if check_shard(kvstore, entry)]
+        for entry in damaged:
+            logger.info("rebuilding shard %s", entry.name)
+            resume.check_program(f"shard {entry.name} of {where}", entry.program, recipe.program)
+            _rebuild(kvstore, entry, recipe, passages, watcher)
+    return [entry.name for entry in damaged]
+
+
+def _rebuild(
+    kvstore: ts.KvStore, entry: Shard, recipe: Recipe, passages: Passages, watcher: Watcher
+) -> None:
+    job = Job(recipe, passages, watcher, Progress(entry.passages, None, 10.0))
+    content = job.compute(entry.name, _rows_of(kvstore, entry, passages))
+    # In RAM first: what is there is not touched unless it is replaced by what was there.
+    scratch = ts.KvStore.open("memory://").result()
+    record = write(scratch, entry.name, content, job, entry.layout)
+    if Shard.of(entry.name, record).record_sha256 != entry.record_sha256:
+        raise _not_the_same(entry)
+    write(kvstore, entry.name, content, job, entry.layout)
+
+
+def _rows_of(kvstore: ts.KvStore, entry: Shard, passages: Passages) -> np.ndarray:
+    """Rows of the passages folder that a damaged shard was made from."""
+    here = folder.subfolder(kvstore, shard_folder(entry.name))
+    try:
+        ids = shard.open_array(here, shard.IDS, ts.Context()).result().read().result()
+    except ValueError as error:
+        if not folder.is_damage(error):
+            raise folder.unreachable(here.url, error) from error
+        # The ids are lost, too. In a store that was only ever built, a row is a row.
+        ids = passages.ids[entry.first_row : entry.first_row + entry.passages]
+    order = np.argsort(passages.ids, kind="stable")
+    at = np.minimum(np.searchsorted(passages.ids, ids, sorter=order), len(passages) - 1)
+    rows = order[at]
+    if len(ids) != entry.passages or (passages.ids[rows] != ids).any():
+        raise _not_the_same(entry)
+    return rows
+
+
+def _not_the_same(entry: Shard) -> ValueError:
+    return ValueError(
+        f"Shard {entry.name} came out with other bytes than it had: these passages or this machine "
+        "are not those that it was made with. Repair it where it was made, or build the memory "
+        "again."
+    )
+
+
+def _first_free(found: Manifest) -> int:
+    """Number of the first shard name that no shard of the store has."""
+    numbers = [int(entry.name) for entry in found.shards if entry.name.isdigit()]
+    return max(numbers, default=-1) + 1
+
+
+def _put(kvstore: ts.KvStore, old: Manifest, new: Manifest) -> Manifest:
+    same = dataclasses.replace(new, version=old.version) == old
+    if same:
+        logger.info("nothing to change: version %d has it all", old.version)
+        return old
+    versions.replace_manifest(kvstore, old, new)
+    return new

@@ -1,0 +1,249 @@
+"""A finished store, changed: by versions, never under a reader."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from glimmer_jax.memory import change, encoder, inspect, manifest, merge, plan
+from glimmer_jax.memory.identity import Layout
+from glimmer_jax.memory.store import MemoryStore
+from glimmer_jax.memory.verify import verify
+from glimmer_jax.models.glimmer import GlimmerConfig
+from glimmer_jax.models.t5 import T5Config
+from glimmer_jax.preemption import Preempted, Watcher
+
+
+def _part(tiny, rows):
+    """Some passages of the tiny corpus as a corpus of its own."""
+    whole, part = tiny.TinyPassages(), tiny.TinyPassages(count=0)
+    part.ids = whole.ids[rows]
+    part.all_tokens = [whole.all_tokens[row] for row in rows]
+    part.text = lambda row: whole.text(rows[row])
+    return part
+
+
+def _append(tiny, path, passages, fingerprint="sha256:p2", **kwargs):
+    kwargs = {"layout": Layout(6, 4), **kwargs}
+    return change.append(tiny.recipe(), passages, path, passages_fingerprint=fingerprint, **kwargs)
+
+
+def _memory(store, ids, length=12):
+    arrays, lengths = store.read(store.rows(ids), length)
+    return arrays["states"].view(np.uint16), lengths
+
+
+def test_append_adds_what_is_new_and_readers_keep_their_version(tiny, tmp_path):
+    path, whole = tmp_path / "s", tiny.TinyPassages()
+    tiny.build_tiny(path, _part(tiny, range(9)))
+    before = MemoryStore.open(path)
+    seen = _memory(before, whole.ids[:9])
+    made = _append(tiny, path, whole)
+    assert (made.version, made.num_passages, len(made.shards)) == (2, 23, 2 + 3)
+    after = MemoryStore.open(path)
+    assert verify(after) == []
+    after.check_passages("sha256:p1")
+    after.check_passages("sha256:p2")
+    _, lengths = _memory(after, whole.ids)
+    np.testing.assert_array_equal(lengths, whole.lengths(range(23)))
+    # The reader that was there first, and one that asks for that version, see what was.
+    for store in (before, MemoryStore.open(path, version=1)):
+        assert len(store) == 9
+        for a, b in zip(_memory(store, whole.ids[:9]), seen, strict=True):
+            np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match="has no version 7; its newest is 2"):
+        MemoryStore.open(path, version=7)
+    # Nothing new: nothing happens.
+    assert _append(tiny, path, whole).version == 2
+    with pytest.raises(ValueError, match="version 2: the store has been changed since"):
+        tiny.build_tiny(path)
+
+
+def test_append_that_was_stopped_goes_on(tiny, tmp_path):
+    path, whole = tmp_path / "s", tiny.TinyPassages()
+    tiny.build_tiny(path, _part(tiny, range(9)))
+    watcher = Watcher()
+    watcher.request()
+    with pytest.raises(Preempted, match="same command again"):
+        _append(tiny, path, whole, watcher=watcher)
+    assert MemoryStore.open(path).manifest.version == 1
+    assert _append(tiny, path, whole).num_passages == 23
+
+
+def test_changed_text_is_refused_or_replaced(tiny, copied_store):
+    other = tiny.TinyPassages()
+    other.all_tokens[20] = other.all_tokens[20][::-1] + 1
+    with pytest.raises(ValueError, match=rf"1 passages .*\[{other.ids[20]}\]\. Set REPLACE=True"):
+        _append(tiny, copied_store, other)
+    made = _append(tiny, copied_store, other, replace=True)
+    assert made.withdrawn == (20,) and made.num_passages == 24
+    store = MemoryStore.open(copied_store)
+    assert store.rows(other.ids[[20]]) == [23]
+    with pytest.raises(ValueError, match="belongs to another build: codec bf16"):
+        change.append(
+            tiny.recipe(codec="f32"), other, copied_store, passages_fingerprint="sha256:p2"
+        )
+
+
+def test_withdrawn_passages_are_unknown_and_stay_so(tiny, copied_store):
+    ids = tiny.TinyPassages().ids
+    made = change.withdraw(copied_store, ids[[3, 7]].tolist())
+    assert (made.version, made.withdrawn) == (2, (3, 7))
+    store = MemoryStore.open(copied_store)
+    assert store.rows(ids[[2, 3, 7]], "mask").tolist() == [2, -1, -1]
+    with pytest.raises(ValueError, match=r"2 passage ids .*\(2 of them withdrawn\)"):
+        store.rows(ids[[3, 7]])
+    with pytest.raises(ValueError, match=r"1 of them withdrawn"):
+        change.withdraw(copied_store, [int(ids[3])])
+    # Neighbours are read as before, and what was withdrawn is empty.
+    now, lengths = store.read(np.arange(23), 12)
+    then, _ = MemoryStore.open(copied_store, version=1).read(np.arange(23), 12)
+    rest = np.delete(np.arange(23), [3, 7])
+    np.testing.assert_array_equal(now["states"][rest], then["states"][rest])
+    assert not lengths[[3, 7]].any() and not now["states"][[3, 7]].view(np.uint16).any()
+    # The corpus that still has them does not bring them back, unless told so.
+    _append(tiny, copied_store, tiny.TinyPassages())
+    assert (MemoryStore.open(copied_store).rows(ids[[3, 7]], "mask") == -1).all()
+    _append(tiny, copied_store, tiny.TinyPassages(), replace=True)
+    assert MemoryStore.open(copied_store).rows(ids[[3, 7]]).tolist() == [23, 24]
+
+
+def test_withdrawing_everything_leaves_an_empty_store(tiny, copied_store):
+    ids = tiny.TinyPassages().ids
+    change.withdraw(copied_store, ids.tolist())
+    store = MemoryStore.open(copied_store)
+    assert (store.rows(ids, "mask") == -1).all()
+
+
+def test_merge_equals_the_parts_and_can_be_run_again(tiny, tmp_path, folder_bytes):
+    whole = tiny.TinyPassages()
+    for name, rows in (("a", range(12)), ("b", range(12, 23))):
+        tiny.build_tiny(tmp_path / name, _part(tiny, rows), passages_fingerprint=name)
+    change.withdraw(tmp_path / "b", [int(whole.ids[13])])
+    parts = [tmp_path / "a", tmp_path / "b"]
+    made = merge.merge(parts, tmp_path / "m")
+    assert made.passages_fingerprints == ("a", "b") and made.withdrawn == (13,)
+    store = MemoryStore.open(tmp_path / "m")
+    assert verify(store) == []
+    for part, rows in zip(parts, (range(12), [12, *range(14, 23)]), strict=True):
+        mine, theirs = (
+            _memory(store, whole.ids[rows]),
+            _memory(MemoryStore.open(part), whole.ids[rows]),
+        )
+        np.testing.assert_array_equal(mine[0], theirs[0])
+    before = folder_bytes(tmp_path / "m")
+    (tmp_path / "m" / "manifest.json").unlink()
+    shutil.rmtree(tmp_path / "m" / "shards" / "000003")
+    merge.merge(parts, tmp_path / "m")
+    assert folder_bytes(tmp_path / "m") == before
+
+
+def test_parts_that_do_not_fit_are_refused(tiny, tiny_store, copied_store, tmp_path):
+    with pytest.raises(ValueError, match="23 passage ids are in more than one"):
+        merge.merge([tiny_store, copied_store], tmp_path / "m")
+    with pytest.raises(ValueError, match="two stores or more in PARTS"):
+        merge.merge([tiny_store], tmp_path / "m")
+    tiny.build_tiny(tmp_path / "other", encoder_fingerprint="sha256:e2")
+    with pytest.raises(ValueError, match="encoder_fingerprint sha256:e2"):
+        merge.merge([tiny_store, tmp_path / "other"], tmp_path / "m")
+    tiny.build_tiny(tmp_path / "a", _part(tiny, range(2)))
+    change.withdraw(copied_store, tiny.TinyPassages().ids[:2].tolist())
+    with pytest.raises(ValueError, match="finished memory store at .* already"):
+        merge.merge([copied_store, tmp_path / "a"], tiny_store)
+    (tmp_path / "a" / "shards" / "000000" / "ids" / "zarr.json").write_text("{ }")
+    with pytest.raises(manifest.DamagedStore):
+        merge.merge([copied_store, tmp_path / "a"], tmp_path / "m")
+
+
+@pytest.mark.parametrize("damage", ["bytes", "folder", "record"])
+def test_repair_rebuilds_damaged_shards_with_the_bytes_they_had(
+    tiny, tiny_store, copied_store, folder_bytes, damage
+):
+    shard = copied_store / "shards" / "000001"
+    if damage == "bytes":
+        file = shard / "states" / "c" / "0" / "0"
+        file.write_bytes(file.read_bytes()[:-1] + b"!")
+    elif damage == "folder":
+        shutil.rmtree(shard)
+    else:
+        (shard / "shard.json").write_text("{}")
+    passages = tiny.TinyPassages()
+
+    def repair(recipe=tiny.recipe(), passages=passages, fingerprint="sha256:p1"):
+        return change.repair(recipe, passages, copied_store, passages_fingerprint=fingerprint)
+
+    with pytest.raises(ValueError, match="passages folder at hand has sha256:p2"):
+        repair(fingerprint="sha256:p2")
+    with pytest.raises(ValueError, match="shard 000001 .* program .rows=4.*this is .rows=8"):
+        repair(tiny.recipe(rows=8))
+    other = tiny.TinyPassages()
+    other.all_tokens[7] = other.all_tokens[7] + 1
+    with pytest.raises(ValueError, match="000001 came out with other bytes"):
+        repair(passages=other)
+    assert repair() == ["000001"]
+    assert folder_bytes(copied_store) == folder_bytes(tiny_store)
+    assert repair() == []
+
+
+def test_repair_finds_appended_passages_by_id(tiny, tmp_path, folder_bytes):
+    path, whole = tmp_path / "s", tiny.TinyPassages()
+    tiny.build_tiny(path, _part(tiny, range(12, 23)))
+    _append(tiny, path, whole)
+    before = folder_bytes(path)
+    for name in ("000000", "000003"):
+        (path / "shards" / name / "states" / "c" / "0" / "0").unlink()
+    rebuilt = change.repair(tiny.recipe(), whole, path, passages_fingerprint="sha256:p2")
+    assert rebuilt == ["000000", "000003"] and folder_bytes(path) == before
+
+
+def test_a_passage_is_found_by_id_and_by_title(tiny, copied_store):
+    passages = tiny.TinyPassages()
+    change.withdraw(copied_store, [int(passages.ids[8])])
+    store = MemoryStore.open(copied_store)
+    (found,) = inspect.find(store, int(passages.ids[7]))
+    title = passages.text(7)["title"]
+    assert found == {
+        "id": int(passages.ids[7]),
+        "title": title,
+        "tokens": len(passages.all_tokens[7]),
+        "row": 7,
+        "shard": "000001",
+        "withdrawn": False,
+    }
+    assert inspect.find(store, title) == [found]
+    assert inspect.find(store, int(passages.ids[8]))[0]["withdrawn"]
+    assert len(inspect.find(store, "TITLE")) == 23
+    with pytest.raises(ValueError, match="No passage 'nowhere' in the memory store"):
+        inspect.find(store, "nowhere")
+    json.dumps(inspect.inspect(store))
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+def test_a_plan_says_what_a_build_will_take(tiny, tmp_path, codec):
+    passages = tiny.TinyPassages(count=200)
+    made = tiny.build_tiny(
+        tmp_path / "s",
+        passages,
+        encode=lambda tokens: encoder.encode_states(codec, tiny.encode_states(tokens)),
+        codec=codec,
+        layout=Layout(100, 64),
+        reference=None,
+    ).manifest
+    t5 = T5Config(16, tiny.EMB_DIM, 2, 4, 16, num_encoder_layers=2, num_decoder_layers=1)
+    config = GlimmerConfig(t5, memory_layers=1, memory_codec=codec)
+    planned = plan.plan(
+        config,
+        passages=200,
+        tokens=made.num_tokens / 200,
+        layout=Layout(100, 64),
+        device_tflops=1e-6,
+    )
+    assert planned["tokens"] == made.num_tokens and planned["shards"] == len(made.shards)
+    assert planned["files"] == len([f for f in (tmp_path / "s").rglob("*") if f.is_file()])
+    assert planned["bytes"] == pytest.approx(made.num_bytes, rel=0.1)
+    layer = 4 * 8 * 8 + 3 * 8 * 16
+    hours = 2 * layer * made.num_tokens / 1e6 / 3600
+    assert planned["device_hours"] == pytest.approx(hours, rel=1e-3)
+    with pytest.raises(ValueError, match="positive numbers; got memory_layers=1, 0 passages"):
+        plan.plan(config, passages=0, tokens=1, layout=Layout(1, 1), device_tflops=1)

@@ -1,0 +1,84 @@
+"""`--run_mode=memory`: what each action prints, and what it refuses."""
+
+import json
+
+import gin
+import pytest
+
+from glimmer_jax import main as command_line
+from glimmer_jax.memory.store import MemoryStore
+
+
+@pytest.fixture(autouse=True)
+def clear():
+    yield
+    gin.clear_config()
+
+
+def run(action, *files, **macros):
+    arguments = ["--run_mode=memory", f"--action={action}", "--gin_file=gin/runs/memory.gin"]
+    arguments += [f"--gin_file=gin/{file}.gin" for file in files]
+    return command_line.main(
+        arguments + [f"--gin.{name}={value!r}" for name, value in macros.items()]
+    )
+
+
+def printed(capsys):
+    return json.loads(capsys.readouterr().out)
+
+
+def test_plan_prints_sizes_and_hours_before_anything_runs(capsys):
+    model = ("sizes/base", "models/glimmer")
+    assert run("plan", *model, NUM_PASSAGES=1_000_000, MEMORY_CODEC="int8") == 0
+    planned = printed(capsys)
+    assert planned["codec"] == "int8" and planned["bytes_per_token"] == 804
+    assert planned["tokens"] == 200_000_000 and planned["shards"] == 977
+    assert planned["bytes"] == pytest.approx(200e6 * 804, rel=0.05)
+    # 8 layers of 4 D^2 + 3 D F, two operations each, at 100 TFLOP/s.
+    layer = 4 * 768 * 768 + 3 * 768 * 2048
+    assert planned["device_hours"] == pytest.approx(2 * 8 * layer * 200e6 / 1e14 / 3600, rel=0.01)
+
+
+def test_stores_are_inspected_verified_withdrawn_from_and_merged(
+    tiny, copied_store, tmp_path, capsys
+):
+    memory, ids = str(copied_store), tiny.TinyPassages().ids
+    assert run("inspect", MEMORY_DIR=memory, PASSAGE=int(ids[3])) == 0
+    assert printed(capsys)[0]["row"] == 3
+    assert run("verify", MEMORY_DIR=memory, VERIFY_SHARDS=2) == 0
+    assert printed(capsys)["version"] == 1
+    assert run("withdraw", MEMORY_DIR=memory, IDS=[int(ids[3])]) == 0
+    assert printed(capsys)["passages"] == 22
+    assert run("inspect", MEMORY_DIR=memory, VERSION=1) == 0
+    assert printed(capsys)["passages"] == 23
+    other = tiny.TinyPassages(count=4, seed=7)
+    other.ids = other.ids + 1
+    tiny.build_tiny(tmp_path / "other", other)
+    parts = [memory, str(tmp_path / "other")]
+    assert run("merge", MEMORY_DIR=str(tmp_path / "merged"), PARTS=parts) == 0
+    assert printed(capsys)["passages"] == 26
+    assert len(MemoryStore.open(tmp_path / "merged")) == 27
+    (copied_store / "shards" / "000002" / "shard.json").unlink()
+    assert run("verify", MEMORY_DIR=memory) == 2
+    assert "shards/000002/shard.json is missing. Repair it with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("action", "files", "macros", "message"),
+    [
+        ("burn", (), {}, "ACTION must be one of plan, inspect, verify"),
+        ("plan", (), {}, "--action=plan needs a model: give gin/runs/memory.gin first"),
+        ("inspect", (), {}, "needs MEMORY_DIR"),
+        ("withdraw", (), {"MEMORY_DIR": "m"}, "needs IDS"),
+        ("merge", (), {"MEMORY_DIR": "m"}, "two stores or more in PARTS"),
+        (
+            "append",
+            ("sizes/tiny", "models/lumen"),
+            {"MEMORY_DIR": "m", "PASSAGES_DIR": "p"},
+            "needs CHECKPOINT_PATH",
+        ),
+    ],
+)
+def test_what_an_action_lacks_is_named(capsys, action, files, macros, message):
+    assert run(action, *files, **macros) == 2
+    assert message in capsys.readouterr().err
