@@ -10,6 +10,9 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
+import jax
+from jax.experimental import multihost_utils
+
 
 class Preempted(Exception):
     """The job was asked to stop, has saved what it did, and goes on when started again."""
@@ -24,14 +27,20 @@ class Watcher:
 
     Outside the main thread, where Python installs no handlers, the flag can still be raised by
     `request()`.
+
+    Args:
+      together: the processes of a job stop at one and the same step, asked with `requested_at`; if
+        each stopped at the step where its own signal came, the others would wait for it for ever.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, together: bool = False) -> None:
         self._event = threading.Event()
         self._installed = False
+        self._together = together and jax.process_count() > 1
 
     def __enter__(self) -> "Watcher":
-        if threading.current_thread() is threading.main_thread():
+        # Between processes JAX carries the news; it listens to SIGTERM since the job was joined.
+        if not self._together and threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, self._on_signal)
             self._installed = True
         return self
@@ -51,14 +60,29 @@ class Watcher:
 
     def request(self) -> None:
         """Asks the loop that polls this watcher to save and stop."""
+        if self._together:
+            signal.raise_signal(signal.SIGTERM)
         self._event.set()
 
     @property
     def requested(self) -> bool:
-        """True once SIGTERM has arrived."""
+        """True once SIGTERM has arrived at this process."""
         return self._event.is_set()
 
+    def requested_at(self, step: int) -> bool:
+        """True in all processes at the same step, soon after SIGTERM has arrived at any of them.
+
+        Args:
+          step: grows from call to call, and is the same in all processes.
+        """
+        if self._together:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.requested
+
     def poll(self) -> None:
-        """Raises Interrupted once SIGTERM has arrived; for work that may be given up half done."""
-        if self.requested:
+        """Raises Interrupted once SIGTERM has arrived; for work that may be given up half done.
+
+        Between processes it does nothing: they would not all give up at the same place.
+        """
+        if self.requested and not self._together:
             raise Interrupted("SIGTERM")

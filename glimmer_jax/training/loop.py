@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from glimmer_jax.lock import WriterLock
@@ -102,7 +101,7 @@ def train(
     lock = WriterLock(open_folder(str(model_dir)), LOCK) if jax.process_index() == 0 else None
     model_dir = epath.Path(model_dir)
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(_StopRequests())
+        watcher = stack.enter_context(Watcher(together=True))
         if lock is not None:
             stack.enter_context(lock)
         checkpoints = stack.enter_context(
@@ -146,9 +145,9 @@ def train(
                     log.flush()
                     # Interrupted, the step is saved without dev metrics.
                     with contextlib.suppress(Interrupted):
-                        dev_metrics = evaluate(state, stop.poll)
+                        dev_metrics = evaluate(state, watcher.poll)
                         log.write_dev(step, dev_metrics)
-                stopping = stop.before(step + 1)
+                stopping = watcher.requested_at(step)
                 if (
                     last
                     or stopping
@@ -165,35 +164,6 @@ def train(
                     raise Preempted(f"Stopped at step {step} of {config.total_steps}, saved.")
         checkpoints.wait()
     return state
-
-
-class _StopRequests:
-    """Whether to stop: SIGTERM, on which all processes of a run agree before they save."""
-
-    def __init__(self) -> None:
-        self._watcher = Watcher()
-        self._alone = jax.process_count() == 1
-
-    def __enter__(self) -> "_StopRequests":
-        # With several processes JAX has SIGTERM; a handler of ours would keep it from JAX.
-        if self._alone:
-            self._watcher.__enter__()
-        return self
-
-    def __exit__(self, *exc_info: Any) -> None:
-        if self._alone:
-            self._watcher.__exit__(*exc_info)
-
-    def before(self, step: int) -> bool:
-        """Whether the run stops before this step; to be asked before every one."""
-        if self._alone:
-            return self._watcher.requested
-        return multihost_utils.reached_preemption_sync_point(step)
-
-    def poll(self) -> None:
-        """Raises Interrupted in the middle of an evaluation, of a run of one process only."""
-        if self._alone:
-            self._watcher.poll()
 
 
 class _Log:
