@@ -94,9 +94,22 @@ class Watcher:
         """True once SIGTERM has arrived at this process."""
         return self._event.is_set()
 
+    def requested_at(self, step: int) -> bool:
+        """True in all processes at the same step, soon after SIGTERM has arrived at any of them.
+
+        Args:
+          step: grows from call to call, and is the same in all processes.
+        """
+        if self._together:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.requested
+
     def poll(self) -> None:
-        """Raises Interrupted once SIGTERM has arrived; for work that may be given up half done."""
-        if self.requested:
+        """Raises Interrupted once SIGTERM has arrived; for work that may be given up half done.
+
+        Between processes it does nothing: they would not all give up at the same place.
+        """
+        if self.requested and not self._together:
             raise Interrupted("SIGTERM")
 
     def requested_at(self, step: int) -> bool:

@@ -1,7 +1,9 @@
-"""T5X's own checkpoints in their first form, in which all public T5 weights lie.
+"""T5X's own checkpoints: in their first form, in which all public T5 weights lie, and in Orbax's.
 
     checkpoint                                     msgpack: {"version", "optimizer": {"target", "state"}}
     target.encoder.layers_0.mlp.wi_0.kernel/       a zarr array for each large parameter
+
+    state/                                         Orbax: {"target", "state"}
 
 A large parameter's place in the msgpack holds the specification of its array. Names are ours already;
 the sizes follow from the shapes.
@@ -16,13 +18,14 @@ import flax.serialization
 import flax.traverse_util
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.t5 import T5Config
 from glimmer_jax.weights import t5_names
 
-_FILE = "checkpoint"
+_FILE, _ORBAX = "checkpoint", "state"
 _SIZED = (
     "token_embedder/embedding",
     "encoder/relpos_bias/rel_embedding",
@@ -33,7 +36,8 @@ _SIZED = (
 
 def is_folder(path: Any) -> bool:
     """Whether a T5X checkpoint lies there."""
-    return (pathlib.Path(path) / _FILE).is_file()
+    path = pathlib.Path(path)
+    return (path / _FILE).is_file() or (path / _ORBAX / "_METADATA").is_file()
 
 
 def load(path: Any) -> tuple[dict[str, Any], GlimmerConfig, str]:
@@ -44,7 +48,7 @@ def load(path: Any) -> tuple[dict[str, Any], GlimmerConfig, str]:
         which are named.
     """
     path = pathlib.Path(path)
-    arrays = _arrays(path)
+    arrays = _arrays(path) if (path / _FILE).is_file() else _orbax_arrays(path)
     found = {name: tuple(array.shape) for name, array in arrays.items()}
     t5 = _sizes(path, found)
     t5_names.check(path, t5_names.shapes(t5), found)
@@ -77,6 +81,24 @@ def _arrays(path: pathlib.Path) -> dict[str, Any]:
     flat = flax.traverse_util.flatten_dict(content["optimizer"]["target"], sep="/", is_leaf=is_leaf)
     opened = {name: _open(path, spec) for name, spec in flat.items() if isinstance(spec, dict)}
     return flat | {name: future.result() for name, future in opened.items()}
+
+
+def _orbax_arrays(path: pathlib.Path) -> dict[str, Any]:
+    """Numpy arrays by name; the optimiser's are not read."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        saved = checkpointer.metadata(path / _ORBAX).item_metadata.tree
+        if "target" not in saved:
+            raise ValueError(
+                f"{path / _ORBAX} holds {sorted(saved)} and no target: it is no T5X checkpoint."
+            )
+        target = {"target": jax.tree.map(lambda leaf: np.empty(leaf.shape), saved["target"])}
+        args = ocp.args.PyTreeRestore(
+            item=target,
+            partial_restore=True,
+            restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target),
+        )
+        found = checkpointer.restore(path / _ORBAX, args=args)["target"]
+    return flax.traverse_util.flatten_dict(found, sep="/")
 
 
 def _open(path: pathlib.Path, spec: Mapping[str, Any]) -> Any:

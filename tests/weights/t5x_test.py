@@ -6,6 +6,7 @@ import shutil
 import flax.serialization
 import flax.traverse_util
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 
@@ -58,6 +59,22 @@ def test_names_sizes_and_bits_come_from_the_checkpoint(tmp_path, config):
     assert dataclasses.replace(loaded.config.t5, scan_layers=True) == config.t5
     tiny.assert_trees_equal(recut(loaded.params, loaded.config, config), params)
     assert loaded.what.startswith(f"a T5X checkpoint in {tmp_path}: ")
+
+
+def write_orbax(folder, tree):
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(folder / "state", args=ocp.args.PyTreeSave(tree))
+
+
+def test_its_orbax_form_gives_the_same_bits(tmp_path):
+    params = tiny.params(tiny.FID)
+    target = flax.traverse_util.unflatten_dict(t5_names.flat_from(params), sep="/")
+    write_orbax(tmp_path, {"target": target, "state": {"step": np.int32(3)}})
+    loaded = load(tmp_path)
+    tiny.assert_trees_equal(recut(loaded.params, loaded.config, tiny.FID), params)
+    write_orbax(tmp_path / "other", {"weights": {"a": np.ones(3, np.float32)}})
+    with pytest.raises(ValueError, match=r"holds \['weights'\] and no target"):
+        load(tmp_path / "other")
 
 
 def test_what_is_missing_or_misshapen_is_named(tmp_path):
