@@ -111,13 +111,3 @@ class Watcher:
         """
         if self.requested and not self._together:
             raise Interrupted("SIGTERM")
-
-    def requested_at(self, step: int) -> bool:
-        """True in all processes at the same step, soon after SIGTERM has arrived at any of them.
-
-        Args:
-          step: grows from call to call, and is the same in all processes.
-        """
-        if self._together:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self.requested

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from glimmer_jax import partitioning
-from glimmer_jax.memory import batches, build, encoder
+from glimmer_jax.memory import batches, encoder
 from glimmer_jax.memory.identity import Layout
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.memory.verify import verify
@@ -142,7 +142,7 @@ def test_second_writer_is_refused_and_told_who_holds_the_store(tiny, tmp_path):
         return tiny.encode(tokens)
 
     tiny.build_tiny(path, tiny.TinyPassages(count=2), encode=encode, reference=None)
-    assert not (path / build.LOCK).exists()
+    assert not (path / manifest.LOCK).exists()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
