@@ -164,6 +164,7 @@ def failed(name: str, kvstore: ts.KvStore, error: ValueError) -> DamagedStore | 
 def damaged(name: str, problem: str) -> DamagedStore:
     """The error to raise where the bytes of shard `name` are wrong."""
     return DamagedStore(
-        f"Shard {name} of the memory store is damaged: {problem}. Delete the folder shards/{name} "
-        "and run the same build_memory command again: it rebuilds that shard alone."
+        f"Shard {name} of the memory store is damaged: {problem}. Repair it with --run_mode=memory "
+        f"--action=repair, or delete the folder shards/{name} and run the same build_memory command "
+        "again; it rebuilds that shard alone."
     )
