@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from glimmer_jax import partitioning
-from glimmer_jax.memory import batches, encoder
+from glimmer_jax.memory import batches, encoder, manifest
 from glimmer_jax.memory.identity import Layout
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.memory.verify import verify

@@ -9,7 +9,8 @@ import numpy as np
 
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.model import GlimmerModel, LossConfig
-from glimmer_jax.models.t5 import T5Config, stack_layers, unstack_layers
+from glimmer_jax.models.stacking import stack_layers, unstack_layers
+from glimmer_jax.models.t5 import T5Config
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.training.loop import TrainConfig, train
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
