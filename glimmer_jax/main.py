@@ -119,6 +119,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"glimmer: {first_line(error)}", file=sys.stderr)
         return BAD_INPUT
+    except OSError as error:
+        # Storage that did not answer says so in our words; what the system raises has a number.
+        if error.errno is not None:
+            raise
+        print(f"glimmer: {first_line(error)}", file=sys.stderr)
+        return START_AGAIN
     return DONE
 
 

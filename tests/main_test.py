@@ -379,6 +379,15 @@ def test_an_error_inside_a_library_is_no_bad_input(monkeypatch):
         command_line.main(["--run_mode=score"])
 
 
+def test_storage_that_does_not_answer_asks_to_be_started_again(monkeypatch, capsys):
+    def broken(_):
+        raise OSError("gs://bucket/memory/ did not answer. Run the same command again.")
+
+    monkeypatch.setattr(command_line, "run_mode", broken)
+    assert command_line.main(["--run_mode=score"]) == 42
+    assert "did not answer" in capsys.readouterr().err
+
+
 def test_sigterm_before_training_starts_asks_to_be_started_again(monkeypatch, capsys):
     monkeypatch.setattr(command_line, "run_mode", lambda _: os.kill(os.getpid(), 15))
     assert command_line.main(["--run_mode=score"]) == 42

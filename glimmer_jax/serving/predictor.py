@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.lengths import Lengths
-from glimmer_jax.memory.fingerprint import encoder_fingerprint
+from glimmer_jax.memory.fingerprint import encoder_fingerprint, passages_fingerprint
 from glimmer_jax.memory.lookup import open_lookup
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.models.model import GlimmerModel
@@ -104,6 +104,8 @@ class Predictor:
         if memory_dir is not None:
             fingerprint = encoder_fingerprint(host_params, model.config)
             store = MemoryStore.open(memory_dir, fingerprint, vocabulary.fingerprint)
+            if passages is not None:
+                store.check_passages(passages_fingerprint(passages.manifest))
             lookup = open_lookup(store, devices, lengths.passage, memory_bytes_per_device)
         params = parameters.place(host_params, model, devices)
         return cls(model, params, devices, lengths, vocabulary, passages, lookup, bm25)
