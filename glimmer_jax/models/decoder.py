@@ -135,8 +135,7 @@ class Decoder(nn.Module):
     def setup(self):
         config = self.config
         n, period = config.num_decoder_layers, config.cross_attention_period
-        heads = config.decoder_sizes.num_heads
-        self.relpos_bias = position_bias(config, heads, bidirectional=False)
+        self.relpos_bias = position_bias(config, bidirectional=False)
         if config.scan_layers:
             broadcast = nn.broadcast
             unit = DecoderLayer if period == 1 else DecoderBlock

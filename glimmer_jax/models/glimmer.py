@@ -104,7 +104,7 @@ class MemoryEncoder(EncoderStack):
     def setup(self):
         super().setup()
         if self.own_table:
-            self.relpos_bias = position_bias(self.config, self.config.num_heads, bidirectional=True)
+            self.relpos_bias = position_bias(self.config, bidirectional=True)
 
     def __call__(
         self, x: jax.Array, key_mask: jax.Array, bias: jax.Array | None = None
@@ -122,7 +122,7 @@ class LiveEncoder(nn.Module):
 
     def setup(self):
         t5, cut = self.config.t5, self.config.memory_layers + self.config.rerank_layers
-        self.relpos_bias = position_bias(t5, t5.num_heads, bidirectional=True)
+        self.relpos_bias = position_bias(t5, bidirectional=True)
         self.live_a = EncoderStack(t5, self.config.rerank_layers)
         self.live_b = EncoderStack(t5, t5.num_encoder_layers - cut)
         self.encoder_norm = RMSNorm(jnp.dtype(t5.dtype))

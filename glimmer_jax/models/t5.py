@@ -231,10 +231,11 @@ class EncoderStack(nn.Module):
         return x
 
 
-def position_bias(config: T5Config, num_heads: int, *, bidirectional: bool) -> RelativePositionBias:
-    """The position table of one stack."""
+def position_bias(config: T5Config, *, bidirectional: bool) -> RelativePositionBias:
+    """The position table of one stack: bidirectional ones are the encoder's."""
+    sizes = config.encoder_sizes if bidirectional else config.decoder_sizes
     return RelativePositionBias(
-        num_heads=num_heads,
+        num_heads=sizes.num_heads,
         num_buckets=config.relpos_buckets,
         max_distance=config.relpos_max_distance,
         bidirectional=bidirectional,
