@@ -51,6 +51,7 @@ def recut(params: Params, source: GlimmerConfig, target: GlimmerConfig) -> Param
     """
     _check_sizes(source, target)
     same_layout = source.t5.scan_layers == target.t5.scan_layers
+    same_layout &= _decoder(source) == _decoder(target)
     if same_layout and all(getattr(source, x) == getattr(target, x) for x in STRUCTURE):
         return params
     params = unstack_layers(params)

@@ -137,7 +137,7 @@ def train(
         split,
         task_feature_lengths,
         vocabulary=vocabulary,
-        has_passages=passages is not None or lookup is not None,
+        has_passages=passages is not None or memory_dir is not None,
     )
     print("First examples: " + ", ".join(f"{name} {n}" for name, n in counts.items()))
 

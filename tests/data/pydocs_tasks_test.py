@@ -32,7 +32,7 @@ def test_a_clause_is_an_ordered_part_of_its_passage_without_the_name(pydocs_exam
     for _, example in every(pydocs_examples, "which_function"):
         page, chunk = where(example)
         words = example["input"].split()
-        assert 6 <= len(words) <= 12
+        assert 5 <= len(words) <= 6
         assert example["output"][0]["answer"] == page.name
         rest = iter(pydocs_clauses.clean_words(page.text(chunk)))
         assert all(word in rest for word in words), example
@@ -142,6 +142,7 @@ def test_facts_cut_from_a_long_signature_are_not_asked():
     parameters = tuple((f"p{i}", str(i)) for i in range(40))
     signature = f"f({', '.join(f'{name}={value}' for name, value in parameters)})"
     page = page_of("m.f", parameters, signature)
-    assert page.signature.endswith(" ...)") and len(page.signature.split()) == 24
+    assert page.signature.endswith(" ...)")
+    assert len(page.signature) <= pydocs.MAX_SIGNATURE_CHARACTERS
     assert all(fact.value in page.signature for fact in pydocs_signatures.facts(page))
     assert not any("p30" in fact.relation for fact in pydocs_signatures.facts(page))
