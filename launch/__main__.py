@@ -17,7 +17,7 @@ from glimmer_jax import shipped
 from glimmer_jax.main import BAD_INPUT, DONE, parse_flags
 from launch import jobset, lifecycle, local, record, slurm, sweep, tpu, xm
 from launch.plans import Machines, Plan, Submission, lines
-from launch.processes import Interrupts, run
+from launch.processes import Interrupts, obey_input, run
 
 ROOT = shipped.root()
 
@@ -167,4 +167,5 @@ def _underscores(part: str) -> str:
 
 
 if __name__ == "__main__":
+    obey_input()
     sys.exit(main(sys.argv[1:]))

@@ -14,6 +14,8 @@ from launch.plans import Argv, shell
 
 GRACE = 60.0  # seconds that the other processes of a job get after the first has failed
 POLL = 0.05  # seconds
+# Set for a launcher that another one started: it stops when its input ends. See `obey_input`.
+TIED = "GLIMMER_LAUNCH_TIED"
 
 
 class Interrupts:
@@ -112,6 +114,19 @@ def read(argv: Argv) -> str | None:
         start_new_session=True,
     )
     return None if done.returncode else done.stdout.strip()
+
+
+def obey_input() -> None:
+    """Where TIED is set, the end of standard input is SIGTERM from now on."""
+    if not os.environ.pop(TIED, None):
+        return
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="input", daemon=True).start()
 
 
 def _wait(

@@ -2,17 +2,19 @@
 
 XManager's local executor starts the units and shows what they print; where the work is done is the
 business of each unit's target, so one experiment covers all of them.
+
+XManager leaves its units running when it is killed. So they inherit a pipe as their input and stop
+when its other end, which only this process holds, is closed: on purpose, or because it died.
 """
 
 import asyncio
-import atexit
-import contextlib
 import os
 import signal
 import sys
 
 from glimmer_jax import shipped
 from glimmer_jax.main import DONE, START_AGAIN
+from launch.processes import TIED
 from launch.sweep import Sweep
 
 
@@ -24,7 +26,7 @@ def run(sweep: Sweep, title: str) -> int:
       title: of the experiment.
 
     Returns:
-      0; 1 if units failed; 42 after Ctrl-C or SIGTERM, which the units get as well.
+      0; 1 if units failed; 42 after Ctrl-C or SIGTERM, which the units get and may take their time for.
 
     Raises:
       ValueError: XManager is not installed.
@@ -35,36 +37,47 @@ def run(sweep: Sweep, title: str) -> int:
         raise ValueError(
             f"Target xm needs XManager, but {error}. Install it with: pip install xmanager"
         ) from error
-    # XManager ends its units when Python ends. What is registered before is called after that.
-    atexit.register(_wait_for_children)
     from absl import flags
 
     flags.FLAGS(["launch"])  # XManager reads its settings there
-    # asyncio ends in good order at Ctrl-C only.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        failed = asyncio.run(_run(sweep, title))
-    except KeyboardInterrupt:
-        return START_AGAIN
+    read_end, write_end = os.pipe()
+    os.dup2(read_end, 0)
+    os.close(read_end)
+    stopped, failed = asyncio.run(_run(sweep, title, write_end))
     for unit, failure in failed:
         print(f"launch: unit {unit} failed: {failure}", flush=True)
+    if stopped:
+        return START_AGAIN
     return 1 if failed else DONE
 
 
-async def _run(sweep: Sweep, title: str) -> list[tuple[int, Exception]]:
+async def _run(
+    sweep: Sweep, title: str, write_end: int
+) -> tuple[bool, list[tuple[int, Exception]]]:
+    """Whether it was told to stop, and the units that failed."""
     from xmanager import xm, xm_local
 
-    failed = []
+    failed: list[tuple[int, Exception]] = []
+    stopping = asyncio.Event()
     limit = asyncio.Semaphore(sweep.parallel)
     experiment = xm_local.create_experiment(experiment_title=title)
-    spec = xm_local.Local.Spec()
     path = os.pathsep.join(filter(None, (str(shipped.root()), os.environ.get("PYTHONPATH"))))
-    [executable] = experiment.package(
-        [xm.binary(executor_spec=spec, path=sys.executable, env_vars={"PYTHONPATH": path})]
+    python = xm.binary(
+        executor_spec=xm_local.Local.Spec(),
+        path=sys.executable,
+        env_vars={"PYTHONPATH": path, TIED: "1"},
     )
+    [executable] = experiment.package([python])
+
+    def stop() -> None:
+        if not stopping.is_set():
+            stopping.set()
+            os.close(write_end)
 
     async def one(number: int, unit: tuple[str, ...]) -> None:
         async with limit:
+            if stopping.is_set():
+                return
             job = xm.Job(
                 executable,
                 executor=xm_local.Local(),
@@ -77,6 +90,8 @@ async def _run(sweep: Sweep, title: str) -> list[tuple[int, Exception]]:
             except xm.ExperimentUnitError as error:
                 failed.append((number, error))
 
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop)
     try:
         async with experiment:
             await asyncio.gather(*(one(*unit) for unit in enumerate(sweep.units, start=1)))
@@ -84,11 +99,4 @@ async def _run(sweep: Sweep, title: str) -> list[tuple[int, Exception]]:
         # XManager tells of the first failed unit once more when it leaves the experiment.
         if not failed:
             raise
-    return failed
-
-
-def _wait_for_children() -> None:
-    """So that units that save when they are ended have done so before the shell's prompt is back."""
-    with contextlib.suppress(ChildProcessError):
-        while True:
-            os.wait()
+    return stopping.is_set(), failed

@@ -11,7 +11,7 @@ import pytest
 
 from launch import local
 from launch.plans import shell
-from launch.processes import Interrupts, read, run, run_again
+from launch.processes import TIED, Interrupts, read, run, run_again
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY_JOB = str(pathlib.Path(__file__).with_name("tiny_job.py"))
@@ -121,6 +121,18 @@ def test_the_second_signal_kills(tmp_path):
         assert driver.poll() is None
         driver.terminate()
         assert driver.wait(60) == 137
+
+
+def test_a_launcher_that_another_one_started_stops_when_its_input_ends(tmp_path):
+    code = f"from launch.processes import obey_input\nobey_input()\n{DRIVER}"
+    command = f"trap 'exit 42' TERM; touch {tmp_path}/up; while :; do sleep 0.05; done"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), TIED: "1"}
+    argv = [sys.executable, "-c", code, command]
+    with subprocess.Popen(argv, env=environment, stdin=subprocess.PIPE) as driver:
+        wait_for((tmp_path / "up").exists)
+        assert driver.poll() is None
+        driver.stdin.close()
+        assert driver.wait(60) == 42
 
 
 @pytest.mark.timeout(600)

@@ -57,26 +57,41 @@ def test_each_unit_gets_its_value_and_its_folder(home):
 
 @needs_xmanager
 @pytest.mark.timeout(900)
-def test_sigterm_reaches_the_units_and_is_waited_for(home):
-    slow = home / "python"
-    slow.write_text(
-        f"#!/bin/sh\ntrap 'sleep 1; touch {home}/saved; exit 42' TERM\n"
-        f"touch {home}/up\nwhile :; do sleep 0.1; done\n"
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_what_stops_the_experiment_stops_its_units(home, number):
+    """Each unit runs, in the place of glimmer, a job that saves when it is told to stop."""
+    saves = f"trap 'sleep 1; touch {home}/saved; exit 42' TERM"
+    job = f"{saves}; echo $$ > {home}/up; while :; do sleep 0.1; done"
+    stand_in = home / "stand_in" / "launch"
+    stand_in.mkdir(parents=True)
+    for path in (ROOT / "launch").glob("*.py"):
+        (stand_in / path.name).symlink_to(path)
+    (stand_in / "__main__.py").unlink()
+    (stand_in / "__main__.py").write_text(
+        "import sys\nfrom launch.processes import Interrupts, obey_input, run\nobey_input()\n"
+        f"with Interrupts() as interrupts:\n    sys.exit(run([('sh', '-c', {job!r})], interrupts))\n"
     )
-    slow.chmod(0o755)
     code = (
-        "import sys; from launch import sweep, xm; "
-        f"sys.executable = {str(slow)!r}; "
+        "import pathlib, sys; from glimmer_jax import shipped; from launch import sweep, xm; "
+        f"shipped.root = lambda: pathlib.Path({str(stand_in.parent)!r}); "
         "sys.exit(xm.run(sweep.Sweep((('a',), ('b',)), 1), 'title'))"
     )
     with subprocess.Popen([sys.executable, "-c", code]) as launcher:
-        deadline = time.monotonic() + 300
-        while not (home / "up").exists():
-            assert launcher.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        launcher.send_signal(signal.SIGTERM)
-        assert launcher.wait(120) == 42
-    assert (home / "saved").exists()
+        up = home / "up"
+        wait_for(lambda: (up.exists() and up.read_text()) or launcher.poll() is not None)
+        launcher.send_signal(number)
+        assert launcher.wait(300) == (-number if number == signal.SIGKILL else 42)
+    if number == signal.SIGKILL:  # What the job prints then has no reader: it may die of that.
+        wait_for(lambda: not pathlib.Path(f"/proc/{up.read_text().strip()}").exists())
+    else:
+        assert (home / "saved").exists()
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline, "It did not happen."
+        time.sleep(0.05)
 
 
 def test_without_xmanager_the_message_says_what_to_install(monkeypatch):
