@@ -86,8 +86,3 @@ def unreachable(where: str, error: ValueError) -> OSError:
 def dump_json(value: Any) -> bytes:
     """The one form in which we write JSON, so that equal values are equal bytes."""
     return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
-
-
-def local_disk(kvstore: ts.KvStore) -> bool:
-    """Whether the files are on a file system of this machine."""
-    return kvstore.spec().to_json()["driver"] == "file"
