@@ -16,8 +16,8 @@ from glimmer_jax.models.t5 import T5Config
 T5 = T5Config(
     vocab_size=64,
     emb_dim=32,
-    num_heads=2,
-    head_dim=16,
+    num_heads=4,
+    head_dim=8,
     mlp_dim=24,
     num_encoder_layers=3,
     num_decoder_layers=2,
@@ -71,7 +71,7 @@ def test_what_is_attended_to_is_the_output_that_is_likeliest():
     np.testing.assert_array_equal(np.argmax(logits, -1), np.arange(len(embedding)))
 
 
-def test_two_heads_prefer_the_neighbours():
+def test_two_heads_prefer_the_neighbours_and_the_last_one_what_is_far_back():
     config = SETTINGS["glimmer"]
     before, after = fresh(config), matching_start(fresh(config), T5)
     for stack in ("memory_encoder", "live_encoder"):
@@ -79,7 +79,18 @@ def test_two_heads_prefer_the_neighbours():
         assert np.argwhere(np.asarray(module_table[1] - module_table[0])).tolist() == [
             [0, 1],
             [1, 17],
+            *([3, bucket] for bucket in range(8, 16)),
         ]
+
+
+def test_in_the_last_head_of_an_encoder_place_comes_before_likeness():
+    params = matching_start(fresh(SETTINGS["glimmer"]), T5)
+    for part, share in (("live_encoder", 0.3), ("decoder", 1.0)):
+        tree = params[part]["live_a"] if part == "live_encoder" else params[part]
+        attention = tree["layers_0"]["attention" if part == "live_encoder" else "self_attention"]
+        query, key = attention["query"]["kernel"], attention["key"]["kernel"]
+        np.testing.assert_allclose(query[:, -8:] * np.sqrt(8), share * key[:, -8:], rtol=1e-5)
+        np.testing.assert_allclose(query[:, :-8] * np.sqrt(8), key[:, :-8], rtol=1e-5)
 
 
 def test_scanned_layers_start_as_looped_ones():
@@ -92,6 +103,6 @@ def test_scanned_layers_start_as_looped_ones():
     )
 
 
-def test_one_head_is_refused():
-    with pytest.raises(ValueError, match="num_heads >= 2 and relpos_buckets >= 8, got 1 and 32"):
-        matching_start({}, dataclasses.replace(T5, num_heads=1))
+def test_two_heads_are_refused():
+    with pytest.raises(ValueError, match="num_heads >= 3 and relpos_buckets >= 8, got 2 and 32"):
+        matching_start({}, dataclasses.replace(T5, num_heads=2))
