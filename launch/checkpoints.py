@@ -28,7 +28,7 @@ RENAMED = {
 
 
 def lengths(passages: int) -> dict[str, Any]:
-    return {"inputs": 36, "targets": 24, "passages": (passages, 80)}
+    return {"inputs": 36, "targets": 32, "passages": (passages, 80)}
 
 
 # Name of a stage of the start -> what it changes in gin/examples/pydocs_start_train.gin.

@@ -11,10 +11,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from glimmer_jax.data.made_up import made_up_name
 from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.kilt import answers
 from glimmer_jax.text import passage_text, question_text
-
 
 class RenamedQuestions:
     """Questions of several tasks, each a function of seed and index alone."""
@@ -100,9 +100,9 @@ class _Exchange:
 
     def _part(self, part: str) -> str:
         while part not in self._new:
-            drawn = self._draw.choice(self._parts)
-            if drawn not in self._new.values():
-                self._new[part] = drawn
+            name = made_up_name(self._parts, self._draw, [*self._new.values()])
+            if name not in self._new.values():
+                self._new[part] = name
         return self._new[part]
 
 

@@ -48,6 +48,11 @@ def matching_start(params: Params, config: T5Config) -> Params:
         if "relpos_bias" in params.get(stack, {}):
             table = _places(params[stack]["relpos_bias"]["rel_embedding"], config.relpos_buckets)
             params[stack] = {**params[stack], "relpos_bias": {"rel_embedding": table}}
+    # What to copy next depends on the last few tokens: heads of the decoder look one, two, three back.
+    table = params["decoder"]["relpos_bias"]["rel_embedding"]
+    for back in range(1, config.num_heads):
+        table = table.at[back - 1, back].add(PLACE_BIAS)
+    params["decoder"] = {**params["decoder"], "relpos_bias": {"rel_embedding": table}}
     return params
 
 

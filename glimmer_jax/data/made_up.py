@@ -1,0 +1,24 @@
+"""Names made up from the parts of real ones, for exercises that only reading can solve."""
+
+import random
+from collections.abc import Sequence
+
+# Share of names that are blends of two. Names of modules never seen fall into smaller pieces of the
+# vocabulary, which repeat within a title: copying them takes more than the piece before.
+BLENDED = 0.6
+
+
+def made_up_name(parts: Sequence[str], draw: random.Random, before: Sequence[str] = ()) -> str:
+    """One of `parts`, or the head of one and the tail of another.
+
+    Args:
+      parts: of real names, none empty.
+      draw: of all choices.
+      before: names made up before; half of the blends take a piece of one of them.
+    """
+    name = draw.choice(parts)
+    if draw.random() >= BLENDED:
+        return name
+    other = draw.choice(before if before and draw.random() < 0.5 else parts)
+    head, tail = (name, other) if draw.random() < 0.5 else (other, name)
+    return head[: draw.randint(1, len(head))] + tail[draw.randrange(len(tail)) :]
