@@ -22,7 +22,7 @@ RENAMED = {
     "MIXTURE_OR_TASK_NAME": "pydocs_renamed",
     "MIXTURE_OR_TASK_MODULE": "tasks.pydocs",
     "DATA_DIR": "data/pydocs/retrieved",
-    "LEARNING_RATE": 0.006,
+    "LEARNING_RATE": 0.01,
     **LINEAR,
 }
 
@@ -32,18 +32,9 @@ def lengths(passages: int) -> dict[str, Any]:
 
 
 # Name of a stage of the start -> what it changes in gin/examples/pydocs_start_train.gin.
-READING_2 = {"MIXTURE_OR_TASK_NAME": "pydocs_reading_2", "TASK_FEATURE_LENGTHS": lengths(5)}
 STAGES: dict[str, dict[str, Any]] = {
-    "start1": {"TRAIN_STEPS": 900},
-    "start2": {"TRAIN_STEPS": 500, "LEARNING_RATE": 0.01, **READING_2},
-    "start2b": {"TRAIN_STEPS": 400, "LEARNING_RATE": 0.008, **LINEAR, **READING_2},
-    "start3": {"TRAIN_STEPS": 600, "TASK_FEATURE_LENGTHS": lengths(6), **RENAMED},
-    "start4": {
-        "TRAIN_STEPS": 600,
-        "TASK_FEATURE_LENGTHS": lengths(8),
-        "NUM_KEPT": 1,
-        **RENAMED,
-    },
+    "start1": {"TRAIN_STEPS": 1500, **LINEAR},
+    "start2": {"TRAIN_STEPS": 700, "TASK_FEATURE_LENGTHS": lengths(6), **RENAMED},
 }
 # The same for all three: steps, examples and rate.
 FINETUNE = {"TRAIN_STEPS": 350, "LEARNING_RATE": 0.004, "WARMUP_STEPS": 20, "LOG_EVERY": 25}

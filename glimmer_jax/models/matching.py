@@ -4,10 +4,11 @@ From T5's random parameters a small model must first find out that equal tokens 
 other, which takes thousands of examples. Here that is where it begins: queries equal keys, so that
 attention looks at equal tokens; values come back through their own transpose, so that what is
 attended to is added to the stream as it is; the output layer is the embedding's transpose; two
-heads of each encoder look at the token before and the token after; and one looks far back, in a live
-sequence at the question, so that a passage's title learns how well the passage matched: without it
-the decoder cannot tell among several kept passages which one to read. After "Mimetic Initialization
-of Self-Attention Layers" (arXiv 2305.09828), with the signs that reading wants.
+heads of each encoder look at the token before and the token after; one looks far back, in a live
+sequence at the question, so that a passage's title learns how well the passage matched (without it
+the decoder cannot tell among several kept passages which one to read); and the decoder's heads look
+at the last few tokens, so that copying survives a title that repeats itself. After "Mimetic
+Initialization of Self-Attention Layers" (arXiv 2305.09828), with the signs that reading wants.
 """
 
 from typing import Any
@@ -50,7 +51,7 @@ def matching_start(params: Params, config: T5Config) -> Params:
             params[stack] = {**params[stack], "relpos_bias": {"rel_embedding": table}}
     # What to copy next depends on the last few tokens: heads of the decoder look one, two, three back.
     table = params["decoder"]["relpos_bias"]["rel_embedding"]
-    for back in range(1, config.num_heads):
+    for back in range(1, min(len(table), config.relpos_buckets)):
         table = table.at[back - 1, back].add(PLACE_BIAS)
     params["decoder"] = {**params["decoder"], "relpos_bias": {"rel_embedding": table}}
     return params

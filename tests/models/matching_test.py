@@ -83,6 +83,14 @@ def test_two_heads_prefer_the_neighbours_and_the_last_one_what_is_far_back():
         ]
 
 
+def test_all_heads_of_the_decoder_but_the_last_look_at_the_tokens_before():
+    config = SETTINGS["glimmer"]
+    before, after = fresh(config), matching_start(fresh(config), T5)
+    tables = [p["decoder"]["relpos_bias"]["rel_embedding"] for p in (before, after)]
+    changed = np.argwhere(np.asarray(tables[1] - tables[0]))
+    assert changed.tolist() == [[0, 1], [1, 2], [2, 3]]
+
+
 def test_in_the_last_head_of_an_encoder_place_comes_before_likeness():
     params = matching_start(fresh(SETTINGS["glimmer"]), T5)
     for part, share in (("live_encoder", 0.3), ("decoder", 1.0)):
