@@ -33,7 +33,7 @@ def lengths(passages: int) -> dict[str, Any]:
 
 # Name of a stage of the start -> what it changes in gin/examples/pydocs_start_train.gin.
 STAGES: dict[str, dict[str, Any]] = {
-    "start1": {"TRAIN_STEPS": 1500, **LINEAR},
+    "start1": {"TRAIN_STEPS": 900},
     "start2": {"TRAIN_STEPS": 700, "TASK_FEATURE_LENGTHS": lengths(6), **RENAMED},
 }
 # The same for all three: steps, examples and rate.

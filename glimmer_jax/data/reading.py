@@ -18,7 +18,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from glimmer_jax.data.made_up import made_up_name
 from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.text import passage_text, question_text
 
@@ -108,9 +107,10 @@ class Exercises:
         }
 
     def _made_up_title(self, draw: random.Random) -> str:
-        names: list[str] = []
-        for _ in range(draw.choice((2, 2, 3, 4))):
-            names.append(made_up_name(self._parts, draw, names))
+        names = [
+            "_".join(draw.choice(self._parts) for _ in range(draw.choice((1, 1, 2))))
+            for _ in range(draw.choice((2, 2, 3)))
+        ]
         return ".".join(names)
 
     def _window(self, words: list[str], draw: random.Random) -> list[str]:
