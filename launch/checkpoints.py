@@ -16,7 +16,7 @@ from typing import Any
 from glimmer_jax.shipped import CHECKPOINTS
 from launch.command import glimmer
 
-MODELS = ("fid", "lumen", "glimmer")
+MODELS = ("glimmer", "lumen", "fid")
 LINEAR = {"SCHEDULE": "linear", "WARMUP_STEPS": 20}
 RENAMED = {
     "MIXTURE_OR_TASK_NAME": "pydocs_renamed",
@@ -34,10 +34,10 @@ def lengths(passages: int) -> dict[str, Any]:
 # Name of a stage of the start -> what it changes in gin/examples/pydocs_start_train.gin.
 STAGES: dict[str, dict[str, Any]] = {
     "start1": {"TRAIN_STEPS": 900},
-    "start2": {"TRAIN_STEPS": 700, "TASK_FEATURE_LENGTHS": lengths(6), **RENAMED},
+    "start2": {"TRAIN_STEPS": 600, "TASK_FEATURE_LENGTHS": lengths(6), **RENAMED},
 }
 # The same for all three: steps, examples and rate.
-FINETUNE = {"TRAIN_STEPS": 350, "LEARNING_RATE": 0.004, "WARMUP_STEPS": 20, "LOG_EVERY": 25}
+FINETUNE = {"TRAIN_STEPS": 300, "LEARNING_RATE": 0.004, "WARMUP_STEPS": 20, "LOG_EVERY": 25}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
