@@ -31,13 +31,21 @@ def lengths(passages: int) -> dict[str, Any]:
     return {"inputs": 36, "targets": 32, "passages": (passages, 80)}
 
 
+# Titles alone, and few passages, so that it is quick: copying takes the most practice.
+COPYING = {
+    **RENAMED,
+    "MIXTURE_OR_TASK_NAME": "pydocs_which_function_renamed",
+    "TASK_FEATURE_LENGTHS": lengths(3),
+}
 # Name of a stage of the start -> what it changes in gin/examples/pydocs_start_train.gin.
 STAGES: dict[str, dict[str, Any]] = {
     "start1": {"TRAIN_STEPS": 900},
     "start2": {"TRAIN_STEPS": 600, "TASK_FEATURE_LENGTHS": lengths(6), **RENAMED},
+    "start3": {"TRAIN_STEPS": 1000, **COPYING},
+    "start4": {"TRAIN_STEPS": 500, **COPYING},
 }
 # The same for all three: steps, examples and rate.
-FINETUNE = {"TRAIN_STEPS": 300, "LEARNING_RATE": 0.004, "WARMUP_STEPS": 20, "LOG_EVERY": 25}
+FINETUNE = {"TRAIN_STEPS": 200, "LEARNING_RATE": 0.004, "WARMUP_STEPS": 20, "LOG_EVERY": 25}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

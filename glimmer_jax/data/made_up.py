@@ -14,11 +14,12 @@ def made_up_name(parts: Sequence[str], draw: random.Random, before: Sequence[str
     Args:
       parts: of real names, none empty.
       draw: of all choices.
-      before: names made up before; half of the blends take a piece of one of them.
+      before: names made up before; half of the blends take a piece of one of them, or all of it.
     """
     name = draw.choice(parts)
     if draw.random() >= BLENDED:
         return name
     other = draw.choice(before if before and draw.random() < 0.5 else parts)
     head, tail = (name, other) if draw.random() < 0.5 else (other, name)
-    return head[: draw.randint(1, len(head))] + tail[draw.randrange(len(tail)) :]
+    cut = len(head) if draw.random() < 0.3 else draw.randint(1, len(head))
+    return head[:cut] + tail[draw.randrange(len(tail)) :]

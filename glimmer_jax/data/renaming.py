@@ -16,6 +16,7 @@ from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.kilt import answers
 from glimmer_jax.text import passage_text, question_text
 
+
 class RenamedQuestions:
     """Questions of several tasks, each a function of seed and index alone."""
 
