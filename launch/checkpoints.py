@@ -2,7 +2,8 @@
 
     python -m launch.checkpoints [--output=DIR]
 
-On two CPU cores its runs took about an hour; a killed run goes on where it was. Needs what
+On two CPU cores its runs took about three quarters of an hour; a killed run goes on where it was. Not
+every start1 learns to choose among passages: the model card says how to tell. Needs what
 `pydocs_passages` and `pydocs_retrieve` write into `data/pydocs`, and makes it where it is missing.
 Writes `glimmer_jax/checkpoints/pydocs_<model>.safetensors`, and the learning curves beside them.
 """
