@@ -2,7 +2,8 @@
 
 A small model given the real titles of a few thousand pages learns them by heart and reads nothing.
 Here every part of a qualified name (`json`, `dumps`) is exchanged, for this example alone, for another
-one, often a blend of two: in the titles, wherever it stands as a word in the passages, in the question and in the answer.
+one, often a blend of two: in the titles, wherever it stands as a word in the passages, in the question
+and in the answer.
 Siblings stay siblings, a text still speaks of its own title, and what is left to learn is to read.
 """
 
