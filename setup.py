@@ -24,11 +24,13 @@ CORE = [
     "etils>=1.12",
     "sentencepiece>=0.2.1",
     "safetensors>=0.6",
+    "msgpack>=1.0",
     "tensorboardX>=2.6.4",
     "bm25s>=0.3",
     "matplotlib>=3.9",
     "PyStemmer>=3",
     "gin-config>=0.5",
+    "flatbuffers>=24",  # jax.export writes and reads programs with it, and does not ask for it
 ]
 # Only glimmer_jax.data and tasks/ import these. They are part of the default install because every
 # run mode but `passages` and `retrieve` reads its examples through seqio.
@@ -39,6 +41,9 @@ DATA = [
     "tensorflow-datasets>=4.9.9",
 ]
 EXTRAS = {
+    # Corpora: Parquet files, and conversion in many processes.
+    "parquet": ["pyarrow>=18"],
+    "beam": ["apache-beam>=2.60"],
     "parity": ["torch>=2.6", "transformers>=5"],
     "tpu": ["jax[tpu]>=0.10"],
     "cuda12": ["jax[cuda12]>=0.10"],

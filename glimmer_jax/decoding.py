@@ -1,8 +1,9 @@
-"""Greedy and beam search over any step function, with early stop.
+"""Greedy search, sampling, beam search and the score of given answers, over any step function.
 
-A step takes the last token of every beam, `[B, W]`, its position, and a cache whose leaves have
-`[B, W]` on the two axes after `cache_offset`; it returns logits `[B, W, V]` and the new cache. What
-is the same for all beams (the encoder's keys and values) is closed over by the step and never moves.
+Each stops as soon as nothing can change. A step takes the last token of every beam, `[B, W]`, its
+position, and a cache whose leaves have `[B, W]` on the two axes after `cache_offset`; it returns
+logits `[B, W, V]` and the new cache. What is the same for all beams (the encoder's keys and
+values) is closed over by the step and never moves.
 """
 
 from collections.abc import Callable
@@ -33,6 +34,81 @@ def greedy(
       int32 `[B, T]`, 0 after the end token; float32 `[B]` summed log probability.
     """
 
+    def best(logits, index):
+        del index
+        return jnp.argmax(logits, axis=-1)
+
+    return _token_by_token(step, cache, best, batch=batch, length=length, eos_id=eos_id)
+
+
+def sample(
+    step: Step,
+    cache: Any,
+    *,
+    batch: int,
+    length: int,
+    eos_id: int,
+    rng: jax.Array,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens drawn from softmax(logits / temperature), cut to the likely ones, until all have ended.
+
+    What a row draws depends on `rng`, its place in the batch and nothing else of the batch.
+
+    Args:
+      step: see the module's docstring; called with one beam.
+      cache: its cache before the first token.
+      batch: B.
+      length: T, tokens to produce at most, the end token included.
+      eos_id: token that ends a row.
+      rng: a random key.
+      temperature: above 0; 1 is the model's own distribution.
+      top_k: see `likely`, which is asked after the division by the temperature.
+      top_p: likewise.
+
+    Returns:
+      int32 `[B, T]`, 0 after the end token; float32 `[B]` summed log probability that the model
+      itself gives to the answer (of temperature 1 and all tokens), to be compared with other searches'.
+    """
+
+    def draw(logits, index):
+        logits = likely(logits / temperature, top_k, top_p)
+        return jax.random.categorical(jax.random.fold_in(rng, index), logits)
+
+    return _token_by_token(step, cache, draw, batch=batch, length=length, eos_id=eos_id)
+
+
+def likely(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
+    """Logits `[..., V]` with `WORST` for tokens that are not to be drawn.
+
+    Kept are the `top_k` best (0: all), and of these, renormalised, the smallest set of the best
+    whose probability is at least `top_p`. What ties with the last one kept is kept as well.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        worst_kept = jax.lax.top_k(logits, top_k)[0][..., -1:]
+        logits = jnp.where(logits < worst_kept, WORST, logits)
+    if top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        probs = jax.nn.softmax(ordered)
+        better = jnp.cumsum(probs, axis=-1) - probs  # what the better ones have together
+        worst_kept = jnp.min(jnp.where(better < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < worst_kept, WORST, logits)
+    return logits
+
+
+def _token_by_token(
+    step: Step,
+    cache: Any,
+    choose: Callable[[jax.Array, jax.Array], jax.Array],
+    *,
+    batch: int,
+    length: int,
+    eos_id: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Greedy search and sampling: `choose(logits [B, V], index)` gives the next token of each row."""
+
     def unfinished(state):
         index, _, _, ended, _, _ = state
         return (index < length) & ~jnp.all(ended)
@@ -41,7 +117,7 @@ def greedy(
         index, last, cache, ended, tokens, score = state
         logits, cache = step(last[:, None], index, cache)
         log_probs = jax.nn.log_softmax(logits[:, 0])
-        new = jnp.argmax(log_probs, axis=-1).astype(jnp.int32)
+        new = choose(log_probs, index).astype(jnp.int32)
         gain = jnp.take_along_axis(log_probs, new[:, None], axis=-1)[:, 0]
         new = jnp.where(ended, 0, new)
         score = score + jnp.where(ended, 0.0, gain)
@@ -58,6 +134,33 @@ def greedy(
     )
     _, _, _, _, tokens, score = jax.lax.while_loop(unfinished, advance, state)
     return tokens, score
+
+
+def score(step: Step, cache: Any, answers_BNT: jax.Array) -> jax.Array:
+    """log p of given answers: they are the beams, and are fed instead of being searched.
+
+    Args:
+      step: see the module's docstring; called with N beams.
+      cache: its cache before the first token.
+      answers_BNT: int32 `[B, N, T]`, end token included, 0 behind it; all 0 where there is none.
+
+    Returns:
+      float32 `[B, N]` summed log probability; -inf where there is no answer.
+    """
+    real_BNT = answers_BNT > 0
+    longest = jnp.max(jnp.sum(real_BNT, axis=-1))
+
+    def advance(state):
+        index, last, cache, total = state
+        logits, cache = step(last, index, cache)
+        wanted = jax.lax.dynamic_index_in_dim(answers_BNT, index, axis=2, keepdims=False)
+        gain = jnp.take_along_axis(jax.nn.log_softmax(logits), wanted[..., None], axis=-1)[..., 0]
+        return index + 1, wanted, cache, total + jnp.where(wanted > 0, gain, 0.0)
+
+    first = jnp.zeros_like(answers_BNT[..., 0])
+    state = (jnp.int32(0), first, cache, first.astype(jnp.float32))
+    *_, total = jax.lax.while_loop(lambda state: state[0] < longest, advance, state)
+    return jnp.where(jnp.any(real_BNT, axis=-1), total, -jnp.inf)
 
 
 def length_penalty(length: Any, alpha: float) -> Any:
@@ -79,7 +182,8 @@ def beam(
     """Beam search with a length penalty.
 
     Keeps `beams` unfinished and `beams` finished hypotheses for each row, and stops when no
-    unfinished one can overtake the worst finished one.
+    unfinished one can overtake the worst finished one. Without a length penalty its answers are
+    those of Hugging Face's `generate`; T5X's search also takes ends beyond the beam.
 
     Args:
       step: see the module's docstring.
@@ -128,8 +232,10 @@ def beam(
         live_tokens = gather(tokens, chosen)
         cache = gather(cache, gather(origin, chosen), cache_offset)
 
-        # On the last position everything that is still alive counts as finished.
-        done = ended | (index == length - 1)
+        # On the last position everything that is still alive counts as finished. As in Hugging
+        # Face's search, an end counts only where it is one of the `beams` best continuations: one
+        # outside the beam is not of this search, whatever the score.
+        done = (ended | (index == length - 1)) & (jnp.arange(2 * beams) < beams)[None]
         penalised = jnp.where(done, scores / length_penalty(index + 1, alpha), WORST)
         pool_scores = jnp.concatenate([finished_scores, penalised], axis=1)
         pool_tokens = jnp.concatenate([finished_tokens, tokens], axis=1)

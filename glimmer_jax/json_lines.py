@@ -6,6 +6,7 @@ surrogates. Every message names the file and the line.
 """
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -33,9 +34,14 @@ def parse_line(line: bytes, where: str) -> dict[str, Any]:
     """One line as an object; `where` names it in messages. Raises ValueError."""
     try:
         value = json.loads(
-            line.decode("utf-8"), object_pairs_hook=_distinct_keys, parse_constant=_no_constant
+            line.decode("utf-8"),
+            object_pairs_hook=_distinct_keys,
+            parse_constant=_no_constant,
+            parse_float=_finite,
         )
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        # Half a pair can only come from an escape: UTF-8 has none.
+        if b"\\ud" in line or b"\\uD" in line:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError(
             f"{where}: a string holds half of a surrogate pair, which is no character. Repair the "
@@ -69,6 +75,12 @@ def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(digits: str) -> float:
+    if math.isinf(number := float(digits)):
+        raise ValueError(f"{digits} is too large a number")
+    return number
 
 
 def dump_line(record: dict[str, Any]) -> str:

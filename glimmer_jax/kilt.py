@@ -6,7 +6,8 @@
      "meta": {},
      "retrieved": [{"id": 81985529216486895, "score": 11.3, "gold": true}]}      # after retrieval
 
-Test files of the KILT benchmark carry no output: an example without answers is read as such.
+Test files of the KILT benchmark carry no output: an example without answers is read as such. Its
+TriviaQA files carry no questions: `glimmer_jax.triviaqa` has them.
 """
 
 import dataclasses
@@ -16,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from glimmer_jax.json_lines import parse_line, read_json_lines
+from glimmer_jax.kilt_parquet import read_lines
 
 ON_ERROR = ("raise", "skip")
+ENTITY_START = "[START_ENT]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +42,15 @@ class Policy:
             raise ValueError(f"max_skipped must be 0 or more, got {self.max_skipped}.")
 
 
-def read_examples(path: str | Path, policy: Policy = Policy()) -> Iterator[dict[str, Any]]:
+def read_examples(
+    path: str | Path, policy: Policy = Policy(), questions: Mapping[str, str] | None = None
+) -> Iterator[dict[str, Any]]:
     """Examples of a task file, checked; lines are named `file:line` in every message.
+
+    Args:
+      path: JSON Lines, or Parquet as on the Hugging Face hub.
+      policy: what becomes of lines at fault.
+      questions: by id, for lines whose `input` is missing or empty.
 
     Raises ValueError for bad JSON, a missing or wrong field, an id given twice, or, when skipping,
     more than `policy.max_skipped` such lines.
@@ -50,6 +60,7 @@ def read_examples(path: str | Path, policy: Policy = Policy()) -> Iterator[dict[
     for number, example, problem in _lines(path, policy):
         where = f"{path}:{number}"
         if problem is None:
+            example = _named(example, questions or {})
             problem = check_example(example)
         if problem is None and example["id"] in seen:
             problem = f"the id {example['id']!r} was given before; ids must be unique"
@@ -68,8 +79,9 @@ def read_examples(path: str | Path, policy: Policy = Policy()) -> Iterator[dict[
 
 
 def _lines(path: str | Path, policy: Policy) -> Iterator[tuple[int, dict[str, Any], str | None]]:
-    if policy.on_error == "raise":
-        for number, example in read_json_lines(path):
+    if policy.on_error == "raise" or Path(path).suffix == ".parquet":
+        read = read_lines if Path(path).suffix == ".parquet" else read_json_lines
+        for number, example in read(path):
             yield number, example, None
         return
     with open(path, "rb") as file:
@@ -82,12 +94,27 @@ def _lines(path: str | Path, policy: Policy) -> Iterator[tuple[int, dict[str, An
                 yield number, {}, str(error)
 
 
+def _named(example: dict[str, Any], questions: Mapping[str, str]) -> dict[str, Any]:
+    """The example with its id as text (older data sets number theirs) and its question."""
+    if type(example.get("id")) is int:
+        example = {**example, "id": str(example["id"])}
+    name = example.get("id")
+    if not example.get("input") and isinstance(name, str) and name in questions:
+        example = {**example, "input": questions[name]}
+    return example
+
+
 def check_example(example: dict[str, Any]) -> str | None:
     """What is wrong with an example, or None."""
     if not isinstance(example.get("id"), str) or not example["id"]:
         return f"wanted a string `id`, got {example.get('id')!r}"
-    if not isinstance(example.get("input"), str) or not example["input"].strip():
-        return f"wanted a question in `input`, got {example.get('input')!r}"
+    if example.get("input") in (None, ""):
+        return (
+            f"{example['id']!r} has no question in `input`. KILT's TriviaQA files hold ids alone: give "
+            "TRIVIAQA, a pattern of TriviaQA's own files with all its splits"
+        )
+    if not isinstance(example["input"], str) or not example["input"].strip():
+        return f"wanted a question in `input`, got {example['input']!r}"
     outputs = example.get("output", [])
     if not isinstance(outputs, list) or not all(isinstance(one, dict) for one in outputs):
         return "wanted a list of objects in `output`"
@@ -121,20 +148,47 @@ def provenance(example: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def is_gold(record: Mapping[str, Any], where: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a passage answers: its page, and where both name one its paragraph, in `where`.
+    """Whether a passage answers: its page, and where both name them its paragraphs, in `where`.
 
     Passages name their page by its `wikipedia_id` in `page`, or by `title` alone, and their paragraph
-    in `chunk`. What either side leaves out, null included, is not compared.
+    in `chunk`, or the first and the last one in `paragraphs`. What either side leaves out is not
+    compared; null leaves out, and so does -1, KILT's mark of evidence not found in its page.
     """
-    page, chunk = record.get("page", record.get("title")), record.get("chunk")
+    page = record.get("page", record.get("title"))
+    paragraphs = record.get("paragraphs") or [record.get("chunk")]
     for one in where:
         # Ids are compared with ids: a title may look like another page's id.
         named = one.get("wikipedia_id") if "page" in record else one.get("title")
         if page is None or named is None or str(page) != str(named):
             continue
-        first, last = one.get("start_paragraph_id"), one.get("end_paragraph_id")
-        if chunk is None or first is None:
+        first, last = (_paragraph(one, f"{end}_paragraph_id") for end in ("start", "end"))
+        if first is None or paragraphs[0] is None:
             return True
-        if first <= chunk <= (first if last is None else last):
+        if first <= paragraphs[-1] and paragraphs[0] <= (first if last is None else last):
             return True
     return False
+
+
+def _paragraph(provenance: Mapping[str, Any], name: str) -> int | None:
+    number = provenance.get(name)
+    return number if number is not None and number >= 0 else None
+
+
+def shortened(question: str, words: int, dialogue: bool = False) -> str:
+    """At most `words` words of a question, those around its marked mention or a dialogue's last ones.
+
+        "… rose in [START_ENT] Avon [END_ENT] in …" -> "in [START_ENT] Avon [END_ENT] in"
+
+    Other questions stay as they are: they begin with what they ask.
+    """
+    found = question.split()
+    if len(found) <= words or not (dialogue or ENTITY_START in found):
+        return question
+    if dialogue:
+        return " ".join(found[-words:])
+    first = found.index(ENTITY_START)
+    last = found.index("[END_ENT]", first) if "[END_ENT]" in found[first:] else first
+    around = max(words - (last - first + 1), 0)
+    # What one side does not need, the other one gets.
+    left = min(first, max(around // 2, around - (len(found) - 1 - last)))
+    return " ".join(found[first - left : last + 1 + around - left])

@@ -12,20 +12,20 @@ rows of this version. One text format serves memory, training and inference alik
 is the same tokens everywhere (GLIMMER, arXiv 2306.10231, section 3).
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import logging
 import os
 import shutil
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from glimmer_jax.json_lines import dump_line, parse_line, read_json_lines
+from glimmer_jax.json_lines import dump_line, parse_line
 from glimmer_jax.text import passage_text
 
 logger = logging.getLogger(__name__)
@@ -34,8 +34,15 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 FILES = ("tokens.npy", "offsets.npy", "ids.npy", "passages.jsonl", "text_offsets.npy")
 EOS_ID = 1
-# Room for the header of tokens.npy, whose length is known only at the end.
 _NPY_HEADER = 128
+
+
+def check_absent(path: str | Path, overwrite: bool) -> None:
+    """Raises ValueError where a folder is there already and may not be replaced."""
+    if Path(path).exists() and not overwrite:
+        raise ValueError(
+            f"{path} exists already. Remove it, write elsewhere, or allow it to be overwritten."
+        )
 
 
 def write_passages(
@@ -70,10 +77,7 @@ def write_passages(
     target = Path(path)
     if max_length < 2:
         raise ValueError(f"max_length must be 2 or more, a token and the end, got {max_length}.")
-    if target.exists() and not overwrite:
-        raise ValueError(
-            f"{target} exists already. Remove it, write elsewhere, or allow it to be overwritten."
-        )
+    check_absent(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     working = target.parent / f".{target.name}.writing-{os.getpid()}"
     shutil.rmtree(working, ignore_errors=True)
@@ -114,50 +118,71 @@ def _write_arrays(
     eos_id: int,
     dtype: np.dtype,
 ) -> dict[str, int]:
-    # array, not list: eight bytes a passage, for corpora of tens of millions.
-    ids, offsets, text_offsets = array("q"), array("q", [0]), array("q", [0])
     truncated = 0
-    with (folder / "tokens.npy").open("wb") as tokens_file:
-        tokens_file.write(b"\0" * _NPY_HEADER)
-        with (folder / "passages.jsonl").open("wb") as lines_file:
-            for record in records:
-                tokens = list(encode(passage_text(record["title"], record["text"])))
-                if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
-                    raise ValueError(
-                        f"Passage {record['id']} has a token id outside 0..{vocab_size - 1}. Give "
-                        "vocab_size of the vocabulary that encodes."
-                    )
-                truncated += len(tokens) >= max_length
-                row = np.array([*tokens[: max_length - 1], eos_id], dtype)
-                tokens_file.write(row.tobytes())
-                line = dump_line(dict(record)).encode("utf-8")
-                lines_file.write(line)
-                ids.append(record["id"])
-                offsets.append(offsets[-1] + len(row))
-                text_offsets.append(text_offsets[-1] + len(line))
-        _write_npy_header(tokens_file, offsets[-1], dtype)
-    if not ids:
+    with contextlib.ExitStack() as stack:
+        tokens_file = stack.enter_context(_Npy(folder / "tokens.npy", dtype))
+        ids, offsets, text_offsets = (
+            stack.enter_context(_Npy(folder / f"{name}.npy", np.dtype(np.int64)))
+            for name in ("ids", "offsets", "text_offsets")
+        )
+        lines_file = stack.enter_context((folder / "passages.jsonl").open("wb"))
+        num_bytes = 0
+        offsets.append([0])
+        text_offsets.append([0])
+        for record in records:
+            tokens = list(encode(passage_text(record["title"], record["text"])))
+            if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
+                raise ValueError(
+                    f"Passage {record['id']} has a token id outside 0..{vocab_size - 1}. Give "
+                    "vocab_size of the vocabulary that encodes."
+                )
+            truncated += len(tokens) >= max_length
+            tokens_file.append([*tokens[: max_length - 1], eos_id])
+            line = dump_line(dict(record)).encode("utf-8")
+            lines_file.write(line)
+            num_bytes += len(line)
+            ids.append([record["id"]])
+            offsets.append([tokens_file.length])
+            text_offsets.append([num_bytes])
+    if not ids.length:
         raise ValueError("The corpus has no passage. Check the file it was read from.")
-    every = np.array(ids, np.int64)
-    unique, counts = np.unique(every, return_counts=True)
-    if len(unique) < len(every):
-        twice = unique[counts > 1][0]
-        raise ValueError(f"Passage id {twice} is given twice. External ids must be unique.")
-    np.save(folder / "ids.npy", every)
-    np.save(folder / "offsets.npy", np.array(offsets, np.int64))
-    np.save(folder / "text_offsets.npy", np.array(text_offsets, np.int64))
+    every = np.load(folder / "ids.npy")
+    every.sort()
+    twice = every[1:][every[1:] == every[:-1]]
+    if len(twice):
+        raise ValueError(f"Passage id {twice[0]} is given twice. External ids must be unique.")
     return {
-        "num_passages": len(every),
-        "num_tokens": int(offsets[-1]),
+        "num_passages": ids.length,
+        "num_tokens": tokens_file.length,
         "num_truncated": truncated,
     }
 
 
-def _write_npy_header(file: BinaryIO, length: int, dtype: np.dtype) -> None:
-    fields = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({length},), }}"
-    text = fields.ljust(_NPY_HEADER - 11).encode() + b"\n"
-    file.seek(0)
-    file.write(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
+class _Npy:
+    """A .npy file of one dimension that grows on disk: corpora are larger than memory."""
+
+    def __init__(self, path: Path, dtype: np.dtype) -> None:
+        self.length = 0
+        self._file = path.open("wb")
+        self._dtype = dtype
+        # Room for the header, which tells the length.
+        self._file.write(b"\0" * _NPY_HEADER)
+
+    def __enter__(self) -> "_Npy":
+        return self
+
+    def append(self, values: Sequence[int]) -> None:
+        self.length += len(values)
+        self._file.write(np.array(values, self._dtype).tobytes())
+
+    def __exit__(self, *error: object) -> None:
+        fields = (
+            f"{{'descr': '{self._dtype.str}', 'fortran_order': False, 'shape': ({self.length},), }}"
+        )
+        text = fields.ljust(_NPY_HEADER - 11).encode() + b"\n"
+        self._file.seek(0)
+        self._file.write(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
+        self._file.close()
 
 
 def _move_into_place(working: Path, target: Path) -> None:
@@ -319,7 +344,11 @@ class Passages:
             line = file.read(int(self._text_offsets[row + 1] - self._text_offsets[row]))
         return parse_line(line, f"{self.path / 'passages.jsonl'}, row {row}")
 
-    def records(self) -> Iterator[dict[str, Any]]:
-        """The records of all rows, in order."""
-        for _, record in read_json_lines(self.path / "passages.jsonl"):
-            yield record
+    def records(self, start: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
+        """The records of rows [start, stop), by default of all, in order."""
+        path = self.path / "passages.jsonl"
+        rows = range(start, len(self) if stop is None else stop)
+        with path.open("rb") as file:
+            file.seek(int(self._text_offsets[start]))
+            for row in rows:
+                yield parse_line(file.readline(), f"{path}, row {row}")

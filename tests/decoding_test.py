@@ -1,4 +1,4 @@
-"""Greedy and beam search over a table of logits, against searching by hand."""
+"""Searches, draws and scores over a table of logits, against what numpy finds by hand."""
 
 import functools
 import itertools
@@ -143,20 +143,39 @@ def calls_until_stop(search, logits, width, **kwargs):
         jax.debug.callback(lambda i: calls.append(int(i)), index)
         return step(tokens, index, cache)
 
-    out = search(counted, cache(width), batch=B, length=T, eos_id=EOS, **kwargs)
-    jax.block_until_ready(out)
+    run = jax.jit(lambda: search(counted, cache(width), batch=B, length=T, eos_id=EOS, **kwargs))
+    out = jax.block_until_ready(run())
     jax.effects_barrier()
     return sorted(calls), out
 
 
-def test_search_stops_as_soon_as_nothing_can_change():
+def draws(step, cache, **kwargs):
+    return decoding.sample(step, cache, rng=jax.random.key(0), temperature=1.0, **kwargs)
+
+
+@pytest.mark.parametrize("search", [decoding.greedy, draws])
+def test_a_search_runs_until_the_last_row_has_ended_and_no_longer(search):
+    logits = np.zeros((B, T, V, V), np.float32)
+    logits[..., 2] = 30.0
+    for row, end in enumerate([0, 2, 1]):
+        logits[row, end:, ..., EOS] = 60.0
+    calls, (tokens, scores) = calls_until_stop(search, logits, 1)
+    assert calls == [0, 1, 2]
+    np.testing.assert_array_equal(tokens, [[EOS, 0, 0, 0], [2, 2, EOS, 0], [2, EOS, 0, 0]])
+    want = [
+        log_probs(logits, row, [int(t) for t in one if t]).sum() for row, one in enumerate(tokens)
+    ]
+    np.testing.assert_allclose(scores, want, atol=1e-5)
+
+
+def test_a_beam_stops_as_soon_as_nothing_can_change():
     logits = np.zeros((B, T, V, V), np.float32)
     logits[..., EOS] = 30.0  # all rows end at once
-    calls, (tokens, _) = calls_until_stop(decoding.greedy, logits, 1)
-    assert calls == [0]
-    np.testing.assert_array_equal(tokens, [[EOS, 0, 0, 0]] * B)
     calls, _ = calls_until_stop(decoding.beam, logits, 1, beams=1, cache_offset=1)
     assert calls == [0]
+    # Two beams need two ends, and the second best way is one token longer.
+    calls, _ = calls_until_stop(decoding.beam, logits, 2, beams=2, cache_offset=1)
+    assert calls == [0, 1]
 
 
 def test_a_row_that_has_ended_is_not_changed_by_rows_that_go_on():
@@ -172,3 +191,116 @@ def test_a_row_that_has_ended_is_not_changed_by_rows_that_go_on():
 def test_length_penalty_is_that_of_gnmt():
     np.testing.assert_allclose(decoding.length_penalty(7, 0.6), (12 / 6) ** 0.6, rtol=1e-6)
     assert decoding.length_penalty(1, 0.6) == 1.0
+
+
+def numpy_likely(logits, top_k, top_p):
+    """Which tokens may be drawn, `[V]`, by hand."""
+    order = np.argsort(-logits, kind="stable")[: top_k or None]
+    probs = np.exp(logits[order] - logits[order].max())
+    probs /= probs.sum()
+    keep = order[: np.searchsorted(np.cumsum(probs), top_p) + 1] if top_p < 1 else order
+    return np.isin(np.arange(len(logits)), keep)
+
+
+@pytest.mark.parametrize(
+    "top_k, top_p", [(0, 1.0), (3, 1.0), (0, 0.6), (5, 0.8), (1, 1.0), (99, 0.01)]
+)
+def test_what_is_likely_is_what_numpy_finds(top_k, top_p):
+    logits = np.random.default_rng(0).normal(size=(50, 7)).astype(np.float32) * 2
+    got = np.asarray(decoding.likely(logits, top_k, top_p))
+    for row, one in zip(got, logits, strict=True):
+        keep = numpy_likely(one, top_k, top_p)
+        np.testing.assert_array_equal(row, np.where(keep, one, np.float32(decoding.WORST)))
+
+
+ROWS = 20_000
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def sample(first, second, temperature, top_k, top_p, seed=0):
+    """Two tokens for every row, of one distribution for each position (the second by the first)."""
+
+    def step(tokens, index, cache):
+        return jnp.where(index == 0, first, second[tokens[:, 0]])[:, None], cache
+
+    return decoding.sample(
+        step,
+        (),
+        batch=ROWS,
+        length=2,
+        eos_id=EOS,
+        rng=jax.random.key(seed),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
+
+
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p", [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 3, 1.0), (1.5, 4, 0.75)]
+)
+def test_draws_have_the_distribution_that_numpy_computes(temperature, top_k, top_p):
+    random = np.random.default_rng(1)
+    first, second = random.normal(size=(1, 5)), random.normal(size=(5, 5))
+    tokens, scores = sample(np.float32(first), np.float32(second), temperature, top_k, top_p)
+
+    def distribution(logits):
+        logits = logits / temperature
+        weights = np.exp(logits) * numpy_likely(logits, top_k, top_p)
+        return weights / weights.sum()
+
+    pairs = np.zeros((5, 5))
+    for one in range(5):
+        after = [1.0, 0, 0, 0, 0] if one == EOS else distribution(second[one])
+        pairs[one] = distribution(first[0])[one] * np.asarray(after)
+    found = np.zeros((5, 5))
+    np.add.at(found, tuple(np.asarray(tokens).T), 1)
+    assert not found[pairs == 0].any()
+    expected = pairs[pairs > 0] * ROWS
+    chi_square = ((found[pairs > 0] - expected) ** 2 / expected).sum()
+    freedom = len(expected) - 1
+    # Five standard deviations above the mean of a chi-square.
+    assert chi_square < freedom + 5 * np.sqrt(2 * freedom)
+
+    # The score is the model's own, whatever was cut.
+    def log_softmax(x):
+        return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+    a, b = np.asarray(tokens).T
+    want = log_softmax(first)[0, a] + np.where(a == EOS, 0, log_softmax(second)[a, b])
+    np.testing.assert_allclose(scores, want, atol=1e-5)
+
+
+def test_a_seed_draws_the_same_again_and_another_seed_something_else():
+    flat = np.zeros((1, 5), np.float32), np.zeros((5, 5), np.float32)
+    one, again, other = (sample(*flat, 1.0, 0, 1.0, seed)[0] for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, again)
+    assert (np.asarray(one) != np.asarray(other)).mean() > 0.5
+
+
+def test_draws_of_a_row_do_not_depend_on_how_many_rows_follow():
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(rows):
+        step, cache = history_step(table(0)[:rows])
+        kwargs = dict(batch=rows, length=T, eos_id=EOS, rng=jax.random.key(3), temperature=2.0)
+        return decoding.sample(step, cache(1), **kwargs)[0]
+
+    np.testing.assert_array_equal(run(B)[:2], run(2))
+
+
+def test_scores_of_given_answers_are_their_log_probabilities():
+    logits = table(0)
+    answers = [(2, 3, EOS), (EOS,), (3, 3, 3, 2), ()]
+    padded = np.array([list(one) + [0] * (T - len(one)) for one in answers], np.int32)
+    rows = np.broadcast_to(padded, (B, *padded.shape))
+
+    def score(step, cache, batch, length, eos_id, answers):
+        return decoding.score(step, cache, answers)
+
+    calls, got = calls_until_stop(score, logits, len(answers), answers=jnp.asarray(rows))
+    for row in range(B):
+        want = [log_probs(logits, row, one).sum() if one else -np.inf for one in answers]
+        np.testing.assert_allclose(got[row], want, rtol=1e-5)
+    assert calls == [0, 1, 2, 3]
+    calls, _ = calls_until_stop(score, logits, 2, answers=jnp.asarray(rows[:, :2]))
+    assert calls == [0, 1, 2]

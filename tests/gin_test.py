@@ -9,10 +9,13 @@ import pytest
 
 from glimmer_jax import configuration, shipped
 from glimmer_jax.main import MODES
-from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.models.model import DecodeConfig, GlimmerModel
 
 ROOT = shipped.root() / "gin"
-SIZES = sorted(path.stem for path in (ROOT / "sizes").glob("*.gin"))
+SIZES = sorted(
+    path.relative_to(ROOT / "sizes").with_suffix("").as_posix()
+    for path in (ROOT / "sizes").rglob("*.gin")
+)
 MODELS = ("fid", "lumen", "glimmer")
 EXAMPLES = sorted((ROOT / "examples").glob("*.gin"))
 ABLATIONS = sorted((ROOT / "ablations").glob("*.gin"))
@@ -36,6 +39,14 @@ RUNS = {
     "infer": ("infer", [CHECKPOINT, TASK[2], "PASSAGES_DIR = 'p'"]),
     "score": ("score", ["PREDICTIONS = 'p'", "QUESTIONS = 'q'"]),
     "export": ("export", [CHECKPOINT, "OUTPUT_PATH = 'o.safetensors'"]),
+    "export_program": (
+        "export",
+        [
+            CHECKPOINT,
+            "OUTPUT_PATH = 'o'",
+            "BUCKETS = [{'inputs': 4, 'targets': 3, 'passages': (25, 8)}]",
+        ],
+    ),
 }
 # Ending of an example's name -> mode, and what it requires.
 EXAMPLE_RUNS = {
@@ -107,11 +118,13 @@ def test_models_of_all_sizes_build_abstractly(model, size):
     layers = built.config.t5.num_encoder_layers
     cut = (built.config.memory_layers, built.config.rerank_layers)
     # GLIMMER (arXiv 2306.10231), alpha 1/3 and beta 1/4.
-    glimmer = {7: (5, 1), 8: (5, 1), 12: (8, 1), 24: (16, 2)}[layers]
+    glimmer = {6: (4, 1), 7: (5, 1), 8: (5, 1), 12: (8, 1), 24: (16, 2)}[layers]
     assert cut == {"fid": (0, 0), "lumen": (glimmer[0], 0), "glimmer": glimmer}[model]
     if model == "fid":
-        # T5 v1.1's published counts, in millions.
+        # Published counts of T5 v1.1 and of T5 1.0, in millions.
         wanted = {"tiny": 2, "small": 77, "base": 248, "large": 783, "xl": 2850, "xxl": 11135}
+        old = {"small": 61, "base": 223, "large": 738, "3b": 2852, "11b": 11307}
+        wanted |= {f"t5_1_0/{name}": count for name, count in old.items()}
         assert parameter_count(built) / 1e6 == pytest.approx(wanted[size], rel=0.1)
 
 
@@ -136,6 +149,15 @@ def test_examples_need_only_what_they_say(path):
     bound = arguments(mode)
     if "model" in bound:
         assert parameter_count(bound["model"]) < 5e6
+
+
+def test_answers_are_searched_drawn_or_given_as_macros_say():
+    files = [f"gin/{name}.gin" for name in ("sizes/tiny", "models/fid", "runs/eval")]
+    drawn = ["SAMPLING_TEMPERATURE = 0.7", "TOP_K = 5", "TOP_P = 0.9", "CANDIDATES = ['yes', 'no']"]
+    configuration.parse(files, [*RUNS["eval"][1], *drawn])
+    bound = arguments("eval")
+    assert bound["model"].decode == DecodeConfig(temperature=0.7, top_k=5, top_p=0.9)
+    assert bound["candidates"] == ["yes", "no"]
 
 
 def test_memory_takes_a_model_after_its_own_file():

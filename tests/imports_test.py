@@ -17,7 +17,9 @@ ROOT = PACKAGE.parent
 # From the bottom up: a module imports modules of its own group and of groups above it in this list.
 LAYERS = (
     ("axes", "text", "lengths"),
-    ("json_lines", "corpus", "kilt", "preemption", "lock", "distributed", "shipped", "quiet"),
+    ("json_lines", "kilt", "preemption", "lock", "distributed", "shipped", "quiet")
+    + ("kilt_files", "kilt_parquet", "triviaqa"),
+    ("corpus",),
     ("partitioning",),
     ("codecs",),
     ("passages",),
@@ -31,12 +33,15 @@ LAYERS = (
     ("data",),
     ("serving",),
     ("modes",),
+    ("t5x_adapter",),
     ("configuration",),
     ("main",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Data hangs on the ground alone: it knows files and batches, no model.
-DATA_MAY_USE = {"axes", "text", "lengths", "json_lines", "corpus", "kilt", "passages", "data"}
+DATA_MAY_USE = {
+    *("axes", "text", "lengths", "json_lines", "corpus", "kilt", "kilt_files", "passages", "data")
+}
 CORE = (
     "axes",
     "partitioning",

@@ -123,6 +123,20 @@ def test_training_leaves_checkpoints_config_and_metrics(trained):
     assert len(losses(trained)) >= 5
 
 
+@pytest.mark.parametrize("form", ["huggingface", "t5x"])
+def test_training_starts_from_what_export_has_written(work, trained, tmp_path, capfd, form):
+    files = ("sizes/tiny", "models/glimmer", "runs/export")
+    exported = str(tmp_path / form)
+    out = {"CHECKPOINT_PATH": str(trained), "OUTPUT_PATH": exported, "OUTPUT_FORMAT": form}
+    assert run("export", *files, **out) == 0
+    assert f"Wrote {exported}: {form}, the parts under" in "".join(capfd.readouterr())
+    start = {"INITIAL_CHECKPOINT_PATH": exported, "TRAIN_STEPS": 1}
+    assert train(work, tmp_path / "run", **start) == 0
+    shown = "".join(capfd.readouterr())
+    found = {"huggingface": "a Hugging Face glimmer", "t5x": "a T5X checkpoint"}[form]
+    assert f"Parameters: {found} in {exported}" in shown and "from the given weights" in shown
+
+
 def test_all_modes_after_training(work, trained, capsys):
     memory, checkpoint = str(work / "memory"), str(trained)
     shared = {"CHECKPOINT_PATH": checkpoint, "PASSAGES_DIR": data(work)["PASSAGES_DIR"]}
@@ -140,7 +154,12 @@ def test_all_modes_after_training(work, trained, capsys):
     answers = {}
     for name, extra in (("tokens", {}), ("memory", {"MEMORY_DIR": memory})):
         out = work / f"out_{name}"
-        evaluated = {"OUTPUT_DIR": str(out), "BATCH_SIZE": 8, **extra}
+        evaluated = {
+            "OUTPUT_DIR": str(out),
+            "BATCH_SIZE": 8,
+            "CANDIDATES": ["red", "blue"],
+            **extra,
+        }
         files = ("examples/pydocs_glimmer_eval",)
         assert run("eval", *files, **shared, DATA_DIR=data(work)["DATA_DIR"], **evaluated) == 0
         lines = (out / "predictions-pydocs_which_function.jsonl").read_text().splitlines()
@@ -149,6 +168,7 @@ def test_all_modes_after_training(work, trained, capsys):
     assert len(answers["tokens"]) == 10
     for one, other in zip(answers["tokens"], answers["memory"], strict=True):
         assert one["score"] == pytest.approx(other["score"], abs=1e-3)
+        assert one["prediction"] in ("red", "blue")
 
     questions = str(work / "retrieved" / "which_function-test.jsonl")
     predictions = str(work / "answers.jsonl")
@@ -181,9 +201,11 @@ def test_export_and_another_cut_start_a_run(work, trained, tmp_path):
 def test_a_question_at_the_prompt(work, trained, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", iter_lines("blue thing\n\n"))
     shared = {"CHECKPOINT_PATH": str(trained), "PASSAGES_DIR": data(work)["PASSAGES_DIR"]}
-    assert run("infer", "examples/pydocs_glimmer_infer", **shared) == 0
+    candidates = {"CANDIDATES": ["none of these", "nor this"]}
+    assert run("infer", "examples/pydocs_glimmer_infer", **shared, **candidates) == 0
     shown = capsys.readouterr().out
     assert "log probability" in shown
+    assert shown.splitlines()[-4].split("    ")[0] in candidates["CANDIDATES"]
     assert "blue" in shown
 
 

@@ -12,7 +12,7 @@ seqio = pytest.importorskip("seqio")
 import tensorflow as tf
 
 from glimmer_jax import lengths as lengths_module
-from glimmer_jax.data import evaluation, features, pipeline, preprocessors, retrieved
+from glimmer_jax.data import cache, evaluation, features, pipeline, preprocessors, retrieved
 from glimmer_jax.data.vocabulary import Vocabulary
 
 LENGTHS = {"inputs": 8, "targets": 6, "passages": (3, 12)}
@@ -239,7 +239,7 @@ def test_bad_data_ends_before_anything_is_computed(data_dir, passages):
 def test_fit_is_checked_before_training(data_dir):
     fit = functools.partial(pipeline.check_fit, vocabulary=Vocabulary(), has_passages=True)
     counts = fit(TASK, "validation", LENGTHS)
-    assert counts == {"examples": 5, "questions_cut": 0, "answers_cut": 0}
+    assert counts == {"examples": 5, "questions_cut": 0, "answers_cut": 0, "without_gold": 0}
     too_many = {**LENGTHS, "passages": (4, 12)}
     with pytest.raises(ValueError, match="asks for K=4 passages.* have 3 at most"):
         fit(TASK, "validation", too_many)
@@ -251,6 +251,86 @@ def test_fit_is_checked_before_training(data_dir):
         fit(TASK, "validation", LENGTHS, has_passages=False)
     with pytest.raises(ValueError, match="The inputs of .* have the vocabulary"):
         fit(TASK, "validation", LENGTHS, vocabulary=Vocabulary(extra_ids=3))
+
+
+def test_splits_and_labels_that_are_not_there_are_named(data_dir):
+    write_lines(data_dir, [{**line(0), "output": []}], "test")
+    with pytest.raises(ValueError, match="No test example of .* has an answer .*run_mode=infer"):
+        pipeline.check_fit(TASK, "test", LENGTHS, vocabulary=Vocabulary(), has_passages=True)
+    with pytest.raises(ValueError, match="has no other examples, only train, validation, test"):
+        pipeline.check_fit(TASK, "other", LENGTHS, vocabulary=Vocabulary(), has_passages=True)
+
+
+def test_the_relevance_filter_is_a_setting_of_the_process(data_dir, monkeypatch, caplog):
+    write_lines(data_dir, [line(i, bleu=i / 10) for i in range(10)])
+    monkeypatch.setenv(retrieved.MIN_BLEU_VARIABLE, "0.5")
+    read = seqio.get_mixture_or_task(TASK).get_dataset
+    with caplog.at_level("INFO"):
+        assert len(list(read(None, "train", shuffle=False))) == 5
+    assert "5 of 10 examples are left out" in caplog.text
+    retrieved.use(min_bleu_score=0.0)
+    assert len(list(read(None, "train", shuffle=False))) == 10
+    for wrong in ("1.5", "half"):
+        monkeypatch.setenv(retrieved.MIN_BLEU_VARIABLE, wrong)
+        with pytest.raises(ValueError, match=f"number from 0 to 1, got '{wrong}'"):
+            retrieved.min_bleu_score()
+
+
+def test_tasks_are_registered_with_the_vocabulary_in_use(tmp_path, monkeypatch):
+    monkeypatch.delenv(retrieved.VOCABULARY_VARIABLE, raising=False)
+    assert retrieved.vocabulary() == Vocabulary()
+    copy = tmp_path / "copy.model"
+    copy.write_bytes(Vocabulary().path.read_bytes())
+    monkeypatch.setenv(retrieved.VOCABULARY_VARIABLE, "")
+    retrieved.use(vocabulary=Vocabulary(copy))
+    found = retrieved.register("with_copy", "which", [])
+    seqio.TaskRegistry.remove("with_copy")
+    assert found.output_features["inputs"].vocabulary == Vocabulary(copy).seqio()
+
+
+def test_a_cache_gives_the_same_examples(data_dir, tmp_path):
+    folder = str(tmp_path / "cache")
+    assert cache.write(TASK, folder, num_shards=3) == {"train": 10, "validation": 5}
+    task = seqio.get_mixture_or_task(TASK)
+    monkey = seqio.get_global_cache_dirs()
+    seqio.set_global_cache_dirs([folder])
+    try:
+        one, other = (
+            list(task.get_dataset(None, "train", cached, shuffle=False).as_numpy_iterator())
+            for cached in (False, True)
+        )
+        assert task.num_input_examples("train") is None
+        assert task.get_cached_stats("train") == {"examples": 10}
+    finally:
+        seqio.set_global_cache_dirs(monkey)
+        task._cache_dir = None
+    one, other = (sorted(rows, key=lambda row: row["id"]) for rows in (one, other))
+    for name in ("id", "inputs", "answers", "passage_ids", "gold_passages"):
+        for a, b in zip(one, other, strict=True):
+            np.testing.assert_array_equal(a[name], b[name])
+    with pytest.raises(ValueError, match="holds a cache of which_test already"):
+        cache.write(TASK, folder)
+    (data_dir / "which-dev.jsonl").unlink()
+    with pytest.raises(ValueError, match="No retrieved file"):
+        cache.write(TASK, str(tmp_path / "other"))
+    assert not list((tmp_path / "other").rglob(cache.COMPLETED))
+
+
+def test_kilts_tasks_have_their_sizes_splits_and_metrics():
+    from tasks import kilt as kilt_registrations
+
+    mixture = seqio.get_mixture_or_task("kilt_glimmer")
+    names = {f"kilt_{name}" for name in kilt_registrations.GLIMMER}
+    assert {task.name for task in mixture.tasks} == names and len(names) == 6
+    assert {mixture.get_rate(task) for task in mixture.tasks} == {1.0}
+    # Train, dev and test of T-REx.
+    trex = seqio.get_mixture_or_task("kilt_trex")
+    sizes = [trex.num_input_examples(split) for split in ("train", "validation", "test")]
+    assert sizes == [2_284_168, 5_000, 5_000]
+    assert set(seqio.get_mixture_or_task("kilt_cweb").splits) == {"validation", "test"}
+    assert len([n for n in seqio.TaskRegistry.names() if n.startswith("kilt_")]) == 11
+    for name in names:
+        assert seqio.get_mixture_or_task(name).supports_caching
 
 
 def test_evaluation_calls_plain_functions_on_batches(data_dir, passages, tmp_path):

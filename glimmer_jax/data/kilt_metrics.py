@@ -2,15 +2,16 @@
 
 Metrics of the KILT benchmark (Petroni et al., arXiv 2009.02252, section 5), with the keys and values
 of its scripts `eval_downstream.py` and `eval_retrieval.py`, so that numbers can stand beside the
-leaderboard's. They differ from `glimmer_jax.data.scoring` in places that the tests name: accuracy
-compares case and punctuation too, an answer of articles alone has no F1, Rouge-L is that of
-`glimmer_jax.data.rouge`, and recall@k counts sets of pages.
+leaderboard's; the latter's figures on the text of passages (`answer_in_context@k` and its like), which
+no leaderboard has, are left out. They differ from `glimmer_jax.data.scoring` in places that the tests
+name: accuracy compares case and punctuation too, an answer of articles alone has no F1, Rouge-L is that
+of `glimmer_jax.data.rouge`, and recall@k counts sets of pages.
 
 `glimmer_jax.data.kilt_pairs` reads the files; everything here is a function of what it read.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from glimmer_jax.data.kilt_pairs import Gold, Guess, read_pairs
@@ -22,6 +23,8 @@ Scores = dict[str, float]
 
 KS = (1, 5, 10, 20)
 ANSWER_METRICS = ("accuracy", "em", "f1", "rougel")
+# What seqio's tasks call them.
+_TASK_METRICS = {"accuracy": "accuracy", "exact_match": "em", "f1": "f1", "rougel": "rougel"}
 
 
 def kilt_scores(
@@ -113,6 +116,28 @@ def word_f1(prediction: str, target: str) -> float:
     precision, recall = common / len(got), common / len(wanted)
     # The harmonic mean in this order of operations, for the official last bit.
     return 2 * precision * recall / (precision + recall)
+
+
+def task_metrics(*names: str) -> Callable[..., Scores]:
+    """A metric function for seqio: means of `accuracy`, `exact_match`, `f1` or `rougel`.
+
+    Targets are lists of gold answers; one without any scores 0, as a question without labels must not
+    stop an evaluation of others.
+    """
+
+    def metrics(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> Scores:
+        totals = dict.fromkeys(names, 0.0)
+        for target, prediction in zip(targets, predictions, strict=True):
+            answers = frozenset(one.strip() for one in target) - {""}
+            if not answers:
+                continue
+            guess = Guess("prediction", prediction.strip(), ())
+            scores = answer_scores(Gold("target", answers, (), ()), guess)
+            for name in names:
+                totals[name] += scores[_TASK_METRICS[name]]
+        return {name: total / max(len(targets), 1) for name, total in totals.items()}
+
+    return metrics
 
 
 def retrieval_scores(gold: Gold, guess: Guess, ks: Sequence[int] = KS) -> Scores:

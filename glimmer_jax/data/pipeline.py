@@ -146,6 +146,7 @@ def check_fit(
     *,
     vocabulary: Vocabulary,
     has_passages: bool,
+    use_cached: bool = False,
     examples: int = 1000,
     max_cut: float = 0.1,
 ) -> dict[str, int]:
@@ -157,19 +158,21 @@ def check_fit(
       lengths: `{"inputs": Q, "targets": T, "passages": (K, P)}`.
       vocabulary: that of model and passages.
       has_passages: whether there is a folder or a memory to read passages from.
+      use_cached: read seqio's cache of the tasks.
       examples: of each task that are looked at.
       max_cut: share of them that may be longer than their lengths.
 
     Returns:
-      Counts over all tasks: `examples`, and of them `questions_cut` and `answers_cut`.
+      Counts over all tasks: `examples`, and of them `questions_cut`, `answers_cut` and `without_gold`
+      (no passage that is known to answer).
 
     Raises:
       ValueError: a task has another vocabulary, its passages are ids that nothing resolves, no
-        example has as many passages as K, or more than `max_cut` of the questions or of the answers
-        are longer than Q or T.
+        example has an answer or as many passages as K, or more than `max_cut` of the questions or of
+        the answers are longer than Q or T.
     """
     question_length, target_length, num_passages, _ = check_lengths(lengths)
-    counts = {"examples": 0, "questions_cut": 0, "answers_cut": 0}
+    counts = {"examples": 0, "questions_cut": 0, "answers_cut": 0, "without_gold": 0}
     for task in seqio.get_subtasks(find_mixture_or_task(mixture_or_task_name)):
         for feature in ("inputs", "targets"):
             if task.output_features[feature].vocabulary != vocabulary.seqio():
@@ -183,13 +186,25 @@ def check_fit(
                 f"The examples of {task.name} name their passages by id: set PASSAGES_DIR to the "
                 "folder they were retrieved from, or MEMORY_DIR to its memory."
             )
-        ds = task.get_dataset(None, split, shuffle=False, num_epochs=1)
-        most = seen = questions = targets = 0
+        if split not in task.splits:
+            raise ValueError(
+                f"{task.name} has no {split} examples, only {', '.join(task.splits)}. Leave it out of "
+                "MIXTURE_OR_TASK_NAME, or take another split."
+            )
+        ds = task.get_dataset(None, split, use_cached, shuffle=False, num_epochs=1)
+        most = seen = questions = targets = answered = 0
         for example in ds.take(examples).as_numpy_iterator():
             seen += 1
             questions += len(example["inputs"]) > question_length
             targets += len(example["targets"]) > target_length
             most = max(most, len(example.get("passage_ids", example.get("passages"))))
+            answered += bool(np.any(example["targets"] > vocabulary.eos_id))
+            counts["without_gold"] += not np.any(example.get("gold_passages", 1))
+        if not answered:
+            raise ValueError(
+                f"No {split} example of {task.name} has an answer to compare with: KILT keeps those of "
+                "its test files back. Take another split, or answer the file with --run_mode=infer."
+            )
         if most < num_passages:
             raise ValueError(
                 f"TASK_FEATURE_LENGTHS asks for K={num_passages} passages, and the {split} examples "

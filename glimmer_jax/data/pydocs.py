@@ -9,12 +9,12 @@ split of a module never does.
 
 import dataclasses
 import functools
-import hashlib
 import re
 import textwrap
 from collections.abc import Iterator
 from typing import Any
 
+from glimmer_jax.corpus.record import stable_hash
 from glimmer_jax.data.pydocs_objects import Documented, documented_objects
 
 SPLITS = ("train", "dev", "test")
@@ -81,12 +81,6 @@ def split_of(module: str) -> str:
         return "train"
     place = stable_hash(_SALT, family) % 1000
     return "train" if place < 700 else "dev" if place < 780 else "test"
-
-
-def stable_hash(*parts: object) -> int:
-    """A 63-bit number that depends on the parts alone, not on the process."""
-    data = "\x00".join(str(part) for part in parts).encode()
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
 
 
 def passage_id(name: str, chunk: int) -> int:

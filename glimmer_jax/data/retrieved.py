@@ -1,8 +1,14 @@
-"""Tasks over retrieved files: `<data_dir>/<task>-<split>.jsonl`, registered with seqio in one call."""
+"""Tasks over retrieved files: `<data_dir>/<task>-<split>.jsonl`, registered with seqio in one call.
 
+Where the files lie, which training answers are sound and which vocabulary is the model's are settings of
+the process (`use`), since seqio's tasks take none. They are environment variables, so that a program of
+somebody else that imports the tasks can have them too.
+"""
+
+import logging
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +19,13 @@ from glimmer_jax.data import preprocessors
 from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.kilt import read_examples
 
+logger = logging.getLogger(__name__)
+
 # File names say dev, seqio says validation.
 FILE_SPLITS = {"train": "train", "validation": "dev", "test": "test"}
 DATA_DIR_VARIABLE = "GLIMMER_DATA_DIR"
+MIN_BLEU_VARIABLE = "GLIMMER_MIN_BLEU_SCORE"
+VOCABULARY_VARIABLE = "GLIMMER_VOCABULARY"
 DEFAULT_DATA_DIR = "data/retrieved"
 
 
@@ -24,10 +34,44 @@ def data_dir() -> Path:
     return Path(os.environ.get(DATA_DIR_VARIABLE, DEFAULT_DATA_DIR))
 
 
-def use_data_dir(path: str | Path | None) -> None:
-    """Sets the folder for all tasks of this process; None leaves it."""
-    if path is not None:
-        os.environ[DATA_DIR_VARIABLE] = str(path)
+def min_bleu_score() -> float:
+    """`preprocessors.answered_by_source`'s threshold: GLIMMER_MIN_BLEU_SCORE, or 0.5.
+
+    Raises ValueError where the variable holds no number from 0 to 1.
+    """
+    text = os.environ.get(MIN_BLEU_VARIABLE, str(preprocessors.MIN_BLEU))
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found <= 1:
+        raise ValueError(
+            f"MIN_BLEU_SCORE (or {MIN_BLEU_VARIABLE}) must be a number from 0 to 1, got {text!r}."
+        )
+    return found
+
+
+def vocabulary() -> Vocabulary:
+    """Of tasks registered without one: the file in GLIMMER_VOCABULARY, or the built-in one."""
+    path = os.environ.get(VOCABULARY_VARIABLE)
+    return Vocabulary() if path is None else Vocabulary(Path(path))
+
+
+def use(
+    data_dir: str | Path | None = None,
+    min_bleu_score: float | None = None,
+    vocabulary: Vocabulary | None = None,
+) -> None:
+    """Sets these for all tasks of this process; None leaves one as it is.
+
+    The vocabulary counts for tasks that are registered afterwards.
+    """
+    if data_dir is not None:
+        os.environ[DATA_DIR_VARIABLE] = str(data_dir)
+    if min_bleu_score is not None:
+        os.environ[MIN_BLEU_VARIABLE] = str(min_bleu_score)
+    if vocabulary is not None:
+        os.environ[VOCABULARY_VARIABLE] = str(vocabulary.path)
 
 
 def retrieved_file(task: str, split: str) -> Path:
@@ -50,7 +94,7 @@ def retrieved_file(task: str, split: str) -> Path:
 
 def read_split(
     task: str, split: str, min_bleu: float = preprocessors.MIN_BLEU
-) -> list[dict[str, Any]]:
+) -> preprocessors.Columns:
     """Features of all examples; training examples are filtered by provenance.
 
     The file is read whole and checked before anything is computed, so that a bad line ends a job in
@@ -61,10 +105,25 @@ def read_split(
     """
     path = retrieved_file(task, split)
     threshold = min_bleu if split == "train" else 0.0
-    made = [preprocessors.example_features(line, threshold) for line in read_examples(path)]
-    kept = [one for one in made if one is not None]
-    if not kept:
-        raise ValueError(f"{path} holds no example{' with sound provenance' if made else ''}.")
+    left_out = 0
+
+    def features() -> Iterator[dict[str, Any]]:
+        nonlocal left_out
+        for line in read_examples(path):
+            one = preprocessors.example_features(line, threshold)
+            if one is not None:
+                yield one
+            else:
+                left_out += 1
+
+    kept = preprocessors.Columns(features())
+    if not len(kept):
+        raise ValueError(f"{path} holds no example{' with sound provenance' if left_out else ''}.")
+    if left_out:
+        logger.info(
+            "%s: %d of %d examples are left out, no answer of theirs has a bleu_score of %g.",
+            path, left_out, left_out + len(kept), threshold,
+        )  # fmt: skip
     return kept
 
 
@@ -72,34 +131,40 @@ def register(
     name: str,
     file_task: str,
     metric_fns: Sequence[Callable[..., Any]],
-    vocabulary: Vocabulary = Vocabulary(),
-    min_bleu: float = preprocessors.MIN_BLEU,
+    num_input_examples: Mapping[str, int] | None = None,
 ) -> Any:
     """Registers the seqio task `name` over the files `<data_dir>/<file_task>-<split>.jsonl`.
+
+    seqio may cache its examples (before an answer is drawn), as they are filtered at that time.
 
     Args:
       name: of the task.
       file_task: as in the file names.
       metric_fns: `(targets, predictions) -> {name: value}` with lists of answers as targets, or
         `(targets, predictions, aux_values)`.
-      vocabulary: of questions and answers.
-      min_bleu: see `preprocessors.answered_by_source`.
+      num_input_examples: lines of each split's file; splits that are left out do not exist. None: all
+        three, of any size.
     """
 
     def dataset_fn(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-        examples = read_split(file_task, split, min_bleu)
-        if shuffle_files:
-            # The whole file, once; seqio's buffer then changes the order from epoch to epoch. A
-            # larger buffer would do both, and hold up every start until it is full.
-            random.Random(seed).shuffle(examples)
-        return preprocessors.to_dataset(examples)
+        examples = read_split(file_task, split, min_bleu_score())
+        if not shuffle_files:
+            return examples.dataset()
+        # The whole file, once; seqio's buffer then changes the order from epoch to epoch. A larger
+        # buffer would do both, and hold up every start until it is full.
+        order = list(range(len(examples)))
+        random.Random(seed).shuffle(order)
+        return examples.dataset(order)
 
-    text = vocabulary.seqio()
+    text = vocabulary().seqio()
     ids = seqio.PassThroughVocabulary(size=2**63 - 1)
     return seqio.TaskRegistry.add(
         name,
-        source=seqio.FunctionDataSource(dataset_fn, splits=tuple(FILE_SPLITS)),
+        source=seqio.FunctionDataSource(
+            dataset_fn, tuple(num_input_examples or FILE_SPLITS), num_input_examples
+        ),
         preprocessors=[
+            seqio.CacheDatasetPlaceholder(),
             preprocessors.draw_answer,
             seqio.preprocessors.tokenize,
             seqio.preprocessors.append_eos_after_trim,

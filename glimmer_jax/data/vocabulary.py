@@ -33,7 +33,7 @@ class Vocabulary:
     """A SentencePiece model file with sentinels on top: text to ids and back.
 
     Attributes:
-      path: the SentencePiece model file.
+      path: the SentencePiece model file; None for the built-in one.
       extra_ids: number of sentinels; `<extra_id_0>` has the largest id.
     """
 
@@ -41,6 +41,7 @@ class Vocabulary:
     extra_ids: int = EXTRA_IDS
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path or PYDOCS_MODEL))
         if not Path(self.path).is_file():
             raise ValueError(
                 f"No vocabulary file {self.path}. Give the path of a SentencePiece model, or leave "

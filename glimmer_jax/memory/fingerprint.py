@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import tensorstore as ts
 from jax.experimental import multihost_utils
 
 from glimmer_jax.models.glimmer import GlimmerConfig
@@ -67,7 +68,7 @@ def _update(digest: Any, name: str, leaf: Any) -> None:
     digest.update(array.reshape(-1).view(np.uint8).data)
 
 
-def _canonical(tree: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+def _canonical(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Leaves by name, the layers of a stack one by one as `layers/0007/...`."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         keys = [str(entry.key) for entry in path]
@@ -86,7 +87,9 @@ def _canonical(tree: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
             yield "/".join(keys), array
 
 
-def _on_host(leaf: Any) -> np.ndarray:
+def _on_host(leaf: Any) -> Any:
+    if isinstance(leaf, ts.TensorStore):
+        return leaf  # read when its turn comes
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         leaf = multihost_utils.process_allgather(leaf, tiled=True)
     return np.asarray(leaf)

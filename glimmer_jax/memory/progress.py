@@ -16,7 +16,9 @@ class Progress:
         passages: int,
         report: Callable[[Mapping[str, float]], None] | None,
         every_seconds: float,
+        what: str = "memory",
     ):
+        self._what = what
         self._wanted = passages
         self._report = report
         self._every = every_seconds
@@ -52,8 +54,9 @@ class Progress:
         rates = self._rates()
         left = (self._wanted - self._passages) / max(rates["passages_per_s"], 1e-9)
         logger.info(
-            "memory: %d of %d passages, %.1f passages/s, %.0f tokens/s, %.1f%% padding, %.1f MB "
+            "%s: %d of %d passages, %.1f passages/s, %.0f tokens/s, %.1f%% padding, %.1f MB "
             "written, %.0f s left",
+            self._what,
             self._passages,
             self._wanted,
             rates["passages_per_s"],

@@ -43,7 +43,7 @@ def _metadata(shape: Sequence[int], dtype: np.dtype, chunk_rows: int) -> dict[st
     }
 
 
-def _encode(values: np.ndarray, chunk_rows: int) -> dict[str, bytes]:
+def encode_array(values: np.ndarray, chunk_rows: int) -> dict[str, bytes]:
     """The files of one array, name -> bytes."""
     context = ts.Context()
     memory = ts.KvStore.open("memory://", context=context).result()
@@ -94,7 +94,7 @@ def write_arrays(
         kvstore.delete_range(ts.KvStore.KeyRange()).result()
         for name, values in every.items():
             chunk_rows = chunk_tokens if name in arrays else len(values)
-            for key, data in _encode(np.ascontiguousarray(values), chunk_rows).items():
+            for key, data in encode_array(np.ascontiguousarray(values), chunk_rows).items():
                 files[f"{name}/{key}"] = (len(data), hashlib.sha256(data).hexdigest())
                 pending.append(kvstore.write(f"{name}/{key}", data))
         for write in pending:

@@ -8,6 +8,7 @@ what the model computes: such parameters are a start for training, not a copy.
 from typing import Any
 
 import jax
+import numpy as np
 
 from glimmer_jax.models.stacking import stack_layers, unstack_layers
 from glimmer_jax.models.t5 import T5Config
@@ -61,7 +62,9 @@ def convert_decoder(decoder: Params, source: T5Config, target: T5Config) -> Para
 
 
 def _merge_heads(attention: Params, before: int, after: int) -> Params:
-    def merge(kernel: jax.Array) -> jax.Array:
+    def merge(kernel: Any) -> Any:
+        if not isinstance(kernel, jax.Array):
+            kernel = np.asarray(kernel)  # in a file: one kernel at a time is read
         shape = (kernel.shape[0], after, before // after, kernel.shape[1] // before)
         return kernel.reshape(shape).mean(2).reshape(kernel.shape[0], -1)
 

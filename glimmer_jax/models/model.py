@@ -14,6 +14,8 @@ A batch holds numpy or jax arrays:
     decoder_target_tokens  int32 [B, T]
     decoder_loss_weights   float32 [B, T]   0 for padding
     gold_passages          int32 [B, K]     optional, nonzero where a passage holds the answer
+    candidate_tokens       int32 [B, N, T]  optional, answers to choose from when predicting: end token
+                                            included, then 0; all 0 is no candidate
 """
 
 import dataclasses
@@ -25,7 +27,8 @@ import jax
 import jax.numpy as jnp
 from flax.linen.partitioning import AxisMetadata
 
-from glimmer_jax import codecs, decoding, losses
+from glimmer_jax import codecs, losses
+from glimmer_jax.models.answers import DecodeConfig, answer
 from glimmer_jax.models.glimmer import Batch, Glimmer, GlimmerConfig, Live, fuse, select
 from glimmer_jax.partitioning import AXIS_RULES
 
@@ -59,18 +62,6 @@ class LossConfig:
         weights = (self.z_loss, self.distillation_weight, self.supervised_weight)
         if min(*weights, self.cross_entropy_weight) < 0:
             raise ValueError(f"Loss weights must not be negative: {self}.")
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodeConfig:
-    """How answers are produced. Their length is that of the batch's `decoder_input_tokens`."""
-
-    beams: int = 1  # 1 is greedy
-    length_penalty: float = 0.6  # exponent, for beams only
-
-    def __post_init__(self):
-        if self.beams < 1:
-            raise ValueError(f"beams must be at least 1, got {self.beams}.")
 
 
 class GlimmerModel:
@@ -338,39 +329,33 @@ class GlimmerModel:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Answers, and what they rest on.
 
+        Args:
+          params: the model's parameters.
+          batch: see the module's docstring; with `candidate_tokens` the most probable of these is
+            the answer, whatever `decode` says.
+          rng: random key; needed where `decode` draws, and not used elsewhere.
+
         Returns:
           int32 `[B, T]`, and `scores` float32 `[B]` (log probability, penalised for beams),
-          `passage_scores` float32 `[B, K]`, `kept_passages` int32 `[B, m]` (indices into the K).
+          `passage_scores` float32 `[B, K]`, `kept_passages` int32 `[B, m]` (indices into the K); with
+          candidates also `candidate_scores` float32 `[B, N]`, log probabilities.
+
+        Raises:
+          ValueError: answers are to be drawn, and there is no `rng`.
         """
-        del rng  # Greedy and beam search draw nothing.
-        variables = {"params": params}
         encoded, mask, live, kept = self._read(params, batch)
-        batch_size, length = batch["decoder_input_tokens"].shape
-        cross = self.module.apply(variables, encoded, method="start_decoding")
-        cache = self.module.apply(
-            variables, batch_size, self.decode.beams, length, method="empty_cache"
+        tokens, aux = answer(
+            self.module,
+            {"params": params},
+            encoded,
+            mask,
+            self.decode,
+            length=batch["decoder_input_tokens"].shape[1],
+            eos_id=self.eos_id,
+            rng=rng,
+            candidates=batch.get("candidate_tokens"),
         )
-
-        def step(tokens, index, cache):
-            return self.module.apply(
-                variables, tokens, index, cache, cross, mask, method="decode_step"
-            )
-
-        kwargs: dict[str, int] = dict(batch=batch_size, length=length, eos_id=self.eos_id)
-        if self.decode.beams == 1:
-            tokens, scores = decoding.greedy(step, cache, **kwargs)
-        else:
-            tokens, scores = decoding.beam(
-                step,
-                cache,
-                beams=self.decode.beams,
-                alpha=self.decode.length_penalty,
-                cache_offset=1 if self.config.t5.scan_layers else 0,
-                **kwargs,
-            )
-            tokens, scores = tokens[:, -1], scores[:, -1]
-        aux = {"scores": scores, "passage_scores": live.scores, "kept_passages": kept}
-        return tokens, aux
+        return tokens, {**aux, "passage_scores": live.scores, "kept_passages": kept}
 
     def score_batch(self, params: Params, batch: Batch, return_intermediates: bool = False) -> Any:
         """log p(target) of each row, float32 `[B]`; with intermediates, also scores and kept."""

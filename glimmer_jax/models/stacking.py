@@ -10,12 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorstore as ts
 
 Params = dict[str, Any]
 
 
 def stack_layers(tree: Params) -> Params:
-    """Looped parameters, anywhere in a tree, as a scanned model has them. numpy stays numpy."""
+    """Looped parameters, anywhere in a tree, as a scanned model has them.
+
+    numpy stays numpy, and TensorStores become a TensorStore that has read nothing.
+    """
     out = {k: stack_layers(v) if isinstance(v, dict) else v for k, v in tree.items()}
     numbered = [f"layers_{i}" for i in range(len(out)) if f"layers_{i}" in out]
     if numbered:
@@ -50,5 +54,7 @@ def _period(layers: list[Params]) -> int:
 
 
 def _stack(*leaves: Any) -> Any:
+    if isinstance(leaves[0], ts.TensorStore):
+        return ts.stack(leaves)
     # jnp would send parameters that lie on the host to the first device.
     return np.stack(leaves) if isinstance(leaves[0], np.ndarray) else jnp.stack(leaves)

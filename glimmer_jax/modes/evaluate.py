@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from glimmer_jax.models.cost import question_cost
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
 from glimmer_jax.partitioning import MeshConfig, make_mesh
+from glimmer_jax.passages import Passages
+from glimmer_jax.retrieval import origin
+from glimmer_jax.serving.candidates import add_candidates, encode_candidates
 from glimmer_jax.serving.predictor import Predictor
 
 
@@ -34,6 +37,8 @@ def evaluate(
     vocabulary: Vocabulary = Vocabulary(),
     memory_bytes_per_device: int = 0,
     use_cached_tasks: bool = False,
+    candidates: Sequence[str] | None = None,
+    seed: int = 0,
     operative_config: Callable[[], str] = str,
 ) -> dict[str, float]:
     """Prints, and returns, `{"task/metric": value}`.
@@ -55,6 +60,9 @@ def evaluate(
       vocabulary: of tasks and passages.
       memory_bytes_per_device: a memory that fits into this is kept on the devices.
       use_cached_tasks: read seqio's caches.
+      candidates: the only answers allowed, for the questions of all tasks; None lets the model write
+        its own.
+      seed: of drawn answers.
       operative_config: text of the configuration in force.
 
     Raises:
@@ -64,6 +72,11 @@ def evaluate(
     lengths = checks.lengths_for(model.config, task_feature_lengths)
     checks.vocabulary_fits(model, vocabulary)
     checks.batch_size("BATCH_SIZE", batch_size, make_mesh(mesh))
+    candidates_NT = None
+    if candidates is not None:
+        candidates_NT = encode_candidates(candidates, vocabulary, lengths.target)
+    if passages_dir is not None and data_dir is not None:
+        origin.check(data_dir, Passages.open(passages_dir, vocabulary.fingerprint))
     predictor = Predictor.load(
         model,
         checkpoint_path,
@@ -73,16 +86,24 @@ def evaluate(
         vocabulary=vocabulary,
         mesh=mesh,
         memory_bytes_per_device=memory_bytes_per_device,
+        batch_sizes=(batch_size,),
+        seed=seed,
     )
 
     from glimmer_jax.data import pipeline, retrieved, scoring
     from glimmer_jax.data.evaluation import Evaluation
 
-    retrieved.use_data_dir(data_dir)
+    retrieved.use(data_dir, vocabulary=vocabulary)
     pipeline.import_tasks(mixture_or_task_module)
-    pipeline.check_fit(
-        mixture_or_task_name, split, task_feature_lengths, vocabulary=vocabulary, has_passages=True
+    counts = pipeline.check_fit(
+        mixture_or_task_name,
+        split,
+        task_feature_lengths,
+        vocabulary=vocabulary,
+        has_passages=True,
+        use_cached=use_cached_tasks,
     )
+    print("First examples: " + ", ".join(f"{name} {n}" for name, n in counts.items()))
     dev = Evaluation(
         mixture_or_task_name,
         split,
@@ -100,7 +121,7 @@ def evaluate(
     def timed(batch: dict[str, Any]) -> Any:
         nonlocal compiled, answered, shown, busy
         began = time.monotonic()
-        outputs = predictor.predict(batch)
+        outputs = predictor.predict(add_candidates(batch, candidates_NT))
         now = time.monotonic()
         if compiled:
             # The last batch is filled up with rows without a question.

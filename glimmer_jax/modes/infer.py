@@ -1,17 +1,21 @@
 """Mode `infer`: answers to the questions of a file, or to questions typed at the prompt."""
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.json_lines import read_json_lines, write_json_lines
+from glimmer_jax.kilt import check_example
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
 from glimmer_jax.partitioning import MeshConfig, make_mesh
+from glimmer_jax.retrieval import origin
 from glimmer_jax.retrieval.bm25 import Bm25Config
+from glimmer_jax.serving.candidates import encode_candidates
 from glimmer_jax.serving.predictor import Predictor
+from glimmer_jax.text import question_text
 
 Example = dict[str, Any]
 
@@ -29,8 +33,13 @@ def infer(
     mesh: MeshConfig = MeshConfig(),
     vocabulary: Vocabulary = Vocabulary(),
     memory_bytes_per_device: int = 0,
+    candidates: Sequence[str] | None = None,
+    seed: int = 0,
 ) -> None:
-    """Writes, or prints, answers in KILT's form with scores and passages; see `Predictor.answer`.
+    """Writes, or prints, answers with scores and passages; see `Predictor.answer`.
+
+    A file of answers is a submission to KILT: pages in the reranker's order, and fields that KILT's
+    scripts do not look at.
 
     Args:
       model: FiD, LUMEN or GLIMMER.
@@ -46,6 +55,8 @@ def infer(
       mesh: devices.
       vocabulary: that of the model.
       memory_bytes_per_device: a memory that fits into this is kept on the devices.
+      candidates: the only answers allowed, for all questions; None lets the model write its own.
+      seed: of drawn answers.
 
     Raises:
       ValueError: settings, files or lengths that do not fit together.
@@ -54,6 +65,8 @@ def infer(
     lengths = checks.lengths_for(model.config, task_feature_lengths)
     checks.vocabulary_fits(model, vocabulary)
     checks.batch_size("BATCH_SIZE", batch_size, make_mesh(mesh))
+    if candidates is not None:
+        encode_candidates(candidates, vocabulary, lengths.target)
     examples = None
     if questions is not None:
         checks.required(OUTPUT_PATH=output_path)
@@ -68,26 +81,40 @@ def infer(
         mesh=mesh,
         memory_bytes_per_device=memory_bytes_per_device,
         bm25=bm25,
+        batch_sizes=(batch_size,),
+        seed=seed,
     )
     if examples is not None:
+        # Before the first answer, not after an hour of them.
+        assert predictor.passages is not None
+        origin.check(str(questions), predictor.passages)
+        predictor.passages.rows([p["id"] for one in examples for p in one.get("retrieved", ())])
+        encoded = (vocabulary.encode(question_text(one["input"])) for one in examples)
+        cut = sum(len(tokens) > lengths.question for tokens in encoded)
+        if cut:
+            print(f"{cut} questions are longer than {lengths.question} tokens and are cut.")
         groups = (examples[i : i + batch_size] for i in range(0, len(examples), batch_size))
-        answers = (one for some in groups for one in predictor.answer(some, batch_size))
+        answers = (one for some in groups for one in predictor.answer(some, candidates))
         count = write_json_lines(str(output_path), answers)
         print(f"Wrote {count} answers to {output_path}.")
         return
     for question in _typed(sys.stdin):
-        _show(predictor.answer([{"id": "typed", "input": question}], batch_size)[0])
+        _show(predictor.answer([{"id": "typed", "input": question}], candidates)[0])
 
 
 def _read_questions(path: Path) -> list[Example]:
-    examples = []
+    examples: dict[str, Example] = {}
     for number, line in read_json_lines(path):
-        if not isinstance(line.get("input"), str):
-            raise ValueError(f"{path}:{number}: wanted a question in `input`, got {line}.")
-        examples.append({"id": str(number), **line})
+        if type(line.get("id", number)) is int:
+            line = {**line, "id": str(line.get("id", number))}
+        if problem := check_example(line):
+            raise ValueError(f"{path}:{number}: {problem}.")
+        if line["id"] in examples:
+            raise ValueError(f"{path}:{number}: the id {line['id']!r} was given before. Keep one.")
+        examples[line["id"]] = line
     if not examples:
         raise ValueError(f"QUESTIONS: {path} holds no question.")
-    return examples
+    return list(examples.values())
 
 
 def _typed(lines: Iterable[str]) -> Iterator[str]:

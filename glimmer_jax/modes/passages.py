@@ -1,11 +1,15 @@
 """Mode `passages`: a corpus, tokenised once into a passages folder."""
 
+import shlex
 from pathlib import Path
 
-from glimmer_jax.corpus import read_corpus
+from glimmer_jax.corpus import beam
+from glimmer_jax.corpus.files import find_files
+from glimmer_jax.corpus.reading import Reading, read_passages
+from glimmer_jax.corpus.report import Report
 from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.modes import checks
-from glimmer_jax.passages import write_passages
+from glimmer_jax.passages import check_absent, write_passages
 
 BUILT_IN = "pydocs"
 
@@ -17,22 +21,29 @@ def passages(
     vocabulary: Vocabulary = Vocabulary(),
     corpus_dir: str | None = None,
     overwrite: bool = False,
+    reading: Reading = Reading(),
+    beam_options: str | None = None,
 ) -> None:
     """Writes `passages_dir`.
 
     Args:
-      corpus: a JSON Lines file of `{"id", "title", "text", …}`, or `pydocs` for the documentation
-        that this Python carries.
+      corpus: a file, or a pattern of files, in a format of `glimmer_jax.corpus.formats`; or `pydocs`
+        for the documentation that this Python carries.
       passages_dir: the folder to write.
       max_length: tokens of a passage at most, end token included; longer ones are cut and counted.
       vocabulary: that of the model.
-      corpus_dir: where `pydocs` writes its corpus and `questions/<task>-<split>.jsonl`.
-      overwrite: replace an existing folder.
+      corpus_dir: where `pydocs` writes its corpus and `questions/<task>-<split>.jsonl`, and Beam its
+        shards.
+      overwrite: replace what is in the folders to write.
+      reading: format of the corpus, words of a passage, and what becomes of bad lines.
+      beam_options: flags of Apache Beam, which then reads the corpus in many processes; None reads it
+        in this one.
 
     Raises:
       ValueError: missing settings or files, bad lines, or the folder exists.
     """
     checks.required(CORPUS=corpus, PASSAGES_DIR=passages_dir)
+    check_absent(passages_dir, overwrite)
     if corpus == BUILT_IN:
         checks.required(CORPUS_DIR=corpus_dir)
         from glimmer_jax.data import pydocs_files
@@ -40,21 +51,29 @@ def passages(
         counts = pydocs_files.write_corpus(str(corpus_dir))
         for name, count in counts.items():
             print(f"{Path(str(corpus_dir)) / name}: {count} lines")
-        source = Path(str(corpus_dir)) / "corpus.jsonl"
-    else:
-        source = checks.existing_file("CORPUS", corpus)
+        corpus = str(Path(str(corpus_dir)) / "corpus.jsonl")
+    paths, report = find_files(corpus), Report()
+    if beam_options is not None:
+        checks.required(CORPUS_DIR=corpus_dir)
+        options = shlex.split(beam_options)
+        paths, report = beam.write_passages(
+            paths, str(corpus_dir), reading, options, overwrite=overwrite
+        )
+        print(f"{corpus_dir}: {len(paths)} shards\n{report.summary()}")
+        reading, report = Reading(), Report()
     manifest = write_passages(
         passages_dir,
-        read_corpus(source),
+        read_passages(paths, reading, report),
         vocabulary.encode,
         vocabulary.fingerprint,
         max_length,
         vocab_size=vocabulary.vocab_size,
         eos_id=vocabulary.eos_id,
-        source=source.name,
+        source=Path(corpus).name,
         overwrite=overwrite,
     )
     print(
-        f"{passages_dir}: {manifest['num_passages']} passages, {manifest['num_tokens']} tokens; "
-        f"{manifest['num_truncated']} were cut at {max_length} tokens."
+        f"{report.summary()}\n{passages_dir}: {manifest['num_passages']} passages, "
+        f"{manifest['num_tokens']} tokens; {manifest['num_truncated']} were cut at {max_length} "
+        "tokens."
     )

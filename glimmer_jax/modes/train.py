@@ -19,6 +19,7 @@ from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
 from glimmer_jax.partitioning import MeshConfig, check_divisible, make_mesh
 from glimmer_jax.passages import Passages
+from glimmer_jax.retrieval import origin
 from glimmer_jax.serving.predict import Predict, make_predict
 from glimmer_jax.training import loop
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -57,6 +58,7 @@ def train(
     split: str = "train",
     evaluation: EvalConfig = EvalConfig(),
     use_cached_tasks: bool = False,
+    min_bleu_score: float | None = None,
     matching: bool = False,
     operative_config: Callable[[], str] = str,
 ) -> None:
@@ -81,6 +83,8 @@ def train(
       split: the seqio split to train on.
       evaluation: the dev set.
       use_cached_tasks: read seqio's caches.
+      min_bleu_score: training answers found again in the knowledge source less than this are left out
+        (KILT's `bleu_score`); None for the tasks' own. A cache was filtered when it was made.
       matching: fresh parameters are those of `models.matching` instead of T5's.
       operative_config: text of the configuration in force, saved beside the checkpoints.
 
@@ -105,6 +109,8 @@ def train(
     if passages_dir is not None:
         passages = Passages.open(passages_dir, vocabulary.fingerprint)
         passages.warn_of_cuts(lengths.passage)
+        if data_dir is not None:
+            origin.check(data_dir, passages)
     if memory_dir is not None:
         passages = None
     initial = None
@@ -130,7 +136,7 @@ def train(
     from glimmer_jax.data import pipeline, retrieved, scoring
     from glimmer_jax.data.evaluation import Evaluation
 
-    retrieved.use_data_dir(data_dir)
+    retrieved.use(data_dir, min_bleu_score, vocabulary)
     pipeline.import_tasks(mixture_or_task_module)
     counts = pipeline.check_fit(
         mixture_or_task_name,
@@ -138,6 +144,7 @@ def train(
         task_feature_lengths,
         vocabulary=vocabulary,
         has_passages=passages is not None or memory_dir is not None,
+        use_cached=use_cached_tasks,
     )
     print("First examples: " + ", ".join(f"{name} {n}" for name, n in counts.items()))
 

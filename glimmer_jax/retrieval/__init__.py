@@ -1,1 +1,1 @@
-"""Retrieval: BM25 over a passages folder."""
+"""Retrieval: BM25, dense GTR with an exact search, and both as one, over a passages folder."""

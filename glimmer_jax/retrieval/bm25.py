@@ -1,17 +1,13 @@
-"""BM25 over a passages folder: a job that gives every question of a task file its K passages.
+"""BM25 over a passages folder.
 
-Title and text are indexed. Training questions are answered from passages of the training split
-alone, where the corpus has splits: passages of held-out modules must not be trained on, not even as
-wrong ones. `tune` prints recall for a grid of settings on dev questions; the defaults come from it.
+Title and text are indexed. `tune` prints recall for a grid of settings on dev questions; the defaults
+come from it.
 """
 
 import dataclasses
 import functools
-import glob
 import itertools
 import re
-import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +15,13 @@ from typing import Any
 import bm25s
 import numpy as np
 
-from glimmer_jax.json_lines import write_json_lines
-from glimmer_jax.kilt import is_gold, provenance, read_examples
 from glimmer_jax.passages import Passages
+from glimmer_jax.retrieval.questions import read_files
+from glimmer_jax.retrieval.recall import format_report, mean_recall
+from glimmer_jax.retrieval.retriever import Found, Retriever, retrieve
 
 _WORD = re.compile(r"[^\W_]+")
 _NAME = re.compile(r"[^\W\d]\w*(?:\.\w+)+|\w*_\w+")
-_BATCH = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,109 +110,31 @@ class Bm25:
         return found
 
 
-def retrieve_files(
-    passages_dir: str | Path,
-    question_glob: str,
-    output_dir: str | Path,
-    k: int,
-    config: Bm25Config = Bm25Config(),
-    train_split: str = "train",
-) -> dict[str, dict[str, float]]:
-    """Retrieves for every task file, writes it with `retrieved` into `output_dir`, prints recall.
+class Bm25Retriever(Retriever):
+    """BM25 over a passages folder, or over some of its rows; all of them are in RAM."""
 
-    Args:
-      passages_dir: a passages folder; its records name page, chunk and perhaps split.
-      question_glob: pattern of task files, `<task>-<split>.jsonl`.
-      output_dir: gets files of the same names.
-      k: passages a question.
-      config: settings of the index.
-      train_split: files of this split see passages of this split only, where passages have one.
+    questions_at_a_time = 512
 
-    Returns:
-      For each file, `questions`, and `recall_at_1`, `_5` and `_k`: the share of the questions with
-      provenance that have a gold passage so far up.
+    def __init__(
+        self, passages: Passages, config: Bm25Config = Bm25Config(), rows: np.ndarray | None = None
+    ):
+        super().__init__(passages)
+        self._config = config
+        self._rows = np.arange(len(passages)) if rows is None else rows
 
-    Raises:
-      ValueError: no file matches, the output would replace its input, or a file is malformed.
-    """
-    files = sorted(glob.glob(question_glob))
-    if not files:
-        raise ValueError(f"No file matches {question_glob!r}. Check the pattern of question files.")
-    for file in files:
-        if Path(file).resolve().parent == Path(output_dir).resolve():
-            raise ValueError(f"{output_dir} holds the questions themselves. Write elsewhere.")
-    records = list(Passages.open(passages_dir).records())
-    indexes: dict[bool, Bm25] = {}
-    report = {}
-    for file in files:
-        # Read whole before the work starts: a bad line must not surface after an hour.
-        examples = list(read_examples(file))
-        training = Path(file).stem.endswith(f"-{train_split}")
-        if training not in indexes:
-            seen = [
-                r for r in records if not training or r.get("split", train_split) == train_split
-            ]
-            indexes[training] = Bm25(seen, config)
-        print(f"{file}: {len(examples)} questions, {len(indexes[training].records)} passages")
-        found = _with_progress(indexes[training], examples, k)
-        write_json_lines(Path(output_dir) / Path(file).name, found)
-        report[Path(file).stem] = recall(found, sorted({1, 5, 8, k} & set(range(1, k + 1))))
-    print(format_report(report))
-    return report
+    @functools.cached_property
+    def _index(self) -> Bm25:
+        chosen = np.zeros(len(self.passages), bool)
+        chosen[self._rows] = True
+        records = zip(chosen, self.passages.records(), strict=True)
+        return Bm25((record for wanted, record in records if wanted), self._config)
 
+    def among(self, rows: np.ndarray) -> "Bm25Retriever":
+        return Bm25Retriever(self.passages, self._config, rows)
 
-def _with_progress(index: Bm25, examples: list[dict[str, Any]], k: int) -> list[dict[str, Any]]:
-    made: list[dict[str, Any]] = []
-    begun = shown = time.monotonic()
-    for start in range(0, len(examples), _BATCH):
-        made.extend(retrieve(index, examples[start : start + _BATCH], k))
-        now = time.monotonic()
-        if now - shown > 5 or len(made) == len(examples):
-            rate = len(made) / max(now - begun, 1e-6)
-            left = (len(examples) - len(made)) / rate
-            print(f"  {len(made)}/{len(examples)}, {rate:.0f} questions/s, {left:.0f} s left")
-            sys.stdout.flush()
-            shown = now
-    return made
-
-
-def retrieve(index: Bm25, examples: Sequence[dict[str, Any]], k: int) -> list[dict[str, Any]]:
-    """Copies of the examples with `retrieved`: `{"id", "score", "gold"}`, best first."""
-    made = []
-    results = index.search([example["input"] for example in examples], k)
-    for example, result in zip(examples, results, strict=True):
-        where = provenance(example)
-        retrieved = [
-            {
-                "id": index.records[row]["id"],
-                "score": round(score, 4),
-                "gold": is_gold(index.records[row], where),
-            }
-            for row, score in result
-        ]
-        made.append({**example, "retrieved": retrieved})
-    return made
-
-
-def recall(examples: Sequence[dict[str, Any]], at: Sequence[int]) -> dict[str, float]:
-    """`recall_at_N` over examples with provenance, and their number `questions`."""
-    asked = [example for example in examples if provenance(example)]
-    found: dict[str, float] = {"questions": len(asked)}
-    for n in at:
-        hits = sum(any(one["gold"] for one in example["retrieved"][:n]) for example in asked)
-        found[f"recall_at_{n}"] = hits / max(len(asked), 1)
-    return found
-
-
-def format_report(report: dict[str, dict[str, float]]) -> str:
-    """The numbers as a table, a row for each file."""
-    columns = list(dict.fromkeys(name for row in report.values() for name in row))
-    width = max(len(name) for name in report)
-    lines = [" " * width + "".join(f"  {name.replace('recall_at_', 'R@'):>9}" for name in columns)]
-    for name, row in report.items():
-        cells = (f"  {row[c]:9.3f}" if c != "questions" else f"  {int(row[c]):9d}" for c in columns)
-        lines.append(name.ljust(width) + "".join(cells))
-    return "\n".join(lines)
+    def search(self, questions: Sequence[str], k: int) -> Found:
+        found = self._index.search(questions, k)
+        return [[(int(self._rows[row]), score) for row, score in one] for one in found]
 
 
 def tune(
@@ -232,19 +150,16 @@ def tune(
 
     Give dev files only: settings chosen on test questions would flatter the retriever.
     """
-    files = sorted(glob.glob(question_glob))
-    if not files:
-        raise ValueError(f"No file matches {question_glob!r}. Check the pattern of question files.")
-    examples = {Path(file).stem: list(read_examples(file)) for file in files}
-    records = list(Passages.open(passages_dir).records())
+    files = read_files(question_glob)
+    passages = Passages.open(passages_dir)
     rows: dict[str, dict[str, float]] = {}
     best: tuple[float, Bm25Config] | None = None
     for values in itertools.product(k1, b, title_weight, stem):
         config = Bm25Config(*values)
-        index = Bm25(records, config)
-        each = [recall(retrieve(index, some, k), (1, 5, k)) for some in examples.values()]
+        retriever = Bm25Retriever(passages, config)
+        made = [list(retrieve(retriever, examples, k)) for examples in files.values()]
         name = f"k1={config.k1} b={config.b} title={config.title_weight} stem={config.stem}"
-        rows[name] = {key: float(np.mean([row[key] for row in each])) for key in each[0]}
+        rows[name] = mean_recall(made, sorted({1, 5, k}))
         if best is None or rows[name]["recall_at_1"] > best[0]:
             best = rows[name]["recall_at_1"], config
     print(format_report(rows))

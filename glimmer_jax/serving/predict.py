@@ -1,5 +1,6 @@
 """Answers for numpy batches, passages read from tokens or from a memory."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,14 +18,22 @@ Batch = dict[str, Any]
 Predict = Callable[[Any, Batch], tuple[np.ndarray, dict[str, np.ndarray]]]
 
 
-def make_predict(model: GlimmerModel, mesh: Mesh, lookup: Lookup | None = None) -> Predict:
+def make_predict(
+    model: GlimmerModel, mesh: Mesh, lookup: Lookup | None = None, seed: int = 0
+) -> Predict:
     """The model's `predict_batch_with_aux` over numpy batches, compiled once for each batch shape.
 
     Every process passes the whole batch, computes its own rows, and gets all answers. Batches have
     `passage_tokens`, or `passage_ids` where a `lookup` gives their memory; `gold_passages` come back
-    as given.
+    as given. Where the model draws its answers, a batch's key comes from `seed` and the number of
+    batches before it.
     """
-    jitted = jax.jit(model.predict_batch_with_aux)
+    numbers = itertools.count()
+
+    @jax.jit
+    def jitted(params: Any, batch: Batch, seed: Any, number: Any) -> Any:
+        rng = jax.random.fold_in(jax.random.key(seed), number)
+        return model.predict_batch_with_aux(params, batch, rng)
 
     def predict(params: Any, batch: Batch) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         rows = len(batch["question_tokens"]) // jax.process_count()
@@ -38,7 +47,7 @@ def make_predict(model: GlimmerModel, mesh: Mesh, lookup: Lookup | None = None) 
             # A lookup on the mesh returns arrays that already lie there.
             placed |= found if isinstance(lengths, jax.Array) else put_batch(found, mesh)
         with jax.set_mesh(mesh):
-            tokens, aux = jitted(params, placed)
+            tokens, aux = jitted(params, placed, np.uint32(seed), np.uint32(next(numbers)))
         if "gold_passages" in placed:
             aux["gold_passages"] = placed["gold_passages"]
         return _fetch(tokens), {name: _fetch(value) for name, value in aux.items()}

@@ -1,10 +1,11 @@
 """A loaded checkpoint that answers: with its memory, or with passages that it encodes itself.
 
-    predictor = Predictor.load("runs/glimmer", lengths, passages_dir="data/passages",
-                               memory_dir="runs/memory")
+    predictor = Predictor.load(model, "runs/glimmer", lengths, passages_dir="data/passages",
+                               memory_dir="runs/memory", batch_sizes=(1, 8))
+    predictor.warm_up()
     predictor.answer([{"id": "1", "input": "formatted stream to file-like"}])
 
-Modes `eval` and `infer` are thin around it.
+Modes `eval` and `infer` are thin around it; docs/serving.md says more.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.passages import Passages
 from glimmer_jax.retrieval.bm25 import Bm25, Bm25Config
+from glimmer_jax.serving.candidates import add_candidates, encode_candidates
 from glimmer_jax.serving.predict import Batch, make_predict
 from glimmer_jax.text import question_text
 from glimmer_jax.weights import parameters
@@ -36,6 +38,7 @@ class Predictor:
       lengths: Q, T, K and P of every batch.
       passages: the corpus, or None.
       from_memory: whether passages are read as memory.
+      batch_sizes: numbers of rows that programs are compiled for, rising.
     """
 
     def __init__(
@@ -48,13 +51,16 @@ class Predictor:
         passages: Passages | None,
         lookup: Any | None,
         bm25: Bm25Config,
+        batch_sizes: Sequence[int],
+        seed: int,
     ):
         self.lengths = lengths
         self.passages = passages
+        self.batch_sizes = sorted(batch_sizes)
         self.from_memory = lookup is not None
         self._params = params
         self._vocabulary = vocabulary
-        self._predict = make_predict(model, mesh, lookup)
+        self._predict = make_predict(model, mesh, lookup, seed)
         self._bm25 = bm25
         self._index: Bm25 | None = None
 
@@ -71,6 +77,8 @@ class Predictor:
         mesh: MeshConfig = MeshConfig(),
         memory_bytes_per_device: int = 0,
         bm25: Bm25Config = Bm25Config(),
+        batch_sizes: Sequence[int] = (8,),
+        seed: int = 0,
     ) -> "Predictor":
         """Opens everything, checks that it belongs together, puts the parameters on the mesh.
 
@@ -84,9 +92,12 @@ class Predictor:
           mesh: devices.
           memory_bytes_per_device: a memory that fits into this is kept on the devices.
           bm25: settings of the index, which is made when a question first needs it.
+          batch_sizes: numbers of questions that `answer` computes at a time; each is compiled once.
+          seed: of drawn answers (`DecodeConfig.temperature`).
 
         Raises:
-          ValueError: neither passages nor memory, or files that do not belong together.
+          ValueError: neither passages nor memory, files that do not belong together, or batches that
+            do not divide over the devices.
         """
         if passages_dir is None and memory_dir is None:
             raise ValueError(
@@ -94,6 +105,12 @@ class Predictor:
                 "or MEMORY_DIR (made by --run_mode=build_memory)."
             )
         devices = make_mesh(mesh)
+        parts = devices.shape["data"] * devices.shape["fsdp"]
+        if not batch_sizes or any(size < 1 or size % parts for size in batch_sizes):
+            raise ValueError(
+                f"batch_sizes={tuple(batch_sizes)} must be multiples of {parts}, the devices that a "
+                "batch is divided over (data x fsdp)."
+            )
         passages = None
         if passages_dir is not None:
             passages = Passages.open(passages_dir, vocabulary.fingerprint)
@@ -108,7 +125,9 @@ class Predictor:
                 store.check_passages(passages_fingerprint(passages.manifest))
             lookup = open_lookup(store, devices, lengths.passage, memory_bytes_per_device)
         params = parameters.place(host_params, model, devices)
-        return cls(model, params, devices, lengths, vocabulary, passages, lookup, bm25)
+        return cls(
+            model, params, devices, lengths, vocabulary, passages, lookup, bm25, batch_sizes, seed
+        )
 
     def predict(self, batch: Batch) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Answers of a numpy batch: int32 tokens `[B, T]`, and per row what the model returns.
@@ -117,28 +136,59 @@ class Predictor:
         """
         return self._predict(self._params, batch)
 
-    def answer(self, questions: Sequence[Mapping[str, Any]], batch_size: int) -> list[Example]:
-        """Answers to at most `batch_size` questions, `{"id", "input"}`, in order.
+    def warm_up(self, candidates: Sequence[str] | None = None) -> None:
+        """Compiles the programs of all `batch_sizes`, or fetches them from JAX's compilation cache.
 
-        Passages are those in `retrieved`, or BM25's.
+        With candidates, the programs for as many; any texts of the same number then use them.
+        """
+        for size in self.batch_sizes:
+            self.predict(self._batch([], [], size, candidates))
+
+    def answer(
+        self,
+        questions: Sequence[Mapping[str, Any]],
+        candidates: Sequence[str] | None = None,
+    ) -> list[Example]:
+        """Answers to any number of questions, `{"id", "input"}`, in order.
+
+        Args:
+          questions: computed in batches of the largest of `batch_sizes`, the rest in the smallest that
+            holds it. Passages are those in `retrieved`, or BM25's.
+          candidates: the only answers allowed; the one with the highest log probability is given.
 
         Returns:
           KILT's form of a prediction, `{"id", "input", "output": [{"answer", "provenance":
           [{"wikipedia_id", "title"}]}]}`, the pages of the passages without repetition, best first;
           and `score`, the log probability of the answer, and `passages`, `[{"id", "title", "score",
-          "kept"}]`, best first.
+          "kept"}]`, best first. With candidates also `candidates`, `[{"answer", "score"}]`, best
+          first.
+
+        Raises:
+          ValueError: there is no corpus to name passages from, or candidates are none, empty or too
+            long.
         """
+        self._corpus()
+        size = self.batch_sizes[-1]
+        groups = (questions[i : i + size] for i in range(0, len(questions), size))
+        return [one for some in groups for one in self._answer(some, candidates)]
+
+    def _answer(
+        self, questions: Sequence[Mapping[str, Any]], candidates: Sequence[str] | None
+    ) -> list[Example]:
         passages = self._corpus()
         found = [self._passage_ids(one) for one in questions]
-        batch = self._batch([one["input"] for one in questions], found, batch_size)
-        if not self.from_memory:
-            rows = passages.rows(batch["passage_ids"])
-            batch["passage_tokens"] = passages.tokens(rows, self.lengths.passage)
+        size = next(size for size in self.batch_sizes if size >= len(questions))
+        batch = self._batch([one["input"] for one in questions], found, size, candidates)
         tokens, aux = self.predict(batch)
-        return [
-            _record(one, ids, self._vocabulary.decode(tokens[row]), aux, row, passages)
-            for row, (one, ids) in enumerate(zip(questions, found, strict=True))
-        ]
+        records = []
+        for row, (one, ids) in enumerate(zip(questions, found, strict=True)):
+            text = self._vocabulary.decode(tokens[row])
+            record = _record(one, ids, text, aux, row, passages)
+            if candidates is not None:
+                record["candidates"] = _ranked(candidates, aux["candidate_scores"][row])
+                record["output"][0]["answer"] = record["candidates"][0]["answer"]
+            records.append(record)
+        return records
 
     def _corpus(self) -> Passages:
         if self.passages is None:
@@ -155,7 +205,11 @@ class Predictor:
         return [self._index.records[row]["id"] for row, _ in found]
 
     def _batch(
-        self, questions: Sequence[str], passage_ids: Sequence[Sequence[int]], batch_size: int
+        self,
+        questions: Sequence[str],
+        passage_ids: Sequence[Sequence[int]],
+        batch_size: int,
+        candidates: Sequence[str] | None,
     ) -> Batch:
         """A batch of the contract without targets, filled up with empty rows."""
         lengths = self.lengths
@@ -165,11 +219,19 @@ class Predictor:
             tokens = self._vocabulary.encode(question_text(question))[: lengths.question]
             tokens_BQ[row, lengths.question - len(tokens) :] = tokens
             ids_BK[row, : len(ids)] = ids
-        return {
+        batch: Batch = {
             "question_tokens": tokens_BQ,
             "passage_ids": ids_BK,
             "decoder_input_tokens": np.zeros((batch_size, lengths.target), np.int32),
         }
+        if not self.from_memory:
+            passages = self._corpus()
+            batch["passage_tokens"] = passages.tokens(passages.rows(ids_BK), lengths.passage)
+        if candidates is None:
+            return batch
+        return add_candidates(
+            batch, encode_candidates(candidates, self._vocabulary, lengths.target)
+        )
 
 
 def _record(
@@ -209,3 +271,8 @@ def _record(
             for place, one in records.items()
         ],
     }
+
+
+def _ranked(candidates: Sequence[str], scores: np.ndarray) -> list[dict[str, Any]]:
+    order = np.argsort(-scores, kind="stable").tolist()
+    return [{"answer": candidates[i], "score": round(float(scores[i]), 4)} for i in order]

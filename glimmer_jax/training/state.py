@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from glimmer_jax import partitioning
 from glimmer_jax.training.optimizer import Optimizer
+from glimmer_jax.weights import parameters
 
 
 @flax.struct.dataclass
@@ -75,7 +76,7 @@ def init_state(make_params: Callable[[], Any], optimizer: Optimizer, mesh: Mesh)
 
 
 def state_from_params(params: Any, optimizer: Optimizer, mesh: Mesh) -> TrainState:
-    """A state at step 0 around given parameters (numpy or JAX arrays), spread over the mesh.
+    """A state at step 0 around given parameters, from `weights.parameters`, spread over the mesh.
 
     Raises:
       ValueError: the parameters' tree is not the one the optimiser was made for.
@@ -87,9 +88,10 @@ def state_from_params(params: Any, optimizer: Optimizer, mesh: Mesh) -> TrainSta
             f"{', '.join(differing[:6])}{' ...' if len(differing) > 6 else ''}. Load a checkpoint "
             "of the same configuration, or recut it."
         )
-    shardings = state_shardings(optimizer, params, mesh)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), params)
+    shardings = state_shardings(optimizer, shapes, mesh)
     # No aliases: the step donates its state, and the caller's arrays must survive that.
-    params = jax.device_put(params, shardings.params, may_alias=False)
+    params = parameters.put(params, shardings.params)
     with jax.set_mesh(mesh):
         opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
     step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)

@@ -1,114 +1,170 @@
-"""T5 folders of Hugging Face: `config.json` with safetensors (one file, or several with an index) or
-Flax msgpack. Read tensor by tensor, and written. Pickled weights are refused: reading one runs code.
+"""T5 folders of Hugging Face, on disk or in a bucket: `config.json` with safetensors or Flax msgpack, in
+one file or in several with an index. Read tensor by tensor, and written. Pickled weights are refused:
+reading one runs code.
 """
 
-import contextlib
 import json
-import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import flax.serialization
-import flax.traverse_util
 import jax
 import numpy as np
-import safetensors
 import safetensors.numpy
+import tensorstore as ts
 
+from glimmer_jax.memory import folder
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.weights import huggingface_names as names
 from glimmer_jax.weights import t5_names
+from glimmer_jax.weights.huggingface_files import flax_places, safetensors_places
+from glimmer_jax.weights.model_config import config_from
+from glimmer_jax.weights.raw import exists, open_array
 
-_CONFIG, _ONE, _FLAX = "config.json", "model.safetensors", "flax_model.msgpack"
-_INDEX = f"{_ONE}.index.json"
+_CONFIG, _TORCH, _FLAX = "config.json", "model.safetensors", "flax_model.msgpack"
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_INDEX = ".index.json"
+_FILE_BYTES = 5_000_000_000  # of one file when writing; their own limit
+# The type of a divided encoder's folder, which transformers does not know, and where its setting is.
+_DIVIDED, _SETTING = "glimmer", "glimmer_jax"
 
 
-class _Tensors(NamedTuple):
+class Tensors(NamedTuple):
     """The tensors of a folder under PyTorch's names and in PyTorch's orientation."""
 
-    shapes: dict[str, tuple[int, ...]]
-    read: Callable[[str], np.ndarray]
+    opened: dict[str, ts.TensorStore]
     files: str  # in words
 
 
-def is_folder(path: Any) -> bool:
+def is_folder(kvstore: ts.KvStore) -> bool:
     """Whether a Hugging Face model lies there."""
-    return (pathlib.Path(path) / _CONFIG).is_file()
+    return exists(kvstore, _CONFIG)
 
 
-def load(path: Any) -> tuple[dict[str, Any], GlimmerConfig, str]:
-    """(FiD's parameters, their setting, in words what was found) of a T5's folder.
+def load(path: Any, kvstore: ts.KvStore) -> tuple[dict[str, Any], GlimmerConfig, str | None, str]:
+    """The parameters of a T5's folder, or of a divided encoder that `save` has written.
+
+    Args:
+      path: of the folder, for messages.
+      kvstore: the folder.
+
+    Returns:
+      Parameters (TensorStores), the setting they belong to, the fingerprint of their vocabulary where
+      `save` knew it, and in words what was found.
 
     Raises:
       ValueError: another architecture, no readable weights, or parameters that are missing, extra or
         misshapen, all of which are named.
     """
-    path = pathlib.Path(path)
-    config = json.loads((path / _CONFIG).read_text())
-    with _open(path) as tensors:
-        tied = _is_tied(path, config, tensors)
-        t5 = names.read_config(path, config, tie_output=tied and names.scales_output(config))
-        # Tied, but not scaled: an untied output layer that starts as the embedding.
-        copied = tied and not t5.tie_output
-        wanted = {
-            name: tuple(reversed(shape)) if names.transposed(name) else shape
-            for name, shape in t5_names.shapes(t5).items()
-        }
-        found = {name: shape for name, shape in tensors.shapes.items() if name not in names.IGNORED}
+    config = json.loads(folder.read_file(kvstore, _CONFIG) or b"{}")
+    tensors = open_tensors(path, kvstore)
+    found = {name: store for name, store in tensors.opened.items() if name not in names.IGNORED}
+    if config.get("model_type") == _DIVIDED:
+        described = config_from(config.get(_SETTING, {}), path)
+        if described is None:
+            raise ValueError(
+                f"{path} is of type {_DIVIDED!r}, and its {_CONFIG} does not say which model it holds "
+                f"({_SETTING}: model_config). Export it again with --run_mode=export."
+            )
+        setting = t5_names.looped(described)
+        tied = setting.t5.tie_output
+    else:
+        tied = _is_tied(path, config, found)
+        scaled = tied and names.scales_output(config)
+        setting = t5_names.fid(names.read_config(path, config, tie_output=scaled))
         if tied:
             found.pop(names.OUTPUT, None)
-        if copied:
-            found[names.OUTPUT] = found.get(names.EMBEDDING, ())
-        t5_names.check(path, {names.their_name(k): v for k, v in wanted.items()}, found)
+        if tied and not scaled and names.EMBEDDING in found:
+            # Tied, but not scaled: an untied output layer that starts as the embedding.
+            found[names.OUTPUT] = found[names.EMBEDDING]
+    wanted = {}
+    for name, shape in t5_names.shapes(setting).items():
+        theirs = names.their_name(name, setting)
+        wanted[theirs] = tuple(reversed(shape)) if names.transposed(name) else shape
+    t5_names.check(path, wanted, {name: tuple(store.shape) for name, store in found.items()})
 
-        def read(name: str) -> np.ndarray:
-            theirs = names.their_name(name)
-            if copied and theirs == names.OUTPUT:
-                theirs = names.EMBEDDING
-            array = tensors.read(theirs).astype(np.float32, copy=False)
-            return array.T if names.transposed(name) else array
+    def read(name: str) -> ts.TensorStore:
+        store = found[names.their_name(name, setting)]
+        return store.T if names.transposed(name) else store
 
-        params = t5_names.tree_from(t5, read)
+    params = t5_names.tree_from(setting, read)
+    t5 = setting.t5
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     what = (
         f"a Hugging Face {config['model_type']} in {path} ({tensors.files}): {count:,} parameters, "
         f"{t5.num_encoder_layers} and {t5.num_decoder_layers} layers of width {t5.emb_dim}, "
         f"{config.get('feed_forward_proj', 'relu')}, output layer {'tied' if tied else 'of its own'}"
     )
-    return params, t5_names.fid(t5), what
+    return params, setting, config.get(_SETTING, {}).get("vocabulary_fingerprint"), what
 
 
-def save(folder: Any, params: Mapping[str, Any], config: GlimmerConfig) -> None:
-    """Writes parameters of FiD as a Hugging Face T5: `config.json` and one float32 safetensors file.
+def save(
+    path: Any,
+    params: Mapping[str, Any],
+    config: GlimmerConfig,
+    described: Mapping[str, Any],
+    file_bytes: int = _FILE_BYTES,
+) -> None:
+    """Writes parameters under Hugging Face's names: float32 safetensors, and `config.json` last.
+
+    A whole T5 (FiD) is one for `transformers`. A divided encoder, or FiDO's decoder, has their names
+    by the table in docs/weights.md, and `load` reads it.
+
+    Args:
+      path: of the folder, local or a bucket.
+      params: of `config`, numpy, JAX arrays or TensorStores.
+      config: the setting.
+      described: what `model_config.describe` says of it.
+      file_bytes: a file holds no more, but at least one tensor; several get an index.
 
     Raises:
-      ValueError: the setting is not FiD, or its activations are not T5's.
+      ValueError: activations that T5 of Hugging Face does not have.
     """
-    if config.memory_layers or config.rerank_layers:
-        raise ValueError(
-            f"A Hugging Face T5 has one undivided encoder, and this setting has memory_layers="
-            f"{config.memory_layers}, rerank_layers={config.rerank_layers}. Export with "
-            "gin/models/fid.gin."
-        )
-    described = names.write_config(config.t5)
-    tensors = {}
+    settings = names.write_config(config.t5)
+    if not t5_names.is_t5(config):
+        settings |= {"architectures": [], "model_type": _DIVIDED, _SETTING: dict(described)}
+    kvstore = folder.open_folder(path)
+    leaves = {}
     for name, leaf in t5_names.flat_from(params).items():
-        array = np.asarray(jax.device_get(leaf), np.float32)
-        tensors[names.their_name(name)] = np.ascontiguousarray(
-            array.T if names.transposed(name) else array
-        )
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    safetensors.numpy.save_file(tensors, folder / _ONE, metadata={"format": "pt"})
-    (folder / _CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+        leaves[names.their_name(name, config)] = (leaf, names.transposed(name))
+    files = _divide({name: 4 * leaf.size for name, (leaf, _) in leaves.items()}, file_bytes)
+    weight_map: dict[str, str] = {}
+    for number, part in enumerate(files, 1):
+        file = _TORCH
+        if len(files) > 1:
+            file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        tensors = {name: _theirs(*leaves[name]) for name in part}
+        data = safetensors.numpy.save(tensors, metadata={"format": "pt"})
+        folder.write_file(kvstore, file, data)
+        weight_map |= dict.fromkeys(part, file)
+    if len(files) > 1:
+        size = sum(4 * leaf.size for leaf, _ in leaves.values())
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        folder.write_file(kvstore, _TORCH + _INDEX, folder.dump_json(index))
+    folder.write_file(kvstore, _CONFIG, folder.dump_json(settings))
 
 
-def _is_tied(path: pathlib.Path, config: Mapping[str, Any], tensors: _Tensors) -> bool:
-    if names.OUTPUT not in tensors.shapes or names.EMBEDDING not in tensors.shapes:
-        return names.OUTPUT not in tensors.shapes
-    if tensors.shapes[names.OUTPUT] == tensors.shapes[names.EMBEDDING] and np.array_equal(
-        tensors.read(names.OUTPUT), tensors.read(names.EMBEDDING)
-    ):
+def _theirs(leaf: Any, transposed: bool) -> np.ndarray:
+    array = np.asarray(leaf, np.float32)
+    return np.ascontiguousarray(array.T if transposed else array)
+
+
+def _divide(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in order, in groups of at most `limit` bytes or one name."""
+    groups: list[list[str]] = []
+    room = 0
+    for name in sorted(sizes):
+        if not groups or sizes[name] > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= sizes[name]
+    return groups
+
+
+def _is_tied(path: Any, config: Mapping[str, Any], found: Mapping[str, ts.TensorStore]) -> bool:
+    if names.OUTPUT not in found or names.EMBEDDING not in found:
+        return names.OUTPUT not in found
+    if _equal(found[names.OUTPUT], found[names.EMBEDDING]):
         return True
     if names.scales_output(config):
         raise ValueError(
@@ -119,42 +175,51 @@ def _is_tied(path: pathlib.Path, config: Mapping[str, Any], tensors: _Tensors) -
     return False
 
 
-@contextlib.contextmanager
-def _open(path: pathlib.Path) -> Iterator[_Tensors]:
-    if (path / _INDEX).is_file():
-        weight_map = json.loads((path / _INDEX).read_text())["weight_map"]
-        missing = sorted({file for file in weight_map.values() if not (path / file).is_file()})
-        if missing:
-            raise ValueError(f"{path} lacks {missing}, which {_INDEX} names. Fetch them again.")
-        with contextlib.ExitStack() as stack:
-            yield _safetensors(path, sorted(set(weight_map.values())), stack)
-    elif (path / _ONE).is_file():
-        with contextlib.ExitStack() as stack:
-            yield _safetensors(path, [_ONE], stack)
-    elif (path / _FLAX).is_file():
-        tree = flax.serialization.msgpack_restore((path / _FLAX).read_bytes())
-        flat = flax.traverse_util.flatten_dict(tree)
+def _equal(a: ts.TensorStore, b: ts.TensorStore) -> bool:
+    """Bit equality, block by block: layers that differ do so in the first."""
+    if a.shape != b.shape:
+        return False
+    blocks = (slice(i, min(i + 128, a.shape[0])) for i in range(0, a.shape[0], 128))
+    return all(np.array_equal(a[block], b[block]) for block in blocks)
+
+
+def open_tensors(path: Any, kvstore: ts.KvStore) -> Tensors:
+    """The weights of a folder. Raises ValueError where there are none that can be read safely."""
+    readers: tuple[tuple[str, Callable[[ts.KvStore, str], dict[str, ts.TensorStore]], str], ...] = (
+        (_TORCH, _safetensors, "safetensors"),
+        (_FLAX, _flax, "Flax msgpack"),
+    )
+    for one, read, kind in readers:
+        if exists(kvstore, one + _INDEX):
+            index = json.loads(folder.read_file(kvstore, one + _INDEX) or b"{}")
+            files = sorted(set(index["weight_map"].values()))
+            if missing := [file for file in files if not exists(kvstore, file)]:
+                raise ValueError(
+                    f"{path} lacks {missing}, which {one}{_INDEX} names. Fetch them again."
+                )
+            opened: dict[str, ts.TensorStore] = {}
+            for file in files:
+                opened |= read(kvstore, file)
+            return Tensors(opened, f"{len(files)} {kind} files")
+        if exists(kvstore, one):
+            return Tensors(read(kvstore, one), one)
+    present = [file for file in _PICKLED if exists(kvstore, file)]
+    raise ValueError(
+        f"{path} has {_CONFIG} and neither {_TORCH} nor {_FLAX}, nor an index of several; it has "
+        f"{present or 'no weights'}. Pickled weights (.bin, .pt) are not read, because reading them "
+        "runs code: save the model with safe_serialization=True where it came from."
+    )
+
+
+def _safetensors(kvstore: ts.KvStore, file: str) -> dict[str, ts.TensorStore]:
+    places = safetensors_places(kvstore, file)
+    return {name: open_array(kvstore, place) for name, place in places.items()}
+
+
+def _flax(kvstore: ts.KvStore, file: str) -> dict[str, ts.TensorStore]:
+    opened = {}
+    for path, place in flax_places(kvstore, file).items():
+        store = open_array(kvstore, place)
         # Flax's kernels are not transposed.
-        arrays = {
-            names.torch_name(key): value.T if key[-1] == "kernel" else value
-            for key, value in flat.items()
-        }
-        shapes = {name: tuple(value.shape) for name, value in arrays.items()}
-        yield _Tensors(shapes, arrays.__getitem__, _FLAX)
-    else:
-        present = sorted(file.name for file in path.iterdir())
-        raise ValueError(
-            f"{path} has {_CONFIG} and neither {_ONE}, {_INDEX} nor {_FLAX}; it has {present}. Pickled "
-            "weights (.bin, .pt) are not read, because reading them runs code: save the model with "
-            "safe_serialization=True where it came from."
-        )
-
-
-def _safetensors(path: pathlib.Path, files: list[str], stack: contextlib.ExitStack) -> _Tensors:
-    holders: dict[str, Any] = {}
-    for file in files:
-        opened = stack.enter_context(safetensors.safe_open(path / file, framework="numpy"))
-        holders |= dict.fromkeys(opened.keys(), opened)
-    shapes = {name: tuple(one.get_slice(name).get_shape()) for name, one in holders.items()}
-    what = files[0] if len(files) == 1 else f"{len(files)} safetensors files"
-    return _Tensors(shapes, lambda name: holders[name].get_tensor(name), what)
+        opened[names.torch_name(path)] = store.T if path[-1] == "kernel" else store
+    return opened

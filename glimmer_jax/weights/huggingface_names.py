@@ -1,13 +1,16 @@
 """Hugging Face's names and settings of a T5, and ours.
 
 Their linear layers hold kernels transposed, their position tables are `[buckets, heads]`, and what
-is one layer with us is a list of sub-layers. `config.json` says the rest.
+is one layer with us is a list of sub-layers. `config.json` says the rest. A divided encoder has their
+names too: its layers are numbered through, and each part that has a position table has it in its first
+block. The whole table is in docs/weights.md.
 """
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.t5 import T5Config
 
 # Theirs -> ours. Their plain "gelu" is the exact one, which no T5 was trained with.
@@ -24,8 +27,16 @@ IGNORED = (
     "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
 )
 OUTPUT, EMBEDDING = "lm_head.weight", "shared.weight"
+# What is not part of a stack.
+_ALONE = {
+    "token_embedder/embedding": EMBEDDING,
+    "memory_embedder/embedding": "memory_shared.weight",
+    "decoder/logits_dense/kernel": OUTPUT,
+    "reranker/norm/scale": "reranker.final_layer_norm.weight",
+    "reranker/kernel": "reranker.kernel",
+}
 _PROJECTIONS = {"query": "q", "key": "k", "value": "v", "out": "o"}
-_TABLE = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+_TABLE = "layer.0.SelfAttention.relative_attention_bias.weight"
 # Sub-layer of a block: (number in the encoder, number in the decoder, their name).
 _PARTS = {
     "attention": (0, None, "SelfAttention"),
@@ -39,27 +50,48 @@ _PARTS = {
 }
 
 
-def their_name(name: str) -> str:
-    """`encoder/layers_3/attention/query/kernel` -> `encoder.block.3.layer.0.SelfAttention.q.weight`."""
-    if name == "token_embedder/embedding":
-        return EMBEDDING
-    if name == "decoder/logits_dense/kernel":
-        return OUTPUT
-    stack, rest = name.split("/", 1)
+def their_name(name: str, config: GlimmerConfig) -> str:
+    """`encoder/layers_3/attention/query/kernel` -> `encoder.block.3.layer.0.SelfAttention.q.weight`.
+
+    Args:
+      name: one of `t5_names.shapes`.
+      config: says at which layer a part of a divided encoder begins.
+    """
+    if name in _ALONE:
+        return _ALONE[name]
+    stack, first, rest = _stack(name, config)
     if rest == "relpos_bias/rel_embedding":
-        return f"{stack}.{_TABLE}"
-    if rest == f"{stack}_norm/scale":
+        return f"{stack}.block.{first}.{_TABLE}"
+    if rest.endswith("_norm/scale") and "/" not in rest.removesuffix("/scale"):
         return f"{stack}.final_layer_norm.weight"
     layer, part, *more = rest.split("/")
     in_encoder, in_decoder, theirs = _PARTS[part]
-    number = in_encoder if stack == "encoder" else in_decoder
+    number = in_decoder if stack == "decoder" else in_encoder
     middle = "".join(f".{_PROJECTIONS.get(one, one)}" for one in more[:-1])
-    return f"{stack}.block.{layer.removeprefix('layers_')}.layer.{number}.{theirs}{middle}.weight"
+    block = first + int(layer.removeprefix("layers_"))
+    return f"{stack}.block.{block}.layer.{number}.{theirs}{middle}.weight"
+
+
+def _stack(name: str, config: GlimmerConfig) -> tuple[str, int, str]:
+    """(their stack, number of its first block, name within it)."""
+    memory, cut = config.memory_layers, config.memory_layers + config.rerank_layers
+    for ours, theirs, first in (
+        ("memory_encoder/", "encoder", 0),
+        ("live_encoder/live_a/", "encoder", memory),
+        ("live_encoder/live_b/", "encoder", cut),
+        # The table that all layers share is where a T5 has it.
+        ("live_encoder/", "encoder", 0 if config.share_position_table else memory),
+        ("reranker/stack/", "reranker", 0),
+    ):
+        if name.startswith(ours):
+            return theirs, first, name.removeprefix(ours)
+    stack, rest = name.split("/", 1)
+    return stack, 0, rest
 
 
 def transposed(name: str) -> bool:
     """Whether our parameter of this name is the transpose of theirs."""
-    return name.endswith(("/kernel", "/rel_embedding"))
+    return name.endswith(("/kernel", "/rel_embedding")) and name != "reranker/kernel"
 
 
 def read_config(path: Any, config: Mapping[str, Any], tie_output: bool) -> T5Config:

@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import flax.traverse_util
 import jax
-from jax.sharding import Mesh
+import numpy as np
+import tensorstore as ts
+from jax.sharding import Mesh, NamedSharding
 
 from glimmer_jax import partitioning
 from glimmer_jax.models.model import GlimmerModel
@@ -14,9 +17,12 @@ from glimmer_jax.weights.load import load as load_weights
 def load(path: Any, model: GlimmerModel, vocabulary_fingerprint: str) -> dict[str, Any]:
     """Parameters for `model` from any of the places of `weights.load`; prints what was found.
 
-    Those of another cut of the same sizes are recut.
+    Those of another cut of the same sizes are recut; a checkpoint that does not say which model it
+    holds must be `model`'s. Leaves may be TensorStores, which have read nothing yet: `place` and `put`
+    bring them to the devices.
 
     Raises:
+      OSError: the storage did not answer, or refused.
       ValueError: no checkpoint there, damaged, of another vocabulary, or of other sizes.
     """
     loaded = load_weights(path)
@@ -28,15 +34,18 @@ def load(path: Any, model: GlimmerModel, vocabulary_fingerprint: str) -> dict[st
             f"Checkpoint {path} was trained with vocabulary {theirs}, and the vocabulary given is "
             f"{vocabulary_fingerprint}. Give the checkpoint's vocabulary."
         )
-    if loaded.config is None:
-        raise ValueError(
-            f"Checkpoint {path} does not say which model it holds (no model_config). Use one that "
-            "--run_mode=train or --run_mode=export has written."
-        )
-    params = recut(loaded.params, loaded.config, model.config)
+    params = loaded.params
+    if loaded.config is not None:
+        params = recut(params, loaded.config, model.config)
     shapes, _ = model.abstract_variables()
     wanted = jax.tree.map(lambda leaf: tuple(leaf.shape), shapes)
     got = jax.tree.map(lambda leaf: tuple(leaf.shape), params)
+    if wanted != got and loaded.config is None:
+        raise ValueError(
+            f"Checkpoint {path} does not say which model it holds, and its parameters are not those "
+            f"of the model given, which has {_first_difference(wanted, got)}. Give the gin files that "
+            "it was trained with; --run_mode=export with those writes a file of which any cut is made."
+        )
     if wanted != got:
         raise ValueError(
             f"The parameters of {path} do not have the shapes that their model_config promises. "
@@ -45,8 +54,50 @@ def load(path: Any, model: GlimmerModel, vocabulary_fingerprint: str) -> dict[st
     return params
 
 
+def _first_difference(wanted: Any, got: Any) -> str:
+    flat_wanted, flat_got = (
+        flax.traverse_util.flatten_dict(tree, sep="/") for tree in (wanted, got)
+    )
+    names = sorted(flat_wanted.keys() | flat_got.keys())
+    name = next(name for name in names if flat_wanted.get(name) != flat_got.get(name))
+    return f"{name} {flat_wanted.get(name, 'not')} where the checkpoint has {flat_got.get(name, 'none')}"
+
+
 def place(params: Any, model: GlimmerModel, mesh: Mesh) -> Any:
-    """The parameters on the mesh."""
+    """The parameters on the mesh, as `put` brings them there."""
     shapes, names = model.abstract_variables()
     partitioning.check_divisible(shapes, names, mesh)
-    return jax.device_put(params, partitioning.shardings(names, mesh))
+    return put(params, partitioning.shardings(names, mesh))
+
+
+def put(params: Any, shardings: Any) -> Any:
+    """Parameters on devices, float32, without aliases of what is given.
+
+    Of a TensorStore every process reads the slices of its own devices, each once, and one parameter
+    after another: no host ever holds them all.
+
+    Args:
+      params: tree of numpy arrays, JAX arrays or TensorStores.
+      shardings: tree of NamedShardings.
+    """
+    return jax.tree.map(_put, params, shardings)
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    if not isinstance(leaf, ts.TensorStore):
+        return jax.device_put(leaf, sharding, may_alias=False)
+    read: dict[str, np.ndarray] = {}
+
+    def piece(index: Any) -> np.ndarray:
+        # Replicas on this host share what is read.
+        if str(index) not in read:
+            read[str(index)] = leaf[index].read().result()
+        return read[str(index)]
+
+    shape = tuple(leaf.shape)
+    pieces = [
+        jax.device_put(piece(index), device, may_alias=False)
+        for device, index in sharding.addressable_devices_indices_map(shape).items()
+    ]
+    array = jax.make_array_from_single_device_arrays(shape, sharding, pieces)
+    return jax.block_until_ready(array)

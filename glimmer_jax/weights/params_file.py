@@ -28,7 +28,7 @@ def save_params_file(path: Any, params: dict[str, Any], config: dict[str, Any]) 
       ValueError: another ending.
     """
     path = _checked(path)
-    flat = flax.traverse_util.flatten_dict(jax.device_get(params), sep="/")
+    flat = flax.traverse_util.flatten_dict(jax.tree.map(np.asarray, params), sep="/")
     # safetensors writes the buffer as it lies in memory.
     # Vectors stay as they are: they are small, and the score head lies close to 1, where bfloat16
     # has steps of 1/128.

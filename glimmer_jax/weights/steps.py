@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.traverse_util
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from glimmer_jax.memory.folder import open_folder
 from glimmer_jax.weights.checksums import has_sidecar, verify_sidecar
+from glimmer_jax.weights.orbax_arrays import open_arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,18 +74,17 @@ def read_metadata(folder: Any) -> dict[str, Any]:
         return checkpointer.restore(epath.Path(folder), args=args).metadata
 
 
-def restore_params(folder: Any, target: Any = None) -> Any:
-    """Only the parameters of one of our steps, whatever it was trained with.
+def restore_params(folder: Any) -> dict[str, Any]:
+    """Only the parameters of one of our steps, whatever it was trained with, as TensorStores.
 
-    Args:
-      folder: of a step.
-      target: tree of ShapeDtypeStructs with shardings to place the parameters; None gives numpy.
+    Every file is read once for its checksum; of the arrays nothing is read yet.
 
     Raises:
-      ValueError: files damaged, or arrays other than `target`'s.
+      ValueError: files damaged or missing.
     """
     verify_sidecar(folder)
-    return restore_item(folder, "params", target)
+    flat = open_arrays(open_folder(epath.Path(folder) / "params"))
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
 def restore_item(folder: Any, item: str, target: Any) -> Any:
@@ -93,15 +93,13 @@ def restore_item(folder: Any, item: str, target: Any) -> Any:
     Args:
       folder: of a step.
       item: `params` or `training`.
-      target: tree of ShapeDtypeStructs with shardings; None gives numpy.
+      target: tree of ShapeDtypeStructs with shardings.
 
     Raises:
       ValueError: names, shapes or dtypes other than `target`'s.
     """
     with _checkpointer() as checkpointer:
         saved = checkpointer.metadata(folder).item_metadata[item].tree
-        if target is None:
-            target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), saved)
         _check_same(folder, item, saved, target)
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
         return checkpointer.restore(folder, args=args)[item]

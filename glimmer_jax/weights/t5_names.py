@@ -1,14 +1,18 @@
-"""A whole T5 as a flat table of names: what public weights must hold, and how it becomes FiD's tree.
+"""Parameters as a flat table of names: what a file of weights must hold, and how it becomes our tree.
 
 Names are T5X's, layers one by one (`encoder/layers_3/mlp/wi_0/kernel`). FiD is the cut in which the
-encoder is undivided, so public weights become FiD's parameters, and `recut` makes the other cuts.
+encoder is undivided: a whole T5, so public weights become FiD's parameters, and `recut` makes the
+other cuts. A divided encoder keeps the names of its parts (`memory_encoder/layers_3/...`).
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.traverse_util
 import numpy as np
+import tensorstore as ts
 
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.model import GlimmerModel
@@ -23,24 +27,43 @@ def fid(t5: T5Config) -> GlimmerConfig:
     return GlimmerConfig(t5)
 
 
-def shapes(t5: T5Config) -> dict[str, Shape]:
-    """Every parameter of a T5 and its shape."""
-    tree, _ = GlimmerModel(fid(t5)).abstract_variables()
-    return {_public(name): tuple(leaf.shape) for name, leaf in _flat(tree).items()}
+def looped(config: GlimmerConfig) -> GlimmerConfig:
+    """The same setting with its layers one by one, as files hold them."""
+    return dataclasses.replace(config, t5=dataclasses.replace(config.t5, scan_layers=False))
 
 
-def tree_from(t5: T5Config, read: Callable[[str], np.ndarray]) -> dict[str, Any]:
-    """FiD's parameters, float32; `read` gives the array of a name, one at a time."""
-    tree, _ = GlimmerModel(fid(t5)).abstract_variables()
-    flat = {
-        name: np.ascontiguousarray(read(_public(name)), np.float32) for name in sorted(_flat(tree))
-    }
+def is_t5(config: GlimmerConfig) -> bool:
+    """Whether a setting's parameters are those of a T5: an undivided encoder, a decoder like it."""
+    t5 = config.t5
+    undivided = not (config.memory_layers or config.rerank_layers)
+    return undivided and t5.decoder_sizes == t5.encoder_sizes and t5.cross_attention_period == 1
+
+
+def shapes(config: GlimmerConfig) -> dict[str, Shape]:
+    """Every parameter of a setting and its shape."""
+    tree = _tree(config)
+    return {_public(name, tree): tuple(leaf.shape) for name, leaf in _flat(tree).items()}
+
+
+def tree_from(config: GlimmerConfig, read: Callable[[str], Any]) -> dict[str, Any]:
+    """A setting's parameters, in looped layers.
+
+    Args:
+      config: the setting.
+      read: gives the array of a name, of numpy or TensorStore.
+
+    Returns:
+      TensorStores of float32: nothing is read but what `read` has read.
+    """
+    tree = _tree(config)
+    flat = {name: float32(read(_public(name, tree))) for name in sorted(_flat(tree))}
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
 def flat_from(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `tree_from`, for parameters of FiD in scanned or looped layers."""
-    return {_public(name): leaf for name, leaf in _flat(unstack_layers(dict(params))).items()}
+    """The inverse of `tree_from`, for parameters in scanned or looped layers."""
+    tree = unstack_layers(dict(params))
+    return {_public(name, tree): leaf for name, leaf in _flat(tree).items()}
 
 
 def check(path: Any, wanted: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
@@ -58,16 +81,27 @@ def check(path: Any, wanted: Mapping[str, Shape], found: Mapping[str, Shape]) ->
     ]
     if problems := sorted(missing + extra + misshapen):
         raise ValueError(
-            f"The weights in {path} are not those of a T5 of the sizes they claim; "
+            f"The weights in {path} are not those of a model of the sizes they claim; "
             f"{len(problems)} parameters differ: {'; '.join(problems)}. Give the folder of a T5, "
             "whole."
         )
 
 
-def _public(name: str) -> str:
-    if name.startswith("live_encoder/"):
-        rest = name.removeprefix("live_encoder/").removeprefix("live_b/")
-        return f"encoder/{rest}"
+def float32(array: Any) -> ts.TensorStore:
+    """An array of numpy or TensorStore as a TensorStore of float32, of which nothing is read."""
+    store = array if isinstance(array, ts.TensorStore) else ts.array(np.asarray(array))
+    return store if store.dtype == ts.float32 else ts.cast(store, ts.float32)
+
+
+@functools.lru_cache(maxsize=16)
+def _tree(config: GlimmerConfig) -> dict[str, Any]:
+    return GlimmerModel(looped(config)).abstract_variables()[0]
+
+
+def _public(name: str, tree: Mapping[str, Any]) -> str:
+    divided = "memory_encoder" in tree or "live_a" in tree["live_encoder"]
+    if name.startswith("live_encoder/") and not divided:
+        return f"encoder/{name.removeprefix('live_encoder/').removeprefix('live_b/')}"
     return name
 
 

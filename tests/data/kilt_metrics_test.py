@@ -93,6 +93,18 @@ def test_gold_lines_without_answers_are_refused_where_one_is_guessed(tmp_path):
     assert scores(tmp_path, gold, [{"id": "a", "output": [{"answer": ""}]}])["downstream"]
 
 
+def test_task_metrics_are_the_official_ones_under_seqios_names():
+    metrics = kilt_metrics.task_metrics("accuracy", "exact_match", "f1", "rougel")
+    targets = [["Jane Austen", " J. Austen "], ["x y"], []]
+    found = metrics(targets, ["jane austen.", " x ", "z"])
+    third = pytest.approx(1 / 3)
+    assert found["accuracy"] == 0.0 and found["exact_match"] == third
+    assert found["f1"] == pytest.approx((1 + 2 / 3) / 3)
+    assert 0 < found["rougel"] < found["f1"]
+    assert metrics([["J. Austen"]], ["J. Austen "])["accuracy"] == 1.0
+    assert metrics([], []) == dict.fromkeys(found, 0.0)
+
+
 def test_the_metrics_load_neither_tensorflow_nor_jax():
     heavy = {"seqio", "tensorflow", "jax"}
     code = f"import sys, glimmer_jax.data.kilt_metrics; print({heavy} & {{*sys.modules}})"

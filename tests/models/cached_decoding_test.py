@@ -109,8 +109,3 @@ def test_answers_have_the_probability_that_the_full_forward_gives_them(setting, 
     np.testing.assert_allclose(aux["scores"], want, rtol=1e-4)
     assert aux["passage_scores"].shape == (ROWS, tiny.K)
     assert aux["kept_passages"].shape == (ROWS, config.num_kept)
-
-
-def test_no_beams_are_refused():
-    with pytest.raises(ValueError, match=r"beams must be at least 1, got 0"):
-        DecodeConfig(beams=0)

@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ import pytest
 from glimmer_jax.models.cost import question_cost
 from glimmer_jax.models.fido import convert_decoder
 from glimmer_jax.models.glimmer import Glimmer, fuse, select
-from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.models.recut import recut
 from glimmer_jax.models.stacking import stack_layers, unstack_layers
 from glimmer_jax.nn.attention import attend
@@ -92,30 +90,6 @@ def test_cached_decoding_equals_the_full_forward_pass(config):
     for beam in range(BEAMS):
         want = full(params, dict(batch, decoder_input_tokens=inputs[:, beam]))[0]
         np.testing.assert_allclose(cached[:, beam], want, rtol=0, atol=1e-5)
-
-
-def products(jaxpr, in_loop=False):
-    """(shape of the result, whether it stands in a while loop) of every product of a program."""
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            yield eqn.outvars[0].aval.shape, in_loop
-        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
-            yield from products(inner, in_loop or eqn.primitive.name == "while")
-
-
-@pytest.mark.parametrize("config", [FIDO, LOOPED], ids=["scanned", "looped"])
-def test_keys_and_values_of_the_passages_are_not_computed_in_the_token_loop(config):
-    """Decoding is the only while loop; stacks of layers are scans."""
-    batch = tiny.batch(rows=ROWS)
-    made = jax.make_jaxpr(GlimmerModel(config).predict_batch)(tiny.abstract(config)[0], batch)
-    kept = config.num_kept * (tiny.Q + tiny.P)
-    width = T5.decoder_kv_heads * T5.head_dim
-    found = list(products(made.jaxpr))
-    # A projection of encoder states has a result [B, S, G * C].
-    assert ((ROWS, kept, width), False) in found
-    assert ((ROWS, kept, width), True) not in found
-    # Attention to the passages does stand in the loop: the search would have found the other.
-    assert any(inside and kept in shape for shape, inside in found)
 
 
 def test_converted_heads_are_means_and_converted_models_run():

@@ -21,7 +21,8 @@ from glimmer_jax.models.t5 import T5Config
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 SIZES = pathlib.Path(__file__).parents[2] / "gin" / "sizes"
-NAMES = ("tiny", "small", "base", "large", "xl", "xxl")
+OLD = ("t5_1_0/small", "t5_1_0/base", "t5_1_0/large", "t5_1_0/3b", "t5_1_0/11b")
+NAMES = ("tiny", "small", "base", "large", "xl", "xxl", *OLD)
 # What the published checkpoints hold.
 NUM_PARAMETERS = {
     "small": 76_961_152,
@@ -29,6 +30,19 @@ NUM_PARAMETERS = {
     "large": 783_150_080,
     "xl": 2_849_757_184,
     "xxl": 11_135_332_352,
+    "t5_1_0/small": 60_506_624,
+    "t5_1_0/base": 222_903_552,
+    "t5_1_0/large": 737_668_096,
+    "t5_1_0/3b": 2_851_598_336,
+    "t5_1_0/11b": 11_307_321_344,
+}
+# config.json of t5-small to t5-11b: d_model, d_ff, d_kv, heads, layers.
+T5_1_0 = {
+    "small": (512, 2048, 64, 8, 6),
+    "base": (768, 3072, 64, 12, 12),
+    "large": (1024, 4096, 64, 16, 24),
+    "3b": (1024, 16384, 128, 32, 24),
+    "11b": (1024, 65536, 128, 128, 24),
 }
 
 
@@ -53,7 +67,21 @@ def glimmer(size, **kwargs):
 
 
 def test_every_size_has_a_golden():
-    assert {path.stem for path in SIZES.glob("*.gin")} == set(NAMES)
+    found = {path.relative_to(SIZES).with_suffix("").as_posix() for path in SIZES.rglob("*.gin")}
+    assert found == set(NAMES)
+
+
+@pytest.mark.parametrize("size", T5_1_0)
+def test_t5_1_0_has_the_sizes_of_its_published_config(size):
+    config = t5(f"t5_1_0/{size}")
+    sizes = (config.emb_dim, config.mlp_dim, config.head_dim, config.num_heads)
+    assert (*sizes, config.num_encoder_layers) == T5_1_0[size]
+    assert config.num_decoder_layers == config.num_encoder_layers
+    assert (config.mlp_activations, config.tie_output, config.vocab_size) == (
+        ("relu",),
+        True,
+        32128,
+    )
 
 
 def describe(config):
@@ -84,7 +112,7 @@ def check_golden(name, tree):
 
 @pytest.mark.parametrize("size", NAMES)
 def test_glimmer_of_every_size_has_the_golden_parameters(size):
-    check_golden(f"glimmer_{size}", describe(glimmer(size)))
+    check_golden(f"glimmer_{size.replace('/', '_')}", describe(glimmer(size)))
 
 
 def test_every_optional_part_has_the_golden_parameters():

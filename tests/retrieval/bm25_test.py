@@ -1,12 +1,13 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 
-from glimmer_jax.json_lines import read_json_lines
-from glimmer_jax.passages import write_passages
+from glimmer_jax.passages import Passages, write_passages
 from glimmer_jax.retrieval import bm25
-from glimmer_jax.retrieval.bm25 import Bm25, Bm25Config
+from glimmer_jax.retrieval.bm25 import Bm25, Bm25Config, Bm25Retriever
+from glimmer_jax.retrieval.retriever import rows_of_split
 
 RECORDS = [
     {"id": 11, "title": "zoo.apes", "text": "apes eat fruit", "page": "p", "chunk": 0},
@@ -57,28 +58,20 @@ def test_equal_scores_keep_the_order_of_the_passages():
     assert [row for row, _ in index.search(["words"], 7)[0]] == list(range(7))
 
 
-def test_retrieved_files_carry_ids_scores_and_gold(folder, capsys):
-    report = bm25.retrieve_files(
-        folder / "passages", str(folder / "questions" / "*.jsonl"), folder / "retrieved", 2
-    )
-    rows = [row for _, row in read_json_lines(folder / "retrieved" / "task-test.jsonl")]
-    assert [[one["id"] for one in row["retrieved"]] for row in rows] == [[13, 12], [11, 12]]
-    assert [[one["gold"] for one in row["retrieved"]] for row in rows] == [
-        [True, False],
-        [True, False],
-    ]
-    assert rows[0]["input"] == "who swim in fish water"
-    assert report["task-test"] == {"questions": 2, "recall_at_1": 1.0, "recall_at_2": 1.0}
-    shown = capsys.readouterr().out
-    assert "2/2" in shown and "questions/s" in shown and "R@1" in shown
+def test_rows_are_those_of_the_folder_also_among_some_of_them(folder):
+    retriever = Bm25Retriever(Passages.open(folder / "passages"))
+    question = ["wheels of the fish"]
+    assert [row for row, _ in retriever.search(question, 4)[0]] == [3, 1, 2]
+    assert retriever.record(3)["id"] == 14
+    (found,) = retriever.among(np.array([1, 3])).search(question, 4)
+    assert [row for row, _ in found] == [3, 1]
 
 
-def test_training_questions_see_training_passages_alone(folder):
-    bm25.retrieve_files(
-        folder / "passages", str(folder / "questions" / "*.jsonl"), folder / "retrieved", 4
-    )
-    rows = [row for _, row in read_json_lines(folder / "retrieved" / "task-train.jsonl")]
-    assert {one["id"] for row in rows for one in row["retrieved"]} == {11, 12}
+def test_a_split_without_passages_is_refused(folder):
+    passages = Passages.open(folder / "passages")
+    np.testing.assert_array_equal(rows_of_split(passages, "train"), [0, 1])
+    with pytest.raises(ValueError, match="No passage of .* belongs to the split 'dev'"):
+        rows_of_split(passages, "dev")
 
 
 def test_tuning_prints_every_setting_and_returns_the_best(folder, capsys):
@@ -103,12 +96,7 @@ def test_settings_are_checked(settings, message):
 
 def test_wrong_input_is_refused(folder, monkeypatch):
     with pytest.raises(ValueError, match="No file matches"):
-        bm25.retrieve_files(folder / "passages", str(folder / "x*"), folder / "retrieved", 2)
-    with pytest.raises(ValueError, match="No file matches"):
         bm25.tune(folder / "passages", str(folder / "x*"))
-    pattern = str(folder / "questions" / "*.jsonl")
-    with pytest.raises(ValueError, match="holds the questions themselves"):
-        bm25.retrieve_files(folder / "passages", pattern, folder / "questions", 2)
     with pytest.raises(ValueError, match="No passage to index"):
         Bm25([])
     with pytest.raises(ValueError, match="k must be 1 or more"):

@@ -1,6 +1,7 @@
 """T5X's public form, written here as T5X writes it: msgpack, and zarr arrays beside it."""
 
 import dataclasses
+import re
 import shutil
 
 import flax.serialization
@@ -10,9 +11,11 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 
+from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.models.recut import recut
-from glimmer_jax.weights import t5_names
+from glimmer_jax.weights import parameters, t5_names, t5x
 from glimmer_jax.weights.load import load
+from glimmer_jax.weights.model_config import describe
 from tests.models import tiny
 
 V1_0 = dataclasses.replace(
@@ -20,7 +23,7 @@ V1_0 = dataclasses.replace(
 )
 
 
-def write(folder, flat):
+def write(folder, flat, path_at_top=False):
     """Matrices as zarr arrays, their specifications and the vectors in the msgpack file."""
     target = {}
     for name, array in flat.items():
@@ -29,7 +32,7 @@ def write(folder, flat):
             continue
         metadata = {
             "shape": list(array.shape),
-            "chunks": [array.shape[0], -(-array.shape[1] // 2)],
+            "chunks": [array.shape[0], -(-array.shape[1] // 2), *array.shape[2:]],
             "dtype": array.dtype.str,
             "compressor": {"id": "gzip"},
         }
@@ -38,7 +41,10 @@ def write(folder, flat):
         kvstore = {"driver": "file", "path": f"{folder}/{where}"}
         ts.open({**spec, "kvstore": kvstore}, create=True).result().write(array).result()
         # Written elsewhere: the path in the file is not where the array lies now.
-        target[name] = {**spec, "kvstore": {"driver": "gfile", "path": f"gs://bucket/tmp/{where}"}}
+        elsewhere = {"driver": "gfile", "path": f"gs://bucket/tmp/{where}"}
+        target[name] = {**spec, "kvstore": elsewhere}
+        if path_at_top:
+            target[name] = {**spec, "kvstore": {"driver": "gfile"}, "path": elsewhere["path"]}
     content = {
         "version": 3,
         "optimizer": {
@@ -58,7 +64,7 @@ def test_names_sizes_and_bits_come_from_the_checkpoint(tmp_path, config):
     assert loaded.vocabulary_fingerprint is None
     assert dataclasses.replace(loaded.config.t5, scan_layers=True) == config.t5
     tiny.assert_trees_equal(recut(loaded.params, loaded.config, config), params)
-    assert loaded.what.startswith(f"a T5X checkpoint in {tmp_path}: ")
+    assert loaded.what.startswith(f"a T5X checkpoint in {tmp_path} (legacy): ")
 
 
 def write_orbax(folder, tree):
@@ -94,13 +100,132 @@ def test_a_missing_chunk_is_no_zeros(tmp_path):
     write(tmp_path, t5_names.flat_from(tiny.params(tiny.FID)))
     (tmp_path / "target.token_embedder.embedding" / "0.1").unlink()
     with pytest.raises(ValueError, match="0.1.*missing"):
-        load(tmp_path)
+        np.asarray(load(tmp_path).params["token_embedder"]["embedding"])
 
 
 def test_other_contents_are_refused(tmp_path):
     (tmp_path / "checkpoint").write_bytes(flax.serialization.msgpack_serialize({"params": {}}))
     with pytest.raises(ValueError, match=r"holds \['params'\] and no optimizer/target"):
         load(tmp_path)
-    write(tmp_path, {"encoder/encoder/layers/norm": np.ones(3, np.float32)})
-    with pytest.raises(ValueError, match="stacked by scanning are not read"):
+    write(tmp_path, {"encoder/layers_0/mlp/wo/kernel": np.ones((3, 4), np.float32)})
+    with pytest.raises(ValueError, match=r"sizes of the T5.*\['token_embedder/embedding'"):
         load(tmp_path)
+    write(tmp_path, {"encoder/encoder/mlp/wo/kernel": np.ones((3, 2, 4), np.float32)})
+    with pytest.raises(ValueError, match=r"lacks \['token_embedder/embedding'.* a scanned T5 has"):
+        load(tmp_path)
+
+
+def scanned(params, axis):
+    """What T5X's scanned layers hold: a layer axis, and the position table in every layer."""
+    flat, stacks = {}, {}
+    for name, array in t5_names.flat_from(params).items():
+        match = re.fullmatch(r"(encoder|decoder)/(layers_\d+|relpos_bias)/(.+)", name)
+        if match is None:
+            flat[name] = array
+        elif match[2] == "relpos_bias":
+            layers = {"encoder": 4, "decoder": 2}[match[1]]
+            stacks[f"{match[1]}/{match[1]}/relpos_bias/{match[3]}"] = [array] * layers
+        else:
+            stacks.setdefault(f"{match[1]}/{match[1]}/{match[3]}", []).append(array)
+    return flat | {name: np.stack(layers, axis) for name, layers in stacks.items()}
+
+
+@pytest.mark.parametrize(("form", "axis"), [("legacy", 1), ("legacy", 0), ("Orbax", 1)])
+def test_scanned_layers_give_the_same_bits(tmp_path, form, axis):
+    params = tiny.params(tiny.FID)
+    flat = scanned(params, axis)
+    if form == "legacy":
+        write(tmp_path, flat)
+    else:
+        write_orbax(tmp_path, {"target": flax.traverse_util.unflatten_dict(flat, sep="/")})
+    loaded = load(tmp_path)
+    assert dataclasses.replace(loaded.config.t5, scan_layers=True) == tiny.T5
+    tiny.assert_trees_equal(recut(loaded.params, loaded.config, tiny.FID), params)
+    assert f"({form}, scanned)" in loaded.what
+
+
+def test_a_position_table_for_each_layer_is_refused(tmp_path):
+    flat = scanned(tiny.params(tiny.FID), 1)
+    flat["decoder/decoder/relpos_bias/rel_embedding"][0, 1, 3] += 1.0
+    write(tmp_path, flat)
+    with pytest.raises(ValueError, match="another position table in each layer of its decoder"):
+        load(tmp_path)
+
+
+def test_specifications_of_the_first_tensorstores_are_understood(tmp_path):
+    params = tiny.params(tiny.FID)
+    write(tmp_path, t5_names.flat_from(params), path_at_top=True)
+    loaded = load(tmp_path)
+    tiny.assert_trees_equal(recut(loaded.params, loaded.config, tiny.FID), params)
+
+
+@pytest.mark.parametrize("form", ["legacy", "Orbax"])
+def test_checkpoints_in_a_bucket_give_the_same_bits(tmp_path, serve, form):
+    params = tiny.params(tiny.FID)
+    flat = t5_names.flat_from(params)
+    if form == "legacy":
+        write(tmp_path, flat)
+    else:
+        write_orbax(tmp_path, {"target": flax.traverse_util.unflatten_dict(flat, sep="/")})
+    url, server = serve(tmp_path)
+    loaded = load(url)
+    assert f"T5X checkpoint in {url} ({form})" in loaded.what
+    tiny.assert_trees_equal(recut(loaded.params, loaded.config, tiny.FID), params)
+    server.status = 403
+    with pytest.raises(OSError, match="could not be read.*run the same command again"):
+        load(url)
+
+
+def test_what_is_written_has_t5xs_form(tmp_path):
+    params = tiny.params(tiny.FID)
+    t5x.save(tmp_path, params, tiny.FID, describe(tiny.FID, "v"))
+    content = flax.serialization.msgpack_restore((tmp_path / "checkpoint").read_bytes())
+    assert content["version"] == 3
+    target = content["optimizer"]["target"]
+    spec = target["encoder"]["layers_3"]["mlp"]["wi_1"]["kernel"]
+    assert spec["kvstore"] == {"driver": "file", "path": "target.encoder.layers_3.mlp.wi_1.kernel"}
+    # As T5X opens it: with its own folder in front of the path.
+    spec["kvstore"]["path"] = f"{tmp_path}/{spec['kvstore']['path']}"
+    kernel = ts.open(ts.Spec(spec), open=True).result().read().result()
+    layers = params["live_encoder"]["live_b"]["layers"]
+    np.testing.assert_array_equal(kernel, layers["mlp"]["wi_1"]["kernel"][3])
+    np.testing.assert_array_equal(
+        target["encoder"]["layers_3"]["pre_mlp_layer_norm"]["scale"],
+        layers["pre_mlp_layer_norm"]["scale"][3],
+    )
+
+
+@pytest.mark.parametrize("config", [tiny.FID, tiny.GLIMMER], ids=["fid", "glimmer"])
+def test_a_tree_of_ours_comes_back_with_the_same_bits(tmp_path, config):
+    params = tiny.params(config)
+    t5x.save_tree(tmp_path / "checkpoint_7", params, config, describe(config, "v"))
+    content = flax.serialization.msgpack_restore(
+        (tmp_path / "checkpoint_7/checkpoint").read_bytes()
+    )
+    assert content.keys() == {"version", "optimizer"}
+    assert content["version"] == 3 and content["optimizer"]["state"] == {"step": 7}
+    # Where it lies is known relative to the file alone.
+    (tmp_path / "checkpoint_7").rename(tmp_path / "moved")
+    loaded = load(tmp_path / "moved")
+    assert loaded.config is None and loaded.vocabulary_fingerprint is None
+    assert loaded.what == f"a T5X checkpoint of one of our models in {tmp_path / 'moved'} (legacy)"
+    tiny.assert_trees_equal(loaded.params, params)
+    tiny.assert_trees_equal(parameters.load(tmp_path / "moved", GlimmerModel(config), "v"), params)
+
+
+def test_what_t5x_trained_must_be_read_as_the_model_that_it_is(tmp_path):
+    write_orbax(tmp_path, {"target": tiny.params(tiny.LUMEN), "state": {"step": np.int32(3)}})
+    read = parameters.load(tmp_path, GlimmerModel(tiny.LUMEN), "v")
+    tiny.assert_trees_equal(read, tiny.params(tiny.LUMEN))
+    message = r"does not say which model.*has live_encoder/live_a/.* where the checkpoint has none"
+    with pytest.raises(ValueError, match=message):
+        parameters.load(tmp_path, GlimmerModel(tiny.GLIMMER), "v")
+
+
+def test_only_new_folders_under_t5xs_names_get_a_tree_of_ours(tmp_path):
+    args = tiny.params(tiny.FID), tiny.FID, describe(tiny.FID, "v")
+    with pytest.raises(ValueError, match="wanted checkpoint_N, got step_7"):
+        t5x.save_tree(tmp_path / "step_7", *args)
+    t5x.save_tree(tmp_path / "checkpoint_7", *args)
+    with pytest.raises(ValueError, match="checkpoint_7 holds a checkpoint already"):
+        t5x.save_tree(tmp_path / "checkpoint_7", *args)

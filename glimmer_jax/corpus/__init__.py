@@ -1,0 +1,1 @@
+"""From published corpus files to passages."""

@@ -1,0 +1,138 @@
+"""Corpus files to passages in many processes: an Apache Beam pipeline over spans of the files.
+
+    corpus-00000-of-00560.jsonl …    passages of one span each: together what one process reads
+
+A span is read by `reading.span_passages`, as one process reads a file, and written as one shard. What
+needs all spans is small: ids given twice are found by grouping ids, and the spans they are in are read
+again without them; counts and problems are merged here, after the pipeline. The shards take their
+names at the end, when all is well.
+
+    python -m pip install 'glimmer-jax[beam]'
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+from etils import epath
+
+from glimmer_jax.corpus.files import Span, make_spans
+from glimmer_jax.corpus.reading import Reading, span_passages
+from glimmer_jax.corpus.report import Report, merge
+from glimmer_jax.json_lines import dump_line
+
+# Number of the span, and of the line in it.
+Place = tuple[int, int]
+_WORKING = "unfinished"
+
+
+def write_passages(
+    paths: Sequence[str],
+    folder: str,
+    reading: Reading,
+    options: Sequence[str] = (),
+    *,
+    span_bytes: int | None = None,
+    overwrite: bool = False,
+) -> tuple[list[str], Report]:
+    """Writes the passages of corpus files as shards of JSON Lines; returns their paths and the report.
+
+    Args:
+      paths: files of one format, see `files.find_files`.
+      folder: gets the shards; workers elsewhere must be able to reach it.
+      reading: how the files are read.
+      options: Beam's own flags, such as `--runner=DataflowRunner`.
+      span_bytes: of a file to a shard; None for 64 MB.
+      overwrite: whether shards already there may be replaced.
+
+    Raises:
+      ValueError: no Beam, shards are there already, or as `reading.read_passages`. The folder is left
+        as it was.
+    """
+    try:
+        import apache_beam as beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError:
+        raise ValueError(
+            "A pipeline needs Apache Beam: pip install 'glimmer-jax[beam]'. Or leave BEAM_OPTIONS out "
+            "and read in one process."
+        ) from None
+    target = epath.Path(folder)
+    old = list(target.glob("corpus-*-of-*.jsonl"))
+    if old and not overwrite:
+        raise ValueError(
+            f"{folder} holds a corpus already. Read it with CORPUS='{folder}/*.jsonl', write "
+            "elsewhere, or allow it to be overwritten."
+        )
+    spans = list(make_spans(paths) if span_bytes is None else make_spans(paths, span_bytes))
+    working = target / _WORKING
+    if working.exists():
+        working.rmtree()
+    working.mkdir(parents=True)
+    try:
+        with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
+            places = (
+                pipeline
+                | "spans" >> beam.Create(range(len(spans)))
+                | beam.Reshuffle()
+                | "read" >> beam.FlatMap(_write_span, spans, str(working), reading)
+            )
+            repeated = places | "by id" >> beam.GroupByKey() | beam.FlatMap(_but_the_first)
+            _ = (
+                repeated
+                | "by span" >> beam.GroupByKey()
+                | "read again" >> beam.Map(_write_again, spans, str(working), reading)
+            )
+        reports = [Report.from_json(_report(working, i).read_text()) for i in range(len(spans))]
+        report = merge(zip(spans, reports, strict=True))
+        report.check(reading.policy)
+        for path in old:
+            path.unlink()
+        made = [target / f"corpus-{i:05d}-of-{len(spans):05d}.jsonl" for i in range(len(spans))]
+        for index, path in enumerate(made):
+            _shard(working, index).rename(path)
+    finally:
+        working.rmtree()
+    return [str(path) for path in made], report
+
+
+def _shard(folder: epath.Path, index: int) -> epath.Path:
+    return folder / f"{index:05d}.jsonl"
+
+
+def _report(folder: epath.Path, index: int) -> epath.Path:
+    return folder / f"{index:05d}.json"
+
+
+def _write_span(
+    index: int, spans: Sequence[Span], folder: str, reading: Reading, left_out: Collection[int] = ()
+) -> Iterator[tuple[int, Place]]:
+    """Writes the shard and the report of a span; yields the id of every document, and where it is."""
+    report = Report()
+    found: list[tuple[int, Place]] = []
+
+    def is_repeated(number: int, key: int) -> bool:
+        found.append((key, (index, number)))
+        return number in left_out
+
+    with _shard(epath.Path(folder), index).open("wb") as file:
+        passages = span_passages(spans[index], reading, report, is_repeated, lambda count: None)
+        try:
+            for record in passages:
+                file.write(dump_line(record).encode("utf-8"))
+                yield from found
+                found.clear()
+        except ValueError as error:
+            report.failure = str(error)
+    yield from found
+    _report(epath.Path(folder), index).write_text(report.to_json())
+
+
+def _but_the_first(places: tuple[int, Iterable[Place]]) -> Iterator[Place]:
+    yield from sorted(places[1])[1:]
+
+
+def _write_again(
+    repeated: tuple[int, Iterable[int]], spans: Sequence[Span], folder: str, reading: Reading
+) -> None:
+    index, numbers = repeated
+    for _ in _write_span(index, spans, folder, reading, frozenset(numbers)):
+        pass

@@ -1,0 +1,143 @@
+"""From encoded, kept passages to answers: searched, drawn, or the best of given ones.
+
+Whatever the way, cross-attention keys and values are computed once for each question, before the
+first token, and every beam or candidate reads the same ones.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from glimmer_jax import decoding
+from glimmer_jax.models.glimmer import Glimmer
+
+# Candidates whose caches and attention weights exist at one time.
+CANDIDATES_AT_A_TIME = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """How answers are produced. Their length is that of the batch's `decoder_input_tokens`."""
+
+    beams: int = 1  # 1 is greedy
+    length_penalty: float = 0.6  # exponent, for beams only; 0 is none
+    temperature: float = 0.0  # above 0 draws; 1 is the model's own distribution
+    top_k: int = 0  # draw from the k most probable tokens; 0 is all
+    top_p: float = 1.0  # draw from the smallest set of tokens that has this probability
+
+    def __post_init__(self):
+        if self.beams < 1:
+            raise ValueError(f"beams must be at least 1, got {self.beams}.")
+        if self.length_penalty < 0:
+            raise ValueError(f"length_penalty must not be negative, got {self.length_penalty}.")
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                "temperature and top_k must be 0 or more and top_p in (0, 1], got "
+                f"{self.temperature}, {self.top_k} and {self.top_p}."
+            )
+        if self.temperature and self.beams > 1:
+            raise ValueError(
+                f"temperature={self.temperature} draws an answer and beams={self.beams} search one. "
+                "Set temperature=0, or beams=1."
+            )
+        if not self.temperature and (self.top_k or self.top_p < 1):
+            raise ValueError(
+                f"top_k={self.top_k} and top_p={self.top_p} cut what is drawn from, and with "
+                "temperature=0 nothing is. Set a temperature, or top_k=0 and top_p=1."
+            )
+
+
+def answer(
+    module: Glimmer,
+    variables: Any,
+    encoded: jax.Array,
+    mask: jax.Array,
+    decode: DecodeConfig,
+    *,
+    length: int,
+    eos_id: int,
+    rng: jax.Array | None = None,
+    candidates: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """An answer for each question.
+
+    Args:
+      module: the model.
+      variables: its `{"params": ...}`.
+      encoded: states of the kept passages, `[B, S, D]`.
+      mask: bool `[B, S]`.
+      decode: how; not asked where there are candidates.
+      length: T, tokens of an answer at most, the end token included.
+      eos_id: token that ends an answer.
+      rng: random key, needed where answers are drawn.
+      candidates: int32 `[B, N, T]`, the answers to choose from, as `decoding.score` has them.
+
+    Returns:
+      int32 `[B, T]`, 0 after the end token, and `scores` float32 `[B]`: log probability, for beams
+      penalised. With candidates also `candidate_scores` float32 `[B, N]`; ties go to the earlier.
+
+    Raises:
+      ValueError: answers are to be drawn, and there is no `rng`.
+    """
+    batch = encoded.shape[0]
+    cross = module.apply(variables, encoded, method="start_decoding")
+
+    def step(tokens, index, cache):
+        return module.apply(variables, tokens, index, cache, cross, mask, method="decode_step")
+
+    def empty_cache(beams, length=length):
+        return module.apply(variables, batch, beams, length, method="empty_cache")
+
+    if candidates is not None:
+        some = _in_parts(candidates)
+        parts = jax.lax.map(lambda x: decoding.score(step, empty_cache(*x.shape[1:]), x), some)
+        scores = jnp.moveaxis(parts, 0, 1).reshape(batch, -1)[:, : candidates.shape[1]]
+        best = jnp.argmax(scores, axis=1)[:, None]
+        tokens = jnp.take_along_axis(candidates, best[..., None], axis=1)[:, 0]
+        chosen = jnp.take_along_axis(scores, best, axis=1)[:, 0]
+        return tokens, {"scores": chosen, "candidate_scores": scores}
+
+    if decode.temperature:
+        if rng is None:
+            raise ValueError(
+                f"temperature={decode.temperature} draws answers: give a random key (rng)."
+            )
+        tokens, scores = decoding.sample(
+            step,
+            empty_cache(1),
+            batch=batch,
+            length=length,
+            eos_id=eos_id,
+            rng=rng,
+            temperature=decode.temperature,
+            top_k=decode.top_k,
+            top_p=decode.top_p,
+        )
+    elif decode.beams > 1:
+        tokens, scores = decoding.beam(
+            step,
+            empty_cache(decode.beams),
+            batch=batch,
+            beams=decode.beams,
+            length=length,
+            eos_id=eos_id,
+            alpha=decode.length_penalty,
+            cache_offset=1 if module.config.t5.scan_layers else 0,
+        )
+        tokens, scores = tokens[:, -1], scores[:, -1]
+    else:
+        tokens, scores = decoding.greedy(
+            step, empty_cache(1), batch=batch, length=length, eos_id=eos_id
+        )
+    return tokens, {"scores": scores}
+
+
+def _in_parts(candidates: jax.Array) -> jax.Array:
+    """`[B, N, T]` -> `[parts, B, N / parts, T]`, filled up with absent ones."""
+    batch, count, length = candidates.shape
+    parts = -(-count // CANDIDATES_AT_A_TIME)
+    size = -(-count // parts)
+    filled = jnp.pad(candidates, ((0, 0), (0, parts * size - count), (0, 0)))
+    return jnp.moveaxis(filled.reshape(batch, parts, size, length), 1, 0)

@@ -1,0 +1,237 @@
+"""The job that encodes a corpus into an index, or goes on with one.
+
+As the memory's job: shards of consecutive rows, each whole or not there, the record that makes one
+count written after its vectors, the manifest last. Killed and started again it goes on with the
+first shard without record, and ends with the same bytes for the same program and shard size.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from glimmer_jax.lock import WriterLock
+from glimmer_jax.memory import folder, manifest, shard
+from glimmer_jax.memory.builders import Builders
+from glimmer_jax.memory.progress import Progress
+from glimmer_jax.memory.resume import Todo, cut
+from glimmer_jax.passages import Passages
+from glimmer_jax.preemption import Preempted, Watcher
+from glimmer_jax.retrieval import index
+from glimmer_jax.retrieval.index import Identity, Index, Manifest, Record
+from glimmer_jax.retrieval.text_encoder import TextEncoder, passage_text
+
+logger = logging.getLogger(__name__)
+
+SHARD_PASSAGES = 32768  # 48 MiB of vectors of 768
+
+
+def texts_fingerprint(passages_manifest: Mapping[str, Any]) -> str:
+    """`sha256:…` over ids and texts of a passages folder, by the checksums in its manifest."""
+    files = passages_manifest["files"]
+    sums = json.dumps([files[name]["sha256"] for name in ("ids.npy", "passages.jsonl")])
+    return f"sha256:{hashlib.sha256(sums.encode()).hexdigest()}"
+
+
+def identity_of(passages: Passages, encoder: TextEncoder) -> Identity:
+    """The identity of an index that `encoder` makes of `passages`."""
+    loaded = encoder.loaded
+    return Identity(
+        encoder=loaded.fingerprint,
+        vocabulary=loaded.vocabulary_fingerprint,
+        passages=texts_fingerprint(passages.manifest),
+        max_length=loaded.max_length,
+        vector_dim=loaded.vector_dim,
+    )
+
+
+def build_index(
+    path: folder.Path,
+    passages: Passages,
+    encoder: TextEncoder,
+    *,
+    shard_passages: int = SHARD_PASSAGES,
+    builders: Builders = Builders(),
+    watcher: Watcher | None = None,
+    progress_seconds: float = 10.0,
+) -> Index:
+    """The index at `path`: opened where it is finished, else made or gone on with.
+
+    Args:
+      path: a local folder, a TensorStore URL or spec; created if missing.
+      passages: the corpus; row i becomes row i of the index.
+      encoder: of the vectors.
+      shard_passages: passages a shard; at most three shards are in RAM.
+      builders: who this is, where several processes make one index at a time.
+      watcher: where a request to stop is noticed; default: SIGTERM, if in the main thread.
+      progress_seconds: between two reports.
+
+    Raises:
+      ValueError: what is at `path` belongs to another encoder, to other passages (both are named) or
+        to another layout, another writer is at work, or the encoder gave NaN or infinity.
+      OSError: the storage failed; finished shards are kept.
+      Preempted: asked to stop; finished shards are kept.
+    """
+    kvstore = folder.open_folder(path)
+    identity = identity_of(passages, encoder)
+    found = index.read_manifest(kvstore)
+    if found is not None:
+        identity.check(kvstore.url, found.identity)
+        # A finished index may be cut otherwise, and may lie where nobody can write.
+        shards = [Todo(name, np.arange(count)) for name, count, _ in found.shards]
+        if not _plan(kvstore, shards, identity)[0]:
+            return Index(kvstore, found)
+    shards = cut(np.arange(len(passages)), shard_passages)
+    mine = builders.own(shards)
+    with WriterLock(builders.lock_folder(kvstore), index.LOCK), watcher or Watcher() as watcher:
+        todo, records = _plan(kvstore, mine, identity)
+        if records:
+            logger.info("%d of %d shards of the index are already there", len(records), len(mine))
+        progress = Progress(sum(len(item.rows) for item in todo), None, progress_seconds, "index")
+        job = _Job(kvstore, passages, encoder, identity, watcher, progress)
+        records |= dict(job.run(todo))
+        progress.finish()
+        others = [item for item in shards if item.name not in records]
+        records |= _wait(kvstore, others, identity, builders, watcher)
+        made = Manifest.of({item.name: records[item.name] for item in shards})
+        if builders.index == 0:
+            folder.write_file(kvstore, manifest.MANIFEST, made.to_bytes())
+    return Index(kvstore, made)
+
+
+def _plan(
+    kvstore: ts.KvStore, shards: Sequence[Todo], identity: Identity
+) -> tuple[list[Todo], dict[str, Record]]:
+    """Shards to make, and the records of those that are finished."""
+    todo, finished = [], {}
+    for item in shards:
+        record = _read_own(kvstore, item, identity)
+        here = folder.subfolder(kvstore, manifest.shard_folder(item.name))
+        if record is None:
+            todo.append(item)
+        elif problems := shard.check_sizes(here, record.files):
+            logger.warning("making shard %s again: %s", item.name, "; ".join(problems))
+            todo.append(item)
+        else:
+            finished[item.name] = record
+    return todo, finished
+
+
+def _read_own(kvstore: ts.KvStore, item: Todo, identity: Identity) -> Record | None:
+    """The record of a finished shard of this job. Raises ValueError for one of another."""
+    record = index.read_record(kvstore, item.name)
+    if record is None:
+        return None
+    identity.check(f"{kvstore.url}{manifest.shard_folder(item.name)}", record.identity)
+    if record.passages != len(item.rows):
+        raise ValueError(
+            f"{kvstore.url}{manifest.shard_folder(item.name)} holds {record.passages} passages, and "
+            f"this job puts {len(item.rows)} there. Go on with the former shard size, or set INDEX_DIR "
+            "to a new folder."
+        )
+    return record
+
+
+def _wait(
+    kvstore: ts.KvStore,
+    shards: Sequence[Todo],
+    identity: Identity,
+    builders: Builders,
+    watcher: Watcher,
+    poll_seconds: float = 5.0,
+) -> dict[str, Record]:
+    """Records of the shards that other builders make, as soon as all are there."""
+    records: dict[str, Record] = {}
+    last = time.monotonic()
+    while len(records) < len(shards):
+        for item in shards:
+            if item.name not in records and (record := _read_own(kvstore, item, identity)):
+                records[item.name], last = record, time.monotonic()
+        missing = [item.name for item in shards if item.name not in records]
+        if missing and (watcher.requested or time.monotonic() - last >= builders.wait_seconds):
+            raise Preempted(
+                f"{len(missing)} shards of other processes are missing, the first {missing[0]}. Start "
+                "all of them again; they go on where they were."
+            )
+        if missing:
+            time.sleep(min(poll_seconds, builders.wait_seconds))
+    return records
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One shard is read, one encoded and one written at a time, each on its thread."""
+
+    kvstore: ts.KvStore
+    passages: Passages
+    encoder: TextEncoder
+    identity: Identity
+    watcher: Watcher
+    progress: Progress
+
+    def run(self, todo: Sequence[Todo]) -> Iterator[tuple[str, Record]]:
+        """Makes shards one by one; gives the name and record of each that is there for good."""
+        threads = concurrent.futures.ThreadPoolExecutor
+        with threads(1, "index-reader") as reader, threads(1, "index-writer") as writer:
+            reading = [reader.submit(self._read, item.rows) for item in todo[:1]]
+            writing: list[tuple[str, concurrent.futures.Future[Record]]] = []
+            for item, following in zip(todo, [*todo[1:], None], strict=True):
+                tokens = reading.pop().result()
+                if following is not None:
+                    reading.append(reader.submit(self._read, following.rows))
+                vectors = self._encode(item, tokens)
+                # At most one shard waits to be written, so that RAM is bounded.
+                for name, future in writing:
+                    yield name, future.result()
+                cut_off = self.encoder.cut(tokens)
+                writing = [(item.name, writer.submit(self._write, item.name, vectors, cut_off))]
+            for name, future in writing:
+                yield name, future.result()
+
+    def _read(self, rows: np.ndarray) -> list[list[int]]:
+        records = self.passages.records(int(rows[0]), int(rows[-1]) + 1)
+        return self.encoder.tokenize([passage_text(record) for record in records])
+
+    def _encode(self, item: Todo, tokens: list[list[int]]) -> np.ndarray:
+        def after_batch(passages: int, real: int, computed: int) -> None:
+            self.progress.encoded(passages, real, computed)
+            if self.watcher.requested:
+                raise Preempted(
+                    f"Stopped before shard {item.name} of the index was complete; finished shards are "
+                    "kept. Run the same command again to go on."
+                )
+
+        vectors = self.encoder.encode(tokens, after_batch)
+        bad = ~np.isfinite(vectors).all(axis=1)
+        if bad.any():
+            raise ValueError(
+                "The encoder gave NaN or infinity for passage "
+                f"{int(self.passages.ids[item.rows[bad][0]])}. Check its weights and its dtype."
+            )
+        return vectors.astype(index.DTYPE)
+
+    def _write(self, name: str, vectors: np.ndarray, truncated: int) -> Record:
+        """Vectors first, then the record that makes them count."""
+        here = folder.subfolder(self.kvstore, manifest.shard_folder(name))
+        try:
+            # What an earlier attempt may have left.
+            here.delete_range(ts.KvStore.KeyRange()).result()
+        except ValueError as error:
+            raise folder.unreachable(here.url, error) from error
+        files = {}
+        for key, data in shard.encode_array(vectors, index.CHUNK_ROWS).items():
+            path = f"{index.VECTORS}/{key}"
+            folder.write_file(here, path, data)
+            files[path] = (len(data), hashlib.sha256(data).hexdigest())
+        program = dataclasses.asdict(self.encoder.program)
+        record = Record(self.identity, program, len(vectors), truncated, files)
+        folder.write_file(here, manifest.RECORD, record.to_bytes())
+        self.progress.wrote(record.size)
+        return record

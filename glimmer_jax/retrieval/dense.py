@@ -1,0 +1,93 @@
+"""Dense retrieval: GTR's vector of a question against those of all passages, exactly."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from glimmer_jax.memory.builders import Builders
+from glimmer_jax.partitioning import MeshConfig, make_mesh
+from glimmer_jax.passages import Passages
+from glimmer_jax.retrieval import top_k
+from glimmer_jax.retrieval.build_index import SHARD_PASSAGES, build_index
+from glimmer_jax.retrieval.retriever import Found, Retriever
+from glimmer_jax.retrieval.text_encoder import TextEncoder
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseConfig:
+    """Where encoder and index are, and how they are run."""
+
+    encoder_dir: str | None = None  # a GTR as sentence-transformers publishes it
+    index_dir: str | None = None  # folder or TensorStore URL; made, or gone on with, if unfinished
+    batch_size: int = 32  # texts a device encodes at once
+    dtype: str = "float32"  # of activations, float32 or bfloat16; the vector is float32
+    bytes_per_device: int = 8 * 2**30  # an index that fits into this is kept on the devices
+    shard_passages: int = SHARD_PASSAGES
+
+
+class DenseRetriever(Retriever):
+    """A question's vector against an index."""
+
+    def __init__(
+        self,
+        passages: Passages,
+        encoder: TextEncoder,
+        search: top_k.Search,
+        allowed: np.ndarray | None = None,
+    ):
+        super().__init__(passages)
+        self._encoder = encoder
+        self._search = search
+        self._allowed = allowed
+        # From disk, a pass over the index costs the same for one question as for all that fit.
+        self.questions_at_a_time = 4096 if search.on_mesh else top_k.PASS_QUESTIONS
+
+    @classmethod
+    def open(cls, passages: Passages, config: DenseConfig) -> "DenseRetriever":
+        """Encoder, index and search; makes the index, or goes on with it, if it is not finished.
+
+        Raises:
+          ValueError: the encoder's folder is not a GTR's, or the index another's (`build_index`).
+          Preempted: asked to stop; what is finished of the index is kept.
+        """
+        missing = [name for name in ("encoder_dir", "index_dir") if not getattr(config, name)]
+        if missing:
+            raise ValueError(
+                f"Dense retrieval needs {' and '.join(missing)}: the folder of a GTR, and one for its "
+                "vectors. Set ENCODER_DIR and INDEX_DIR, or RETRIEVER='bm25'."
+            )
+        own = make_mesh(MeshConfig(), jax.local_devices())
+        encoder = TextEncoder.open(str(config.encoder_dir), own, config.batch_size, config.dtype)
+        print(f"Encoder: {encoder.loaded.what}.", flush=True)
+        index = build_index(
+            str(config.index_dir),
+            passages,
+            encoder,
+            shard_passages=config.shard_passages,
+            builders=Builders(jax.process_index(), jax.process_count()),
+        )
+        search = top_k.Search(index, make_mesh(MeshConfig()), config.bytes_per_device)
+        made = index.manifest
+        print(
+            f"{config.index_dir}: {made.passages} vectors of {index.vector_dim}, "
+            f"{made.size / 2**20:.1f} MiB, {made.truncated} passages cut at "
+            f"{made.identity.max_length} tokens; searched "
+            f"{'on the devices' if search.on_mesh else 'from disk, in blocks'}.",
+            flush=True,
+        )
+        return cls(passages, encoder, search)
+
+    def among(self, rows: np.ndarray) -> "DenseRetriever":
+        allowed = np.zeros(len(self.passages), bool)
+        allowed[rows] = True
+        return DenseRetriever(self.passages, self._encoder, self._search, allowed)
+
+    def search(self, questions: Sequence[str], k: int) -> Found:
+        vectors = self._encoder.encode(self._encoder.tokenize(questions))
+        scores, rows = self._search(vectors, k, self._allowed)
+        return [
+            [(int(row), float(score)) for row, score in zip(*one, strict=True) if row >= 0]
+            for one in zip(rows, scores, strict=True)
+        ]

@@ -1,0 +1,124 @@
+"""Texts to vectors: GTR's own tokens, batches of similar length, rows spread over all devices.
+
+GTR reads a text as it is, without the words that our readers put in front of title and context, so
+it has tokens of its own and takes none from a passages folder.
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import sentencepiece
+from jax.sharding import Mesh
+
+from glimmer_jax import partitioning
+from glimmer_jax.memory import batches, encoder
+from glimmer_jax.memory.identity import Program
+from glimmer_jax.models.gtr import Gtr
+from glimmer_jax.models.stacking import stack_layers
+from glimmer_jax.weights.sentence_transformers import LoadedGtr, load_gtr
+
+EOS_ID = 1
+
+
+def passage_text(record: Mapping[str, Any]) -> str:
+    """Title and text with a space between, as public retrieval benchmarks give passages to GTR."""
+    return f"{record['title']} {record['text']}".strip()
+
+
+class TextEncoder:
+    """A GTR on the devices of this process.
+
+    Attributes:
+      loaded: what the folder holds.
+      program: what one device runs.
+      devices: that rows are spread over.
+    """
+
+    def __init__(self, loaded: LoadedGtr, mesh: Mesh, rows: int, dtype: str = "float32"):
+        """Args:
+          loaded: a folder's content.
+          mesh: devices of this process.
+          rows: texts a device encodes at once.
+          dtype: of activations, float32 or bfloat16.
+
+        Raises:
+          ValueError: the vocabulary does not fit the embedding, or settings out of range.
+        """
+        self.loaded = loaded
+        self.devices = mesh.size
+        t5 = dataclasses.replace(loaded.t5, scan_layers=True, dtype=dtype)
+        buckets = batches.default_buckets(loaded.max_length)
+        self.program = Program(rows, buckets, dtype, None, jax.default_backend(), jax.__version__)
+        self._processor = sentencepiece.SentencePieceProcessor()
+        self._processor.LoadFromSerializedProto(loaded.vocabulary)
+        pieces = int(self._processor.GetPieceSize())
+        if pieces > t5.vocab_size or self._processor.eos_id() != EOS_ID:
+            raise ValueError(
+                f"The encoder's vocabulary has {pieces} pieces and end token "
+                f"{self._processor.eos_id()}; its embedding has {t5.vocab_size} rows, and T5's end "
+                f"token is {EOS_ID}. Put the spiece.model there that the encoder was trained with."
+            )
+        model = Gtr(t5, loaded.vector_dim)
+        params = jax.device_put(stack_layers(loaded.params), partitioning.replicated(mesh))
+        self._run = encoder.bind_states(lambda p, x: model.apply({"params": p}, x), params, mesh)
+
+    @classmethod
+    def open(cls, path: str, mesh: Mesh, rows: int, dtype: str = "float32") -> "TextEncoder":
+        """The encoder of a folder of sentence-transformers. Raises ValueError (`load_gtr`)."""
+        return cls(load_gtr(path), mesh, rows, dtype)
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, whole and without end token."""
+        found: list[list[int]] = self._processor.EncodeAsIds([text.strip() for text in texts])
+        return found
+
+    def cut(self, tokens: Sequence[Sequence[int]]) -> int:
+        """How many of these texts are longer than the encoder takes."""
+        return sum(len(ids) >= self.loaded.max_length for ids in tokens)
+
+    def encode(
+        self,
+        tokens: Sequence[Sequence[int]],
+        after_batch: Callable[[int, int, int], None] = lambda rows, tokens, computed: None,
+    ) -> np.ndarray:
+        """float32 `[n, E]`, a vector of length 1 for each text.
+
+        A vector depends on the texts of the same call alone, not on the number of devices.
+
+        Args:
+          tokens: as `tokenize` gives them; longer texts are cut, and each gets its end token.
+          after_batch: called with texts, real tokens, and tokens computed with padding. What it
+            raises ends the work.
+        """
+        most, rows = self.loaded.max_length - 1, self.program.rows
+        lengths = np.array([min(len(ids), most) + 1 for ids in tokens], np.int64)
+        vectors = np.zeros((len(tokens), self.loaded.vector_dim), np.float32)
+        running: deque[tuple[list[batches.Group], Any]] = deque()
+
+        def place() -> None:
+            call, encoded = running.popleft()
+            host = np.asarray(encoded)
+            for device, group in enumerate(call):
+                count = len(group.positions)
+                vectors[group.positions] = host[device * rows : device * rows + count]
+            every = np.concatenate([group.positions for group in call])
+            computed = self.devices * rows * call[0].bucket
+            after_batch(len(every), int(lengths[every].sum()), computed)
+
+        groups = batches.groups(lengths, rows, self.program.buckets)
+        for call in batches.calls(groups, self.devices):
+            batch = np.zeros((self.devices, rows, call[0].bucket), np.int32)
+            for device, group in enumerate(call):
+                for slot, position in enumerate(group.positions):
+                    batch[device, slot, : lengths[position]] = [*tokens[position][:most], EOS_ID]
+            running.append((call, self._run(batch.reshape(-1, call[0].bucket))))
+            # One batch ahead: the device works on this one while the last is put in place.
+            if len(running) > 1:
+                place()
+        while running:
+            place()
+        return vectors

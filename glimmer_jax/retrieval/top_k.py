@@ -1,0 +1,200 @@
+"""Exact search: the k best of all passages for each question, on the mesh or from disk.
+
+The index goes by in blocks, each spread over all devices. A device scores its rows of a block, keeps
+the k best of them and of what it had, and only at the end the devices' k best meet. Nothing is
+left out, and of equal scores the earlier passage comes first.
+
+The blocks lie on the devices where they fit, and are read anew for every pass where they do not.
+Either way it is the same compiled program over the same blocks, so the results are the same bits.
+"""
+
+import concurrent.futures
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from glimmer_jax import axes, partitioning
+from glimmer_jax.retrieval.index import DTYPE, Index
+
+# Rows of a block on one device: 96 MiB of vectors of 768.
+BLOCK_ROWS = 65536
+# Questions scored at a time: 64 MiB of scores a block.
+QUESTIONS = 256
+# Questions of one pass over the index. More of them need fewer passes, and k numbers each.
+PASS_QUESTIONS = 32768
+
+Best = tuple[jax.Array, jax.Array]
+
+
+class Search:
+    """Search over one index.
+
+    Attributes:
+      on_mesh: whether the index lies on the devices.
+    """
+
+    def __init__(
+        self, index: Index, mesh: Mesh, bytes_per_device: int, block_rows: int = BLOCK_ROWS
+    ):
+        """Args:
+        index: of n passages.
+        mesh: devices of all processes.
+        bytes_per_device: what each may hold of the index; where that is not enough, it is read from
+          disk for every pass.
+        block_rows: rows of a block on one device.
+        """
+        self.index = index
+        self.mesh = mesh
+        self._rows = min(block_rows, -(-len(index) // mesh.size))
+        self._starts = range(0, len(index), self._rows * mesh.size)
+        held = len(self._starts) * self._rows * index.vector_dim * DTYPE.itemsize
+        self.on_mesh = held <= bytes_per_device
+        self._by_row = NamedSharding(mesh, partitioning.spec((axes.MEMORY_ROWS,)))
+        self._held = [self._load(start) for start in self._starts] if self.on_mesh else None
+
+    def __call__(
+        self, questions: np.ndarray, k: int, allowed: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k best passages of each question.
+
+        Args:
+          questions: float32 `[n, E]`.
+          k: passages a question.
+          allowed: bool, one for each row of the index: whether it may be found; None allows all.
+
+        Returns:
+          float32 scores `[n, k]` and int32 rows `[n, k]`, best first; -inf and -1 where there are
+          fewer than k.
+
+        Raises:
+          ValueError: `k` or a shape is out of range, or the index is damaged.
+        """
+        wanted = (self.index.vector_dim, (len(self.index),))
+        got = (questions.shape[1], wanted[1] if allowed is None else allowed.shape)
+        if k < 1 or wanted != got:
+            raise ValueError(
+                f"A search wants k of 1 or more, questions of {wanted[0]} channels and a mask of shape "
+                f"{wanted[1]}; got k={k}, {got[0]} and {got[1]}."
+            )
+        passes = [
+            self._one_pass(questions[start : start + PASS_QUESTIONS], k, allowed)
+            for start in range(0, len(questions), PASS_QUESTIONS)
+        ]
+        if not passes:
+            return np.zeros((0, k), np.float32), np.zeros((0, k), np.int32)
+        scores, rows = (np.concatenate(part) for part in zip(*passes, strict=True))
+        return scores, np.where(np.isneginf(scores), -1, rows)
+
+    def _one_pass(
+        self, questions: np.ndarray, k: int, allowed: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        count, everywhere = len(questions), partitioning.replicated(self.mesh)
+        padded = np.zeros((-(-count // QUESTIONS) * QUESTIONS, questions.shape[1]), np.float32)
+        padded[:count] = questions
+        batches = [
+            jax.device_put(padded[start : start + QUESTIONS], everywhere)
+            for start in range(0, len(padded), QUESTIONS)
+        ]
+        shape = (self.mesh.size, QUESTIONS, k)
+        empty = (np.full(shape, -np.inf, np.float32), np.zeros(shape, np.int32))
+        best: list[Best] = [(self._spread(empty[0]), self._spread(empty[1])) for _ in batches]
+        for start, block in zip(self._starts, self._blocks(), strict=True):
+            mask = self._spread(self._mask(start, allowed))
+            for i, batch in enumerate(batches):
+                best[i] = _step(best[i], batch, block, mask, np.int32(start), mesh=self.mesh)
+            # Blocks that wait to be scored must not pile up; the next is being read meanwhile.
+            jax.block_until_ready(best)
+        merged = [_merge(one, mesh=self.mesh) for one in best]
+        scores, rows = (np.concatenate(part)[:count] for part in zip(*merged, strict=True))
+        return scores, rows
+
+    def _blocks(self) -> Iterator[jax.Array]:
+        """Blocks in order; from disk one is read while the one before it is scored."""
+        if self._held is not None:
+            yield from self._held
+            return
+        with concurrent.futures.ThreadPoolExecutor(1, "index-blocks") as reader:
+            coming = reader.submit(self._load, self._starts[0])
+            for start in self._starts[1:]:
+                block, coming = coming.result(), reader.submit(self._load, start)
+                yield block
+            yield coming.result()
+
+    def _load(self, start: int) -> jax.Array:
+        """float16 `[devices * rows, E]` from row `start` on; each process reads its own part."""
+        shape = (self.mesh.size * self._rows, self.index.vector_dim)
+
+        def part(place: tuple[slice, ...] | None) -> np.ndarray:
+            first, last, _ = (place or (slice(None),))[0].indices(shape[0])
+            out = np.zeros((last - first, shape[1]), DTYPE)
+            stop = min(start + last, len(self.index))
+            if start + first < stop:
+                out[: stop - start - first] = self.index.read(start + first, stop)
+            return out
+
+        return jax.make_array_from_callback(shape, self._by_row, part)
+
+    def _mask(self, start: int, allowed: np.ndarray | None) -> np.ndarray:
+        """bool `[devices * rows]`: rows of the block from `start` on that may be found."""
+        rows = np.arange(start, start + self.mesh.size * self._rows)
+        mask = rows < len(self.index)
+        if allowed is not None:
+            mask[mask] = allowed[rows[mask]]
+        return mask
+
+    def _spread(self, x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, self._by_row, lambda place: x[place or ...])
+
+
+@functools.partial(jax.jit, static_argnames="mesh", donate_argnums=0)
+def _step(
+    best: Best,
+    questions_QE: jax.Array,
+    block_RE: jax.Array,
+    mask_R: jax.Array,
+    first_row: jax.Array,
+    *,
+    mesh: Mesh,
+) -> Best:
+    """Each device's k best so far, scores and rows `[devices, Q, k]`, with a block taken in."""
+    rows, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+
+    def device(scores_1Qk, rows_1Qk, questions_QE, block_RE, mask_R, first_row):
+        # float32 products: bfloat16 or TF32 would order passages otherwise than the vectors do.
+        scores_QR = jnp.dot(
+            questions_QE, block_RE.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST
+        )
+        # -0.0 would come after 0.0, though they are equal.
+        scores_QR = jnp.where(scores_QR == 0, 0.0, scores_QR)
+        scores_QR = jnp.where(mask_R[None], scores_QR, -jnp.inf)
+        k, count = scores_1Qk.shape[2], block_RE.shape[0]
+        new_scores, places = jax.lax.top_k(scores_QR, min(k, count))
+        first = first_row + jax.lax.axis_index(mesh.axis_names) * count
+        # What was there has the smaller rows and stands first: of equals the first is taken.
+        scores = jnp.concatenate([scores_1Qk[0], new_scores], axis=1)
+        found = jnp.concatenate([rows_1Qk[0], first + places], axis=1)
+        scores, places = jax.lax.top_k(scores, k)
+        return scores[None], jnp.take_along_axis(found, places, axis=1)[None]
+
+    spread = jax.shard_map(
+        device, mesh=mesh, in_specs=(rows, rows, whole, rows, rows, whole), out_specs=(rows, rows)
+    )
+    return spread(*best, questions_QE, block_RE, mask_R, first_row)
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _merge(best: Best, *, mesh: Mesh) -> Best:
+    """The k best of all devices, `[Q, k]`, everywhere; of equal scores the smaller row first."""
+    everywhere = partitioning.replicated(mesh)
+    k = best[0].shape[2]
+    scores, rows = (
+        jax.lax.with_sharding_constraint(x.transpose(1, 0, 2).reshape(x.shape[1], -1), everywhere)
+        for x in best
+    )
+    # Devices take turns, so their order is not that of the rows.
+    falling, rows = jax.lax.sort((-scores, rows), num_keys=2)
+    return -falling[:, :k], rows[:, :k]

@@ -1,0 +1,71 @@
+"""The arrays of an Orbax folder, opened without being read.
+
+Orbax restores into a tree of the same shape. Public weights change shape on the way (layers are cut
+out of stacks, and stacked anew), so its arrays are opened one by one, as the zarr arrays they are.
+"""
+
+import json
+from typing import Any
+
+import tensorstore as ts
+
+from glimmer_jax.memory import folder
+from glimmer_jax.weights.raw import exists
+
+METADATA = "_METADATA"
+
+
+def open_arrays(kvstore: ts.KvStore, prefix: tuple[str, ...] = ()) -> dict[str, ts.TensorStore]:
+    """The arrays below `prefix`, by path (`encoder/layers_0/mlp/wo/kernel`).
+
+    Args:
+      kvstore: of the folder with Orbax's `_METADATA` in it.
+      prefix: keys of the tree.
+
+    Raises:
+      ValueError: nothing lies below `prefix`, or an array is missing.
+    """
+    data = folder.read_file(kvstore, METADATA)
+    if data is None:
+        raise ValueError(f"{kvstore.url} has no {METADATA}: it is no Orbax checkpoint.")
+    metadata = json.loads(data)
+    paths = [
+        tuple(str(entry["key"]) for entry in leaf["key_metadata"])
+        for leaf in metadata["tree_metadata"].values()
+    ]
+    wanted = [path for path in paths if path[: len(prefix)] == prefix]
+    if not wanted:
+        raise ValueError(
+            f"{kvstore.url} holds {sorted({path[0] for path in paths})} and no {'/'.join(prefix)}."
+        )
+    driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+    in_one_file = exists(kvstore, "manifest.ocdbt")
+    context = ts.Context()
+    base: Any = kvstore.spec().to_json()
+    opened = {}
+    for path in wanted:
+        name = ".".join(path)
+        inside = (
+            {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+            if in_one_file
+            else folder.subfolder(kvstore, name).spec().to_json()
+        )
+        opened["/".join(path[len(prefix) :])] = ts.open(
+            # A missing chunk would read as zeros.
+            {"driver": driver, "kvstore": inside, "fill_missing_data_reads": False},
+            context=context,
+            open=True,
+            read=True,
+        )
+    return {name: _result(kvstore, name, future) for name, future in opened.items()}
+
+
+def _result(kvstore: ts.KvStore, name: str, future: ts.Future) -> ts.TensorStore:
+    try:
+        return future.result()
+    except ValueError as error:
+        if not folder.is_damage(error):
+            raise folder.unreachable(kvstore.url, error) from error
+        raise ValueError(
+            f"{kvstore.url} lacks the array {name}, which its {METADATA} names. Fetch it again."
+        ) from error

@@ -1,0 +1,123 @@
+import pytest
+
+from glimmer_jax.corpus import formats
+from glimmer_jax.corpus.reading import Reading, read_passages
+from glimmer_jax.corpus.report import Report
+
+
+def record(format, line):
+    found = formats.parse(format, line.encode())
+    return None if found is None else found.record
+
+
+@pytest.mark.parametrize(
+    "line, wanted",
+    [
+        ("1\ttext\ttitle\n", (1, "text", "title")),
+        ("1\ttext\ttitle\r\n", (1, "text", "title")),
+        ('7\t"The ""Emma"" of"\t"Emma ""x"""', (7, 'The "Emma" of', 'Emma "x"')),
+        # Not quoted: quotation marks inside stand alone.
+        ('7\t"Emma" is by "Austen"\tEmma', (7, '"Emma" is by "Austen"', "Emma")),
+        ('7\t"\t"a', (7, '"', '"a')),
+        ("7\ta\u2028b\x0b\tt", (7, "a\u2028b\x0b", "t")),
+        ("7\t\t", (7, "", "")),
+    ],
+)
+def test_dprs_lines_are_read(line, wanted):
+    found = record("dpr", line)
+    assert (found["id"], found["text"], found["title"]) == wanted
+
+
+@pytest.mark.parametrize("format", formats.FORMATS[:3])
+@pytest.mark.parametrize("line", ["\n", " \r\n", ""])
+def test_blank_lines_hold_nothing(format, line):
+    assert record(format, line) is None
+
+
+def test_the_head_line_of_dprs_file_holds_nothing():
+    assert record("dpr", "id\ttext\ttitle\n") is None
+
+
+@pytest.mark.parametrize(
+    "format, line, message",
+    [
+        ("dpr", "1\ttext", "id, text and title between tabs, got 2 fields"),
+        ("dpr", "1\ta\tb\tc", "got 4 fields"),
+        ("dpr", "one\ttext\ttitle", "integer `id`, got 'one'"),
+        ("dpr", "-1\ttext\ttitle", "integer `id`, got '-1'"),
+        ("dpr", "1_0\ttext\ttitle", "integer `id`, got '1_0'"),
+        ("dpr", "٣\ttext\ttitle", "integer `id`, got"),
+        ("passages", '{"id": "7", "title": "", "text": ""}', "integer `id`, got '7'"),
+        ("passages", '{"id": true, "title": "", "text": ""}', "integer `id`, got True"),
+        ("passages", '{"id": -1, "title": "", "text": ""}', "must be from 0 .* got -1"),
+        ("passages", '{"id": 9223372036854775808, "title": "", "text": ""}', "from 0 to 2"),
+        ("passages", '{"id": 7, "text": ""}', "string `title`, got None"),
+        ("passages", '{"id": 7, "title": "", "text": 3}', "string `text`, got 3"),
+        ("passages", '{"id": 7, "title": "", "text": "", "x": 1e999}', "too large a number"),
+        ("kilt", '{"id": 7, "title": "", "text": ""}', "page's id in `wikipedia_id`, got None"),
+    ],
+)
+def test_what_is_wrong_with_a_line_is_said(format, line, message):
+    with pytest.raises(ValueError, match=f"^(wanted|`id`|not).*{message}"):
+        record(format, line)
+
+
+def test_passages_stay_as_they_are_up_to_the_limit():
+    whole = {"id": 7, "title": "t", "text": "one  two\nthree ", "split": "dev"}
+    assert formats.passages("passages", whole, None) == [whole]
+    assert formats.passages("passages", whole, 3) == [whole]
+    pieces = formats.passages("passages", whole, 2)
+    assert [one["text"] for one in pieces] == ["one two", "three"]
+    assert {one["split"] for one in pieces} == {"dev"}
+    assert len({7} | {one["id"] for one in pieces}) == 3
+    assert formats.passages("dpr", {"id": 7, "title": "t", "text": " \n"}, None) == []
+
+
+def test_parquet_gives_what_json_lines_give(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = str(tmp_path / "a.parquet")
+    columns = {
+        "text": ["one", "two", "three", None],
+        "id": ["1", "2", "x", "4"],
+        "title": ["a", "b", "c", "d"],
+        "page": ["p", None, "q", "r"],
+        "paragraphs": [[0, 1], None, [2, 2], [3, 3]],
+        "embeddings": [[0.5]] * 4,
+    }
+    parquet.write_table(pyarrow.table(columns), path)
+    with pytest.raises(ValueError, match=r"a\.parquet:3: wanted an integer `id`, got 'x'"):
+        list(read_passages([path], Reading("parquet")))
+    parquet.write_table(pyarrow.table(columns).slice(0, 2), path)
+    report = Report()
+    assert list(read_passages([path], Reading("parquet"), report)) == [
+        {"id": 1, "title": "a", "text": "one", "page": "p", "paragraphs": [0, 1]},
+        {"id": 2, "title": "b", "text": "two"},
+    ]
+    assert (report.lines, report.passages) == (2, 2)
+    parquet.write_table(pyarrow.table({"id": [1], "text": ["x"]}), path)
+    with pytest.raises(ValueError, match="has no column title; it has id, text"):
+        list(read_passages([path], Reading("parquet")))
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"id": [1], "title": ["t"], "text": ["word " * 1000]})
+    parquet.write_table(table, path, compression="gzip")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    with pytest.raises(ValueError, match=r"a\.parquet is not Parquet"):
+        list(read_passages([str(path)], Reading("parquet")))
+    place = whole.index(b"\x1f\x8b", whole.index(b"\x1f\x8b", whole.index(b"\x1f\x8b") + 1) + 1)
+    path.write_bytes(whole[: place + 2] + b"\0" * 12 + whole[place + 14 :])
+    with pytest.raises(ValueError, match=r"a\.parquet is damaged after row 0"):
+        list(read_passages([str(path)], Reading("parquet")))
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"needs pyarrow: pip install 'glimmer-jax\[parquet\]'"):
+        list(read_passages([str(tmp_path / "a.parquet")], Reading("parquet")))

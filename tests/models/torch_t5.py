@@ -1,0 +1,76 @@
+"""Hugging Face's PyTorch T5 v1.1 with the parameters of our tiny FiD."""
+
+import warnings
+
+import numpy as np
+import pytest
+
+from glimmer_jax.models.glimmer import GlimmerConfig
+from glimmer_jax.models.stacking import unstack_layers
+from tests.models import tiny
+
+
+def torch_state(params, config: GlimmerConfig):
+    """Our parameters under PyTorch's names; its linear layers hold kernels transposed."""
+    looped = unstack_layers(params)
+    embedders = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
+    out = {f"{name}.weight": params["token_embedder"]["embedding"] for name in embedders}
+    out["lm_head.weight"] = params["decoder"]["logits_dense"]["kernel"].T
+
+    def attention(name, tree):
+        for ours, theirs in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
+            out[f"{name}.{theirs}.weight"] = tree[ours]["kernel"].T
+
+    def stack(name, layers, relpos_bias, norm, cross):
+        table = "layer.0.SelfAttention.relative_attention_bias.weight"
+        out[f"{name}.block.0.{table}"] = relpos_bias["rel_embedding"].T
+        out[f"{name}.final_layer_norm.weight"] = norm["scale"]
+        for i, layer in enumerate(layers):
+            block = f"{name}.block.{i}.layer"
+            parts = [("attention", "SelfAttention", "pre_attention_layer_norm")]
+            if cross:
+                parts = [("self_attention", "SelfAttention", "pre_self_attention_layer_norm")]
+                cross_norm = "pre_cross_attention_layer_norm"
+                parts.append(("encoder_decoder_attention", "EncDecAttention", cross_norm))
+            for j, (ours, theirs, norm_name) in enumerate(parts):
+                attention(f"{block}.{j}.{theirs}", layer[ours])
+                out[f"{block}.{j}.layer_norm.weight"] = layer[norm_name]["scale"]
+            j = len(parts)
+            out[f"{block}.{j}.layer_norm.weight"] = layer["pre_mlp_layer_norm"]["scale"]
+            for wi in ("wi_0", "wi_1", "wo"):
+                weight = layer["mlp"][wi]["kernel"].T
+                out[f"{block}.{j}.DenseReluDense.{wi}.weight"] = weight
+
+    live, decoder = looped["live_encoder"], looped["decoder"]
+    encoder_layers = [live["live_b"][f"layers_{i}"] for i in range(config.t5.num_encoder_layers)]
+    stack("encoder", encoder_layers, live["relpos_bias"], live["encoder_norm"], cross=False)
+    decoder_layers = [decoder[f"layers_{i}"] for i in range(config.t5.num_decoder_layers)]
+    stack("decoder", decoder_layers, decoder["relpos_bias"], decoder["decoder_norm"], cross=True)
+    return out
+
+
+def build(params):
+    """(torch, the model); skips where there is no PyTorch."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # theirs, not ours
+        torch = pytest.importorskip("torch")
+        transformers = pytest.importorskip("transformers")
+        t5 = tiny.T5
+        config = transformers.T5Config(
+            vocab_size=t5.vocab_size,
+            d_model=t5.emb_dim,
+            d_kv=t5.head_dim,
+            d_ff=t5.mlp_dim,
+            num_layers=t5.num_encoder_layers,
+            num_decoder_layers=t5.num_decoder_layers,
+            num_heads=t5.num_heads,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+            decoder_start_token_id=0,
+        )
+        model = transformers.T5ForConditionalGeneration(config).eval()
+    # transformers 5 ties the output layer to the embedding until a checkpoint says otherwise.
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(t5.vocab_size, t5.emb_dim))
+    state = {k: torch.tensor(np.array(v)) for k, v in torch_state(params, tiny.FID).items()}
+    model.load_state_dict(state, strict=True)
+    return torch, model

@@ -1,0 +1,240 @@
+"""Mode `retrieve` with each retriever, from passages and questions to files and scores."""
+
+import json
+
+import gin
+import pytest
+
+from glimmer_jax import main as command_line
+from glimmer_jax.data.retrieved import read_split, use
+from glimmer_jax.json_lines import read_json_lines, write_json_lines
+from glimmer_jax.modes.retrieve import retrieve
+from glimmer_jax.passages import Passages, write_passages
+from glimmer_jax.retrieval import origin
+from glimmer_jax.retrieval import retriever as retrievers
+from glimmer_jax.retrieval.bm25 import Bm25Retriever
+from glimmer_jax.retrieval.dense import DenseConfig
+from tests.retrieval import tiny_gtr
+
+WORDS = (
+    "socket server request",
+    "thread lock acquire",
+    "string pattern match",
+    "integer sum product",
+    "file path directory",
+    "encode bytes decode",
+    "list append sort",
+    "time zone clock",
+)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Eight passages on four pages, the second half of which are held out, and their questions."""
+    folder = tmp_path_factory.mktemp("work")
+    records = [
+        {
+            "id": 50 + i,
+            "title": words.split()[0],
+            "text": f"about {words}",
+            "page": f"p{i // 2}",
+            "chunk": i % 2,
+            "split": "train" if i < 4 else "test",
+        }
+        for i, words in enumerate(WORDS)
+    ]
+    write_passages(
+        folder / "passages", records, lambda text: list(text.encode()), "f", 99, vocab_size=256
+    )
+    (folder / "questions").mkdir()
+    for split, rows in (("train", range(4)), ("test", range(4, 8))):
+        lines = []
+        for row in rows:
+            page, chunk = records[row]["page"], records[row]["chunk"]
+            where = [{"wikipedia_id": page, "start_paragraph_id": chunk}]
+            question = " ".join(WORDS[row].split()[1:])
+            output = [{"answer": "yes", "provenance": where}]
+            lines.append({"id": f"q{row}", "input": question, "output": output})
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "questions" / f"task-{split}.jsonl").write_text(text)
+    tiny_gtr.write(folder / "gtr", words_alone=True)
+    return folder
+
+
+def settings(work, data_dir, **more):
+    config = dict(encoder_dir=str(work / "gtr"), index_dir=str(work / "index"), batch_size=2)
+    return dict(
+        passages_dir=str(work / "passages"),
+        questions=str(work / "questions" / "*.jsonl"),
+        data_dir=str(data_dir),
+        num_passages=5,
+        dense=DenseConfig(**config, shard_passages=3),
+        **more,
+    )
+
+
+@pytest.mark.parametrize("retriever", ["bm25", "dense", "hybrid"])
+def test_files_have_passages_and_scores_and_training_sees_its_own(
+    work, tmp_path, retriever, capsys, monkeypatch
+):
+    report = retrieve(**settings(work, tmp_path, retriever=retriever))
+    rows = [row for _, row in read_json_lines(tmp_path / "task-test.jsonl")]
+    assert [row["retrieved"][0]["id"] for row in rows] == [54, 55, 56, 57]
+    for row in rows:
+        scores = [one["score"] for one in row["retrieved"]]
+        assert scores == sorted(scores, reverse=True) and row["retrieved"][0]["gold"]
+        assert len(scores) == 5 or retriever == "bm25"
+    trained = [row for _, row in read_json_lines(tmp_path / "task-train.jsonl")]
+    assert {one["id"] for row in trained for one in row["retrieved"]} <= {50, 51, 52, 53}
+    perfect = {"questions": 4, "recall_at_1": 1.0, "recall_at_5": 1.0}
+    assert report["passages"] == {"task-test": perfect, "task-train": perfect}
+    pages = {"questions": 4, "Rprec": 1.0, "recall@5": 1.0}
+    assert report["pages"] == {"task-test": pages, "task-train": pages}
+    shown = capsys.readouterr().out
+    assert "4/4" in shown and "questions/s" in shown
+    assert "R@1" in shown and "KILT's R-precision" in shown and "Rprec" in shown
+    # The files are what tasks read.
+    monkeypatch.setenv("GLIMMER_DATA_DIR", "")
+    use(tmp_path)
+    read = read_split("task", "test").dataset().as_numpy_iterator()
+    assert [one["passage_ids"][0] for one in read] == [54, 55, 56, 57]
+
+
+@pytest.mark.parametrize("retriever", ["bm25", "dense", "hybrid"])
+def test_kilts_published_files_are_taken_as_they_are(work, tmp_path, retriever):
+    questions = tmp_path / "questions"
+    questions.mkdir()
+    # TriviaQA's have ids alone, and in test files no output.
+    names = [{"id": f"tc_{row}", "input": ""} for row in range(8)]
+    write_json_lines(questions / "triviaqa-test_id_without_answers-kilt.jsonl", names)
+    theirs = [
+        {"QuestionId": f"tc_{row}", "Question": " ".join(words.split()[1:])}
+        for row, words in enumerate(WORDS)
+    ]
+    (tmp_path / "wikipedia.json").write_text(json.dumps({"Data": theirs}))
+    # Of a dialogue the last words count.
+    said = {"id": 7, "input": "socket server request\nserver request\nlock acquire"}
+    write_json_lines(questions / "wow-dev-kilt.jsonl", [said])
+    given = settings(work, tmp_path / "out", retriever=retriever, question_words=2)
+    given |= {"questions": f"{questions}/*-kilt.jsonl", "triviaqa": f"{tmp_path}/wikipedia*.json"}
+    assert retrieve(**given) == {"passages": {}, "pages": {}}
+    rows = [row for _, row in read_json_lines(tmp_path / "out" / "triviaqa-test.jsonl")]
+    assert [row["input"] for row in rows] == [one["Question"] for one in theirs]
+    assert [row["retrieved"][0]["id"] for row in rows] == list(range(50, 58))
+    ((_, row),) = read_json_lines(tmp_path / "out" / "wow-dev.jsonl")
+    assert (row["id"], row["input"], row["retrieved"][0]["id"]) == ("7", "lock acquire", 51)
+    assert {path.name for path in (tmp_path / "out").glob("*.passages.json")} == {
+        *("triviaqa-test.passages.json", "wow-dev.passages.json")
+    }
+    origin.check(tmp_path / "out", Passages.open(work / "passages"))
+
+
+def test_examples_are_read_as_they_are_searched_for(work):
+    retriever = Bm25Retriever(Passages.open(work / "passages"))
+    retriever.questions_at_a_time = 2
+    read = []
+
+    def examples():
+        for row in range(5):
+            read.append(row)
+            yield {"id": str(row), "input": WORDS[row]}
+
+    found = retrievers.retrieve(retriever, examples(), 1)
+    assert read == [] and next(found)["retrieved"][0]["id"] == 50 and read == [0, 1]
+    assert [one["retrieved"][0]["id"] for one in found] == [51, 52, 53, 54]
+
+
+def test_a_split_that_hides_nothing_needs_no_second_index(work, tmp_path, monkeypatch):
+    records = [{"id": i, "title": words, "text": words} for i, words in enumerate(WORDS)]
+    write_passages(
+        tmp_path / "passages", records, lambda text: list(text.encode()), "f", 99, vocab_size=256
+    )
+    asked = []
+    monkeypatch.setattr(Bm25Retriever, "among", lambda self, rows: asked.append(rows) or self)
+    given = settings(work, tmp_path / "out")
+    retrieve(**{**given, "passages_dir": str(tmp_path / "passages")})
+    assert asked == []
+    retrieve(**given)
+    assert [rows.tolist() for rows in asked] == [[0, 1, 2, 3]]
+
+
+def test_from_disk_and_on_the_devices_the_files_are_the_same_bytes(work, tmp_path, capsys):
+    made = []
+    for size, where in ((10**9, "on the devices"), (0, "from disk, in blocks")):
+        given = settings(work, tmp_path / str(size), retriever="dense")
+        config = DenseConfig(**{**vars(given["dense"]), "bytes_per_device": size})
+        retrieve(**{**given, "dense": config})
+        made.append((tmp_path / str(size) / "task-test.jsonl").read_bytes())
+        assert f"searched {where}" in capsys.readouterr().out
+    assert made[0] == made[1]
+
+
+def test_the_command_makes_the_index_and_refuses_that_of_another_encoder(work, tmp_path, capsys):
+    values = {
+        "PASSAGES_DIR": str(work / "passages"),
+        "QUESTIONS": str(work / "questions" / "*-test.jsonl"),
+        "DATA_DIR": str(tmp_path / "out"),
+        "INDEX_DIR": str(tmp_path / "index"),
+        "RETRIEVER": "dense",
+        "NUM_PASSAGES": 3,
+        "DENSE_BATCH_SIZE": 2,
+    }
+
+    def run(encoder_dir):
+        flags = [f"--gin.{name}={value!r}" for name, value in values.items()]
+        flags.append(f"--gin.ENCODER_DIR='{encoder_dir}'")
+        code = command_line.main(
+            ["--run_mode=retrieve", "--gin_file=gin/runs/retrieve.gin", *flags]
+        )
+        gin.clear_config()
+        return code, capsys.readouterr()
+
+    code, shown = run(work / "gtr")
+    assert code == 0 and "a GTR in" in shown.out and "8 vectors of 48" in shown.out
+    code, shown = run(tiny_gtr.write(tmp_path / "other", seed=1))
+    assert code == 2 and "made with the encoder sha256:" in shown.err
+    assert "and here it is sha256:" in shown.err
+
+
+def test_passages_without_pages_have_no_scores_of_pages(work, tmp_path, capsys):
+    records = [{"id": i, "title": words, "text": words} for i, words in enumerate(WORDS)]
+    write_passages(
+        tmp_path / "passages", records, lambda text: list(text.encode()), "f", 99, vocab_size=256
+    )
+    given = settings(work, tmp_path / "out")
+    report = retrieve(**{**given, "passages_dir": str(tmp_path / "passages")})
+    assert report["pages"] == {} and "KILT" not in capsys.readouterr().out
+    # A split that no passage names hides none.
+    rows = [row for _, row in read_json_lines(tmp_path / "out" / "task-train.jsonl")]
+    assert {one["id"] for row in rows for one in row["retrieved"]} >= {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"retriever": "colbert"}, "RETRIEVER must be one of bm25, dense, hybrid, got 'colbert'"),
+        ({"num_passages": 0}, "NUM_PASSAGES must be 1 or more, got 0"),
+        ({"questions": "nothing*"}, "No file matches 'nothing"),
+        ({"retriever": "hybrid", "dense_weight": 2.0}, "DENSE_WEIGHT"),
+        (
+            {"retriever": "dense", "dense": DenseConfig(encoder_dir="x")},
+            "needs index_dir: .*Set ENCODER_DIR and INDEX_DIR",
+        ),
+    ],
+)
+def test_settings_are_checked(work, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        retrieve(**{**settings(work, tmp_path), **changes})
+
+
+def test_questions_are_not_written_over_and_bad_lines_are_found_first(work, tmp_path):
+    with pytest.raises(ValueError, match="holds the questions themselves"):
+        retrieve(**settings(work, work / "questions"))
+    (tmp_path / "questions").mkdir()
+    (tmp_path / "questions" / "a-test.jsonl").write_text('{"id": "1"}\n')
+    given = settings(work, tmp_path / "out", retriever="dense")
+    config = DenseConfig(**{**vars(given["dense"]), "index_dir": str(tmp_path / "index")})
+    pattern = str(tmp_path / "questions" / "*")
+    with pytest.raises(ValueError, match="a-test.jsonl:1: '1' has no question in `input`"):
+        retrieve(**{**given, "questions": pattern, "dense": config})
+    assert not (tmp_path / "index").exists()

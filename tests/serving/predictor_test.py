@@ -1,0 +1,95 @@
+"""Questions through a loaded model: batches, programs, candidates, draws."""
+
+import jax
+import numpy as np
+import pytest
+
+from glimmer_jax.data.vocabulary import Vocabulary
+from glimmer_jax.lengths import Lengths
+from glimmer_jax.models.glimmer import GlimmerConfig
+from glimmer_jax.models.model import DecodeConfig, GlimmerModel
+from glimmer_jax.models.t5 import T5Config
+from glimmer_jax.partitioning import MeshConfig, make_mesh
+from glimmer_jax.passages import Passages, write_passages
+from glimmer_jax.retrieval.bm25 import Bm25Config
+from glimmer_jax.serving.predict import make_predict
+from glimmer_jax.serving.predictor import Predictor
+from tests.models import tiny
+
+WORDS = ("red", "green", "blue")
+QUESTIONS = [{"id": word, "input": f"{word} thing"} for word in WORDS]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(predictor for batches of 1 and 2, shapes of the batches that its program was traced for)."""
+    vocabulary = Vocabulary()
+    t5 = T5Config(vocabulary.vocab_size, 8, 2, 4, 8, num_encoder_layers=1, num_decoder_layers=1)
+    model = GlimmerModel(GlimmerConfig(t5, rerank_layers=1, num_kept=1))
+    traced, predict = [], model.predict_batch_with_aux
+
+    def noted(params, batch, rng):
+        traced.append(batch["question_tokens"].shape[0])
+        return predict(params, batch, rng)
+
+    model.predict_batch_with_aux = noted
+    folder = tmp_path_factory.mktemp("corpus") / "passages"
+    records = [{"id": i, "title": word, "text": f"{word} thing"} for i, word in enumerate(WORDS)]
+    write_passages(
+        folder, records, vocabulary.encode, vocabulary.fingerprint, 16, vocab_size=t5.vocab_size
+    )
+    params = tiny.params(model.config)
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    lengths = Lengths(question=8, target=4, passages=2, passage=8)
+    passages = Passages.open(folder)
+    args = (model, params, mesh, lengths, vocabulary, passages, None, Bm25Config())
+    return Predictor(*args, batch_sizes=(2, 1), seed=0), traced
+
+
+def test_a_warm_predictor_compiles_no_more_and_batches_change_no_answer(made):
+    predictor, traced = made
+    predictor.warm_up()
+    assert sorted(traced) == [1, 2]
+    together = predictor.answer(QUESTIONS)  # a batch of two, then one of one
+    assert [one["id"] for one in together] == list(WORDS)
+    for question, record in zip(QUESTIONS, together, strict=True):
+        (alone,) = predictor.answer([question])
+        assert alone["output"] == record["output"]
+        assert alone["score"] == pytest.approx(record["score"], abs=1e-3)
+    assert sorted(traced) == [1, 2]
+    assert predictor.answer([]) == []
+
+
+def test_candidates_are_the_only_answers(made):
+    predictor, _ = made
+    for record in predictor.answer(QUESTIONS[:2], candidates=["yes", "no", "or"]):
+        ranked = record["candidates"]
+        assert {one["answer"] for one in ranked} == {"yes", "no", "or"}
+        scores = [one["score"] for one in ranked]
+        assert scores == sorted(scores, reverse=True) and record["score"] == scores[0]
+        assert record["output"][0]["answer"] == ranked[0]["answer"]
+    with pytest.raises(ValueError, match="CANDIDATES is an empty list"):
+        predictor.answer(QUESTIONS[:1], candidates=[])
+
+
+def test_draws_differ_from_batch_to_batch_and_repeat_with_the_seed():
+    model = GlimmerModel(tiny.FID, decode=DecodeConfig(temperature=3.0))
+    params, batch = tiny.params(tiny.FID), tiny.batch(gold=False)
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    one, again = make_predict(model, mesh, seed=4), make_predict(model, mesh, seed=4)
+    first, second = one(params, batch)[0], one(params, batch)[0]
+    assert (first != second).any()
+    np.testing.assert_array_equal(again(params, batch)[0], first)
+
+
+@pytest.mark.parametrize("batch_sizes", [(), (8, 12), (0,)])
+def test_batches_that_do_not_divide_over_the_devices_are_refused(tmp_path, batch_sizes):
+    lengths = Lengths(8, 4, 2, 8)
+    with pytest.raises(ValueError, match="must be multiples of 8, the devices"):
+        Predictor.load(
+            GlimmerModel(tiny.FID),
+            tmp_path,
+            lengths,
+            passages_dir=tmp_path,
+            batch_sizes=batch_sizes,
+        )

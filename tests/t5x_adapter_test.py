@@ -1,0 +1,132 @@
+"""T5X's contract, held without T5X: names, signatures, axes, metrics; and with it where it is there."""
+
+import inspect
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import unfreeze
+from flax.linen.partitioning import get_axis_names
+
+from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.t5x_adapter import T5XModel
+from tests.models import tiny
+
+# `t5x.models.BaseModel`: methods and their arguments, in order. T5X looks for `rng` by name.
+CONTRACT = {
+    "get_initial_variables": ("rng", "input_shapes", "input_types"),
+    "loss_fn": ("params", "batch", "dropout_rng"),
+    "eval_fn": ("params", "batch"),
+    "predict_batch": ("params", "batch", "rng"),
+    "predict_batch_with_aux": ("params", "batch", "rng"),
+    "score_batch": ("params", "batch", "return_intermediates"),
+}
+# Of `t5x.adafactor.standard_logical_factor_rules`.
+FACTORED = {"vocab", "embed", "mlp", "heads", "kv", "joined_kv", "relpos_buckets", "layers"}
+LENGTHS = {"inputs": tiny.Q, "targets": tiny.T, "passages": (tiny.K, tiny.P)}
+FAMILY = {"fid": tiny.FID, "lumen": tiny.FROZEN, "glimmer": tiny.GLIMMER}
+
+
+class Vocabulary:
+    """As many ids as the tiny models have rows."""
+
+    path, vocab_size, eos_id, fingerprint = "v", tiny.V, 1, "sha256:v"
+
+    def seqio(self):
+        return self.path
+
+
+def adapter(config=tiny.GLIMMER):
+    model = GlimmerModel(config, tiny.LIGHT_LOSS)
+    return T5XModel(model, LENGTHS, optimizer_def="adafactor", vocabulary=Vocabulary())
+
+
+@pytest.mark.parametrize("cls", [GlimmerModel, T5XModel])
+@pytest.mark.parametrize("method", CONTRACT)
+def test_methods_have_t5xs_arguments_and_further_ones_have_defaults(cls, method):
+    parameters = list(inspect.signature(getattr(cls, method)).parameters.values())[1:]
+    wanted = CONTRACT[method]
+    assert tuple(one.name for one in parameters[: len(wanted)]) == wanted
+    assert all(one.default is not one.empty for one in parameters[len(wanted) :])
+    assert "flax_mutables" not in {one.name for one in parameters}
+
+
+@pytest.mark.parametrize("config", FAMILY.values(), ids=FAMILY)
+def test_every_parameter_names_axes_that_t5x_can_factor(config):
+    shapes = {name: x.shape for name, x in tiny.batch().items()}
+    init = adapter(config).get_initial_variables
+    # T5X reads the model off the bound method.
+    assert isinstance(init.__self__, T5XModel)
+    variables = jax.eval_shape(lambda: init(rng=jax.random.key(0), input_shapes=shapes))
+    assert variables.keys() == {"params", "params_axes"}
+
+    def check(shape, names):
+        assert len(names) == shape.ndim and set(names) <= FACTORED
+
+    names = unfreeze(get_axis_names(variables["params_axes"]))
+    jax.tree.map(check, variables["params"], names)
+
+
+def test_metrics_are_clus_and_merge_like_sums(monkeypatch):
+    pytest.importorskip("clu")
+    sums = {"cross_entropy": (jnp.float32(6), jnp.float32(4)), "z_loss": (jnp.float32(1), 2.0)}
+    for method in ("loss_fn", "eval_fn"):
+        monkeypatch.setattr(GlimmerModel, method, lambda *_: (jnp.float32(3), sums))
+    loss, metrics = adapter().eval_fn({}, {})
+    assert loss == 3
+    assert {name: float(one.compute()) for name, one in metrics.items()} == {
+        "cross_entropy": 1.5,
+        "z_loss": 0.5,
+        "loss": 3.0,
+    }
+    _, again = adapter().loss_fn({}, {}, None)
+    assert metrics["cross_entropy"].merge(again["z_loss"]).compute() == pytest.approx(7 / 6)
+
+
+def test_predictions_carry_what_metrics_read():
+    abstract = tiny.abstract(tiny.GLIMMER)[0]
+    tokens, aux = jax.eval_shape(adapter().predict_batch_with_aux, abstract, tiny.batch())
+    assert tokens.shape == (tiny.B, tiny.T) and tokens.dtype == jnp.int32
+    assert {name: x.shape for name, x in aux.items()} == {
+        "scores": (tiny.B,),
+        "passage_scores": (tiny.B, tiny.K),
+        "kept_passages": (tiny.B, 2),
+        "gold_passages": (tiny.B, tiny.K),
+    }
+    _, aux = jax.eval_shape(adapter().predict_batch_with_aux, abstract, tiny.batch(gold=False))
+    assert "gold_passages" not in aux
+
+
+def test_frozen_memory_gets_no_gradient_from_a_trainer_that_does_not_know_of_it():
+    params = tiny.params(tiny.FROZEN)
+    _, grads = tiny.loss_and_grad(tiny.FROZEN, tiny.LIGHT_LOSS)(params, tiny.batch())
+    frozen = GlimmerModel(tiny.FROZEN).frozen(params)
+    still = [
+        not np.asarray(grad).any()
+        for grad, is_frozen in zip(jax.tree.leaves(grads), jax.tree.leaves(frozen), strict=True)
+        if is_frozen
+    ]
+    assert still and all(still)
+
+
+def test_what_does_not_fit_is_refused_before_t5x_starts():
+    model = GlimmerModel(tiny.GLIMMER)
+    with pytest.raises(ValueError, match="keeps 2 passages"):
+        T5XModel(model, {**LENGTHS, "passages": (1, 6)}, vocabulary=Vocabulary())
+    with pytest.raises(ValueError, match="has 2048 ids, and the model's embedding 32 rows"):
+        T5XModel(model, LENGTHS)
+    with pytest.raises(ValueError, match="No passages folder nowhere"):
+        T5XModel(model, LENGTHS, passages_dir="nowhere", vocabulary=Vocabulary())
+
+
+def test_t5x_itself_has_the_contract_held_here():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        models = pytest.importorskip("t5x.models")
+        adafactor = pytest.importorskip("t5x.adafactor")
+    for method, wanted in CONTRACT.items():
+        names = tuple(inspect.signature(getattr(models.BaseModel, method)).parameters)[1:]
+        assert names == wanted, method
+    assert set(adafactor.standard_logical_factor_rules()) >= FACTORED

@@ -1,0 +1,192 @@
+"""T5X's own train, eval and infer, from our gin files, over the whole road; skipped without T5X."""
+
+import json
+import shutil
+import sys
+import types
+import warnings
+
+import gin
+import jax
+import numpy as np
+import pytest
+
+from glimmer_jax import shipped
+from tests.main_test import data, work  # noqa: F401 (fixture)
+from tests.models import tiny
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    pytest.importorskip("t5x.train")
+    import t5x.eval
+    import t5x.infer
+    import t5x.train
+    from t5x import gin_utils
+
+from glimmer_jax.models.glimmer import GlimmerConfig
+from glimmer_jax.modes.evaluate import evaluate
+from glimmer_jax.modes.export import export
+from glimmer_jax.partitioning import MeshConfig
+from glimmer_jax.weights import t5_names
+from glimmer_jax.weights.load import load
+from tests.weights.t5x_test import write
+
+# T5X warns, and promotes ranks, as it likes.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+LENGTHS = {"inputs": 24, "targets": 16, "passages": (3, 16)}
+SIZE = """
+from __gin__ import dynamic_registration
+from glimmer_jax.models import t5
+t5.T5Config:
+    emb_dim = 8
+    num_heads = 2
+    head_dim = 4
+    mlp_dim = 16
+    num_decoder_layers = 1
+    mlp_activations = ("gelu", "linear")
+"""
+SETTINGS = {
+    "NUM_ENCODER_LAYERS": 3,
+    "MATMUL_DTYPE": None,
+    "MIXTURE_OR_TASK_NAME": "pydocs",
+    "MIXTURE_OR_TASK_MODULE": "tasks.pydocs",
+    "TASK_FEATURE_LENGTHS": LENGTHS,
+    "MESH_DATA": 2,
+    "MESH_FSDP": 2,
+    "MESH_MODEL": 2,
+}
+CUTS = {
+    "fid": {},
+    "lumen": {"ALPHA": 0.67},
+    "glimmer": {"ALPHA": 0.67, "BETA": 0.5, "NUM_KEPT": 2},
+}
+
+
+@pytest.fixture(autouse=True)
+def t5x_process(monkeypatch, work):  # noqa: F811
+    """What a command line of T5X is: its function in `__main__`. And jax forbids `with mesh:`."""
+    main = types.ModuleType("__main__")
+    main.train, main.evaluate, main.infer = t5x.train.train, t5x.eval.evaluate, t5x.infer.infer
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setenv("GLIMMER_DATA_DIR", data(work)["DATA_DIR"])
+    shipped.make_importable()
+    gin.enter_interactive_mode()  # a process of T5X reads its gin files only once
+    jax.config.update("jax_disallow_mesh_context_manager", True)
+    with jax.numpy_rank_promotion("allow"):
+        yield
+    jax.config.update("jax_disallow_mesh_context_manager", False)
+    gin.exit_interactive_mode()
+    gin.clear_config(clear_constants=True)
+
+
+def configure(work, model, run, **settings):  # noqa: F811
+    gin.clear_config(clear_constants=True)
+    size = work / "size.gin"
+    size.write_text(SIZE)
+    files = ["gin/sizes/tiny.gin", str(size), f"gin/models/{model}.gin", f"gin/t5x/{run}.gin"]
+    passages = {"PASSAGES_DIR": data(work)["PASSAGES_DIR"]}
+    given = {**SETTINGS, **CUTS[model], **passages, **settings}
+    bindings = [f"{name} = {value!r}" for name, value in given.items()]
+    paths = [str(shipped.root()), *t5x.train._DEFAULT_GIN_SEARCH_PATHS]
+    gin_utils.parse_gin_flags(paths, files, bindings)
+
+
+def run(function):
+    return gin.get_configurable(function)()
+
+
+def start_of(work, model, folder):  # noqa: F811
+    """A T5 in T5X's first form, made into the model's start: (model, folder)."""
+    configure(work, model, "finetune", MODEL_DIR="m", TRAIN_STEPS=1, INITIAL_CHECKPOINT_PATH="c")
+    made = gin.get_configurable("glimmer_jax.models.model.GlimmerModel")()
+    (folder / "t5").mkdir()
+    write(folder / "t5", t5_names.flat_from(tiny.params(GlimmerConfig(made.config.t5))))
+    export(made, str(folder / "t5"), str(folder / "checkpoint_0"), "t5x_adapter")
+    return made, folder / "checkpoint_0"
+
+
+def read(folder):
+    return jax.tree.map(np.asarray, load(folder).params)
+
+
+def train(work, model, start, model_dir, steps):  # noqa: F811
+    configure(
+        work,
+        model,
+        "finetune",
+        MODEL_DIR=str(model_dir),
+        INITIAL_CHECKPOINT_PATH=str(start),
+        TRAIN_STEPS=steps,
+        BATCH_SIZE=8,
+        SAVE_PERIOD=3,
+        EVAL_PERIOD=3,
+        EVAL_STEPS=1,
+        EVALUATOR_NUM_EXAMPLES=4,
+    )
+    step, _ = run(t5x.train.train)
+    assert step == steps
+    return read(model_dir / f"checkpoint_{steps}")
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("model", CUTS)
+def test_train_resume_eval_and_infer_of_t5x_drive_our_models(work, tmp_path, model):  # noqa: F811
+    ours, start = start_of(work, model, tmp_path)
+    trained = train(work, model, start, tmp_path / "a", 5)
+    began = read(start)
+    frozen = jax.tree.leaves(ours.frozen(began))
+    moved = [(x != y).any() for x, y in zip(*map(jax.tree.leaves, (trained, began)), strict=True)]
+    assert any(moved) and not any(
+        moves and still for moves, still in zip(moved, frozen, strict=True)
+    )
+
+    # Stopped at 3, and started again.
+    shutil.copytree(tmp_path / "a" / "checkpoint_3", tmp_path / "b" / "checkpoint_3")
+    tiny.assert_trees_equal(train(work, model, start, tmp_path / "b", 5), trained)
+
+    checkpoint = str(tmp_path / "a" / "checkpoint_5")
+    wanted = evaluate(
+        ours,
+        checkpoint,
+        "pydocs",
+        LENGTHS,
+        8,
+        passages_dir=data(work)["PASSAGES_DIR"],
+        mixture_or_task_module="tasks.pydocs",
+        output_dir=str(tmp_path / "ours"),
+        mesh=MeshConfig(2, 2, 2),
+    )
+    configure(
+        work,
+        model,
+        "eval",
+        CHECKPOINT_PATH=checkpoint,
+        EVAL_OUTPUT_DIR=str(tmp_path / "eval"),
+        BATCH_SIZE=8,
+    )
+    run(t5x.eval.evaluate)
+    for path in (tmp_path / "eval" / "inference_eval").glob("*-metrics.jsonl"):
+        task = path.name.removesuffix("-metrics.jsonl")
+        got = json.loads(path.read_text().splitlines()[-1])
+        for name in got.keys() - {"step"}:
+            assert got[name] == pytest.approx(wanted[f"{task}/{name}"]), (task, name)
+
+    configure(
+        work,
+        model,
+        "infer",
+        CHECKPOINT_PATH=checkpoint,
+        INFER_OUTPUT_DIR=str(tmp_path / "infer"),
+        BATCH_SIZE=8,
+    )
+    run(t5x.infer.infer)
+    written = sorted((tmp_path / "infer").glob("pydocs_*-predict_with_aux.jsonl-00000-of-00001"))
+    assert len(written) == 3
+    for path in written:
+        task = path.name.split("-")[0]
+        mine = (tmp_path / "ours" / f"predictions-{task}.jsonl").read_text().splitlines()
+        for theirs, own in zip(path.read_text().splitlines(), mine, strict=True):
+            theirs, own = json.loads(theirs), json.loads(own)
+            assert theirs["prediction"] == own["prediction"]
+            np.testing.assert_allclose(theirs["aux"]["scores"], own["score"], rtol=1e-5)

@@ -1,0 +1,111 @@
+"""Parameters come from files straight into their shardings: a device's share, once, and no more."""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import tensorstore as ts
+
+from glimmer_jax import partitioning
+from glimmer_jax.memory.fingerprint import encoder_fingerprint
+from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.models.t5 import T5Config
+from glimmer_jax.partitioning import MeshConfig, make_mesh
+from glimmer_jax.weights import huggingface, parameters, raw, t5x
+from glimmer_jax.weights.model_config import describe
+from tests.models import tiny
+
+# Large enough for blocks and chunks to matter: 8 million parameters.
+T5 = T5Config(
+    vocab_size=1024,
+    emb_dim=512,
+    num_heads=8,
+    head_dim=64,
+    mlp_dim=512,
+    num_encoder_layers=3,
+    num_decoder_layers=1,
+    mlp_activations=("relu",),
+    scan_layers=False,
+)
+FID = dataclasses.replace(tiny.FID, t5=T5)
+GLIMMER = dataclasses.replace(
+    tiny.GLIMMER, t5=dataclasses.replace(T5, scan_layers=True), memory_layers=1
+)
+BYTES = 4 * sum(leaf.size for leaf in jax.tree.leaves(tiny.abstract(FID)[0]))
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Numbers that gzip makes short work of."""
+    rows = np.arange(1024, dtype=np.float32)
+    return jax.tree.map(
+        lambda leaf: np.broadcast_to(rows[: leaf.shape[-1]], leaf.shape), tiny.abstract(FID)[0]
+    )
+
+
+def test_a_device_asks_for_its_share_of_a_scanned_glimmer(params, tmp_path, monkeypatch):
+    huggingface.save(tmp_path, params, FID, describe(FID, "v"))
+    asked = 0
+    virtual_chunked = ts.virtual_chunked
+
+    def counting(fill, **kwargs):
+        def count(domain, array, more):
+            nonlocal asked
+            asked += array.nbytes
+            fill(domain, array, more)
+
+        return virtual_chunked(count, **kwargs)
+
+    monkeypatch.setattr(raw.ts, "virtual_chunked", counting)
+    model = GlimmerModel(GLIMMER)
+    leaves = parameters.load(tmp_path, model, "v")
+    looking = asked  # whether the output layer is the embedding
+    assert looking < BYTES / 10
+    _, names = model.abstract_variables()
+    shardings = partitioning.shardings(names, make_mesh(MeshConfig(1, 2, 4)))
+    share = 0
+    for leaf, sharding in zip(jax.tree.leaves(leaves), jax.tree.leaves(shardings), strict=True):
+        if isinstance(leaf, ts.TensorStore):
+            index = sharding.devices_indices_map(tuple(leaf.shape))[jax.devices()[3]]
+            share += leaf[index].read().result().nbytes
+    assert share < BYTES / 7
+    assert asked - looking < 1.1 * share
+
+
+def status(name):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_no_second_copy_lies_on_the_host(params, tmp_path):
+    t5x.save(tmp_path, params, FID, describe(FID, "v"))
+    mesh, model = make_mesh(MeshConfig(1, 2, 4)), GlimmerModel(GLIMMER)
+    leaves = parameters.load(tmp_path, model, "v")
+    jax.block_until_ready(jax.device_put(np.ones(8), jax.devices()[0]))
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = status("VmRSS")
+    placed = parameters.place(leaves, model, mesh)
+    # Here the devices' memory is the host's: once is what must be there.
+    grown = status("VmHWM") - before
+    assert grown < 1.6 * BYTES
+    of_files = encoder_fingerprint(leaves, GLIMMER)
+    assert of_files == encoder_fingerprint(placed, GLIMMER)
+    kernel = placed["memory_encoder"]["layers"]["mlp"]["wo"]["kernel"]
+    np.testing.assert_array_equal(kernel[0], np.broadcast_to(np.arange(512.0), (512, 512)))
+
+
+def test_replicas_on_one_host_read_once(tmp_path):
+    reads = []
+
+    def fill(domain, array, _):
+        reads.append(domain.index_exp)
+        array[...] = 1.0
+
+    leaf = ts.virtual_chunked(fill, domain=ts.IndexDomain(shape=[8, 4]), dtype=ts.float32)
+    mesh = make_mesh(MeshConfig(8, 1, 1))
+    got = parameters.put({"a": leaf}, {"a": partitioning.replicated(mesh)})["a"]
+    assert len(reads) == 1 and len(got.addressable_shards) == 8
+    assert {shard.data.shape for shard in got.addressable_shards} == {(8, 4)}

@@ -1,0 +1,80 @@
+"""Exported and read again, every part of every setting has the same bits and the table's names."""
+
+import dataclasses
+import pathlib
+import re
+
+import pytest
+import safetensors.numpy
+
+from glimmer_jax.models.recut import recut
+from glimmer_jax.weights import huggingface, t5_names, t5x
+from glimmer_jax.weights.huggingface_names import their_name
+from glimmer_jax.weights.load import load
+from glimmer_jax.weights.model_config import describe
+from tests.models import tiny
+
+FORMS = {"huggingface": huggingface, "t5x": t5x}
+GATED_RELU = dataclasses.replace(tiny.T5, mlp_activations=("relu", "linear"))
+FIDO = dataclasses.replace(tiny.T5, cross_attention_period=2, decoder_kv_heads=1)
+SETTINGS = {
+    "FiD": dataclasses.replace(tiny.FID, t5=GATED_RELU),
+    "GLIMMER": tiny.GLIMMER,
+    "all parts": dataclasses.replace(tiny.FROZEN, separate_reranker=True),
+    "one table": dataclasses.replace(tiny.GLIMMER, share_position_table=True),
+    "no memory": dataclasses.replace(tiny.GLIMMER, memory_layers=0),
+    "FiDO": dataclasses.replace(tiny.LUMEN, t5=FIDO),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("form", FORMS)
+def test_exported_and_read_again_every_bit_is_the_same(tmp_path, form, setting):
+    config = SETTINGS[setting]
+    params = tiny.params(config)
+    FORMS[form].save(tmp_path, params, config, describe(config, "v"))
+    loaded = load(tmp_path)
+    tiny.assert_trees_equal(recut(loaded.params, loaded.config, config), params)
+    # A T5 of Hugging Face says nothing of a vocabulary; everything else does.
+    known = (form, setting) != ("huggingface", "FiD")
+    assert loaded.vocabulary_fingerprint == ("v" if known else None)
+
+
+def test_a_divided_encoder_is_numbered_through_and_has_two_tables(tmp_path):
+    config = tiny.GLIMMER
+    huggingface.save(tmp_path, tiny.params(config), config, describe(config, "v"))
+    names = safetensors.numpy.load_file(tmp_path / "model.safetensors").keys()
+    fid = {their_name(name, tiny.FID) for name in t5_names.shapes(tiny.FID)}
+    # What a T5 does not have.
+    table = "encoder.block.2.layer.0.SelfAttention.relative_attention_bias.weight"
+    assert names - fid == {table, "reranker.final_layer_norm.weight", "reranker.kernel"}
+    assert not fid - names
+
+
+def test_no_two_parameters_get_one_name():
+    for config in SETTINGS.values():
+        names = t5_names.shapes(config)
+        assert len({their_name(name, config) for name in names}) == len(names)
+
+
+def test_the_documented_tables_name_every_parameter():
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "weights.md").read_text()
+    tables = {
+        section.split("\n", 1)[0]: re.findall(r"^\| `(\S+)` \| `(\S+)` \|", section, re.MULTILINE)
+        for section in text.split("\n### ")[1:]
+    }
+    config = SETTINGS["all parts"]  # L = 4, M = 2, R = 1
+    documented = {}
+    for ours, theirs in tables["Parts"]:
+        if "{i}" not in ours:
+            documented[ours] = theirs.replace("{M}", "2")
+            continue
+        which = "the decoder" if ours.startswith("decoder") else "an encoder"
+        stack, start = re.fullmatch(r"(.+)\{(.*)i\}", theirs).groups()
+        for i in range(2):
+            block = i + {"": 0, "M+": 2, "M+R+": 3}[start]
+            for rest, their_rest in tables[f"Within a layer of {which}"]:
+                name = f"{ours.replace('{i}', str(i))}/{rest}"
+                documented[name] = f"{stack}{block}.{their_rest}"
+    names = {name: their_name(name, config) for name in t5_names.shapes(config)}
+    assert {name: documented[name] for name in names} == names
