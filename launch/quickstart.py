@@ -55,20 +55,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         DATA_DIR=data / "retrieved",
     )
     shared = {"PASSAGES_DIR": data / "passages", "DATA_DIR": data / "retrieved"}
+    # The rate falls to nothing at the last step, so another number of steps is another run.
+    tuned = runs / f"glimmer_{args.train_steps}"
     glimmer(
         "train",
         "pydocs_glimmer_train",
-        MODEL_DIR=runs / "glimmer",
+        MODEL_DIR=tuned,
         INITIAL_CHECKPOINT_PATH=SHIPPED["glimmer"],
         TRAIN_STEPS=args.train_steps,
         LOG_EVERY=10,
         DATA_DIR=data / "retrieved",
     )
-    weights = {**SHIPPED, "glimmer": runs / "glimmer"}
-    # A memory belongs to one encoder, and each number of steps makes another.
+    weights = {**SHIPPED, "glimmer": tuned}
+    # A memory belongs to one encoder.
     memories = {
         "lumen": runs / "lumen_memory",
-        "glimmer": runs / f"glimmer_memory_{args.train_steps}",
+        "glimmer": runs / f"glimmer_{args.train_steps}_memory",
     }
     for name, memory in memories.items():
         glimmer(

@@ -63,52 +63,60 @@ def tpu_vm(tpu: Tpu, flags: Sequence[str], archive: str) -> Machines:
       flags: of glimmer.
       archive: path of the packed code on this machine.
     """
-    group = ("gcloud", "compute", "tpus", "tpu-vm")
-    create = (
-        *group,
-        "create",
-        tpu.name,
-        *tpu.place,
-        f"--accelerator-type={tpu.accelerator_type}",
-        f"--version={tpu.version}",
-        *(("--spot",) if tpu.spot else ()),
-        *tpu.create_flags,
-    )
-    return Machines(
-        create=create,
-        describe=(*group, "describe", tpu.name, *tpu.place, "--format=value(state)"),
+    return _machines(
+        tpu,
+        flags,
+        archive,
+        group="tpu-vm",
+        create=(f"--version={tpu.version}",),
+        state="state",
         ready="READY",
         waiting=("CREATING", "STARTING", "RESTARTING", "REPAIRING"),
-        ship=_ship(tpu, archive),
-        run=_run(tpu, flags),
-        delete=(*group, "delete", tpu.name, *tpu.place),
-        recreate=tpu.recreate,
     )
 
 
 def queued_resource(tpu: Tpu, flags: Sequence[str], archive: str) -> Machines:
     """A slice that is waited for. Arguments as those of `tpu_vm`."""
-    group = ("gcloud", "compute", "tpus", "queued-resources")
-    create = (
-        *group,
-        "create",
-        tpu.name,
-        *tpu.place,
-        f"--node-id={tpu.name}",
-        f"--accelerator-type={tpu.accelerator_type}",
-        f"--runtime-version={tpu.version}",
-        *(("--spot",) if tpu.spot else ()),
-        *tpu.create_flags,
-    )
-    return Machines(
-        create=create,
-        describe=(*group, "describe", tpu.name, *tpu.place, "--format=value(state.state)"),
+    return _machines(
+        tpu,
+        flags,
+        archive,
+        group="queued-resources",
+        create=(f"--node-id={tpu.name}", f"--runtime-version={tpu.version}"),
+        state="state.state",
         ready="ACTIVE",
         waiting=("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING"),
+        # Takes the nodes along; without it only an empty queue entry can be deleted.
+        delete=("--force",),
+    )
+
+
+def _machines(
+    tpu: Tpu,
+    flags: Sequence[str],
+    archive: str,
+    *,
+    group: str,
+    create: Argv,
+    state: str,
+    ready: str,
+    waiting: tuple[str, ...],
+    delete: Argv = (),
+) -> Machines:
+    """The plan in gcloud's command group `group`, whose own flags and states are given."""
+
+    def gcloud(verb: str, *rest: str) -> Argv:
+        return ("gcloud", "compute", "tpus", group, verb, tpu.name, *tpu.place, *rest)
+
+    kind = (f"--accelerator-type={tpu.accelerator_type}", *create)
+    return Machines(
+        create=gcloud("create", *kind, *(("--spot",) if tpu.spot else ()), *tpu.create_flags),
+        describe=gcloud("describe", f"--format=value({state})"),
+        ready=ready,
+        waiting=waiting,
         ship=_ship(tpu, archive),
         run=_run(tpu, flags),
-        # --force takes the nodes along; without it only an empty queue entry can be deleted.
-        delete=(*group, "delete", tpu.name, *tpu.place, "--force"),
+        delete=gcloud("delete", *delete),
         recreate=tpu.recreate,
     )
 

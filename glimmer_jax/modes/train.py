@@ -211,6 +211,8 @@ def train(
             "split": split,
             "task_feature_lengths": dict(task_feature_lengths),
             "batch_size": batch_size,
+            "initial_checkpoint_path": initial_checkpoint_path,
+            "schedule_end": optimizer.schedule_end(),
             "operative_config": config_text,
         },
     )

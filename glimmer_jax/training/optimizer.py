@@ -61,6 +61,10 @@ class OptimizerConfig:
         """The learning rate as a function of the step."""
         return make_schedule(self.schedule, self.learning_rate, self.warmup_steps, self.decay_steps)
 
+    def schedule_end(self) -> int | None:
+        """The update at which the learning rate reaches 0; None where it never does."""
+        return self.decay_steps if self.schedule == "linear" else None
+
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:

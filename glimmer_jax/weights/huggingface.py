@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import safetensors.numpy
 import tensorstore as ts
@@ -87,13 +86,8 @@ def load(path: Any, kvstore: ts.KvStore) -> tuple[dict[str, Any], GlimmerConfig,
         return store.T if names.transposed(name) else store
 
     params = t5_names.tree_from(setting, read)
-    t5 = setting.t5
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    what = (
-        f"a Hugging Face {config['model_type']} in {path} ({tensors.files}): {count:,} parameters, "
-        f"{t5.num_encoder_layers} and {t5.num_decoder_layers} layers of width {t5.emb_dim}, "
-        f"{config.get('feed_forward_proj', 'relu')}, output layer {'tied' if tied else 'of its own'}"
-    )
+    what = f"a Hugging Face {config['model_type']} in {path} ({tensors.files})"
+    what += f": {t5_names.in_words(params, setting.t5)}"
     return params, setting, config.get(_SETTING, {}).get("vocabulary_fingerprint"), what
 
 

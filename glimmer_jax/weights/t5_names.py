@@ -87,6 +87,15 @@ def check(path: Any, wanted: Mapping[str, Shape], found: Mapping[str, Shape]) ->
         )
 
 
+def in_words(params: Mapping[str, Any], t5: T5Config) -> str:
+    """What a checkpoint turned out to hold, for the person who gave it."""
+    count = sum(leaf.size for leaf in flax.traverse_util.flatten_dict(params).values())
+    return (
+        f"{count:,} parameters, {t5.num_encoder_layers} and {t5.num_decoder_layers} layers of width "
+        f"{t5.emb_dim}, {t5.mlp_activations}, output layer {'tied' if t5.tie_output else 'of its own'}"
+    )
+
+
 def float32(array: Any) -> ts.TensorStore:
     """An array of numpy or TensorStore as a TensorStore of float32, of which nothing is read."""
     store = array if isinstance(array, ts.TensorStore) else ts.array(np.asarray(array))

@@ -19,7 +19,6 @@ from typing import Any
 
 import flax.serialization
 import flax.traverse_util
-import jax
 import numpy as np
 import tensorstore as ts
 
@@ -86,13 +85,8 @@ def load(
     config = t5_names.looped(setting) if setting else t5_names.fid(_sizes(path, found))
     t5_names.check(path, t5_names.shapes(config), found)
     params = t5_names.tree_from(config, arrays.__getitem__)
-    t5 = config.t5
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    what = (
-        f"a T5X checkpoint in {path} ({form}{', scanned' if scanned else ''}): {count:,} parameters, "
-        f"{t5.num_encoder_layers} and {t5.num_decoder_layers} layers of width {t5.emb_dim}, "
-        f"{t5.mlp_activations}, output layer {'tied' if t5.tie_output else 'of its own'}"
-    )
+    what = f"a T5X checkpoint in {path} ({form}{', scanned' if scanned else ''})"
+    what += f": {t5_names.in_words(params, config.t5)}"
     return params, config, described.get("vocabulary_fingerprint"), what
 
 

@@ -1,19 +1,18 @@
 """Cached decoding equals the full forward pass, scanned and looped, greedy and beams."""
 
 import dataclasses
+import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glimmer_jax.models.glimmer import Glimmer, fuse, select
 from glimmer_jax.models.model import DecodeConfig, GlimmerModel
 from glimmer_jax.models.stacking import unstack_layers
 from tests.models import tiny
 
 LOOPED = dataclasses.replace(tiny.GLIMMER, t5=dataclasses.replace(tiny.T5, scan_layers=False))
-ROWS, BEAMS = 3, 2
+ROWS = 3
 EOS = 1
 
 
@@ -50,38 +49,8 @@ def stacked(setting):
 
 def test_cached_decoding_equals_full_forward_for_every_beam(setting):
     config, params = setting
-    batch = tiny.batch(rows=ROWS)
-    # Every beam is fed another target.
-    inputs = np.random.default_rng(1).integers(2, tiny.V, (ROWS, BEAMS, tiny.T)).astype(np.int32)
-    inputs[..., 0] = 0
-
-    @jax.jit
-    def teacher_forced(params, batch, inputs):
-        def run(module, batch, inputs):
-            live = module.rerank(batch)
-            states, mask, _ = select(live, config.num_kept)
-            encoded, mask = fuse(module.read(states, mask), mask)
-            cross = module.start_decoding(encoded)
-            cache = module.empty_cache(ROWS, BEAMS, tiny.T)
-            return cross, cache, mask
-
-        variables = {"params": params}
-        cross, cache, mask = Glimmer(config).apply(variables, batch, inputs, method=run)
-
-        def step(cache, tokens_index):
-            tokens, index = tokens_index
-            logits, cache = Glimmer(config).apply(
-                variables, tokens, index, cache, cross, mask, method="decode_step"
-            )
-            return cache, logits
-
-        by_time = (jnp.moveaxis(inputs, 2, 0), jnp.arange(tiny.T))
-        return jnp.moveaxis(jax.lax.scan(step, cache, by_time)[1], 0, 2)
-
-    cached = teacher_forced(params, batch, inputs)
-    for beam in range(BEAMS):
-        full = full_logits(stacked(setting), dict(batch, decoder_input_tokens=inputs[:, beam]))
-        np.testing.assert_allclose(cached[:, beam], full, rtol=0, atol=1e-5)
+    full = functools.partial(full_logits, stacked(setting))
+    tiny.assert_cached_decoding_equals(full, config, params, rows=ROWS)
 
 
 @pytest.mark.parametrize("beams", [1, 3])

@@ -3,13 +3,11 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from glimmer_jax.models.cost import question_cost
 from glimmer_jax.models.fido import convert_decoder
-from glimmer_jax.models.glimmer import Glimmer, fuse, select
 from glimmer_jax.models.recut import recut
 from glimmer_jax.models.stacking import stack_layers, unstack_layers
 from glimmer_jax.nn.attention import attend
@@ -20,7 +18,7 @@ T5 = dataclasses.replace(
 )
 FIDO = dataclasses.replace(tiny.GLIMMER, t5=T5)
 LOOPED = dataclasses.replace(FIDO, t5=dataclasses.replace(T5, scan_layers=False))
-ROWS, BEAMS = 3, 2
+ROWS = 3
 
 
 def test_fewer_key_heads_are_those_heads_repeated():
@@ -58,38 +56,10 @@ def test_scanned_equals_looped():
 @pytest.mark.parametrize("config", [FIDO, LOOPED], ids=["scanned", "looped"])
 def test_cached_decoding_equals_the_full_forward_pass(config):
     params = tiny.params(FIDO)
-    full = tiny.forward(FIDO)
     params_here = params if config is FIDO else unstack_layers(params)
-    batch = tiny.batch(rows=ROWS)
-    inputs = np.random.default_rng(1).integers(2, tiny.V, (ROWS, BEAMS, tiny.T)).astype(np.int32)
-    inputs[..., 0] = 0
-
-    @jax.jit
-    def teacher_forced(params, batch, inputs):
-        def start(module, batch):
-            live = module.rerank(batch)
-            states, mask, _ = select(live, config.num_kept)
-            encoded, mask = fuse(module.read(states, mask), mask)
-            cache = module.empty_cache(ROWS, BEAMS, tiny.T)
-            return module.start_decoding(encoded), cache, mask
-
-        variables = {"params": params}
-        cross, cache, mask = Glimmer(config).apply(variables, batch, method=start)
-
-        def step(cache, tokens_index):
-            tokens, index = tokens_index
-            logits, cache = Glimmer(config).apply(
-                variables, tokens, index, cache, cross, mask, method="decode_step"
-            )
-            return cache, logits
-
-        by_time = (jnp.moveaxis(inputs, 2, 0), jnp.arange(tiny.T))
-        return jnp.moveaxis(jax.lax.scan(step, cache, by_time)[1], 0, 2)
-
-    cached = teacher_forced(params_here, batch, inputs)
-    for beam in range(BEAMS):
-        want = full(params, dict(batch, decoder_input_tokens=inputs[:, beam]))[0]
-        np.testing.assert_allclose(cached[:, beam], want, rtol=0, atol=1e-5)
+    tiny.assert_cached_decoding_equals(
+        lambda batch: tiny.forward(FIDO)(params, batch)[0], config, params_here, rows=ROWS
+    )
 
 
 def test_converted_heads_are_means_and_converted_models_run():

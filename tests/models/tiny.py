@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glimmer_jax.models.glimmer import Glimmer, GlimmerConfig
+from glimmer_jax.models.glimmer import Glimmer, GlimmerConfig, fuse, select
 from glimmer_jax.models.model import GlimmerModel, LossConfig
 from glimmer_jax.models.t5 import T5Config
 
@@ -92,6 +92,47 @@ def batch(seed=0, rows=B, passages=K, gold=True):
 def forward(config):
     """Jitted `(params, batch) -> logits, live, kept`."""
     return jax.jit(lambda p, b: Glimmer(config).apply({"params": p}, b), compiler_options=QUICK)
+
+
+@functools.cache
+def cached_logits(config):
+    """Jitted `(params, batch, inputs [B, beams, T]) -> [B, beams, T, V]`, a cached step a token."""
+
+    def start(module, batch, inputs):
+        live = module.rerank(batch)
+        states, mask, _ = select(live, config.num_kept)
+        encoded, mask = fuse(module.read(states, mask), mask)
+        return module.start_decoding(encoded), module.empty_cache(*inputs.shape), mask
+
+    def run(params, batch, inputs):
+        variables = {"params": params}
+        cross, cache, mask = Glimmer(config).apply(variables, batch, inputs, method=start)
+
+        def step(cache, tokens_index):
+            tokens, index = tokens_index
+            logits, cache = Glimmer(config).apply(
+                variables, tokens, index, cache, cross, mask, method="decode_step"
+            )
+            return cache, logits
+
+        by_time = (jnp.moveaxis(inputs, 2, 0), jnp.arange(inputs.shape[2]))
+        return jnp.moveaxis(jax.lax.scan(step, cache, by_time)[1], 0, 2)
+
+    return jax.jit(run)
+
+
+def assert_cached_decoding_equals(full, config, params, rows=3, beams=2):
+    """Every beam of the cached decoder is fed another target; `full` is the whole forward pass.
+
+    Args:
+      full: `(batch) -> logits [B, T, V]`.
+    """
+    inputs = np.random.default_rng(1).integers(2, V, (rows, beams, T)).astype(np.int32)
+    inputs[..., 0] = 0
+    cached = cached_logits(config)(params, batch(rows=rows), inputs)
+    for beam in range(beams):
+        want = full(dict(batch(rows=rows), decoder_input_tokens=inputs[:, beam]))
+        np.testing.assert_allclose(cached[:, beam], want, rtol=0, atol=1e-5)
 
 
 @functools.cache

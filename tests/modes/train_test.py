@@ -42,7 +42,7 @@ def test_a_run_from_memory_goes_on_from_its_own_state_alone(work, tmp_path, capf
     memory = {"MEMORY_DIR": str(tmp_path / "memory"), "PASSAGES_DIR": data(work)["PASSAGES_DIR"]}
     built = {"CHECKPOINT_PATH": str(first), "MAX_PASSAGE_TOKENS": 16, "BATCH_SIZE": 2, **memory}
     assert run("build_memory", "examples/pydocs_lumen_memory", **built) == 0
-    shared = {**ONE_TASK, **memory, "INITIAL_CHECKPOINT_PATH": str(first)}
+    shared = {**ONE_TASK, **memory, "INITIAL_CHECKPOINT_PATH": str(first), "SCHEDULE": "constant"}
     assert train(work, tmp_path / "run", *lumen, **shared, TRAIN_STEPS=1) == 0
 
     # Another batch size is refused, and the run's configuration stays what it was.
@@ -50,6 +50,11 @@ def test_a_run_from_memory_goes_on_from_its_own_state_alone(work, tmp_path, capf
     assert train(work, tmp_path / "run", *lumen, **shared, TRAIN_STEPS=2, BATCH_SIZE=16) == 2
     assert "holds a run with batch_size 8, and this one 16" in capfd.readouterr().err
     assert (tmp_path / "run" / "config.gin").read_text() == config
+
+    # So is a rate that would have fallen otherwise.
+    linear = {**shared, "SCHEDULE": "linear"}
+    assert train(work, tmp_path / "run", *lumen, **linear, TRAIN_STEPS=2) == 2
+    assert "schedule_end None, and this one 2" in capfd.readouterr().err
 
     # What it started from may be gone.
     shutil.rmtree(first)

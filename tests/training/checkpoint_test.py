@@ -210,6 +210,7 @@ def test_the_checkpoint_of_another_run_is_refused(saved, mesh):
 def test_a_run_is_its_data_and_what_its_model_computes():
     def run(config=tiny.GLIMMER, **changes):
         data = {"batch_size": 8, "task_feature_lengths": {"passages": (3, 6)}}
+        data |= {"initial_checkpoint_path": "t5", "schedule_end": 100}
         return {**describe(config, "v"), **data, "mixture_or_task_name": "a", **changes}
 
     def t5(**changes):
@@ -221,6 +222,11 @@ def test_a_run_is_its_data_and_what_its_model_computes():
     check_same_run(saved, run(t5(dropout_rate=0.1, dtype="bfloat16", remat_policy="full")), "here")
     for other, message in (
         (run(batch_size=16), "here holds a run with batch_size 8, and this one 16"),
+        (
+            run(initial_checkpoint_path="other"),
+            "initial_checkpoint_path 't5', and this one 'other'",
+        ),
+        (run(schedule_end=200), "schedule_end 100, and this one 200"),
         (run(mixture_or_task_name="b"), "mixture_or_task_name 'a', and this one 'b'"),
         (run(task_feature_lengths={"passages": (4, 6)}), r"\[3, 6\]\}, and this one .*\[4, 6\]"),
         (run(t5(mlp_activations=("relu", "linear"))), r"\('gelu', 'linear'\), and this one"),
