@@ -75,7 +75,7 @@ def test_the_documented_commands_run_as_they_stand():
         rows = {"id": [number], "title": ["t"], "text": ["word " * (100 * number)]}
         parquet.write_table(pyarrow.table(rows), f"corpus/{name}.parquet")
     text = (pathlib.Path(shipped.root()) / "docs" / "kilt.md").read_text(encoding="utf-8")
-    block = text.split("```sh\n")[1].split("```")[0]
+    block = text.partition("\n## Corpus\n")[2].split("```sh\n")[1].split("```")[0]
     commands = [line for line in block.replace("\\\n", "").splitlines() if line[0] != "#"]
     for command in commands:
         name, *flags = shlex.split(command)

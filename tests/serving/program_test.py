@@ -57,7 +57,8 @@ def exported(tmp_path_factory):
     checkpoint = work / "glimmer.safetensors"
     save_params_file(checkpoint, tiny.params(tiny.GLIMMER), describe(tiny.GLIMMER, "v"))
     config = ProgramConfig([BUCKET])
-    export(GLIMMER, str(checkpoint), str(work / "program"), VOCABULARY, config)
+    given = {"vocabulary": VOCABULARY, "program": config}
+    export(GLIMMER, str(checkpoint), str(work / "program"), **given)
     return work / "program", load(checkpoint).params
 
 
