@@ -229,8 +229,8 @@ class GlimmerModel:
 
         targets = batch["decoder_target_tokens"]
         weights = jnp.asarray(batch["decoder_loss_weights"], jnp.float32)
-        cross_entropy, z = losses.token_losses(logits, targets)
-        cross_entropy = jnp.sum(cross_entropy * weights)
+        by_token, z = losses.token_losses(logits, targets)
+        cross_entropy = jnp.sum(by_token * weights)
         z_loss = loss_config.z_loss * jnp.sum(z * weights)
         loss = loss_config.cross_entropy_weight * (cross_entropy + z_loss) / normalizers["tokens"]
 
@@ -238,6 +238,8 @@ class GlimmerModel:
         correct = (jnp.argmax(logits, axis=-1) == targets) * weights
         metrics = {
             "cross_entropy": (cross_entropy, num_tokens),
+            # Where an answer is copied, what is hard is its first token: which passage to read.
+            "first_token": (jnp.sum((by_token * weights)[:, 0]), jnp.sum(weights[:, 0])),
             "z_loss": (z_loss, num_tokens),
             "token_accuracy": (jnp.sum(correct), num_tokens),
         }

@@ -48,6 +48,7 @@ def test_loss_is_the_sum_of_its_terms_over_their_denominators():
     assert 0 < several < tiny.B and 0 < with_gold < tiny.B
     want = {
         "cross_entropy": (-(chosen * weights).sum(), weights.sum()),
+        "first_token": (-(chosen * weights)[:, 0].sum(), weights[:, 0].sum()),
         "z_loss": (1e-2 * (log_z**2 * weights).sum(), weights.sum()),
         "token_accuracy": (((log_probs.argmax(-1) == targets) * weights).sum(), weights.sum()),
         "distillation": (distillation, several),
