@@ -6,6 +6,8 @@ from typing import Any
 from glimmer_jax.models.glimmer import GlimmerConfig, memory_layers, rerank_layers
 from glimmer_jax.models.t5 import T5Config
 
+JAX_SYSTEMS = ("fid", "lumen", "glimmer", "glimmer_fido")
+SYSTEMS = ("pytorch_fid", *JAX_SYSTEMS)
 DTYPES = ("float32", "bfloat16")
 SIZES: dict[str, dict[str, int]] = {
     "base": dict(
@@ -70,6 +72,8 @@ def t5_config(setting: Setting, dtype: str, on_cpu: bool, **decoder: Any) -> T5C
 
 def glimmer_config(system: str, setting: Setting, dtype: str, on_cpu: bool) -> GlimmerConfig:
     """The cut and the decoder of one of our systems."""
+    if system not in JAX_SYSTEMS:
+        raise ValueError(f"system must be one of {', '.join(JAX_SYSTEMS)}; got {system!r}.")
     t5 = t5_config(setting, dtype, on_cpu, **(FIDO if system == "glimmer_fido" else {}))
     if system == "fid":
         return GlimmerConfig(t5)
@@ -87,7 +91,3 @@ def glimmer_config(system: str, setting: Setting, dtype: str, on_cpu: bool) -> G
         rerank_layers(layers, ALPHA, BETA),
         num_kept=setting.kept,
     )
-
-
-JAX_SYSTEMS = ("fid", "lumen", "glimmer", "glimmer_fido")
-SYSTEMS = ("pytorch_fid", *JAX_SYSTEMS)

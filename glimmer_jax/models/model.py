@@ -29,7 +29,7 @@ from flax.linen.partitioning import AxisMetadata
 
 from glimmer_jax import codecs, losses
 from glimmer_jax.models.answers import DecodeConfig, answer
-from glimmer_jax.models.glimmer import Batch, Glimmer, GlimmerConfig, Live, fuse, select
+from glimmer_jax.models.glimmer import Batch, Glimmer, GlimmerConfig, Live, fuse
 from glimmer_jax.partitioning import AXIS_RULES
 
 Params = Any
@@ -311,12 +311,13 @@ class GlimmerModel:
         chunk = min(self.loss.teacher_chunk, mask.shape[1])
         return jnp.swapaxes(jax.lax.map(one, by_passage, batch_size=chunk), 0, 1)
 
-    def _read(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, Live, jax.Array]:
+    def _read(
+        self, params: Params, batch: Batch
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         variables = {"params": params}
-        live = self.module.apply(variables, batch, method="rerank")
-        states, mask, kept = select(live, self.config.num_kept)
+        states, mask, kept, scores = self.module.apply(variables, batch, method="choose")
         encoded, mask = fuse(self.module.apply(variables, states, mask, method="read"), mask)
-        return encoded, mask, live, kept
+        return encoded, mask, scores, kept
 
     def predict_batch(
         self, params: Params, batch: Batch, rng: jax.Array | None = None
@@ -343,7 +344,7 @@ class GlimmerModel:
         Raises:
           ValueError: answers are to be drawn, and there is no `rng`.
         """
-        encoded, mask, live, kept = self._read(params, batch)
+        encoded, mask, scores, kept = self._read(params, batch)
         tokens, aux = answer(
             self.module,
             {"params": params},
@@ -355,7 +356,7 @@ class GlimmerModel:
             rng=rng,
             candidates=batch.get("candidate_tokens"),
         )
-        return tokens, {**aux, "passage_scores": live.scores, "kept_passages": kept}
+        return tokens, {**aux, "passage_scores": scores, "kept_passages": kept}
 
     def score_batch(self, params: Params, batch: Batch, return_intermediates: bool = False) -> Any:
         """log p(target) of each row, float32 `[B]`; with intermediates, also scores and kept."""
