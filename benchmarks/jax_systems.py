@@ -11,6 +11,7 @@ from benchmarks.memory import build_lookup
 from benchmarks.setting import Setting, glimmer_config
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.partitioning import MeshConfig, make_mesh
+from glimmer_jax.serving import prepare
 from glimmer_jax.serving.predict import make_predict
 
 NO_END = -1  # no token: answers have their full length
@@ -36,6 +37,8 @@ class JaxSystem:
             self._folder = tempfile.TemporaryDirectory(prefix="memory-")
             path = f"{self._folder.name}/store"
             lookup = build_lookup(model, params, mesh, self._tokens_NP, setting, path)
+        model, params = prepare.looped(model, params)
+        params = prepare.lay_out(model, params, rows=1)
         self._model, self._params, self._lookup = model, params, lookup
         self._predict = make_predict(model, mesh, lookup)
         decoder = jax.tree.leaves(params["decoder"])

@@ -183,9 +183,7 @@ class EncoderLayer(nn.Module):
         y = self.mlp(self.pre_mlp_layer_norm(x))
         return residual(x + self.dropout(y)), None
 
-    def at(
-        self, x: jax.Array, position: jax.Array, mask: jax.Array, bias: jax.Array
-    ) -> jax.Array:
+    def at(self, x: jax.Array, position: jax.Array, mask: jax.Array, bias: jax.Array) -> jax.Array:
         """What `__call__` gives at one position `[...]` of each sequence, alone: `[..., D]`."""
         index = position[..., None, None]
         y = self.pre_attention_layer_norm(x)
