@@ -57,6 +57,7 @@ class GlimmerConfig:
     share_question_encoder: bool = True  # the question goes through the memory encoder itself
     share_position_table: bool = False  # of memory and live layers; the cut can then still be moved
     separate_reranker: bool = False  # scores come from R layers of their own, nothing is reused
+    read_chunk: int | None = None  # passages read on at a time when answering; None is all at once
     memory_codec: str = "bf16"  # how memory is stored, and rounded while training
 
     def __post_init__(self):
@@ -68,6 +69,10 @@ class GlimmerConfig:
             )
         if self.num_kept is not None and self.num_kept < 1:
             raise ValueError(f"num_kept must be at least 1, or None for all; got {self.num_kept}.")
+        if self.read_chunk is not None and self.read_chunk < 1:
+            raise ValueError(
+                f"read_chunk must be at least 1, or None for all; got {self.read_chunk}."
+            )
         if self.num_kept is not None and r == 0:
             raise ValueError(
                 f"num_kept={self.num_kept} needs scores to choose by, and rerank_layers is 0. Set "

@@ -316,8 +316,26 @@ class GlimmerModel:
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         variables = {"params": params}
         states, mask, kept, scores = self.module.apply(variables, batch, method="choose")
-        encoded, mask = fuse(self.module.apply(variables, states, mask, method="read"), mask)
+        encoded, mask = fuse(self._read_in_chunks(variables, states, mask), mask)
         return encoded, mask, scores, kept
+
+    def _read_in_chunks(self, variables: Any, states: jax.Array, mask: jax.Array) -> jax.Array:
+        """`Glimmer.read` of `[B, M, N, D]`, at most `read_chunk` passages at a time."""
+
+        def read(passages):
+            return self.module.apply(variables, *passages, method="read")
+
+        count = states.shape[1]
+        most = min(self.config.read_chunk or count, count)
+        size = next(size for size in range(most, 0, -1) if count % size == 0)
+        if size == count:
+            return read((states, mask))
+
+        def by_chunk(x):
+            return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+        chunks = jax.lax.map(read, (by_chunk(states), by_chunk(mask)))
+        return jnp.moveaxis(chunks, 0, 1).reshape(states.shape)
 
     def predict_batch(
         self, params: Params, batch: Batch, rng: jax.Array | None = None

@@ -93,3 +93,22 @@ def test_the_feed_forward_of_dropped_passages_is_computed_at_one_token_only():
     every, scored, kept = (3, length, 32), (3, 1, 32), (2, length, 32)
     assert every in sizes[True]
     assert every not in sizes[False] and scored in sizes[False] and kept in sizes[False]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4])
+def test_passages_read_in_chunks_give_the_same_answers(chunk):
+    config = dataclasses.replace(tiny.LUMEN, t5=LOOPED)
+    params, batch = tiny.params(config), tiny.batch(passages=4, gold=False)
+
+    def answer(read_chunk):
+        model = GlimmerModel(dataclasses.replace(config, read_chunk=read_chunk))
+        return jax.jit(model.predict_batch_with_aux)(params, batch)
+
+    (tokens, aux), (expected_tokens, expected) = answer(chunk), answer(None)
+    np.testing.assert_array_equal(tokens, expected_tokens)
+    np.testing.assert_allclose(aux["scores"], expected["scores"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_chunk_of_no_passages_is_refused():
+    with pytest.raises(ValueError, match="read_chunk must be at least 1, or None for all; got 0"):
+        dataclasses.replace(tiny.LUMEN, read_chunk=0)
