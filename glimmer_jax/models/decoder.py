@@ -62,14 +62,16 @@ class DecoderLayer(nn.Module):
         y = self.pre_self_attention_layer_norm(x)
         y = self.self_attention(y, self.self_attention.keys_values(y), self_mask, bias)
         x = residual(x + self.dropout(y))
-        keys_values = self.cross_keys_values((), encoded)[1]
+        keys_values = self.encoder_decoder_attention.keys_values(encoded) if self.attends else None
         return self._cross_and_mlp(x, keys_values, cross_mask), None
 
     def cross_keys_values(self, carry, encoded):
-        """Keys and values of the encoder states, once a question: each `[B, S, G, C]`, or None."""
+        """Keys and values of the encoder states, once a question: each `[B, G, S, C]`, or None."""
         if not self.attends:
             return carry, None
-        return carry, self.encoder_decoder_attention.keys_values(encoded)
+        # By heads, as products read them: otherwise every token would turn them round again.
+        both = self.encoder_decoder_attention.keys_values(encoded)
+        return carry, tuple(jnp.swapaxes(one, 1, 2) for one in both)
 
     def step(self, x, cache, cross_keys_values, cross_mask, self_mask, bias, index):
         """One token of every beam, `[B, W, D]`, at position `index` of the cache.
@@ -84,6 +86,8 @@ class DecoderLayer(nn.Module):
             for old, fresh in zip(cache, new, strict=True)
         )
         y = self.self_attention(y, cache, self_mask, bias)[:, :, 0]
+        if self.attends:
+            cross_keys_values = tuple(jnp.swapaxes(one, 1, 2) for one in cross_keys_values)
         return self._cross_and_mlp(x + y, cross_keys_values, cross_mask), cache
 
 

@@ -57,6 +57,7 @@ class GlimmerConfig:
     share_question_encoder: bool = True  # the question goes through the memory encoder itself
     share_position_table: bool = False  # of memory and live layers; the cut can then still be moved
     separate_reranker: bool = False  # scores come from R layers of their own, nothing is reused
+    read_chunk: int | None = None  # passages read on at a time when answering; None is all at once
     memory_codec: str = "bf16"  # how memory is stored, and rounded while training
 
     def __post_init__(self):
@@ -68,6 +69,10 @@ class GlimmerConfig:
             )
         if self.num_kept is not None and self.num_kept < 1:
             raise ValueError(f"num_kept must be at least 1, or None for all; got {self.num_kept}.")
+        if self.read_chunk is not None and self.read_chunk < 1:
+            raise ValueError(
+                f"read_chunk must be at least 1, or None for all; got {self.read_chunk}."
+            )
         if self.num_kept is not None and r == 0:
             raise ValueError(
                 f"num_kept={self.num_kept} needs scores to choose by, and rerank_layers is 0. Set "
@@ -163,8 +168,17 @@ class Reranker(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array, bias: jax.Array) -> jax.Array:
         """`[B, K, N, D]`, `[B, K, N]` -> float32 `[B, K]`."""
         x = self.stack(x, mask, bias)
-        first = jnp.argmax(mask, axis=-1)[..., None, None]
-        return self.norm(jnp.take_along_axis(x, first, axis=-2)[..., 0, :]) @ (self.kernel - 1.0)
+        index = first_real(mask)[..., None, None]
+        return self.score(jnp.take_along_axis(x, index, axis=-2)[..., 0, :])
+
+    def score(self, x: jax.Array) -> jax.Array:
+        """States of first real tokens `[B, K, D]` -> float32 `[B, K]`."""
+        return self.norm(x) @ (self.kernel - 1.0)
+
+
+def first_real(mask: jax.Array) -> jax.Array:
+    """bool `[..., N]` -> int32 `[...]`, where each sequence begins; 0 where there is none."""
+    return jnp.argmax(mask, axis=-1)
 
 
 def select(live: Live, num_kept: int | None) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -274,6 +288,45 @@ class Glimmer(nn.Module):
           batch: `question_tokens` and either `passage_tokens`, or `passage_memory` with
             `passage_lengths`; see `models.model`.
         """
+        states, mask, exists_BK = self._sequences(batch)
+        if not self.config.rerank_layers:
+            scores = jnp.zeros(exists_BK.shape, jnp.float32)
+        else:
+            if not self.config.separate_reranker:
+                states = self.live_encoder.first(states, mask)
+            scores = self.reranker(states, mask, self.live_encoder.bias(states.shape[2]))
+        return Live(states, mask, jnp.where(exists_BK, scores, -jnp.inf))
+
+    def choose(self, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """`rerank` and `select` in one, where nobody asks for the states of dropped passages.
+
+        The last layer before the score is computed for every passage at the one token that is
+        scored, and whole for the kept passages only. Needs looped layers: of scanned ones, or where
+        all passages are kept, nothing can be left out.
+
+        Returns:
+          States `[B, m, N, D]`, mask `[B, m, N]`, int32 indices `[B, m]` into the K passages, and
+          float32 scores `[B, K]`, -inf where there is no passage.
+        """
+        config = self.config
+        if config.t5.scan_layers or config.num_kept is None:
+            live = self.rerank(batch)
+            return *select(live, config.num_kept), live.scores
+        states, mask, exists_BK = self._sequences(batch)
+        bias = self.live_encoder.bias(states.shape[2])
+        separate = config.separate_reranker
+        stack = self.reranker.stack if separate else self.live_encoder.live_a
+        below = stack.below_last(states, mask, bias)
+        scores = self.reranker.score(stack.last_at(below, first_real(mask), mask, bias))
+        scores = jnp.where(exists_BK, scores, -jnp.inf)
+        live = Live(states if separate else below, mask, scores)
+        states, mask, kept = select(live, config.num_kept)
+        if not separate:
+            states = stack.last(states, mask, bias)
+        return states, mask, kept, scores
+
+    def _sequences(self, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Question and memory together, `[B, K, N, D]`, their mask, and which passages exist."""
         question_BQ = batch["question_tokens"]
         question_BQD = self.encode_question(question_BQ)
         passages_BKPD, passage_mask_BKP = self.passage_states(batch)
@@ -290,15 +343,7 @@ class Glimmer(nn.Module):
         states = jnp.concatenate([each_passage(question_BQD), passages_BKPD], axis=2)
         states = constrain(states, (axes.BATCH, axes.PASSAGES, axes.LENGTH, axes.ACT_EMBED))
         mask = jnp.concatenate([each_passage(question_BQ > 0), passage_mask_BKP], axis=2)
-        mask = mask & exists_BK[..., None]
-
-        if not self.config.rerank_layers:
-            scores = jnp.zeros(exists_BK.shape, jnp.float32)
-        else:
-            if not self.config.separate_reranker:
-                states = self.live_encoder.first(states, mask)
-            scores = self.reranker(states, mask, self.live_encoder.bias(states.shape[2]))
-        return Live(states, mask, jnp.where(exists_BK, scores, -jnp.inf))
+        return states, mask & exists_BK[..., None], exists_BK
 
     def read(self, states: jax.Array, mask: jax.Array) -> jax.Array:
         """The remaining live layers over kept passages, `[B, M, N, D]` -> the same shape."""

@@ -29,7 +29,7 @@ from flax.linen.partitioning import AxisMetadata
 
 from glimmer_jax import codecs, losses
 from glimmer_jax.models.answers import DecodeConfig, answer
-from glimmer_jax.models.glimmer import Batch, Glimmer, GlimmerConfig, Live, fuse, select
+from glimmer_jax.models.glimmer import Batch, Glimmer, GlimmerConfig, Live, fuse
 from glimmer_jax.partitioning import AXIS_RULES
 
 Params = Any
@@ -313,12 +313,31 @@ class GlimmerModel:
         chunk = min(self.loss.teacher_chunk, mask.shape[1])
         return jnp.swapaxes(jax.lax.map(one, by_passage, batch_size=chunk), 0, 1)
 
-    def _read(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, Live, jax.Array]:
+    def _read(
+        self, params: Params, batch: Batch
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         variables = {"params": params}
-        live = self.module.apply(variables, batch, method="rerank")
-        states, mask, kept = select(live, self.config.num_kept)
-        encoded, mask = fuse(self.module.apply(variables, states, mask, method="read"), mask)
-        return encoded, mask, live, kept
+        states, mask, kept, scores = self.module.apply(variables, batch, method="choose")
+        encoded, mask = fuse(self._read_in_chunks(variables, states, mask), mask)
+        return encoded, mask, scores, kept
+
+    def _read_in_chunks(self, variables: Any, states: jax.Array, mask: jax.Array) -> jax.Array:
+        """`Glimmer.read` of `[B, M, N, D]`, at most `read_chunk` passages at a time."""
+
+        def read(passages):
+            return self.module.apply(variables, *passages, method="read")
+
+        count = states.shape[1]
+        most = min(self.config.read_chunk or count, count)
+        size = next(size for size in range(most, 0, -1) if count % size == 0)
+        if size == count:
+            return read((states, mask))
+
+        def by_chunk(x):
+            return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+        chunks = jax.lax.map(read, (by_chunk(states), by_chunk(mask)))
+        return jnp.moveaxis(chunks, 0, 1).reshape(states.shape)
 
     def predict_batch(
         self, params: Params, batch: Batch, rng: jax.Array | None = None
@@ -345,7 +364,7 @@ class GlimmerModel:
         Raises:
           ValueError: answers are to be drawn, and there is no `rng`.
         """
-        encoded, mask, live, kept = self._read(params, batch)
+        encoded, mask, scores, kept = self._read(params, batch)
         tokens, aux = answer(
             self.module,
             {"params": params},
@@ -357,7 +376,7 @@ class GlimmerModel:
             rng=rng,
             candidates=batch.get("candidate_tokens"),
         )
-        return tokens, {**aux, "passage_scores": live.scores, "kept_passages": kept}
+        return tokens, {**aux, "passage_scores": scores, "kept_passages": kept}
 
     def score_batch(self, params: Params, batch: Batch, return_intermediates: bool = False) -> Any:
         """log p(target) of each row, float32 `[B]`; with intermediates, also scores and kept."""

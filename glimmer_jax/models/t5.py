@@ -183,6 +183,17 @@ class EncoderLayer(nn.Module):
         y = self.mlp(self.pre_mlp_layer_norm(x))
         return residual(x + self.dropout(y)), None
 
+    def at(self, x: jax.Array, position: jax.Array, mask: jax.Array, bias: jax.Array) -> jax.Array:
+        """What `__call__` gives at one position `[...]` of each sequence, alone: `[..., D]`."""
+        index = position[..., None, None]
+        y = self.pre_attention_layer_norm(x)
+        own, own_y = (jnp.take_along_axis(z, index, axis=-2) for z in (x, y))
+        # [H, ..., N] -> [..., H, 1, N]
+        bias = jnp.moveaxis(jnp.take(bias, position, axis=1), 0, -2)[..., None, :]
+        own = residual(own + self.attention.read(own_y, y, mask, bias))
+        own = residual(own + self.mlp(self.pre_mlp_layer_norm(own)))
+        return own[..., 0, :]
+
 
 def rematted(layer_cls: Any, config: T5Config) -> Any:
     if config.remat_policy == "none":
@@ -229,6 +240,22 @@ class EncoderStack(nn.Module):
         for layer in self.layers:
             x, _ = layer(x, mask, bias)
         return x
+
+    def below_last(self, x: jax.Array, key_mask: jax.Array, bias: jax.Array) -> jax.Array:
+        """All layers but the last, of a looped stack; shapes as those of `__call__`."""
+        for layer in self.layers[:-1]:
+            x, _ = layer(x, key_mask[..., None, None, :], bias)
+        return x
+
+    def last(self, x: jax.Array, key_mask: jax.Array, bias: jax.Array) -> jax.Array:
+        """The last layer over what `below_last` gave."""
+        return self.layers[-1](x, key_mask[..., None, None, :], bias)[0]
+
+    def last_at(
+        self, x: jax.Array, position: jax.Array, key_mask: jax.Array, bias: jax.Array
+    ) -> jax.Array:
+        """What `last` gives at one position, int32 `[...]`, of each sequence: `[..., D]`."""
+        return self.layers[-1].at(x, position, key_mask[..., None, None, :], bias)
 
 
 def position_bias(config: T5Config, *, bidirectional: bool) -> RelativePositionBias:

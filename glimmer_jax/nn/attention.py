@@ -29,7 +29,7 @@ def attend(
       key: `[..., Y, G, C]`; G divides H, and each key head serves H / G neighbouring query heads.
       value: `[..., Y, G, C]`.
       mask: bool, broadcastable to `[..., H, X, Y]`; False keys are not seen.
-      bias: float32 `[H, X, Y]`, added to the logits.
+      bias: float32 `[..., H, X, Y]`, added to the logits.
       dropout: applied to the weights.
 
     Returns:
@@ -41,17 +41,25 @@ def attend(
     logits = jnp.einsum("...xgrc,...ygc->...grxy", grouped, key, preferred_element_type=jnp.float32)
     logits = logits.reshape(*logits.shape[:-4], num_heads, *logits.shape[-2:])
     if bias is not None:
-        logits = logits + jnp.expand_dims(bias, tuple(range(logits.ndim - 3)))
+        logits = logits + jnp.expand_dims(bias, tuple(range(logits.ndim - bias.ndim)))
     logits = jnp.where(mask, logits, MASKED)
     peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.where(mask, jnp.exp(logits - peak), 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = (weights / jnp.where(total > 0, total, 1.0)).astype(value.dtype)
     if dropout is not None:
         weights = dropout(weights)
     weights = weights.reshape(*weights.shape[:-3], groups, -1, *weights.shape[-2:])
-    out = jnp.einsum("...grxy,...ygc->...xgrc", weights, value)
-    return out.reshape(*out.shape[:-3], num_heads, out.shape[-1])
+    out = jnp.einsum(
+        "...grxy,...ygc->...grxc",
+        weights.astype(value.dtype),
+        value,
+        preferred_element_type=jnp.float32,
+    )
+    # Divided here, where there are C numbers for each query and not Y; and moved into place here and
+    # not in the product, which a CPU would then do without its fast kernel.
+    out = out.reshape(*out.shape[:-4], num_heads, *out.shape[-2:])
+    out = (out / jnp.where(total > 0, total, 1.0)).astype(value.dtype)
+    return jnp.swapaxes(out, -3, -2)
 
 
 class Attention(nn.Module):
@@ -87,6 +95,41 @@ class Attention(nn.Module):
         """`[..., Y, D]` -> keys and values, each `[..., Y, G, C]`."""
         n = self.num_kv_heads
         return self._split_heads(self.key(x), n), self._split_heads(self.value(x), n)
+
+    def read(
+        self,
+        x: jax.Array,
+        states: jax.Array,
+        mask: jax.Array,
+        bias: jax.Array | None = None,
+    ) -> jax.Array:
+        """`self(x, self.keys_values(states), mask, bias)`, for few queries: no key or value is made.
+
+        A product of query and key is q.(W s) = (qW).s, and a weighted sum of values is the value of
+        the weighted sum: each head reads the states themselves. That is 2 H·D multiply-adds a
+        state, where its keys and values cost 2 D·G·C.
+
+        Args:
+          x: queries `[..., X, D]`.
+          states: what keys and values would be made of, `[..., Y, D]`.
+          mask: as `attend`.
+          bias: as `attend`.
+        """
+        groups, repeats = self.num_kv_heads, self.num_heads // self.num_kv_heads
+        dim = states.shape[-1]
+
+        def by_head(projection: Dense) -> jax.Array:
+            kernel = projection.weights(dim).astype(self.dtype)
+            return kernel.reshape(dim, groups, self.head_dim)
+
+        query = self.query(x).reshape(*x.shape[:-1], groups, repeats, self.head_dim)
+        query = jnp.einsum("...grc,dgc->...grd", query, by_head(self.key))
+        query = query.reshape(*x.shape[:-1], self.num_heads, dim)
+        one_head = states[..., None, :]
+        out = attend(query, one_head, one_head, mask, bias, self.dropout)
+        out = out.reshape(*x.shape[:-1], groups, repeats, dim)
+        out = jnp.einsum("...grd,dgc->...grc", out, by_head(self.value))
+        return self.out(out.reshape(*x.shape[:-1], -1))
 
     def __call__(
         self,

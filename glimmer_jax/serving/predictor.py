@@ -23,6 +23,7 @@ from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.passages import Passages
 from glimmer_jax.retrieval.bm25 import Bm25, Bm25Config
+from glimmer_jax.serving import prepare
 from glimmer_jax.serving.candidates import add_candidates, encode_candidates
 from glimmer_jax.serving.predict import Batch, make_predict
 from glimmer_jax.text import question_text
@@ -124,7 +125,9 @@ class Predictor:
             if passages is not None:
                 store.check_passages(passages_fingerprint(passages.manifest))
             lookup = open_lookup(store, devices, lengths.passage, memory_bytes_per_device)
+        model, host_params = prepare.looped(model, host_params)
         params = parameters.place(host_params, model, devices)
+        params = prepare.lay_out(model, params, max(batch_sizes) * model.decode.beams)
         return cls(
             model, params, devices, lengths, vocabulary, passages, lookup, bm25, batch_sizes, seed
         )

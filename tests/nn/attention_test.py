@@ -1,11 +1,12 @@
 """Attention against numpy in float64, and what masks do."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glimmer_jax.nn.attention import attend
+from glimmer_jax.nn.attention import Attention, attend
 
 H, X, Y, C = 2, 3, 5, 4
 
@@ -76,3 +77,23 @@ def test_softmax_is_float32_for_bfloat16_inputs():
     assert out.dtype == jnp.bfloat16
     # Only weights and values are rounded; rounded logits would be off by far more.
     np.testing.assert_allclose(np.asarray(out, np.float32), exact, atol=2e-2)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_reading_states_equals_attending_to_their_keys_and_values(groups):
+    random = np.random.default_rng(1)
+    module = Attention(
+        emb_dim=8, num_heads=4, num_kv_heads=groups, head_dim=3, dropout_rate=0.0, dtype=np.float32
+    )
+    x, states = (random.normal(size=(2, n, 8)).astype(np.float32) for n in (X, Y))
+    mask = random.random((2, 1, 1, Y)) < 0.7
+    bias = random.normal(size=(2, 4, X, Y)).astype(np.float32)  # of each sequence
+
+    def whole(module, x, states):
+        return module(x, module.keys_values(states), mask, bias)
+
+    variables = nn.unbox(module.init(jax.random.key(0), x, states, method=whole))
+    expected = module.apply(variables, x, states, method=whole)
+    got = module.apply(variables, x, states, mask, bias, method="read")
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,98 @@
+"""Our FiD, LUMEN and GLIMMER, answering as `serving` does."""
+
+import tempfile
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import flops, peaks
+from benchmarks.memory import build_lookup
+from benchmarks.setting import Setting, glimmer_config
+from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.partitioning import MeshConfig, make_mesh
+from glimmer_jax.serving import prepare
+from glimmer_jax.serving.predict import make_predict
+
+NO_END = -1  # no token: answers have their full length
+
+
+class JaxSystem:
+    """Answers one question at a time; passages come in another order each time."""
+
+    def __init__(self, system: str, dtype: str, setting: Setting):
+        self.setting, self._dtype = setting, dtype
+        self._random = np.random.default_rng(0)
+        on_cpu = jax.default_backend() == "cpu"
+        config = glimmer_config(system, setting, dtype, on_cpu)
+        model = GlimmerModel(config, eos_id=NO_END)
+        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        params = _random_params(model)
+        most = setting.passages[-1]
+        size = (most, setting.passage)
+        self._tokens_NP = self._random.integers(2, config.t5.vocab_size, size).astype(np.int32)
+        self._vocab_size = config.t5.vocab_size
+        lookup = None
+        if config.memory_layers:
+            self._folder = tempfile.TemporaryDirectory(prefix="memory-")
+            path = f"{self._folder.name}/store"
+            lookup = build_lookup(model, params, mesh, self._tokens_NP, setting, path)
+        model, params = prepare.looped(model, params)
+        params = prepare.lay_out(model, params, rows=1)
+        self._model, self._params, self._lookup = model, params, lookup
+        self._predict = make_predict(model, mesh, lookup)
+        decoder = jax.tree.leaves(params["decoder"])
+        self.decoder_bytes = sum(leaf.nbytes for leaf in decoder)
+        self.details: dict[str, Any] = {
+            "framework": f"jax {jax.__version__}",
+            "device": jax.devices()[0].device_kind,
+        }
+
+    def batch(self, passages: int) -> dict[str, np.ndarray]:
+        """A new question with its passages."""
+        rows = self._random.permutation(len(self._tokens_NP))[:passages]
+        question = self._random.integers(2, self._vocab_size, (1, self.setting.question))
+        batch = {
+            "question_tokens": question.astype(np.int32),
+            "decoder_input_tokens": np.zeros((1, self.setting.answer), np.int32),
+        }
+        if self._lookup is not None:
+            return {**batch, "passage_ids": rows[None].astype(np.int64)}
+        return {**batch, "passage_tokens": self._tokens_NP[rows][None]}
+
+    def prepare(self, passages: int) -> None:
+        """Compiles, and runs once."""
+        self._answer(passages)
+
+    def answer(self, passages: int) -> np.ndarray:
+        """int32 `[T]`."""
+        return self._answer(passages)
+
+    def _answer(self, passages: int) -> np.ndarray:
+        return self._predict(self._params, self.batch(passages))[0][0]
+
+    def flops(self, passages: int) -> int:
+        batch = self.batch(passages)
+        if self._lookup is not None:
+            batch = self._lookup.add(batch)
+            batch.pop("passage_ids")
+        traced = jax.make_jaxpr(self._model.predict_batch)(self._params, batch)
+        return flops.count(traced, self.setting.answer)
+
+    def peaks(self) -> dict[str, float]:
+        return peaks.jax_peaks(self._dtype)
+
+    def peak_bytes(self) -> int | None:
+        """Of the device's memory; None on a CPU."""
+        stats = jax.devices()[0].memory_stats()
+        return None if stats is None else int(stats["peak_bytes_in_use"])
+
+
+def _random_params(model: GlimmerModel) -> Any:
+    shapes = {
+        "question_tokens": (1, 1),
+        "passage_tokens": (1, model.config.num_kept or 1, 1),
+        "decoder_input_tokens": (1, 1),
+    }
+    init = jax.jit(lambda rng: model.get_initial_variables(rng, shapes)["params"])
+    return init(jax.random.key(0))

@@ -1,0 +1,70 @@
+"""A store of random passages, built by the package's own job, for models with a memory."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from benchmarks.setting import Setting
+from glimmer_jax.memory import encoder
+from glimmer_jax.memory.build import build_memory
+from glimmer_jax.memory.compute import Recipe
+from glimmer_jax.memory.fingerprint import encoder_fingerprint
+from glimmer_jax.memory.identity import Identity, Program
+from glimmer_jax.memory.lookup import DiskLookup
+from glimmer_jax.memory.store import MemoryStore
+from glimmer_jax.models.model import GlimmerModel
+
+ROWS = 10
+
+
+class RandomPassages:
+    """As many passages as the largest question reads, all of full length; ids are rows."""
+
+    def __init__(self, tokens_NP: np.ndarray):
+        self._tokens = tokens_NP
+        self.ids = np.arange(len(tokens_NP), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        return np.full(len(rows), self._tokens.shape[1], np.int64)
+
+    def tokens(self, rows: np.ndarray, length: int) -> np.ndarray:
+        return self._tokens[rows, :length]
+
+    def text(self, row: int) -> dict[str, Any]:
+        return {"title": str(row), "text": ""}
+
+
+def build_lookup(
+    model: GlimmerModel, params: Any, mesh: Mesh, tokens_NP: np.ndarray, setting: Setting, path: Any
+) -> DiskLookup:
+    """Builds the store at `path` and opens it without a cache: every question reads its files."""
+    config = model.config
+    identity = Identity(
+        encoder_fingerprint(params, config),
+        "sha256:none",
+        config.memory_codec,
+        config.t5.emb_dim,
+        setting.passage,
+    )
+    program = Program(
+        ROWS,
+        (setting.passage,),
+        config.t5.dtype,
+        config.t5.matmul_dtype,
+        jax.default_backend(),
+        jax.__version__,
+    )
+    encode = encoder.bind_encoder(model.memory_states, params, mesh, config.memory_codec)
+    build_memory(
+        Recipe(encode, identity, program),
+        RandomPassages(tokens_NP),
+        path,
+        passages_fingerprint="sha256:random",
+    )
+    store = MemoryStore.open(path, identity.encoder_fingerprint, cache_bytes=0)
+    return DiskLookup(store, setting.passage)

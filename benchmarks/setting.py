@@ -1,0 +1,93 @@
+"""What is compared: one T5, the shape of a question, and the five systems."""
+
+import dataclasses
+from typing import Any
+
+from glimmer_jax.models.glimmer import GlimmerConfig, memory_layers, rerank_layers
+from glimmer_jax.models.t5 import T5Config
+
+JAX_SYSTEMS = ("fid", "lumen", "glimmer", "glimmer_fido")
+SYSTEMS = ("pytorch_fid", *JAX_SYSTEMS)
+DTYPES = ("float32", "bfloat16")
+SIZES: dict[str, dict[str, int]] = {
+    "base": dict(
+        vocab_size=32128,
+        emb_dim=768,
+        num_heads=12,
+        head_dim=64,
+        mlp_dim=2048,
+        num_encoder_layers=12,
+        num_decoder_layers=12,
+    ),
+    # For tests: every part is there.
+    "tiny": dict(
+        vocab_size=64,
+        emb_dim=16,
+        num_heads=2,
+        head_dim=8,
+        mlp_dim=32,
+        num_encoder_layers=6,
+        num_decoder_layers=6,
+    ),
+}
+ALPHA, BETA = 1 / 3, 1 / 4  # GLIMMER (arXiv 2306.10231): live layers, and those of them that rerank
+FIDO = dict(cross_attention_period=6, decoder_kv_heads=1)  # arXiv 2212.08153
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Lengths in tokens; one question at a time, every slot full."""
+
+    size: str = "base"
+    question: int = 32
+    passage: int = 224
+    answer: int = 16  # always all of them: no token ends an answer
+    passages: tuple[int, ...] = (10, 20, 40)
+    kept: int = 5
+    threads: int = 2
+
+    def __post_init__(self):
+        object.__setattr__(self, "passages", tuple(sorted(self.passages)))
+        if self.size not in SIZES:
+            raise ValueError(f"size must be one of {', '.join(SIZES)}; got {self.size!r}.")
+        lengths = (self.question, self.passage, self.answer, self.kept, self.threads)
+        if not self.passages or min(*self.passages, *lengths) < 1:
+            raise ValueError(f"Lengths and numbers must be at least 1: {self}.")
+        if self.kept > self.passages[0]:
+            raise ValueError(
+                f"{self.kept} passages cannot be kept of {self.passages[0]}: give more with "
+                "--passages, or a smaller --kept."
+            )
+
+
+def t5_config(setting: Setting, dtype: str, on_cpu: bool, **decoder: Any) -> T5Config:
+    """The T5 in `dtype`; on a CPU bfloat16 is that of the operands of products, results float32."""
+    sizes = SIZES[setting.size]
+    if dtype == "float32":
+        return T5Config(**sizes, **decoder)
+    if on_cpu:
+        return T5Config(**sizes, **decoder, matmul_dtype="bfloat16")
+    return T5Config(**sizes, **decoder, dtype="bfloat16")
+
+
+def glimmer_config(system: str, setting: Setting, dtype: str, on_cpu: bool) -> GlimmerConfig:
+    """The cut and the decoder of one of our systems."""
+    if system not in JAX_SYSTEMS:
+        raise ValueError(f"system must be one of {', '.join(JAX_SYSTEMS)}; got {system!r}.")
+    t5 = t5_config(setting, dtype, on_cpu, **(FIDO if system == "glimmer_fido" else {}))
+    if system == "fid":
+        return GlimmerConfig(t5)
+    layers = t5.num_encoder_layers
+    if system == "lumen":
+        return GlimmerConfig(
+            t5,
+            memory_layers(layers, ALPHA),
+            freeze_memory=True,
+            share_question_encoder=False,
+        )
+    return GlimmerConfig(
+        t5,
+        memory_layers(layers, ALPHA),
+        rerank_layers(layers, ALPHA, BETA),
+        num_kept=setting.kept,
+    )

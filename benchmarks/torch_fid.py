@@ -1,0 +1,152 @@
+"""Hugging Face's T5 in PyTorch, used FiD's way: passages encoded one by one, read together.
+
+Given its best: whichever of two attentions and three ways to generate is fastest at each size.
+"""
+
+import itertools
+import time
+import warnings
+from typing import Any
+
+import numpy as np
+
+from benchmarks import peaks
+from benchmarks.setting import SIZES, Setting
+
+ATTENTION = ("eager", "sdpa")
+GENERATION = ("generate", "loop_dynamic_cache", "loop_static_cache")
+TRIALS = 2  # of each variant, the faster counts
+
+
+class TorchFid:
+    """Answers one question at a time."""
+
+    def __init__(self, system: str, dtype: str, setting: Setting):
+        assert system == "pytorch_fid"
+        import torch
+        import transformers
+
+        torch.set_num_threads(setting.threads)
+        torch.manual_seed(0)
+        self._torch, self._transformers = torch, transformers
+        self.setting, self._dtype = setting, dtype
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        sizes = SIZES[setting.size]
+        config = transformers.T5Config(
+            vocab_size=sizes["vocab_size"],
+            d_model=sizes["emb_dim"],
+            d_kv=sizes["head_dim"],
+            d_ff=sizes["mlp_dim"],
+            num_layers=sizes["num_encoder_layers"],
+            num_decoder_layers=sizes["num_decoder_layers"],
+            num_heads=sizes["num_heads"],
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+            decoder_start_token_id=0,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # theirs
+            model = transformers.T5ForConditionalGeneration(config)
+        self._model = model.eval().to(self.device, getattr(torch, dtype))
+        self._vocab_size = sizes["vocab_size"]
+        self._random = np.random.default_rng(0)
+        self._best: dict[int, tuple[str, str]] = {}
+        decoder = (*self._model.decoder.block.parameters(), *self._model.lm_head.parameters())
+        self.decoder_bytes = sum(one.nbytes for one in decoder)
+        on = torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
+        self.details: dict[str, Any] = {
+            "framework": f"torch {torch.__version__}, transformers {transformers.__version__}",
+            "device": on,
+        }
+
+    def batch(self, passages: int) -> Any:
+        """int64 `[K, Q + P]`, question and passage together."""
+        length = self.setting.question + self.setting.passage
+        tokens = self._random.integers(2, self._vocab_size, (passages, length))
+        return self._torch.tensor(tokens, device=self.device)
+
+    def prepare(self, passages: int) -> None:
+        """Tries all variants, and keeps to the fastest."""
+        seconds = {}
+        for variant in itertools.product(ATTENTION, GENERATION):
+            self.run(passages, *variant)
+            times = []
+            for _ in range(TRIALS):
+                start = time.perf_counter()
+                self.run(passages, *variant)
+                times.append(time.perf_counter() - start)
+            seconds[variant] = min(times)
+        self._best[passages] = min(seconds, key=seconds.__getitem__)
+        self.details |= {
+            "variant": " ".join(self._best[passages]),
+            "variants": {" ".join(name): round(value, 4) for name, value in seconds.items()},
+        }
+
+    def answer(self, passages: int) -> np.ndarray:
+        """int `[T]`."""
+        return self.run(passages, *self._best[passages])
+
+    def run(self, passages: int, attention: str, generation: str) -> np.ndarray:
+        """One question, one way."""
+        torch, model = self._torch, self._model
+        for config in (model.config, model.encoder.config, model.decoder.config):
+            config._attn_implementation = attention
+        tokens = self.batch(passages)
+        with torch.inference_mode():
+            mask = torch.ones_like(tokens)
+            states = model.encoder(tokens, attention_mask=mask).last_hidden_state
+            states, mask = states.reshape(1, -1, states.shape[-1]), mask.reshape(1, -1)
+            answer = getattr(self, f"_{generation}")(states, mask)
+        return answer[0].cpu().numpy()
+
+    def _generate(self, states: Any, mask: Any) -> Any:
+        length = self.setting.answer
+        encoded = self._transformers.modeling_outputs.BaseModelOutput(last_hidden_state=states)
+        made = self._model.generate(
+            encoder_outputs=encoded,
+            attention_mask=mask,
+            do_sample=False,
+            min_new_tokens=length,
+            max_new_tokens=length,
+        )
+        return made[:, 1:]
+
+    def _loop_dynamic_cache(self, states: Any, mask: Any) -> Any:
+        return self._loop(states, mask, self._transformers.DynamicCache())
+
+    def _loop_static_cache(self, states: Any, mask: Any) -> Any:
+        cache = self._transformers.StaticCache(
+            config=self._model.decoder.config, max_cache_len=self.setting.answer
+        )
+        return self._loop(states, mask, cache)
+
+    def _loop(self, states: Any, mask: Any, own: Any) -> Any:
+        cache = self._transformers.EncoderDecoderCache(own, self._transformers.DynamicCache())
+        last = self._torch.zeros((1, 1), dtype=self._torch.long, device=self.device)
+        tokens = []
+        for _ in range(self.setting.answer):
+            out = self._model.decoder(
+                input_ids=last,
+                encoder_hidden_states=states,
+                encoder_attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            last = self._model.lm_head(out.last_hidden_state).argmax(-1)
+            tokens.append(last)
+        return self._torch.cat(tokens, 1)
+
+    def flops(self, passages: int) -> int:
+        from torch.utils.flop_counter import FlopCounterMode
+
+        # Eager attention, whose products it knows on every device.
+        with FlopCounterMode(display=False) as counter:
+            self.run(passages, "eager", "loop_dynamic_cache")
+        return int(counter.get_total_flops())
+
+    def peaks(self) -> dict[str, float]:
+        return peaks.torch_peaks(self._dtype, self.device)
+
+    def peak_bytes(self) -> int | None:
+        """Of the device's memory; None on a CPU."""
+        return self._torch.cuda.max_memory_allocated() if self.device == "cuda" else None

@@ -1,0 +1,96 @@
+"""One system in a process of its own, which answers when it is told to: what is measured is alone in it.
+
+Speaks lines of JSON: `{"do": "prepare" | "answer", "passages": K}` in, what was measured out.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import resource
+import sys
+import time
+from typing import Any
+
+from benchmarks.peaks import floor_seconds
+from benchmarks.setting import Setting
+
+
+def main() -> None:
+    # Whatever libraries print goes elsewhere: the first descriptor carries the answers.
+    channel = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    system, dtype, setting = json.loads(sys.argv[1])
+    setting = Setting(**setting)
+    if hasattr(os, "sched_setaffinity"):
+        # XLA takes as many threads as there are cores that it may use.
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[: setting.threads])
+    worker = _load(system, dtype, setting)
+    channel.write(json.dumps({"ready": True}) + "\n")
+    for line in sys.stdin:
+        asked = json.loads(line)
+        done = {"prepare": _prepare, "answer": _answer}[asked["do"]](worker, asked["passages"])
+        channel.write(json.dumps(done) + "\n")
+
+
+def _load(system: str, dtype: str, setting: Setting) -> Any:
+    if system == "pytorch_fid":
+        from benchmarks.torch_fid import TorchFid
+
+        return TorchFid(system, dtype, setting)
+    from benchmarks.jax_systems import JaxSystem
+
+    return JaxSystem(system, dtype, setting)
+
+
+def _prepare(worker: Any, passages: int) -> dict[str, Any]:
+    worker.prepare(passages)
+    flops, peaks = worker.flops(passages), worker.peaks()
+    floor = floor_seconds(flops, worker.decoder_bytes, worker.setting.answer, peaks)
+    return {"flops": flops, "floor_seconds": floor, **peaks, **worker.details}
+
+
+def _answer(worker: Any, passages: int) -> dict[str, Any]:
+    _forget_peak()
+    busy, cpu, start = _busy_seconds(), time.process_time(), time.perf_counter()
+    tokens = worker.answer(passages)
+    seconds = time.perf_counter() - start
+    cpu, busy = time.process_time() - cpu, _busy_seconds() - busy
+    on_device = worker.peak_bytes()
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        # Ours of all that the machine's cores did in the meantime.
+        "cpu_share": min(cpu / busy, 1.0) if busy > 0 else 1.0,
+        "peak_bytes": _peak_rss() if on_device is None else on_device,
+        "tokens": [int(token) for token in tokens],
+    }
+
+
+def _busy_seconds() -> float:
+    """Seconds that all cores have worked so far, for anybody; those taken by the host count."""
+    try:
+        first = pathlib.Path("/proc/stat").read_text().splitlines()[0].split()
+    except OSError:
+        return 0.0
+    user, nice, system, _, _, irq, softirq, steal = map(int, first[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _forget_peak() -> None:
+    with contextlib.suppress(OSError):
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_rss() -> int:
+    """Bytes of RAM at most since `_forget_peak`, weights included."""
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()

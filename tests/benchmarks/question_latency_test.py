@@ -1,0 +1,145 @@
+"""The whole script at a tiny size: processes, a real store, timing, JSON and tables."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from benchmarks import peaks, question_latency, table, timing
+from benchmarks.jax_systems import JaxSystem
+from benchmarks.setting import JAX_SYSTEMS, Setting, glimmer_config
+from benchmarks.torch_fid import ATTENTION, GENERATION, TorchFid
+from glimmer_jax.models.cost import question_cost
+
+TINY = Setting("tiny", question=4, passage=12, answer=3, passages=(3, 6), kept=2, threads=2)
+ARGUMENTS = ["--size", "tiny", "--question", "4", "--passage", "12", "--answer", "3", "--kept", "2"]
+
+
+@pytest.fixture(autouse=True)
+def _small_peaks(monkeypatch):
+    monkeypatch.setattr(peaks, "SIDE", {True: 16})
+    monkeypatch.setattr(peaks, "BYTES", {True: 1 << 10})
+
+
+def test_the_script_writes_a_row_for_each_size_and_prints_them(tmp_path, capfd):
+    path = tmp_path / "latency.json"
+    options = ["--systems", "glimmer", "--dtypes", "float32", "--passages", "3", "6", "--runs", "1"]
+    question_latency.main(["--json", str(path), *options, *ARGUMENTS])
+    rows = json.loads(path.read_text())
+    assert [(row["system"], row["dtype"], row["passages"]) for row in rows] == [
+        ("glimmer", "float32", 3),
+        ("glimmer", "float32", 6),
+    ]
+    for row in rows:
+        assert row["median_seconds"] > 0 and row["cpu_seconds"] > 0
+        # A process with JAX in it, and less than the machine has.
+        assert 1e8 < row["peak_bytes"] < 1e11
+        assert row["floor_seconds"] > 0
+    assert rows[1]["flops"] > rows[0]["flops"]
+    assert "| glimmer | float32 |" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("system", JAX_SYSTEMS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_our_systems_answer_in_full_length(system, dtype):
+    ours = JaxSystem(system, dtype, TINY)
+    ours.prepare(6)
+    assert ours.answer(6).shape == (3,)
+    assert ours.peaks()["peak_flops_per_second"] > 0
+
+
+@pytest.mark.parametrize("system", JAX_SYSTEMS)
+def test_counted_flops_are_those_of_the_formula_and_what_it_leaves_out(system):
+    ours = JaxSystem(system, "float32", TINY)
+    config = glimmer_config(system, TINY, "float32", on_cpu=True)
+    cost = question_cost(config, passages=6, question=4, passage=12, answer=3)
+    # Attention's products and the vocabulary's, which the formula leaves out, are a third at this size.
+    assert 2 * cost.total < ours.flops(6) < 3 * cost.total
+
+
+@pytest.mark.parity
+def test_all_variants_of_pytorch_answer_alike_and_the_fastest_is_taken():
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    theirs = TorchFid("pytorch_fid", "float32", TINY)
+    answers = []
+    for attention in ATTENTION:
+        for generation in GENERATION:
+            theirs._random = np.random.default_rng(3)
+            answers.append(theirs.run(3, attention, generation).tolist())
+    assert len(answers[0]) == 3
+    assert all(one == answers[0] for one in answers)
+    theirs.prepare(3)
+    assert theirs.answer(3).shape == (3,)
+    times = theirs.details["variants"]
+    assert len(times) == len(answers)
+    assert times[theirs.details["variant"]] == min(times.values())
+    assert theirs.flops(3) > 0
+
+
+class Scripted:
+    """A worker whose runs are given."""
+
+    system, dtype = "fid", "float32"
+
+    def __init__(self, shares):
+        self.shares = iter(shares)
+        self.runs = 0
+
+    def ask(self, do, passages):
+        if do == "prepare":
+            return {"flops": 10, "floor_seconds": 0.5, "peak_flops_per_second": 100.0}
+        self.runs += 1
+        share = next(self.shares)
+        return {"seconds": 1 / share, "cpu_seconds": 1, "cpu_share": share, "peak_bytes": self.runs}
+
+
+def test_runs_that_shared_the_cores_are_discarded_and_made_again():
+    worker = Scripted([0.5, 1.0, 0.8, 1.0])
+    (row,) = timing.measure([worker], 3, 2, lambda line: None)
+    assert worker.runs == 4
+    assert row["median_seconds"] == 1 and row["peak_bytes"] == 4
+    assert (row["undisturbed_runs"], row["discarded_runs"]) == (2, 2)
+
+
+def test_a_machine_that_is_never_quiet_gives_its_least_disturbed_runs_and_says_so():
+    worker = Scripted([0.5, 0.8, 0.25, 0.5])
+    (row,) = timing.measure([worker], 3, 1, lambda line: None)
+    assert row["median_seconds"] == 1 / 0.8 and row["undisturbed_runs"] == 0
+    assert "disturbed" in table.render([row])
+
+
+def test_tables_compare_with_pytorch_at_the_same_number_of_passages():
+    base = {"flops": 10, "floor_seconds": 0.5, "peak_flops_per_second": 100.0, "peak_bytes": 10**9}
+    base |= {"undisturbed_runs": 3, "discarded_runs": 0, "passages": 40}
+    rows = [
+        {**base, "system": "pytorch_fid", "dtype": "float32", "median_seconds": 8.0},
+        {**base, "system": "pytorch_fid", "dtype": "bfloat16", "median_seconds": 4.0},
+        {**base, "system": "glimmer", "dtype": "float32", "median_seconds": 1.0},
+    ]
+    line = next(one for one in table.render(rows).splitlines() if "glimmer" in one)
+    cells = re.split(r" *\| *", line.strip("| "))
+    assert cells[2:4] == ["1.000", "0"]
+    assert cells[5:9] == ["8.00", "4.00", "0.10", "0.50"]
+
+
+def test_more_passages_kept_than_read_are_refused():
+    with pytest.raises(ValueError, match="cannot be kept of 3"):
+        Setting(passages=(3,), kept=5)
+
+
+def test_an_unknown_size_is_refused():
+    with pytest.raises(ValueError, match="size must be one of base, tiny; got 'huge'"):
+        Setting(size="huge")
+
+
+def test_no_passages_are_refused():
+    with pytest.raises(ValueError, match="at least 1"):
+        Setting(passages=())
+
+
+def test_a_process_that_dies_is_named():
+    broken = Setting("tiny", question=1, passage=1, answer=1, passages=(5,), kept=5, threads=1)
+    with pytest.raises(RuntimeError, match="The process of nonsense in float32 ended with 1"):
+        timing.Worker("nonsense", "float32", broken)
