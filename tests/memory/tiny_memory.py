@@ -65,7 +65,7 @@ IDENTITY = Identity("sha256:e1", "sha256:v1", "bf16", EMB_DIM, MAX_LENGTH)
 PROGRAM = Program(4, (4, 8, MAX_LENGTH), "float32", None, "cpu", jax.__version__)
 
 
-def recipe(encode=encode, devices=1, **changes):
+def recipe(encode=encode, devices=1, codebooks=None, **changes):
     """The tiny recipe, with changes by name of a field of its identity or program."""
 
     def changed(settings):
@@ -73,7 +73,7 @@ def recipe(encode=encode, devices=1, **changes):
         mine = {name: changes.pop(name) for name in names & changes.keys()}
         return dataclasses.replace(settings, **mine)
 
-    made = Recipe(encode, changed(IDENTITY), changed(PROGRAM), devices)
+    made = Recipe(encode, changed(IDENTITY), changed(PROGRAM), devices, codebooks)
     assert not changes, changes
     return made
 
@@ -85,7 +85,7 @@ def build_tiny(path, passages=None, **kwargs):
         layout=Layout(shard_passages=6, chunk_tokens=4),
         reference=encode_states,
     )
-    for name in ("encode", "devices", *vars(IDENTITY), *vars(PROGRAM)):
+    for name in ("encode", "devices", "codebooks", *vars(IDENTITY), *vars(PROGRAM)):
         if name in kwargs:
             settings.setdefault("changes", {})[name] = kwargs.pop(name)
     changes = settings.pop("changes", {})
