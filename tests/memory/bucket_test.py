@@ -15,7 +15,8 @@ FAULTS = {
     "error": [500] * 3,
     "away": [503] * 3,
     "reset": ["reset"] * 3,
-    "slow": [0.3] * 3,
+    "lost": ["lost"] * 3,
+    "slow": [0.2] * 3,
 }
 
 

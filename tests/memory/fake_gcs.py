@@ -1,7 +1,8 @@
 """A bucket on loopback: what TensorStore's gcs driver asks of Cloud Storage, kept in a dictionary.
 
-Objects with generations, conditional writes and deletes, ranges, and listing in pages; nothing else. It can
-be told to answer the next requests badly: with a status, by closing the connection, or late.
+Objects with generations, conditional writes and deletes, ranges, and listing in pages; nothing else. It
+can be told to answer the next requests badly: with a status, by closing the connection before or after it
+has done what was asked, or late.
 """
 
 import http.server
@@ -17,7 +18,8 @@ class FakeGcs:
 
     Attributes:
       objects: name -> (generation, bytes).
-      faults: what befalls the next requests, one each: a status, "reset", or seconds to wait.
+      faults: what befalls the next requests, one each: a status, "reset" (nothing is done), "lost"
+        (done, and no answer), or seconds to wait.
       requests: methods and paths so far.
     """
 
@@ -53,6 +55,7 @@ class FakeGcs:
 class _Handler(http.server.BaseHTTPRequestHandler):
     gcs: FakeGcs
     protocol_version = "HTTP/1.1"
+    _is_lost = False
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -107,13 +110,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.gcs.requests.append(f"{self.command} {url.path}")
             fault = self.gcs.faults.pop(0) if self.gcs.faults else None
             self.gcs.hit += fault is not None
+        self._is_lost = fault == "lost"
         if fault == "reset":
             self.close_connection = True
             self.connection.close()
             return "", None
         if isinstance(fault, float):
             time.sleep(fault)
-        elif fault is not None:
+        elif fault is not None and not self._is_lost:
             self._answer(int(fault))
             return "", None
         name = url.path.partition(f"/b/{self.gcs.bucket}/o")[2].removeprefix("/")
@@ -165,6 +169,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _answer(
         self, status: int, data: bytes = b"", headers: dict[str, str] | None = None
     ) -> None:
+        if self._is_lost:
+            self.close_connection = True
+            self.connection.close()
+            return
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
