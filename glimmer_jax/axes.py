@@ -26,6 +26,7 @@ HEADS = "heads"
 MLP = "mlp"
 RELPOS_BUCKETS = "relpos_buckets"
 LAYERS = "layers"
+CODEBOOK = "codebook"  # every dimension of what a memory codec has learnt
 
 # Activations.
 BATCH = "batch"

@@ -3,6 +3,12 @@
 A codec turns token states `[..., D]` into a dictionary of arrays `[..., *trailing]`, and back. The
 store writes those arrays and knows nothing of their meaning; the lookup moves them as they are; only
 the model decodes. So a smaller codec makes the disk, the wire and the table smaller alike.
+
+    bf16    2 D bytes a token
+    int8    D bytes and some for the largest channels
+    pq      D / 8 bytes: 8-bit codes of 8 channels; needs codebooks (`product_quantisation`)
+    pq16    D / 8 bytes: 16-bit codes of 16 channels, as in MEMORY-VQ (arXiv 2308.14903)
+    f32     for tests of exact equality, and for measuring what the others lose
 """
 
 import dataclasses
@@ -12,6 +18,8 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from glimmer_jax.product_quantisation import ProductQuantisation
 
 Arrays = Mapping[str, jax.Array]
 
@@ -28,17 +36,28 @@ class Codec(Protocol):
         """Trailing shape and dtype of each stored array, for one token."""
         ...
 
-    def encode(self, states: jax.Array) -> dict[str, jax.Array]:
+    def codebook_specs(self, emb_dim: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the float32 arrays that the codec learns from an encoder's states; or none."""
+        ...
+
+    def encode(self, states: jax.Array, codebooks: Arrays | None = None) -> dict[str, jax.Array]:
         """States `[..., D]`, any float dtype -> stored arrays `[..., *trailing]`."""
         ...
 
-    def decode(self, arrays: Arrays, dtype: Any) -> jax.Array:
+    def decode(self, arrays: Arrays, dtype: Any, codebooks: Arrays | None = None) -> jax.Array:
         """Stored arrays -> states `[..., D]` in `dtype`."""
         ...
 
 
+class _WithoutCodebooks:
+    """Of codecs that have nothing to learn."""
+
+    def codebook_specs(self, emb_dim: int) -> dict[str, tuple[int, ...]]:
+        return {}
+
+
 @dataclasses.dataclass(frozen=True)
-class Cast:
+class Cast(_WithoutCodebooks):
     """Rounds every channel to `dtype` and stores that."""
 
     name: str
@@ -47,18 +66,18 @@ class Cast:
     def array_specs(self, emb_dim: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         return {"states": ((emb_dim,), jnp.dtype(self.dtype))}
 
-    def encode(self, states: jax.Array) -> dict[str, jax.Array]:
+    def encode(self, states: jax.Array, codebooks: Arrays | None = None) -> dict[str, jax.Array]:
         kind = jnp.finfo(self.dtype)
         # Said twice, because a compiler may take a cast there and back for nothing at all.
         states = jax.lax.reduce_precision(states, kind.nexp, kind.nmant)
         return {"states": states.astype(self.dtype)}
 
-    def decode(self, arrays: Arrays, dtype: Any) -> jax.Array:
+    def decode(self, arrays: Arrays, dtype: Any, codebooks: Arrays | None = None) -> jax.Array:
         return arrays["states"].astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
-class Int8:
+class Int8(_WithoutCodebooks):
     """One byte a channel: each token has a scale of its own, and keeps its largest channels apart.
 
     T5's residual stream has a few channels that are a hundred times the rest. With them inside, the
@@ -82,16 +101,18 @@ class Int8:
             "places": ((kept,), np.dtype(np.uint16)),
         }
 
-    def encode(self, states: jax.Array) -> dict[str, jax.Array]:
+    def encode(self, states: jax.Array, codebooks: Arrays | None = None) -> dict[str, jax.Array]:
         states = jnp.asarray(states, jnp.float32)
         kept = self.kept(states.shape[-1])
-        found = jax.lax.top_k(jnp.abs(states), min(kept + 1, states.shape[-1]))
-        # Kept from what uses it: a CPU's compiler would see a part of a sort, and sort all of it.
-        sizes, places = jax.lax.optimization_barrier(tuple(found))
-        places, kind = places[..., :kept], jnp.finfo(jnp.bfloat16)
+        sizes, places = jax.lax.top_k(jnp.abs(states), min(kept + 1, states.shape[-1]))
+        # Gathered, not sliced: a CPU's compiler would see a part of a sort, and sort all of it. An
+        # optimisation barrier before a slice hides it too, and aborts on many devices at level 0.
+        first = jnp.broadcast_to(jnp.arange(kept), (*places.shape[:-1], kept))
+        places = jnp.take_along_axis(places, first, axis=-1)
+        kind = jnp.finfo(jnp.bfloat16)
         large = jnp.take_along_axis(states, places, axis=-1)
         # The largest of the others gets code 127; those stored apart get it too, and it is not read.
-        scale = sizes[..., -1] / 127
+        scale = jnp.min(sizes, -1) / 127
         # A token of zeros has scale 0, and gives zeros.
         codes = jnp.round(states / jnp.where(scale > 0, scale, 1.0)[..., None])
         return {
@@ -101,7 +122,7 @@ class Int8:
             "places": places.astype(jnp.uint16),
         }
 
-    def decode(self, arrays: Arrays, dtype: Any) -> jax.Array:
+    def decode(self, arrays: Arrays, dtype: Any, codebooks: Arrays | None = None) -> jax.Array:
         rest = arrays["codes"].astype(jnp.float32) * arrays["scale"][..., None]
         return _put(rest, arrays["places"], arrays["large"]).astype(dtype)
 
@@ -119,7 +140,8 @@ def _put(states: jax.Array, places: jax.Array, values: jax.Array) -> jax.Array:
 _CODECS: dict[str, Codec] = {
     "bf16": Cast("bf16", jnp.bfloat16),
     "int8": Int8(),
-    # For tests of exact equality, and for measuring what the others lose.
+    "pq": ProductQuantisation("pq", channels=8, bits=8),
+    "pq16": ProductQuantisation("pq16", channels=16, bits=16),
     "f32": Cast("f32", jnp.float32),
 }
 
@@ -135,14 +157,16 @@ def get(name: str) -> Codec:
     return _CODECS[name]
 
 
-def straight_through(codec: Codec, states: jax.Array) -> jax.Array:
+def straight_through(codec: Codec, states: jax.Array, codebooks: Arrays | None = None) -> jax.Array:
     """States as they come back from the store, with the gradient of the identity.
 
     Training and evaluation from tokens call this at the cut, so that the model learns on the memory
-    it will be given. Shape and dtype of `states` are kept.
+    it will be given. Shape and dtype of `states` are kept. The gradient of what was decoded goes to
+    `codebooks` as well; stop it before where they are not trained.
     """
     fixed = jax.lax.stop_gradient(states)
     # float32, because a codec may need more range than a bfloat16 activation's rounding leaves.
-    stored = codec.decode(codec.encode(fixed.astype(jnp.float32)), states.dtype)
+    arrays = codec.encode(fixed.astype(jnp.float32), jax.lax.stop_gradient(codebooks))
+    stored = codec.decode(arrays, states.dtype, codebooks)
     # In this order the value is exactly `stored`: the difference is exactly zero.
     return stored + (states - fixed)

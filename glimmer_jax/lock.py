@@ -75,7 +75,17 @@ class WriterLock:
         self._stop.set()
         self._thread.join()
         if not self._lost:
-            self._kvstore.write(self._name, None, if_equal=self._generation).result()
+            try:
+                self._kvstore.write(self._name, None, if_equal=self._generation).result()
+            except ValueError as error:
+                # What the holder did is done, or has an error of its own that says more.
+                _logger.warning(
+                    "%s of %s could not be removed, and ends by itself after %.0f s: %s",
+                    self._name,
+                    self._kvstore.url,
+                    self._lease,
+                    error,
+                )
 
     def check(self) -> None:
         """To be asked before anything is written that another writer could spoil.
@@ -87,7 +97,7 @@ class WriterLock:
         if time.monotonic() - self._last_beat > self._lease:
             self._beat()
         if self._lost:
-            who = _describe(self._kvstore.read(self._name).result())[1]
+            who = _describe(self._read())[1]
             raise ValueError(
                 f"{self._name} of {self._kvstore.url} was taken over by {who}: this process had not "
                 f"renewed it for {self._lease:.0f} s. Nothing more is written from here."
@@ -95,7 +105,7 @@ class WriterLock:
 
     def _wait_for_the_dead(self) -> Any:
         """The generation to replace; raises if a living writer holds the lock."""
-        found = self._kvstore.read(self._name).result()
+        found = self._read()
         if found.state == "missing":
             return found.stamp.generation
         holder, who = _describe(found)
@@ -113,7 +123,7 @@ class WriterLock:
             first, end = found.stamp.generation, time.monotonic() + lease
             while found.stamp.generation == first and time.monotonic() < end:
                 time.sleep(min(1.0, lease / 20))
-                found = self._kvstore.read(self._name).result()
+                found = self._read()
                 if found.state == "missing":
                     return found.stamp.generation
             dead = found.stamp.generation == first
@@ -125,9 +135,31 @@ class WriterLock:
         _logger.warning("%s is dead; taking %s over.", who, self._name)
         return found.stamp.generation
 
+    def _read(self) -> Any:
+        try:
+            return self._kvstore.read(self._name).result()
+        except ValueError as error:
+            raise self._unreachable(error) from error
+
     def _write(self, if_equal: Any) -> bytes:
+        """The new generation, or b"" where the file is not the one of generation `if_equal`."""
         data = (json.dumps(self._me, indent=1, sort_keys=True) + "\n").encode()
-        return self._kvstore.write(self._name, data, if_equal=if_equal).result().generation
+        try:
+            written = self._kvstore.write(self._name, data, if_equal=if_equal).result().generation
+        except ValueError as error:
+            raise self._unreachable(error) from error
+        if not written:
+            # A bucket's answer may be lost and the write repeated, which then meets itself.
+            found = self._read()
+            if found.state == "value" and bytes(found.value) == data:
+                return found.stamp.generation
+        return written
+
+    def _unreachable(self, error: ValueError) -> OSError:
+        return OSError(
+            f"{self._name} of {self._kvstore.url} could not be read or written: {error}. Check the "
+            "connection, permissions and free space, and run the same command again."
+        )
 
     def _beat(self) -> None:
         with self._writing:

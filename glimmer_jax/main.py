@@ -22,6 +22,7 @@ MODES = {
     "passages": "glimmer_jax.modes.passages:passages",
     "retrieve": "glimmer_jax.modes.retrieve:retrieve",
     "train": "glimmer_jax.modes.train:train",
+    "codebooks": "glimmer_jax.modes.codebooks:learn_codebooks",
     "build_memory": "glimmer_jax.modes.build_memory:build_memory",
     "memory": "glimmer_jax.modes.memory:memory",
     "eval": "glimmer_jax.modes.evaluate:evaluate",

@@ -31,6 +31,7 @@ AXIS_RULES: Mapping[str, tuple[str, ...]] = {
     axes.MLP: ("model",),
     axes.RELPOS_BUCKETS: (),
     axes.LAYERS: (),
+    axes.CODEBOOK: (),
     axes.BATCH: ("data", "fsdp"),
     axes.PASSAGES: (),
     axes.LENGTH: (),

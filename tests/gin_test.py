@@ -33,6 +33,10 @@ RUNS = {
     "retrieve": ("retrieve", ["PASSAGES_DIR = 'p'", "QUESTIONS = 'q'", "DATA_DIR = 'd'"]),
     "finetune": ("train", [MODEL_DIR, *TASK, "TRAIN_STEPS = 5", "PASSAGES_DIR = 'p'"]),
     "pretrain": ("train", [MODEL_DIR, *TASK, "TRAIN_STEPS = 5", "PASSAGES_DIR = 'p'"]),
+    "codebooks": (
+        "codebooks",
+        [CHECKPOINT, "PASSAGES_DIR = 'p'", "OUTPUT_PATH = 'o'", "MEMORY_CODEC = 'pq'"],
+    ),
     "build_memory": ("build_memory", [CHECKPOINT, "PASSAGES_DIR = 'p'", "MEMORY_DIR = 'm'"]),
     "memory": ("memory", ["ACTION = 'inspect'", "MEMORY_DIR = 'm'"]),
     "eval": ("eval", [CHECKPOINT, *TASK]),
@@ -101,7 +105,7 @@ def test_files_say_what_they_provide_and_require(path):
 def test_runs_parse_and_finalise(run):
     mode, required = RUNS[run]
     files = [f"gin/runs/{run}.gin"]
-    if mode in ("train", "build_memory", "eval", "infer", "export"):
+    if mode in ("train", "codebooks", "build_memory", "eval", "infer", "export"):
         files = ["gin/sizes/small.gin", "gin/models/glimmer.gin", *files]
     configuration.parse(files, required)
     assert arguments(mode)

@@ -21,6 +21,7 @@ LAYERS = (
     + ("kilt_files", "kilt_parquet", "triviaqa"),
     ("corpus",),
     ("partitioning",),
+    ("product_quantisation",),
     ("codecs",),
     ("passages",),
     ("losses", "decoding"),
@@ -45,6 +46,7 @@ DATA_MAY_USE = {
 CORE = (
     "axes",
     "partitioning",
+    "product_quantisation",
     "codecs",
     "losses",
     "models",

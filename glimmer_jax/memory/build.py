@@ -117,7 +117,7 @@ def measure_error(
         recipe.encode,
         reference,
         passages,
-        codec,
+        lambda arrays: codec.decode(arrays, np.float32, recipe.codebooks),
         rows=recipe.program.rows,
         buckets=recipe.program.buckets,
         devices=recipe.devices,

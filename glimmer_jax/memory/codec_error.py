@@ -1,11 +1,10 @@
 """What storing costs: the stored memory against the same passages in float32."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from glimmer_jax import codecs
@@ -31,7 +30,7 @@ def measure(
     encode: Encode,
     reference: States,
     passages: Any,
-    codec: codecs.Codec,
+    decode: Callable[[codecs.Arrays], Any],
     *,
     rows: int,
     buckets: Sequence[int],
@@ -43,6 +42,7 @@ def measure(
     Args:
       encode: the encode step, as the build calls it.
       reference: int32 tokens `[n, P]` -> float32 states `[n, P, D]`.
+      decode: the codec's arrays -> float32 states.
       sample: passages to measure on.
 
     Returns:
@@ -58,7 +58,7 @@ def measure(
     for group in batches.groups(lengths, rows, buckets):
         tokens = np.zeros((rows * devices, group.bucket), np.int32)
         tokens[: len(group.positions)] = passages.tokens(chosen[group.positions], group.bucket)
-        stored = np.asarray(codec.decode(encode(tokens)[0], jnp.float32), np.float64)
+        stored = np.asarray(decode(encode(tokens)[0]), np.float64)
         exact = np.asarray(reference(tokens), np.float64)
         real = np.arange(group.bucket) < lengths[group.positions][:, None]
         exact, stored = (x[: len(group.positions)][real] for x in (exact, stored))

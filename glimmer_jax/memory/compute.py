@@ -26,6 +26,7 @@ class Recipe:
     identity: Identity
     program: Program
     devices: int = 1  # that `encode` spreads its rows over, `program.rows` on each
+    codebooks: codecs.Arrays | None = None  # of the codec, where it has any
 
     def __post_init__(self):
         if self.program.buckets[-1] != self.identity.max_length:

@@ -28,7 +28,8 @@ def bind_encoder(memory_states: StatesFunction, params: Any, mesh: Mesh, codec: 
     """`memory_states` and the codec as the build wants them, rows spread over all of `mesh`."""
 
     def encode(params, tokens):
-        return encode_states(codec, memory_states(params, tokens))
+        states = memory_states(params, tokens)
+        return encode_states(codec, states, params.get("memory_codebooks"))
 
     return _spread(encode, params, mesh)
 
@@ -38,9 +39,11 @@ def bind_states(memory_states: StatesFunction, params: Any, mesh: Mesh) -> State
     return _spread(memory_states, params, mesh)
 
 
-def encode_states(codec: str, states: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+def encode_states(
+    codec: str, states: jax.Array, codebooks: codecs.Arrays | None = None
+) -> tuple[dict[str, jax.Array], jax.Array]:
     """States `[n, P, D]` -> the codec's arrays and which tokens are finite, before and after."""
-    arrays = codecs.get(codec).encode(states)
+    arrays = codecs.get(codec).encode(states, codebooks)
     finite = jnp.isfinite(states).all(-1)
     for array in arrays.values():
         if jnp.issubdtype(array.dtype, jnp.floating):

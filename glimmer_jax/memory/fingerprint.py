@@ -1,8 +1,8 @@
 """Fingerprints: with which weights, and of which passages, a memory was made.
 
 That of an encoder covers exactly the parameters that memory depends on: the embedding, layers
-[0, M) and their position table, and the settings of the layers. It is the same for scanned and
-looped stacks and on any mesh.
+[0, M) and their position table, the settings of the layers, and the codec's codebooks where it has
+any. It is the same for scanned and looped stacks and on any mesh.
 """
 
 import hashlib
@@ -50,6 +50,9 @@ def encoder_fingerprint(params: Mapping[str, Any], config: GlimmerConfig) -> str
     encoder.setdefault("relpos_bias", params.get("live_encoder", {}).get("relpos_bias", {}))
     for name, leaf in sorted(_canonical(encoder), key=lambda item: item[0]):
         _update(digest, name, leaf)
+    if config.has_codebooks:
+        for name, leaf in sorted(params["memory_codebooks"].items()):
+            _update(digest, f"codebooks/{name}", _on_host(leaf))
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -20,7 +20,7 @@ Path = str | os.PathLike | Mapping[str, Any]
 # bytes that were found: a checksum, a chunk that is not there, a file cut short, nonsense in JSON.
 _DAMAGE = re.compile(r"(DATA_LOSS|NOT_FOUND|OUT_OF_RANGE|FAILED_PRECONDITION): ")
 # A web server's refusal says nothing of the bytes, except that there are none (404) or too few (416).
-_REFUSED = re.compile(r"\[HTTP code (?!404|416)\d+\]")
+_REFUSED = re.compile(r"\[(HTTP code |http_response_code=')(?!404|416)\d+'?\]")
 
 
 def open_folder(path: Path, context: ts.Context | None = None) -> ts.KvStore:

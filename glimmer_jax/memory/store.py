@@ -99,9 +99,10 @@ class MemoryStore:
 
     def _read_index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """ids, first token within the shard, and length, of all rows."""
-        ids = np.empty(len(self), np.int64)
-        starts = np.empty(len(self), np.int64)
-        lengths = np.empty(len(self), np.int32)
+        # Put together from what is there: a manifest may promise more than fits into memory.
+        parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = [
+            (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64))
+        ]
         table = self.manifest.shards
         for block in range(0, len(table), _OPEN_AT_ONCE):
             entries = table[block : block + _OPEN_AT_ONCE]
@@ -111,7 +112,6 @@ class MemoryStore:
                 for name in (shard.IDS, shard.OFFSETS)
             ]
             for i, entry in enumerate(entries):
-                rows = slice(entry.first_row, entry.first_row + entry.passages)
                 try:
                     shard_ids, offsets = (
                         opening[2 * i + j][0].result().read().result() for j in (0, 1)
@@ -122,10 +122,12 @@ class MemoryStore:
                     shard_ids.shape != (entry.passages,)
                     or offsets.shape != (entry.passages + 1,)
                     or (offsets[0], offsets[-1]) != (0, entry.tokens)
+                    or (np.diff(offsets) < 0).any()
                 ):
                     raise shard.damaged(entry.name, "its index does not fit the manifest")
-                ids[rows], starts[rows], lengths[rows] = shard_ids, offsets[:-1], np.diff(offsets)
-        return ids, starts, lengths
+                parts.append((shard_ids, offsets[:-1], np.diff(offsets)))
+        ids, starts, lengths = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        return ids, starts, lengths.astype(np.int32)
 
     def rows(self, ids: np.ndarray, unknown: Literal["error", "mask"] = "error") -> np.ndarray:
         """External ids `[...]` -> int32 rows of the same shape; id -1 (no passage) gives row -1.

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from glimmer_jax import axes, codecs
+from glimmer_jax.models.codebooks import Codebooks
 from glimmer_jax.models.decoder import Cache, Decoder
 from glimmer_jax.models.t5 import EncoderStack, T5Config, position_bias
 from glimmer_jax.nn.layers import Dropout, Embed, RMSNorm
@@ -59,6 +60,7 @@ class GlimmerConfig:
     separate_reranker: bool = False  # scores come from R layers of their own, nothing is reused
     read_chunk: int | None = None  # passages read on at a time when answering; None is all at once
     memory_codec: str = "bf16"  # how memory is stored, and rounded while training
+    train_codebooks: bool = False  # the centroids of a codec that has them, straight-through
 
     def __post_init__(self):
         m, r, layers = self.memory_layers, self.rerank_layers, self.t5.num_encoder_layers
@@ -90,7 +92,17 @@ class GlimmerConfig:
                 "share_position_table would train a part of the frozen or copied memory encoder; "
                 "set it to False."
             )
-        codecs.get(self.memory_codec)
+        if self.train_codebooks and not self.has_codebooks:
+            raise ValueError(
+                f"train_codebooks needs memory with codebooks; memory_codec is {self.memory_codec!r} "
+                f"and memory_layers {m}. Set memory_codec='pq', or train_codebooks=False."
+            )
+
+    @property
+    def has_codebooks(self) -> bool:
+        """Whether the model's memory is stored by a codec that has learnt something."""
+        specs = codecs.get(self.memory_codec).codebook_specs(self.t5.emb_dim)
+        return bool(self.memory_layers and specs)
 
 
 class Live(NamedTuple):
@@ -228,6 +240,10 @@ class Glimmer(nn.Module):
         if config.freeze_memory:
             # T5 shares its embedding with the decoder, which is trained: the memory would go stale.
             self.memory_embedder = self._embedder()
+        if config.has_codebooks:
+            self.memory_codebooks = Codebooks(
+                config.memory_codec, t5.emb_dim, config.train_codebooks
+            )
         if not config.share_question_encoder:
             self.question_encoder = MemoryEncoder(t5, config.memory_layers)
         self.live_encoder = LiveEncoder(config)
@@ -262,7 +278,11 @@ class Glimmer(nn.Module):
 
     def encode_memory(self, passage_tokens: jax.Array) -> dict[str, jax.Array]:
         """int32 `[..., P]` -> what the store keeps: the codec's arrays `[..., P, *trailing]`."""
-        return codecs.get(self.config.memory_codec).encode(self.memory_states(passage_tokens))
+        codec = codecs.get(self.config.memory_codec)
+        return codec.encode(self.memory_states(passage_tokens), self._codebooks())
+
+    def _codebooks(self) -> dict[str, jax.Array] | None:
+        return self.memory_codebooks() if self.config.has_codebooks else None
 
     def passage_states(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Memory of a batch's passages, from tokens or from the store alike.
@@ -272,13 +292,14 @@ class Glimmer(nn.Module):
         """
         codec = codecs.get(self.config.memory_codec)
         if "passage_memory" in batch:
-            states = codec.decode(batch["passage_memory"], jnp.dtype(self.config.t5.dtype))
+            dtype = jnp.dtype(self.config.t5.dtype)
+            states = codec.decode(batch["passage_memory"], dtype, self._codebooks())
             positions = jnp.arange(states.shape[2])[None, None]
             return states, positions < batch["passage_lengths"][..., None]
         tokens = batch["passage_tokens"]
         states = self.memory_states(tokens)
         if self.config.memory_layers:
-            states = codecs.straight_through(codec, states)
+            states = codecs.straight_through(codec, states, self._codebooks())
         return states, tokens > 0
 
     def rerank(self, batch: Batch) -> Live:

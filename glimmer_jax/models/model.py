@@ -29,6 +29,7 @@ from flax.linen.partitioning import AxisMetadata
 
 from glimmer_jax import codecs, losses
 from glimmer_jax.models.answers import DecodeConfig, answer
+from glimmer_jax.models.codebooks import TRAINED
 from glimmer_jax.models.glimmer import Batch, Glimmer, GlimmerConfig, Live, fuse
 from glimmer_jax.partitioning import AXIS_RULES
 
@@ -147,10 +148,16 @@ class GlimmerModel:
     def frozen(self, params: Params) -> Any:
         """A tree like `params` with True for what training leaves alone."""
         names = ("memory_encoder", "memory_embedder") if self.config.freeze_memory else ()
-        return {
+        tree = {
             key: jax.tree.map(lambda _, key=key: key in names, subtree)
             for key, subtree in params.items()
         }
+        if "memory_codebooks" in tree:
+            trained = TRAINED if self.config.train_codebooks else ()
+            tree["memory_codebooks"] = {
+                name: name not in trained for name in tree["memory_codebooks"]
+            }
+        return tree
 
     def loss_normalizers(self, batch: Batch) -> dict[str, jax.Array]:
         """Denominators of the loss, from data alone; for the batch before it is divided.
@@ -408,7 +415,7 @@ class GlimmerModel:
           ValueError: the model has no memory encoder.
         """
         states = self.memory_states(params, passage_tokens)
-        return codecs.get(self.config.memory_codec).encode(states)
+        return codecs.get(self.config.memory_codec).encode(states, params.get("memory_codebooks"))
 
     def memory_specs(self) -> dict[str, tuple[tuple[int, ...], Any]]:
         """Trailing shape and dtype of each array of `encode_memory`."""

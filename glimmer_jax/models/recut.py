@@ -50,6 +50,7 @@ def recut(params: Params, source: GlimmerConfig, target: GlimmerConfig) -> Param
         tables differ; or copies that are no longer equal would have to be merged.
     """
     _check_sizes(source, target)
+    params = _with_codebooks(params, source, target)
     same_layout = source.t5.scan_layers == target.t5.scan_layers
     same_layout &= _decoder(source) == _decoder(target)
     if same_layout and all(getattr(source, x) == getattr(target, x) for x in STRUCTURE):
@@ -84,7 +85,8 @@ def recut(params: Params, source: GlimmerConfig, target: GlimmerConfig) -> Param
     def numbered(layers):
         return {f"layers_{i}": layer for i, layer in enumerate(layers)}
 
-    out: Params = {"token_embedder": params["token_embedder"], "decoder": params["decoder"]}
+    kept = ("token_embedder", "decoder", "memory_codebooks")
+    out: Params = {name: params[name] for name in kept if name in params}
     new_m, new_cut = target.memory_layers, target.memory_layers + target.rerank_layers
     if new_m:
         out["memory_encoder"] = numbered(encoder[:new_m])
@@ -99,6 +101,28 @@ def recut(params: Params, source: GlimmerConfig, target: GlimmerConfig) -> Param
     if target.rerank_layers:
         out["reranker"] = _reranker(params, source, target, encoder[new_m:new_cut])
     return stack_layers(out) if target.t5.scan_layers else out
+
+
+def _with_codebooks(params: Params, source: GlimmerConfig, target: GlimmerConfig) -> Params:
+    """Without codebooks where the target has none; with those it needs, or ValueError."""
+    if not target.has_codebooks:
+        if "memory_codebooks" not in params:
+            return params
+        return {name: part for name, part in params.items() if name != "memory_codebooks"}
+    same = all(getattr(source, x) == getattr(target, x) for x in ("memory_codec", "memory_layers"))
+    if not source.has_codebooks or not same:
+        raise ValueError(
+            f"MEMORY_CODEC={target.memory_codec!r} reads codebooks learnt from the states after layer "
+            f"{target.memory_layers}, and these parameters have {_codebooks_of(source)}. Learn them "
+            "with --run_mode=codebooks, and give the file that it writes."
+        )
+    return params
+
+
+def _codebooks_of(config: GlimmerConfig) -> str:
+    if not config.has_codebooks:
+        return "none"
+    return f"those of {config.memory_codec!r} after layer {config.memory_layers}"
 
 
 def _layers(stack: Params) -> list[Params]:

@@ -58,6 +58,7 @@ def make_recipe(
             jax_version=jax.__version__,
         ),
         devices.size,
+        params.get("memory_codebooks"),
     )
     return recipe, encoder.bind_states(codec_error.exact_states(model), params, devices)
 

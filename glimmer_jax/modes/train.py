@@ -105,6 +105,17 @@ def train(
             "Training from MEMORY_DIR needs a frozen memory encoder (FREEZE_MEMORY = True) and the "
             "INITIAL_CHECKPOINT_PATH that the memory was made with."
         )
+    if model.config.has_codebooks and initial_checkpoint_path is None:
+        raise ValueError(
+            f"MEMORY_CODEC={model.config.memory_codec!r} rounds memory by codebooks, which are learnt "
+            "from a trained encoder. Learn them with --run_mode=codebooks, and give the file that it "
+            "writes as INITIAL_CHECKPOINT_PATH."
+        )
+    if memory_dir is not None and model.config.train_codebooks:
+        raise ValueError(
+            "Stored memory keeps the codes of the codebooks that it was built with: set "
+            "TRAIN_CODEBOOKS = False to train from MEMORY_DIR, or train from passages."
+        )
     passages = None
     if passages_dir is not None:
         passages = Passages.open(passages_dir, vocabulary.fingerprint)

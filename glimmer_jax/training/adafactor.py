@@ -34,6 +34,7 @@ FACTOR_RULES: Mapping[str | None, str] = {
     axes.JOINED_KV: COLUMN,
     axes.KV: COLUMN,
     axes.RELPOS_BUCKETS: WHOLE,
+    axes.CODEBOOK: WHOLE,
     axes.LAYERS: LAYER,
     None: WHOLE,
 }

@@ -31,6 +31,10 @@ OUTPUT, EMBEDDING = "lm_head.weight", "shared.weight"
 _ALONE = {
     "token_embedder/embedding": EMBEDDING,
     "memory_embedder/embedding": "memory_shared.weight",
+    **{
+        f"memory_codebooks/{name}": f"memory_codebooks.{name}"
+        for name in ("centroids", "basis", "scale", "mean")
+    },
     "decoder/logits_dense/kernel": OUTPUT,
     "reranker/norm/scale": "reranker.final_layer_norm.weight",
     "reranker/kernel": "reranker.kernel",

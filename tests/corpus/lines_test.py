@@ -59,6 +59,7 @@ def test_gzip_is_told_by_its_first_bytes_and_counts_packed_bytes(tmp_path, path)
     assert sum(counted) == packed.stat().st_size
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("end", [-1, -8, -30])
 def test_a_truncated_gzip_file_is_named(tmp_path, end):
     packed = tmp_path / "b.gz"
@@ -69,6 +70,7 @@ def test_a_truncated_gzip_file_is_named(tmp_path, end):
         read(packed)
 
 
+@pytest.mark.fault
 def test_a_damaged_gzip_file_is_named(tmp_path):
     data = bytearray(gzip.compress(b"".join(b"line %d\n" % i for i in range(1000))))
     data[len(data) // 2] ^= 255
@@ -77,6 +79,7 @@ def test_a_damaged_gzip_file_is_named(tmp_path):
         read(tmp_path / "b.gz")
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
 def test_utf16_is_refused_by_name(tmp_path, encoding):
     (tmp_path / "a").write_bytes('{"id": 1}\n'.encode(encoding))
@@ -84,11 +87,13 @@ def test_utf16_is_refused_by_name(tmp_path, encoding):
         read(tmp_path / "a")
 
 
+@pytest.mark.fault
 def test_a_byte_order_mark_of_utf8_is_left_out(tmp_path):
     (tmp_path / "a").write_bytes(b"\xef\xbb\xbf{}\n\xef\xbb\xbf")
     assert [line.data for line in read(tmp_path / "a")] == [b"{}\n", b"\xef\xbb\xbf"]
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("length", [10, 11, 12, 50])
 def test_an_overlong_line_is_passed_over(tmp_path, monkeypatch, length):
     monkeypatch.setattr(lines, "MAX_LINE", 10)
@@ -126,6 +131,7 @@ def test_paths_of_buckets_go_through_epath(tmp_path, monkeypatch):
     assert [line.data for line in read("gs://b/1.jsonl", 2)] == [b"two\n"]
 
 
+@pytest.mark.fault
 def test_files_that_are_not_there_are_named(tmp_path):
     with pytest.raises(ValueError, match="CORPUS: there is no file .*absent. Check the path"):
         files.find_files(f"{tmp_path}/absent")

@@ -33,6 +33,7 @@ def read(path, data, reading=SKIP, report=None):
     return list(read_passages([str(path)], reading, report))
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     "line, message",
     [
@@ -69,6 +70,7 @@ def test_more_bad_lines_than_allowed_end_the_reading(tmp_path):
     assert report.summary().endswith("and 2 more")
 
 
+@pytest.mark.fault
 def test_empty_pages_and_long_passages_are_counted(tmp_path):
     report = Report()
     read(tmp_path / "a", GOOD + kilt(page(2, "T2", " \n"), page(3)), SKIP, report)
@@ -80,6 +82,7 @@ def test_empty_pages_and_long_passages_are_counted(tmp_path):
     assert report.split == 1 and "1 longer ones split" in report.summary()
 
 
+@pytest.mark.fault
 def test_ids_given_twice_are_found_across_files(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(GOOD)
@@ -87,6 +90,7 @@ def test_ids_given_twice_are_found_across_files(tmp_path):
         list(read_passages([str(tmp_path / "a"), str(tmp_path / "b")], Reading("kilt", 10)))
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     "change",
     [
@@ -105,6 +109,7 @@ def test_harmless_differences_change_nothing(tmp_path, change):
     assert read(tmp_path / "a", change(GOOD + line)) == wanted
 
 
+@pytest.mark.fault
 def test_a_truncated_gzip_file_is_an_error_even_when_skipping(tmp_path):
     packed = gzip.compress(kilt(*(page(i, str(i)) for i in range(100))))
     with pytest.raises(ValueError, match="was not copied whole"):

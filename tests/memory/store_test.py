@@ -157,6 +157,7 @@ def _states(store_path, shard="000001"):
     return store_path / "shards" / shard / "states" / "c" / "0" / "0"
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("position", [3, 100, -30])
 def test_bit_flip_is_caught_on_read_and_by_verify(copied_store, position):
     assert verify(MemoryStore.open(copied_store)) == []
@@ -169,6 +170,7 @@ def test_bit_flip_is_caught_on_read_and_by_verify(copied_store, position):
     assert verify(store) == ["shards/000001/states/c/0/0 has been changed: its SHA-256 differs"]
 
 
+@pytest.mark.fault
 def test_missing_shard_file_is_an_error_not_zeros(copied_store):
     _states(copied_store).unlink()
     store = MemoryStore.open(copied_store)
@@ -178,6 +180,7 @@ def test_missing_shard_file_is_an_error_not_zeros(copied_store):
     assert verify(store) == ["shards/000001/states/c/0/0 is missing"]
 
 
+@pytest.mark.fault
 def test_truncated_file_and_changed_record_are_found(copied_store):
     data = _states(copied_store).read_bytes()
     _states(copied_store).write_bytes(data[:-1])
@@ -192,6 +195,7 @@ def test_truncated_file_and_changed_record_are_found(copied_store):
     ]
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("name", ["ids", "offsets"])
 def test_damaged_index_is_caught_on_open(copied_store, name):
     file = copied_store / "shards" / "000000" / name / "c" / "0"
@@ -211,6 +215,7 @@ def _rewrite_manifest(path, change):
     (path / "manifest.json").write_text(json.dumps(value))
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -240,6 +245,7 @@ def test_other_format_version_is_refused(copied_store):
         MemoryStore.open(copied_store)
 
 
+@pytest.mark.fault
 def test_changed_or_cut_manifest_is_refused(copied_store):
     file = copied_store / "manifest.json"
     text = file.read_text()
@@ -252,6 +258,7 @@ def test_changed_or_cut_manifest_is_refused(copied_store):
             MemoryStore.open(copied_store)
 
 
+@pytest.mark.fault
 def test_record_that_names_files_elsewhere_is_refused(tiny_store):
     value = json.loads((tiny_store / "shards" / "000000" / "shard.json").read_bytes())
     value["files"]["../../../etc/passwd"] = [1, "0"]

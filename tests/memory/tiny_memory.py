@@ -1,11 +1,12 @@
 """A corpus and an encoder of a few numbers, and a build of them; also run as a script.
 
 As a script, `python tiny_memory.py FOLDER die_at`: builds FOLDER, and kills itself with SIGKILL
-(or asks itself to stop with SIGTERM) at a named point.
+(or asks itself to stop with SIGTERM) at a named point, or runs out of disk.
 """
 
 import dataclasses
 import os
+import resource
 import signal
 import sys
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glimmer_jax.memory import build, encoder, shard
+from glimmer_jax.memory import build, encoder, folder, manifest, shard
 from glimmer_jax.memory.compute import Recipe
 from glimmer_jax.memory.identity import Identity, Layout, Program
 from glimmer_jax.preemption import Preempted
@@ -65,7 +66,7 @@ IDENTITY = Identity("sha256:e1", "sha256:v1", "bf16", EMB_DIM, MAX_LENGTH)
 PROGRAM = Program(4, (4, 8, MAX_LENGTH), "float32", None, "cpu", jax.__version__)
 
 
-def recipe(encode=encode, devices=1, **changes):
+def recipe(encode=encode, devices=1, codebooks=None, **changes):
     """The tiny recipe, with changes by name of a field of its identity or program."""
 
     def changed(settings):
@@ -73,7 +74,7 @@ def recipe(encode=encode, devices=1, **changes):
         mine = {name: changes.pop(name) for name in names & changes.keys()}
         return dataclasses.replace(settings, **mine)
 
-    made = Recipe(encode, changed(IDENTITY), changed(PROGRAM), devices)
+    made = Recipe(encode, changed(IDENTITY), changed(PROGRAM), devices, codebooks)
     assert not changes, changes
     return made
 
@@ -85,7 +86,7 @@ def build_tiny(path, passages=None, **kwargs):
         layout=Layout(shard_passages=6, chunk_tokens=4),
         reference=encode_states,
     )
-    for name in ("encode", "devices", *vars(IDENTITY), *vars(PROGRAM)):
+    for name in ("encode", "devices", "codebooks", *vars(IDENTITY), *vars(PROGRAM)):
         if name in kwargs:
             settings.setdefault("changes", {})[name] = kwargs.pop(name)
     changes = settings.pop("changes", {})
@@ -114,12 +115,26 @@ def _main(path, die_at):
         return files
 
     shard.write_arrays = dying_write
+    if die_at == "disk_full":
+        # As if the disk ended: no file may grow beyond this many bytes.
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700))
+    if die_at == "after_manifest":
+        folder.write_file, write_file = (
+            lambda kvstore, key, data: (
+                write_file(kvstore, key, data),
+                key == manifest.MANIFEST and os.kill(os.getpid(), signal.SIGKILL),
+            ),
+            folder.write_file,
+        )
     if die_at == "before_manifest":
         build.Manifest.of = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
     try:
         build_tiny(path, encode=dying_encode)
     except Preempted:
         sys.exit(42)
+    except OSError as error:
+        sys.exit(f"{error}")
 
 
 if __name__ == "__main__":

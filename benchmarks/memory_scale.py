@@ -1,0 +1,129 @@
+"""A memory of many synthetic passages by a tiny encoder: does RAM stay flat, and time in proportion?
+
+    python -m benchmarks.memory_scale --passages N [--folder DIR] [--json OUT]
+
+Tokens are made up when they are asked for, so that nothing but the build itself holds RAM. Prints
+seconds and the process's resident memory after each tenth, files, bytes, and how long opening takes.
+"""
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glimmer_jax.memory import build, encoder
+from glimmer_jax.memory.compute import Recipe
+from glimmer_jax.memory.identity import Identity, Layout, Program
+from glimmer_jax.memory.store import MemoryStore
+from glimmer_jax.partitioning import MeshConfig, make_mesh
+
+EMB_DIM, MAX_LENGTH, ROWS = 16, 32, 512
+LAYOUT = Layout(shard_passages=8192, chunk_tokens=64)
+
+
+class MadeUp:
+    """Passages of 8 to 32 tokens that follow from their row."""
+
+    def __init__(self, count: int):
+        self.ids = np.arange(count, dtype=np.int64) * 7 + 3
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def lengths(self, rows: Any) -> np.ndarray:
+        return (8 + np.asarray(rows, np.int64) * 2654435761 % 25).astype(np.int32)
+
+    def tokens(self, rows: Any, length: int) -> np.ndarray:
+        rows = np.asarray(rows, np.int64)
+        places = np.arange(length)[None]
+        made = 2 + (rows[:, None] * 31 + places * 17) % 90
+        return np.where(places < self.lengths(rows)[:, None], made, 0).astype(np.int32)
+
+    def text(self, row: int) -> dict[str, Any]:
+        return {"title": f"passage {row}"}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Builds, opens, and prints what it took."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--passages", type=int, default=1_000_000)
+    parser.add_argument("--folder", type=Path, help="default: a temporary one")
+    parser.add_argument("--json", type=Path, metavar="OUT")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as temporary:
+        found = measure(args.passages, args.folder or Path(temporary) / "memory")
+    print(json.dumps(found, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def measure(count: int, path: Path) -> dict[str, Any]:
+    """Builds the memory of `count` passages at `path`, and opens it."""
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(92, EMB_DIM)), jnp.float32)
+    recipe = Recipe(
+        encoder.bind_encoder(
+            lambda params, tokens: params["table"][tokens], {"table": table}, mesh, "bf16"
+        ),
+        Identity("sha256:synthetic", "sha256:synthetic", "bf16", EMB_DIM, MAX_LENGTH),
+        Program(
+            ROWS, (8, 16, 24, MAX_LENGTH), "float32", None, jax.default_backend(), jax.__version__
+        ),
+    )
+    began, marks = time.monotonic(), []
+
+    def mark(values: Any) -> None:
+        if values["passages"] >= count * (len(marks) + 1) / 10:
+            seconds = round(time.monotonic() - began, 1)
+            marks.append([values["passages"], seconds, _resident_mb()])
+
+    report = build.build_memory(
+        recipe,
+        MadeUp(count),
+        path,
+        passages_fingerprint="sha256:synthetic",
+        layout=LAYOUT,
+        on_progress=mark,
+        progress_seconds=0.1,
+    )
+    made = report.manifest
+    assert made is not None
+    opening = time.monotonic()
+    store = MemoryStore.open(path)
+    opened = time.monotonic() - opening
+    store.read(np.arange(0, count, max(count // 64, 1)), MAX_LENGTH)
+    files = [file for file in path.rglob("*") if file.is_file()]
+    real = made.num_tokens * EMB_DIM * 2
+    arrays = sum(
+        file.stat().st_size for file in path.glob("shards/*/states/**/*") if file.is_file()
+    )
+    return {
+        "passages": count,
+        "tokens": made.num_tokens,
+        "seconds": round(report.seconds, 1),
+        "passages_per_s": round(report.passages_per_s, 1),
+        "padding": round(report.padding, 4),
+        "passages_seconds_resident_mb": marks,
+        "peak_resident_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "files": len(files),
+        "bytes": sum(file.stat().st_size for file in files),
+        "states_over_real_tokens": round(arrays / real, 4),
+        "opened_in_s": round(opened, 2),
+    }
+
+
+def _resident_mb() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() // 2**20
+
+
+if __name__ == "__main__":
+    main()

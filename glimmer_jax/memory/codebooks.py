@@ -1,0 +1,179 @@
+"""Codebooks of product-quantised memory, learnt from a sample of passages on the device mesh.
+
+Each channel is brought to mean 0 and size 1; the principal directions are dealt out to the subspaces so
+that each gets as much to say (Ge et al., 2013, "Optimized Product Quantization", section 3.2); then
+k-means finds the centroids of every subspace, each device summing over its own part of the sample.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from glimmer_jax.memory import batches
+from glimmer_jax.memory.encoder import States
+from glimmer_jax.memory.source import Passages
+from glimmer_jax.product_quantisation import ProductQuantisation, nearest
+
+Codebooks = dict[str, np.ndarray]
+
+
+def sample_states(
+    states: States,
+    passages: Passages,
+    *,
+    tokens: int,
+    rows: int,
+    buckets: Sequence[int],
+    devices: int,
+    seed: int = 0,
+) -> np.ndarray:
+    """States of the tokens of passages drawn at random, float32 `[<= tokens, D]`.
+
+    Args:
+      states: int32 tokens `[n, P]` -> states `[n, P, D]`.
+      passages: the corpus.
+      tokens: how many are wanted; fewer where the corpus is smaller.
+      rows: passages a device encodes at once.
+      buckets: lengths that a batch is padded to; longer passages are cut.
+      devices: that a call of `states` spreads its rows over.
+      seed: of the draw.
+    """
+    chosen = np.random.default_rng(seed).permutation(len(passages))
+    lengths = np.minimum(passages.lengths(chosen), buckets[-1])
+    count = int(np.searchsorted(np.cumsum(lengths, dtype=np.int64), tokens)) + 1
+    chosen, lengths = chosen[:count], lengths[:count]
+    parts = []
+    for group in batches.groups(lengths, rows, buckets):
+        batch = np.zeros((rows * devices, group.bucket), np.int32)
+        batch[: len(group.positions)] = passages.tokens(chosen[group.positions], group.bucket)
+        found = np.asarray(states(batch), np.float32)[: len(group.positions)]
+        parts.append(found[np.arange(group.bucket) < lengths[group.positions][:, None]])
+    return np.concatenate(parts)[:tokens]
+
+
+def learn(
+    codec: ProductQuantisation,
+    states_ND: np.ndarray,
+    mesh: Mesh,
+    iterations: int = 25,
+    seed: int = 0,
+) -> Codebooks:
+    """Codebooks for `codec` from a sample of states; the same for the same mesh and seed.
+
+    Args:
+      codec: with its sizes.
+      states_ND: float `[N, D]`; some hundred for each code are enough.
+      mesh: the sample is spread over all its devices.
+      iterations: of k-means.
+      seed: of the centroids that it starts from.
+
+    Raises:
+      ValueError: there are fewer states than codes, or some are not finite.
+    """
+    states_ND = np.asarray(states_ND, np.float32)
+    count, emb_dim = states_ND.shape
+    if count < codec.num_codes:
+        raise ValueError(
+            f"Codebooks of {codec.num_codes} codes need a sample of at least as many tokens, and this "
+            f"has {count}. Raise SAMPLE_TOKENS, give more passages, or choose a codec of fewer codes."
+        )
+    if not np.isfinite(states_ND).all():
+        raise ValueError(
+            "The memory encoder gave NaN or infinity for passages of the sample. Check the checkpoint "
+            "(did its training diverge?) and the activation dtype."
+        )
+    mean = states_ND.mean(0, dtype=np.float64)
+    size = states_ND.std(0, dtype=np.float64)
+    # A channel that is always the same needs no code.
+    scale = np.where(size > 0, size, 1.0)
+    books: Codebooks = {
+        "mean": mean.astype(np.float32),
+        "scale": scale.astype(np.float32),
+        "basis": np.eye(emb_dim, dtype=np.float32),
+    }
+    rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    padded = np.zeros((-(-count // mesh.size) * mesh.size, emb_dim), np.float32)
+    padded[:count] = (states_ND - books["mean"]) / books["scale"]
+    even_ND = jax.device_put(padded, rows)
+    products = jax.jit(lambda x: jnp.matmul(x.T, x, precision="highest"))(even_ND)
+    books["basis"] = even_basis(np.asarray(products, np.float64) / count, codec.channels)
+
+    weights = jax.device_put((np.arange(len(padded)) < count).astype(np.float32), rows)
+    draw = np.random.default_rng(seed)
+    turned = (padded[:count] @ books["basis"]).reshape(count, -1, codec.channels)
+    start, spare = (
+        turned[draw.permutation(count)[: codec.num_codes]].swapaxes(0, 1).copy() for _ in range(2)
+    )
+    centroids = _kmeans(even_ND, weights, books["basis"], start, spare, iterations, mesh)
+    return {"centroids": np.asarray(centroids), **books}
+
+
+def even_basis(covariance_DD: np.ndarray, channels: int) -> np.ndarray:
+    """Orthogonal float32 `[D, D]` whose columns are principal directions, dealt out to subspaces.
+
+    Each direction, largest variance first, goes to the subspace with room whose variances have the
+    smallest product so far: the error of a code depends on that product alone.
+    """
+    variances, directions = np.linalg.eigh(covariance_DD)
+    subspaces: list[list[int]] = [[] for _ in range(len(variances) // channels)]
+    floor = max(float(variances[-1]), 1e-30) * 1e-9
+    logs = np.log(np.maximum(variances, floor) / floor)
+    products = np.zeros(len(subspaces))
+    for index in np.argsort(-variances, kind="stable"):
+        room = [len(members) < channels for members in subspaces]
+        to = int(np.argmin(np.where(room, products, np.inf)))
+        subspaces[to].append(int(index))
+        products[to] += logs[index]
+    return directions[:, np.concatenate(subspaces)].astype(np.float32)
+
+
+def _kmeans(
+    even_ND: jax.Array,
+    weights_N: jax.Array,
+    basis_DD: np.ndarray,
+    start_GCS: np.ndarray,
+    spare_GCS: np.ndarray,
+    iterations: int,
+    mesh: Mesh,
+) -> jax.Array:
+    """Lloyd's iterations in every subspace; a code that nothing chose takes a spare point."""
+    num_codes, channels = start_GCS.shape[1:]
+    axes = mesh.axis_names
+
+    def on_device(even_ND, weights_N, basis, start_GCS, spare_GCS):
+        turned = jnp.matmul(even_ND, basis, precision="highest")
+        points_GNS = turned.reshape(len(even_ND), -1, channels).swapaxes(0, 1)
+
+        def subspace(given: tuple[Any, Any, Any]):
+            points_NS, start_CS, spare_CS = given
+
+            def iterate(step, centroids_CS):
+                codes_N = nearest(points_NS, centroids_CS)
+                sums = jax.ops.segment_sum(points_NS * weights_N[:, None], codes_N, num_codes)
+                counts = jax.ops.segment_sum(weights_N, codes_N, num_codes)[:, None]
+                sums, counts = jax.lax.psum((sums, counts), axes)
+                others_CS = jnp.roll(spare_CS, step, axis=0)
+                return jnp.where(counts > 0, sums / jnp.maximum(counts, 1), others_CS)
+
+            return jax.lax.fori_loop(0, iterations, iterate, start_CS)
+
+        return jax.lax.map(subspace, (points_GNS, start_GCS, spare_GCS))
+
+    rows, whole = PartitionSpec(axes), PartitionSpec()
+    run = jax.shard_map(
+        on_device, mesh=mesh, in_specs=(rows, rows, whole, whole, whole), out_specs=whole
+    )
+    everywhere = NamedSharding(mesh, whole)
+    given = jax.device_put((basis_DD, start_GCS, spare_GCS), everywhere)
+    return jax.jit(run)(even_ND, weights_N, *given)
+
+
+def relative_error(codec: ProductQuantisation, books: Codebooks, states_ND: np.ndarray) -> float:
+    """Root mean square of what the codec loses of these states, over that of the states."""
+    kept = jax.jit(lambda x, books: codec.decode(codec.encode(x, books), jnp.float32, books))
+    lost = np.asarray(kept(states_ND, books), np.float64) - states_ND
+    return float(np.sqrt(np.square(lost).sum() / np.square(states_ND, dtype=np.float64).sum()))

@@ -1,0 +1,90 @@
+"""Mode `codebooks`: a checkpoint with codebooks for a product-quantised memory, learnt from passages."""
+
+import dataclasses
+
+import jax
+
+from glimmer_jax import codecs
+from glimmer_jax.data.vocabulary import Vocabulary
+from glimmer_jax.memory import batches, codebooks, encoder
+from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.modes import checks
+from glimmer_jax.modes.recipe import check_model
+from glimmer_jax.partitioning import MeshConfig, make_mesh
+from glimmer_jax.passages import Passages
+from glimmer_jax.product_quantisation import ProductQuantisation
+from glimmer_jax.weights import parameters
+from glimmer_jax.weights.model_config import describe
+from glimmer_jax.weights.params_file import save_params_file
+
+
+def learn_codebooks(
+    model: GlimmerModel,
+    checkpoint_path: str,
+    passages_dir: str,
+    output_path: str,
+    max_length: int,
+    batch_size: int = 32,
+    sample_tokens: int = 131072,
+    iterations: int = 25,
+    seed: int = 0,
+    mesh: MeshConfig = MeshConfig(),
+    vocabulary: Vocabulary = Vocabulary(),
+) -> float:
+    """Writes the checkpoint's parameters with codebooks; prints and returns what the codec loses.
+
+    Args:
+      model: with a memory encoder, and a codec that has codebooks (`pq`, `pq16`).
+      checkpoint_path: any of the places of `weights.load`; codebooks that it has are learnt anew.
+      passages_dir: the sample is drawn from here.
+      output_path: a file `NAME.safetensors`; to train from, to build memory with, to read it.
+      max_length: P, tokens of a passage.
+      batch_size: passages a device encodes at once.
+      sample_tokens: that the codebooks are learnt from; as many again, at most, are tried on.
+      iterations: of k-means.
+      seed: of the sample and of the start of k-means.
+      mesh: devices.
+      vocabulary: that of the model.
+
+    Raises:
+      ValueError: missing settings, a model without memory, a codec without codebooks, a sample that is
+        too small, or files that do not belong together.
+    """
+    checks.required(
+        CHECKPOINT_PATH=checkpoint_path, PASSAGES_DIR=passages_dir, OUTPUT_PATH=output_path
+    )
+    check_model(model)
+    codec = codecs.get(model.config.memory_codec)
+    if not isinstance(codec, ProductQuantisation):
+        raise ValueError(
+            f"MEMORY_CODEC={model.config.memory_codec!r} has no codebooks to learn. Set it to pq or "
+            "pq16, or build memory with the checkpoint as it is."
+        )
+    corpus = Passages.open(passages_dir, vocabulary.fingerprint)
+    plain = GlimmerModel(
+        dataclasses.replace(model.config, memory_codec="f32", train_codebooks=False)
+    )
+    host_params = parameters.load(checkpoint_path, plain, vocabulary.fingerprint)
+    devices = make_mesh(mesh)
+    params = parameters.place(host_params, plain, devices)
+    sample = codebooks.sample_states(
+        encoder.bind_states(plain.memory_states, params, devices),
+        corpus,
+        tokens=2 * sample_tokens,
+        rows=batch_size,
+        buckets=batches.default_buckets(max_length),
+        devices=devices.size,
+        seed=seed,
+    )
+    # At most half is for learning; what is left shows what other passages lose.
+    cut = min(sample_tokens, len(sample) * 9 // 10)
+    books = codebooks.learn(codec, sample[:cut], devices, iterations, seed)
+    lost = codebooks.relative_error(codec, books, sample[cut:])
+    if jax.process_index() == 0:
+        tree = {**params, "memory_codebooks": books}
+        save_params_file(output_path, tree, describe(model.config, vocabulary.fingerprint))
+        print(
+            f"Wrote {output_path}: codebooks of {codec.name} from {cut} tokens; relative error "
+            f"{lost:.4f} on {len(sample) - cut} others."
+        )
+    return lost

@@ -1,0 +1,131 @@
+"""A store in a bucket: TensorStore's own gcs driver against a small server that misbehaves."""
+
+import numpy as np
+import pytest
+from fake_gcs import FakeGcs
+
+from glimmer_jax.memory import change, folder, lookup
+from glimmer_jax.memory.identity import Layout
+from glimmer_jax.memory.store import MemoryStore
+from glimmer_jax.memory.verify import verify
+
+# As many as a store's requests in the middle of what is tested.
+FAULTS = {
+    "busy": [429] * 3,
+    "error": [500] * 3,
+    "away": [503] * 3,
+    "reset": ["reset"] * 3,
+    "lost": ["lost"] * 3,
+    "slow": [0.2] * 3,
+}
+
+
+@pytest.fixture(scope="module")
+def server():
+    """One for all tests: TensorStore reads its address once."""
+    with pytest.MonkeyPatch.context() as patch:
+        gcs = FakeGcs("bucket")
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", gcs.url)
+        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
+        yield gcs
+        gcs.close()
+
+
+@pytest.fixture
+def bucket(server):
+    with server.lock:
+        server.objects.clear()
+        server.faults.clear()
+    return server
+
+
+def _part(tiny, count):
+    whole = tiny.TinyPassages()
+    whole.ids, whole.all_tokens = whole.ids[:count], whole.all_tokens[:count]
+    return whole
+
+
+def _spec(name, retries=8):
+    return {
+        "driver": "gcs",
+        "bucket": "bucket",
+        "path": f"{name}/",
+        "context": {
+            "gcs_request_retries": {
+                "max_retries": retries,
+                "initial_delay": "5ms",
+                "max_delay": "20ms",
+            }
+        },
+    }
+
+
+def test_a_store_in_a_bucket_has_the_bytes_of_one_on_disk(tiny, tiny_store, bucket, folder_bytes):
+    tiny.build_tiny("gs://bucket/memory")
+    found = {name.removeprefix("memory/"): data for name, (_, data) in bucket.objects.items()}
+    assert found == folder_bytes(tiny_store)
+    store = MemoryStore.open("gs://bucket/memory/")
+    rows = np.array([[0, 22, -1], [7, 7, 3]])
+    there, lengths = lookup.DiskLookup(store, 12)(rows)
+    here, _ = lookup.DiskLookup(MemoryStore.open(tiny_store), 12)(rows)
+    np.testing.assert_array_equal(there["states"].view(np.uint16), here["states"].view(np.uint16))
+    assert lengths[0, 2] == 0 and verify(store) == []
+    del bucket.objects["memory/shards/000001/states/c/0/0"]
+    assert verify(store) == ["shards/000001/states/c/0/0 is missing"]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_bucket_that_stumbles_is_asked_again(tiny, bucket, kind):
+    def stumble():
+        with bucket.lock:
+            bucket.faults.extend(FAULTS[kind])
+            bucket.hit = 0
+
+    path = _spec(kind)
+    stumble()
+    tiny.build_tiny(path, _part(tiny, 9), reference=None)
+    assert bucket.hit == 3
+    stumble()
+    store = MemoryStore.open(path)
+    assert bucket.hit == 3 and len(store) == 9
+    stumble()
+    _, lengths = lookup.DiskLookup(store, 12)(np.arange(9)[None])
+    assert bucket.hit == 3
+    np.testing.assert_array_equal(lengths[0], tiny.TinyPassages().lengths(range(9)))
+    stumble()
+    made = change.append(
+        tiny.recipe(),
+        tiny.TinyPassages(),
+        path,
+        passages_fingerprint="sha256:p2",
+        layout=Layout(6, 4),
+    )
+    assert made.num_passages == 23 and len(store) == 9
+    stumble()
+    assert verify(MemoryStore.open(path)) == [] and bucket.hit == 3
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("fault", [429, 500, 503, "reset"])
+def test_a_bucket_that_is_gone_is_no_damage_and_the_build_goes_on_later(tiny, bucket, fault):
+    path = _spec("gone", retries=2)
+    calls = 0
+
+    def encode(tokens):
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            with bucket.lock:
+                bucket.faults.extend([fault] * 200)
+        return tiny.encode(tokens)
+
+    with pytest.raises(OSError, match="could not be .*run the same command again"):
+        tiny.build_tiny(path, reference=None, encode=encode)
+    bucket.faults.clear()
+    assert folder.read_file(folder.open_folder(path), "manifest.json") is None
+    with bucket.lock:
+        # The process that held it is this one; elsewhere its lease would have ended.
+        bucket.objects.pop("gone/build.lock", None)
+    assert tiny.build_tiny(path, reference=None).manifest.num_passages == 23
+    assert verify(MemoryStore.open(path)) == []

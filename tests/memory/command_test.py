@@ -1,0 +1,170 @@
+"""A memory's whole life by the command line, on a tiny checkpoint and the built-in vocabulary."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import gin
+import jax
+import numpy as np
+import pytest
+
+from glimmer_jax import main as command_line
+from glimmer_jax.data.vocabulary import Vocabulary
+from glimmer_jax.memory.store import MemoryStore
+from glimmer_jax.memory.verify import verify
+from glimmer_jax.models.glimmer import GlimmerConfig
+from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.models.t5 import T5Config
+from glimmer_jax.passages import write_passages
+from glimmer_jax.weights.model_config import describe
+from glimmer_jax.weights.params_file import save_params_file
+
+SIZES = {
+    "NUM_ENCODER_LAYERS": 2,
+    "t5.T5Config.num_decoder_layers": 1,
+    "t5.T5Config.emb_dim": 8,
+    "t5.T5Config.num_heads": 2,
+    "t5.T5Config.head_dim": 4,
+    "t5.T5Config.mlp_dim": 16,
+    "ALPHA": 0.5,
+    "MAX_PASSAGE_TOKENS": 16,
+    "BATCH_SIZE": 2,
+    "SHARD_PASSAGES": 8,
+}
+GLIMMER = ("sizes/tiny", "models/glimmer")
+
+
+@pytest.fixture(autouse=True)
+def clear():
+    yield
+    gin.clear_config()
+
+
+def _write(path, ids):
+    vocabulary = Vocabulary()
+    records = [
+        {"id": i, "title": f"json.dumps {i}", "text": "formatted stream " * (i % 4)} for i in ids
+    ]
+    write_passages(
+        path,
+        records,
+        vocabulary.encode,
+        vocabulary.fingerprint,
+        16,
+        vocab_size=vocabulary.vocab_size,
+    )
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """(checkpoint, passages 0..39, passages 0..49)."""
+    folder = tmp_path_factory.mktemp("files")
+    t5 = T5Config(
+        2048,
+        8,
+        2,
+        4,
+        16,
+        num_encoder_layers=2,
+        num_decoder_layers=1,
+        mlp_activations=("relu", "linear"),
+        scan_layers=False,
+    )
+    config = GlimmerConfig(t5, memory_layers=1, rerank_layers=1, num_kept=1)
+    shapes, _ = GlimmerModel(config).abstract_variables()
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype("f"), shapes)
+    checkpoint = str(folder / "tiny.safetensors")
+    save_params_file(checkpoint, params, describe(config, Vocabulary().fingerprint))
+    return checkpoint, _write(folder / "some", range(40)), _write(folder / "all", range(50))
+
+
+def _arguments(mode, *gin_files, **macros):
+    names = [f"--gin_file=gin/{file}.gin" for file in gin_files]
+    return [f"--run_mode={mode}", *names, *(f"--gin.{k}={v!r}" for k, v in macros.items())]
+
+
+def run(mode, *gin_files, **macros):
+    return command_line.main(_arguments(mode, *gin_files, **macros))
+
+
+def build(checkpoint, passages, memory, **macros):
+    given = dict(CHECKPOINT_PATH=checkpoint, PASSAGES_DIR=passages, MEMORY_DIR=str(memory))
+    return _arguments("build_memory", *GLIMMER, "runs/build_memory", **given, **SIZES, **macros)
+
+
+@pytest.mark.parametrize("codec", ["bf16", "pq"])
+def test_a_memory_is_built_appended_to_repaired_withdrawn_from_and_merged(
+    files, tmp_path, folder_bytes, codec, capsys
+):
+    checkpoint, some, every = files
+    macros = {**SIZES, "MEMORY_CODEC": codec}
+    if codec == "pq":
+        with_books = str(tmp_path / "pq.safetensors")
+        given = {k: v for k, v in macros.items() if k != "SHARD_PASSAGES"}
+        given |= dict(CHECKPOINT_PATH=checkpoint, PASSAGES_DIR=every, ITERATIONS=2)
+        # Without codebooks there is nothing to build with, and the message says how to get them.
+        assert command_line.main(build(checkpoint, some, tmp_path / "m", MEMORY_CODEC="pq")) == 2
+        assert "Learn them with --run_mode=codebooks" in capsys.readouterr().err
+        assert run("codebooks", *GLIMMER, "runs/codebooks", OUTPUT_PATH=with_books, **given) == 0
+        assert "codebooks of pq from" in capsys.readouterr().out
+        checkpoint = with_books
+    memory = tmp_path / "m"
+    assert command_line.main(build(checkpoint, some, memory, MEMORY_CODEC=codec)) == 0
+    job = dict(CHECKPOINT_PATH=checkpoint, PASSAGES_DIR=every, MEMORY_DIR=str(memory), **macros)
+    model = ("runs/memory", *GLIMMER)
+
+    capsys.readouterr()
+    assert run("memory", *model, ACTION="append", **job) == 0
+    # Before it, what was read.
+    said = capsys.readouterr().out
+    added = json.loads(said[said.index("{") :])
+    assert (added["passages"], added["version"], added["codec"]) == (50, 2, codec)
+    before = folder_bytes(memory)
+    array = "codes" if codec == "pq" else "states"
+    (memory / "shards" / "000003" / array / "c" / "0" / "0").write_bytes(b"lost")
+    assert run("memory", "runs/memory", ACTION="verify", MEMORY_DIR=str(memory)) == 2
+    assert run("memory", *model, ACTION="repair", **job) == 0
+    assert folder_bytes(memory) == before
+
+    assert run("memory", "runs/memory", ACTION="withdraw", MEMORY_DIR=str(memory), IDS=[3, 44]) == 0
+    _write(tmp_path / "more", [3, 100, 101])
+    more = tmp_path / "m2"
+    made = build(checkpoint, str(tmp_path / "more"), more, MEMORY_CODEC=codec)
+    assert command_line.main(made) == 0
+    whole = tmp_path / "whole"
+    parts = [str(memory), str(more)]
+    assert run("memory", "runs/memory", ACTION="merge", MEMORY_DIR=str(whole), PARTS=parts) == 0
+    store = MemoryStore.open(whole)
+    assert verify(store) == []
+    assert store.rows([3, 44, 100], "mask").tolist() == [50, -1, 51]
+
+
+@pytest.mark.fault
+def test_builders_as_processes_of_their_own_make_the_bytes_of_one(files, tmp_path, folder_bytes):
+    checkpoint, some, _ = files
+    # One device: what a program computes may depend on their number, and here it should not differ.
+    root = str(pathlib.Path(__file__).parents[2])
+    flags = "--xla_backend_optimization_level=0"
+    env = {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+
+    def start(memory, **macros):
+        command = [
+            sys.executable,
+            "-m",
+            "glimmer_jax.main",
+            *build(checkpoint, some, memory, **macros),
+        ]
+        return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+
+    running = [start(tmp_path / "many", BUILDER_INDEX=i, BUILDER_COUNT=2) for i in (1, 0)]
+    running.append(start(tmp_path / "one"))
+    for process in running:
+        _, said = process.communicate(timeout=200)
+        assert process.returncode == 0, said
+    left = {k: v for k, v in folder_bytes(tmp_path / "many").items() if "lock" not in k}
+    assert left == folder_bytes(tmp_path / "one")
