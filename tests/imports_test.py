@@ -32,6 +32,7 @@ LAYERS = (
     ("retrieval",),
     ("data",),
     ("serving",),
+    ("preflight",),
     ("modes",),
     ("t5x_adapter",),
     ("configuration",),
