@@ -46,6 +46,8 @@ EXTRAS = {
     "beam": ["apache-beam>=2.60"],
     "parity": ["torch>=2.6", "transformers>=5"],
     "tpu": ["jax[tpu]>=0.10"],
+    # XLA's TPU compiler alone, for machines without a TPU.
+    "preflight": ["libtpu>=0.0.40"],
     "cuda12": ["jax[cuda12]>=0.10"],
     "cuda13": ["jax[cuda13]>=0.10"],
     "dev": [

@@ -9,7 +9,7 @@ import difflib
 import importlib.util  # noqa: F401 (gin uses it without importing it)
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gin
@@ -23,7 +23,10 @@ class ConfigError(ValueError):
 
 
 def parse(
-    gin_files: Sequence[str], bindings: Sequence[str] = (), search_paths: Sequence[str] = ()
+    gin_files: Sequence[str],
+    bindings: Sequence[str] = (),
+    search_paths: Sequence[str] = (),
+    unbound: Mapping[str, str] | None = None,
 ) -> None:
     """Reads files, then bindings, in order, and locks the configuration.
 
@@ -31,6 +34,7 @@ def parse(
       gin_files: paths, tried as they are, then below `search_paths`, then below the shipped root.
       bindings: such as `TRAIN_STEPS = 10`.
       search_paths: folders.
+      unbound: macro -> value of those that are used and that nothing else gives a value.
 
     Raises:
       ConfigError: a file is missing or malformed, or macros and bindings do not fit together.
@@ -45,6 +49,8 @@ def parse(
         for path in gin_files:
             gin.parse_config_file(path)
         gin.parse_config(list(bindings))
+        missing = [name for name in missing_macros() if name in (unbound or {})]
+        gin.parse_config([f"{name} = {(unbound or {})[name]}" for name in missing])
         check_macros()
         gin.finalize()
     except ConfigError:
@@ -78,6 +84,16 @@ def configured(function: Callable[..., Any]) -> Callable[..., Any]:
     return gin.get_configurable(function)
 
 
+def settings(function: Callable[..., Any]) -> dict[str, Any]:
+    """What `function` would be called with.
+
+    Raises:
+      ConfigError: no gin file configures it.
+    """
+    configured(function)
+    return gin.get_bindings(function)
+
+
 def operative_config() -> str:
     """The bindings that were used so far, as a gin file."""
     return gin.operative_config_str()
@@ -96,20 +112,31 @@ def _is_not_search(record: logging.LogRecord) -> bool:
 
 def check_macros() -> None:
     """Raises ConfigError for macros that are bound and unused, or used and without a value."""
+    used, bound = _macros()
+    if unused := sorted(bound - used):
+        raise ConfigError("; ".join(_unused(name, used) for name in unused))
+    if missing := missing_macros():
+        raise ConfigError(
+            f"No value for {', '.join(missing)}. Set it in a gin file, or on the command line: "
+            f"--gin.{missing[0]}=…"
+        )
+
+
+def missing_macros() -> list[str]:
+    """Macros that are used and have no value."""
+    used, bound = _macros()
+    config = gin_config._CONFIG
+    return sorted((used - bound) | {name for name in bound if _is_required(config, name)})
+
+
+def _macros() -> tuple[set[str], set[str]]:
+    """Those that are used, and those that are bound."""
     # Gin offers its configuration only to hooks, and its own hooks run first, with messages that
     # list every binding.
     config = gin_config._CONFIG
     macro = gin.get_configurable("gin.macro")
     used = {ref.config_key[0] for ref in gin_config.iterate_references(config, to=macro)}
-    bound = {scope for scope, selector in config if selector == "gin.macro"}
-    if unused := sorted(bound - used):
-        raise ConfigError("; ".join(_unused(name, used) for name in unused))
-    missing = sorted((used - bound) | {name for name in bound if _is_required(config, name)})
-    if missing:
-        raise ConfigError(
-            f"No value for {', '.join(missing)}. Set it in a gin file, or on the command line: "
-            f"--gin.{missing[0]}=…"
-        )
+    return used, {scope for scope, selector in config if selector == "gin.macro"}
 
 
 def _unused(name: str, used: set[str]) -> str:

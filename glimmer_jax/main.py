@@ -30,6 +30,9 @@ MODES = {
     "score": "glimmer_jax.modes.score:score",
     "export": "glimmer_jax.modes.export:export",
 }
+# Not configured itself: it asks about one of these, whichever the gin files configure.
+PREFLIGHT = "preflight"
+PREFLIGHT_JOBS = ("train", "build_memory", "eval", "infer")
 
 
 def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -37,13 +40,16 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="glimmer", description="FiD, LUMEN and GLIMMER.", allow_abbrev=False
     )
-    parser.add_argument("--run_mode", choices=sorted(MODES), default="train")
+    parser.add_argument("--run_mode", choices=sorted([*MODES, PREFLIGHT]), default="train")
     parser.add_argument("--action", help="of --run_mode=memory; short for --gin.ACTION")
     parser.add_argument("--gin_file", action="append", default=[], metavar="PATH")
     parser.add_argument("--gin_search_paths", default="", metavar="DIR,DIR")
     parser.add_argument("--gin_bindings", action="append", default=[], metavar="X=V")
     parser.add_argument("--seqio_additional_cache_dirs", default="", metavar="DIR,DIR")
     parser.add_argument("--tfds_data_dir", metavar="DIR")
+    slices = parser.add_argument_group("whether a job fits a TPU slice (--run_mode=preflight)")
+    slices.add_argument("--topology", metavar="GENERATION:SIDES", help="such as v5p:4x4x4")
+    slices.add_argument("--json", metavar="FILE", help="gets the report")
     kilt = parser.add_argument_group("KILT's official scores (--run_mode=score, without gin)")
     kilt.add_argument("--gold", metavar="FILE", help="labelled KILT file")
     kilt.add_argument("--guess", metavar="FILE", help="KILT submission")
@@ -65,6 +71,8 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         if not other.startswith("--gin.") or not equals:
             parser.error(f"unknown argument {other!r}; bindings are written --gin.NAME=VALUE")
         flags.gin_bindings.append(f"{name} = {value}")
+    if (flags.topology or flags.json) and flags.run_mode != PREFLIGHT:
+        parser.error("--topology and --json want --run_mode=preflight")
     if official_arguments(flags):
         if flags.run_mode != "score" or not flags.gold or not flags.guess:
             parser.error("--gold, --guess and --ks want --run_mode=score and both files")
@@ -85,6 +93,8 @@ def run_mode(flags: argparse.Namespace) -> Any:
     """Configures the mode's function, with gin or with the flags of its own, and calls it."""
     if arguments := official_arguments(flags):
         return _find("glimmer_jax.modes.score:official")(**arguments)
+    if flags.run_mode == PREFLIGHT:
+        return _preflight(flags)
     from glimmer_jax import configuration
 
     function = _find(MODES[flags.run_mode])
@@ -96,6 +106,28 @@ def run_mode(flags: argparse.Namespace) -> Any:
     if "operative_config" in function.__code__.co_varnames[: function.__code__.co_argcount]:
         kwargs["operative_config"] = configuration.operative_config
     return configured(**kwargs)
+
+
+def _preflight(flags: argparse.Namespace) -> Any:
+    import jax
+
+    # The compiler for the slice runs on this machine's CPU; its own accelerators are not looked at.
+    jax.config.update("jax_platforms", "cpu")
+    from glimmer_jax import configuration
+    from glimmer_jax.modes import preflight
+
+    search_paths = [path for path in flags.gin_search_paths.split(",") if path]
+    configuration.parse(flags.gin_file, flags.gin_bindings, search_paths, preflight.UNBOUND)
+    for job in PREFLIGHT_JOBS:
+        try:
+            settings = configuration.settings(_find(MODES[job]))
+        except configuration.ConfigError:
+            continue
+        return preflight.preflight(job, settings, flags.topology, flags.json)
+    raise ValueError(
+        f"The gin files configure none of {', '.join(PREFLIGHT_JOBS)}. Add the --gin_file of "
+        "gin/runs that the job itself has."
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

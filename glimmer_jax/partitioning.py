@@ -14,14 +14,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from glimmer_jax import axes
 
-MESH_AXES = ("data", "fsdp", "model")
+# From the slowest network to the fastest: `slice` crosses the data centre, `model` stays next door.
+MESH_AXES = ("slice", "data", "fsdp", "passages", "model")
 
-# `batch` is spread over `data` and `fsdp` alike: an fsdp device holds a slice of the parameters and
-# a slice of the batch. `model` is tensor parallelism: heads, feed-forward and vocabulary.
+# `batch` is spread over `slice`, `data` and `fsdp` alike: an fsdp device holds a part of the
+# parameters and a part of the batch. Between slices only gradients travel, since parameters are whole
+# in each. `passages` divides the passages of each question, where there are fewer questions than
+# devices. `model` is tensor parallelism: heads, feed-forward and vocabulary.
 AXIS_RULES: Mapping[str, tuple[str, ...]] = {
     axes.VOCAB: ("model",),
     axes.EMBED: ("fsdp",),
@@ -32,58 +37,140 @@ AXIS_RULES: Mapping[str, tuple[str, ...]] = {
     axes.RELPOS_BUCKETS: (),
     axes.LAYERS: (),
     axes.CODEBOOK: (),
-    axes.BATCH: ("data", "fsdp"),
-    axes.PASSAGES: (),
+    axes.BATCH: ("slice", "data", "fsdp"),
+    axes.PASSAGES: ("passages",),
     axes.LENGTH: (),
     axes.ACT_EMBED: (),
     axes.ACT_HEADS: ("model",),
     axes.ACT_KV: (),
     axes.ACT_MLP: ("model",),
     axes.ACT_VOCAB: ("model",),
-    axes.MEMORY_ROWS: ("data", "fsdp", "model"),
+    axes.MEMORY_ROWS: MESH_AXES,
 }
+
+# In place of a dimension's name in `constrain`: as the arrays that it is made of lie.
+FREE = PartitionSpec.UNCONSTRAINED
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Sizes of the mesh axes, in devices. One of them may be -1: whatever is left."""
 
-    data: int = -1  # copies of the parameters, each with its own slice of the batch
-    fsdp: int = 1  # slices of every parameter, gathered where it is used
-    model: int = 1  # slices of heads, feed-forward and vocabulary
+    data: int = -1  # copies of the parameters, each with its own part of the batch
+    fsdp: int = 1  # parts of every parameter, gathered where it is used; and of the batch
+    model: int = 1  # parts of heads, feed-forward and vocabulary
+    passages: int = 1  # parts of each question's passages; parameters are whole on each
+    slice: int = 1  # TPU slices, joined by the data centre's network; parameters are whole on each
 
     def __post_init__(self):
-        sizes = (self.data, self.fsdp, self.model)
+        sizes = tuple(self.sizes().values())
         if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
             raise ValueError(
-                f"Mesh sizes must be positive, with at most one -1; got data={self.data}, "
-                f"fsdp={self.fsdp}, model={self.model}."
+                f"Mesh sizes must be positive, with at most one -1; got {_words(self.sizes())}."
             )
+
+    def sizes(self) -> dict[str, int]:
+        """Axis -> size, in the mesh's order."""
+        return {axis: getattr(self, axis) for axis in MESH_AXES}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with axes `data`, `fsdp`, `model` over `devices` (default: all of them).
+    """A mesh with the axes `MESH_AXES` over `devices` (default: all of them).
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or `slice` is not the number of
+        slices that the devices come in.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [config.data, config.fsdp, config.model]
-    if -1 in sizes:
-        known = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = max(len(devices) // known, 1)
-    if math.prod(sizes) != len(devices):
+    slices: dict[int, list[Any]] = {}
+    for device in devices:
+        # GPUs count something else by this name: hosts, between which any axis may go.
+        index = (device.platform == "tpu" and getattr(device, "slice_index", None)) or 0
+        slices.setdefault(index, []).append(device)
+    sizes = config.sizes()
+    for axis, size in sizes.items():
+        if size == -1:
+            known = -math.prod(sizes.values())
+            sizes[axis] = max(len(devices) // known, 1)
+    if math.prod(sizes.values()) != len(devices):
+        fitting = "; or ".join(_words(near) for near in nearest_sizes(config, len(devices)))
         raise ValueError(
-            f"A mesh of data x fsdp x model = {' x '.join(map(str, sizes))} needs "
-            f"{math.prod(sizes)} devices, and there are {len(devices)}. Choose sizes whose product "
-            f"is {len(devices)}, for example data={len(devices)}, fsdp=1, model=1."
+            f"A mesh of {_words(sizes)} needs {math.prod(sizes.values())} devices, and there are "
+            f"{len(devices)}. Choose sizes whose product is {len(devices)}, for example {fitting}."
+        )
+    if len(slices) > 1 and sizes["slice"] != len(slices):
+        raise ValueError(
+            f"The devices come in {len(slices)} slices, and the mesh has slice={sizes['slice']}: "
+            f"another axis would cross the slow network between them. Set slice={len(slices)}."
         )
     # Auto axes: the compiler propagates shardings, and `constrain` pins them where it matters.
-    return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    if len(slices) == 1:
+        shape = tuple(sizes.values())
+        return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=types)
+    inside = tuple(size for axis, size in sizes.items() if axis != "slice")
+    grids = [
+        mesh_utils.create_device_mesh(inside, slices[index], allow_split_physical_axes=True)
+        for index in sorted(slices)
+    ]
+    return Mesh(np.stack(grids), MESH_AXES, axis_types=types)
 
 
-def spec(names: Sequence[str | None]) -> PartitionSpec:
-    """The mesh axes of an array whose dimensions are called `names`; None is not sharded.
+def nearest_sizes(config: MeshConfig, count: int, at_most: int = 2) -> list[dict[str, int]]:
+    """Sizes for `count` devices that differ least from those asked for; -1 is anything."""
+    wanted = config.sizes()
+
+    def distance(sizes: dict[str, int]) -> tuple[float, ...]:
+        # By ratio, slices first: they are what the hardware has. Of equals, axes to the left change.
+        apart = [abs(math.log(sizes[a] / wanted[a])) if wanted[a] > 0 else 0.0 for a in MESH_AXES]
+        free = [sizes[a] for a in MESH_AXES if wanted[a] == -1]
+        return (apart[0], round(sum(apart), 9), *(-size for size in free), *reversed(apart))
+
+    found = []
+    for left in _factors(count):
+        for fsdp in _factors(count // left):
+            for passages in _factors(count // left // fsdp):
+                model = count // left // fsdp // passages
+                slices = wanted["slice"] if wanted["slice"] > 0 else 1
+                slices = slices if left % slices == 0 else 1
+                sizes = (slices, left // slices, fsdp, passages, model)
+                found.append(dict(zip(MESH_AXES, sizes, strict=True)))
+    return sorted(found, key=distance)[:at_most]
+
+
+def _factors(number: int) -> list[int]:
+    return [factor for factor in range(1, number + 1) if number % factor == 0]
+
+
+def _words(sizes: Mapping[str, int]) -> str:
+    # An axis that is not used is not worth reading about, but for the common three.
+    used = {a: s for a, s in sizes.items() if s != 1 or a in ("data", "fsdp", "model")}
+    return ", ".join(f"{axis}={size}" for axis, size in used.items())
+
+
+def parts(mesh: Any, name: str) -> int:
+    """Into how many parts a dimension called `name` is cut on a mesh."""
+    return math.prod(mesh.shape[axis] for axis in AXIS_RULES[name])
+
+
+def parts_in_scope(name: str) -> int:
+    """`parts` on the mesh that is set; 1 without one, and where each device is on its own."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty or mesh.are_all_axes_manual else parts(mesh, name)
+
+
+def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The rows of a batch that this process holds, int `[n]`, in order.
+
+    Processes share rows where an axis that does not divide the batch crosses them.
+    """
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    starts = {rows[0].indices(batch_size)[:2] for rows in held if rows}
+    return np.concatenate([np.arange(*bounds) for bounds in sorted(starts)])
+
+
+def spec(names: Sequence[Any]) -> PartitionSpec:
+    """The mesh axes of an array whose dimensions are called `names`; None is whole, `FREE` open.
 
     Raises:
       ValueError: a name is not in `AXIS_RULES`, or two dimensions claim one mesh axis.
@@ -91,8 +178,8 @@ def spec(names: Sequence[str | None]) -> PartitionSpec:
     entries: list[Any] = []
     owner: dict[str, str] = {}
     for name in names:
-        if name is None:
-            entries.append(None)
+        if name is None or name is FREE:
+            entries.append(name)
             continue
         if name not in AXIS_RULES:
             raise ValueError(
@@ -111,7 +198,7 @@ def spec(names: Sequence[str | None]) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
-def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
+def constrain(x: jax.Array, names: Sequence[Any]) -> jax.Array:
     """Pins the sharding of an activation inside jit; without a mesh in scope, returns `x`.
 
     So it does inside a `shard_map` over the whole mesh, where each device is on its own.
@@ -140,9 +227,9 @@ def check_divisible(shapes_tree: Any, names_tree: Any, mesh: Mesh) -> None:
     def check(path, names, shape):
         for size, entry in zip(shape, spec(names), strict=True):
             mesh_axes = (entry,) if isinstance(entry, str) else (entry or ())
-            parts = math.prod(mesh.shape[a] for a in mesh_axes)
-            if size % parts:
-                bad.append(f"{jax.tree_util.keystr(path)} {tuple(shape)} by {parts} on {entry}")
+            cuts = math.prod(mesh.shape[a] for a in mesh_axes)
+            if size % cuts:
+                bad.append(f"{jax.tree_util.keystr(path)} {tuple(shape)} by {cuts} on {entry}")
 
     jax.tree_util.tree_map_with_path(
         lambda path, names, leaf: check(path, names, leaf.shape),
@@ -158,8 +245,18 @@ def check_divisible(shapes_tree: Any, names_tree: Any, mesh: Mesh) -> None:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading dimension over `data` and `fsdp`, the rest whole; for any batch array."""
+    """Rows over `slice`, `data` and `fsdp`, the rest whole; for any array of a batch."""
     return NamedSharding(mesh, spec((axes.BATCH,)))
+
+
+def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """Of each array of a batch, `{name: array or dict of arrays}`; passages are cut as rows are."""
+
+    def of(name: str) -> NamedSharding:
+        passages = name.startswith("passage_") or name == "gold_passages"
+        return NamedSharding(mesh, spec((axes.BATCH, axes.PASSAGES) if passages else (axes.BATCH,)))
+
+    return {name: jax.tree.map(lambda _, name=name: of(name), x) for name, x in batch.items()}
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -33,6 +33,7 @@ LAYERS = (
     ("retrieval",),
     ("data",),
     ("serving",),
+    ("preflight",),
     ("modes",),
     ("t5x_adapter",),
     ("configuration",),

@@ -1,5 +1,7 @@
 """The mesh and its one rule table."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,8 @@ def test_every_axis_name_has_a_rule():
 
 def test_a_mesh_takes_what_is_left():
     mesh = make_mesh(MeshConfig(data=-1, fsdp=2, model=2))
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "model": 2}
+    assert dict(mesh.shape) == {"slice": 1, "data": 2, "fsdp": 2, "passages": 1, "model": 2}
+    assert make_mesh(MeshConfig(data=1, slice=2, fsdp=-1)).shape["fsdp"] == 4
     assert make_mesh(MeshConfig(), jax.devices()[:3]).size == 3
 
 
@@ -33,9 +36,60 @@ def test_a_mesh_that_does_not_cover_the_devices_is_refused(config):
         make_mesh(config)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "proposed"),
+    [
+        (dict(data=3), "data=8, fsdp=1, model=1; or data=4, fsdp=2, model=1"),
+        (dict(data=-1, fsdp=3), "data=2, fsdp=4, model=1"),
+        (dict(data=1, fsdp=16), "data=1, fsdp=8, model=1"),
+        (dict(data=1, fsdp=8, slice=2), "slice=2, data=1, fsdp=4, model=1"),
+        (dict(data=1, passages=6), "data=1, fsdp=1, passages=8, model=1"),
+    ],
+)
+def test_the_message_proposes_the_nearest_meshes_that_fit(sizes, proposed):
+    with pytest.raises(ValueError, match="for example") as info:
+        make_mesh(MeshConfig(**sizes))
+    assert str(info.value).split("for example ")[1].startswith(proposed)
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuDevice:
+    """A chip of a multi-slice job, as far as a mesh looks at it."""
+
+    id: int
+    slice_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU of a test"
+    process_index: int = 0
+    core_on_chip: int = 0
+
+    @property
+    def coords(self):
+        return (self.id // 2 % 2, self.id // 4, 0)
+
+
+def test_slices_are_the_hardwares_and_lie_outermost():
+    # Given out of order: devices of two slices alternate.
+    devices = [TpuDevice(i, i % 2) for i in range(8)]
+    mesh = make_mesh(MeshConfig(slice=2, data=1, fsdp=-1), devices)
+    grid = mesh.devices.reshape(2, 4)
+    assert [{device.slice_index for device in row} for row in grid] == [{0}, {1}]
+    with pytest.raises(ValueError, match=r"come in 2 slices, .*slice=1.*Set slice=2"):
+        make_mesh(MeshConfig(data=8), devices)
+
+
+def test_rows_of_a_process_are_those_of_its_devices():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, passages=2))
+    np.testing.assert_array_equal(partitioning.own_rows(mesh, 8), np.arange(8))
+    assert partitioning.parts(mesh, axes.BATCH) == 4
+    assert partitioning.parts(mesh, axes.PASSAGES) == 2
+
+
 def test_names_become_mesh_axes():
     assert spec((axes.EMBED, axes.MLP)) == PartitionSpec("fsdp", "model")
-    assert spec((axes.BATCH, None, axes.ACT_EMBED)) == PartitionSpec(("data", "fsdp"), None, None)
+    rows = ("slice", "data", "fsdp")
+    assert spec((axes.BATCH, None, axes.ACT_EMBED)) == PartitionSpec(rows, None, None)
+    assert spec((axes.BATCH, partitioning.FREE))[1] is PartitionSpec.UNCONSTRAINED
     assert spec((axes.LAYERS, axes.HEADS, axes.RELPOS_BUCKETS)) == PartitionSpec(
         None, "model", None
     )
@@ -71,7 +125,7 @@ def test_shardings_follow_the_tree_of_names():
     tree = partitioning.shardings({"a": (axes.VOCAB, axes.EMBED), "b": ()}, mesh)
     assert tree["a"].spec == PartitionSpec("model", "fsdp")
     assert tree["b"].spec == PartitionSpec()
-    assert partitioning.batch_sharding(mesh).spec == PartitionSpec(("data", "fsdp"))
+    assert partitioning.batch_sharding(mesh).spec == PartitionSpec(("slice", "data", "fsdp"))
     assert partitioning.replicated(mesh).is_fully_replicated
 
 

@@ -182,8 +182,8 @@ def test_batches_are_deterministic_resumable_and_draw_anew_each_epoch(data_dir, 
     whole = take(train(), 10)
     assert_same(whole, take(train(), 10))
     assert_same(whole[7:], take(train(7), 3))
-    first = take(train(process_index=0, process_count=2), 2)
-    second = take(train(process_index=1, process_count=2), 2)
+    first = take(train(own_rows=np.array([0, 1])), 2)
+    second = take(train(own_rows=np.array([2, 3])), 2)
     joined = [
         {name: np.concatenate([a[name], b[name]]) for name in a}
         for a, b in zip(first, second, strict=True)
@@ -224,8 +224,8 @@ def test_bad_data_ends_before_anything_is_computed(data_dir, passages):
         pipeline.batches(TASK, "test", LENGTHS, 4)
     with pytest.raises(ValueError, match="Splits are train, validation, test; got 'dev'"):
         retrieved.retrieved_file("which", "dev")
-    with pytest.raises(ValueError, match="multiple of the 3 processes"):
-        pipeline.batches(TASK, "train", LENGTHS, 4, process_count=3)
+    with pytest.raises(ValueError, match="BATCH_SIZE must be at least 1, got 0"):
+        pipeline.batches(TASK, "train", LENGTHS, 0)
     (data_dir / "which-train.jsonl").write_text('{"id": "a"\n')
     with pytest.raises(ValueError, match=r"which-train\.jsonl:1: not a JSON object"):
         pipeline.batches(TASK, "train", LENGTHS, 4)

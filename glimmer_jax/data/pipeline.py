@@ -65,8 +65,7 @@ def batches(
     passages: Passages | None = None,
     repeat: bool = True,
     use_cached: bool = False,
-    process_index: int = 0,
-    process_count: int = 1,
+    own_rows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
     """This process's rows of every batch, from `start_step` on.
 
@@ -81,17 +80,15 @@ def batches(
       repeat: True shuffles and never ends; False is one pass in order, its last batch filled up
         with empty rows (all padding, loss weight 0).
       use_cached: read seqio's cache of the task.
-      process_index, process_count: which rows are kept.
+      own_rows: which rows of each batch are kept (`partitioning.own_rows`); None keeps all.
 
     Raises:
       ValueError: unknown name, lengths or batch size that do not fit, or bad data files.
     """
     find_mixture_or_task(mixture_or_task_name)
     passage_length = check_lengths(lengths)[3]
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
-            f"BATCH_SIZE must be a multiple of the {process_count} processes, got {batch_size}."
-        )
+    if batch_size < 1:
+        raise ValueError(f"BATCH_SIZE must be at least 1, got {batch_size}.")
     ds = seqio.get_dataset(
         mixture_or_task_name,
         dict(lengths),
@@ -103,7 +100,7 @@ def batches(
         seed=seed,
     )
     ds = ds.skip(start_step * batch_size).batch(batch_size)
-    return _rows(ds, batch_size, passages, passage_length, process_index, process_count)
+    return _rows(ds, batch_size, passages, passage_length, own_rows)
 
 
 def _rows(
@@ -111,11 +108,9 @@ def _rows(
     batch_size: int,
     passages: Passages | None,
     passage_length: int,
-    process_index: int,
-    process_count: int,
+    own_rows: np.ndarray | None,
 ) -> Iterator[Batch]:
-    local = batch_size // process_count
-    own = slice(process_index * local, (process_index + 1) * local)
+    own = slice(None) if own_rows is None else own_rows
     for batch in ds.as_numpy_iterator():
         rows = {name: x[own] for name, x in fill(batch, batch_size).items()}
         yield attach(rows, passages, passage_length)

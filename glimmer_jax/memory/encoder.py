@@ -26,17 +26,22 @@ Encode = Callable[[np.ndarray], tuple[Mapping[str, Any], Any]]
 
 def bind_encoder(memory_states: StatesFunction, params: Any, mesh: Mesh, codec: str) -> Encode:
     """`memory_states` and the codec as the build wants them, rows spread over all of `mesh`."""
+    return _bind(encode_step(memory_states, mesh, codec), params, mesh)
+
+
+def encode_step(memory_states: StatesFunction, mesh: Mesh, codec: str) -> Any:
+    """`(params, tokens [n, P]) -> (codec's arrays, finite)`, jitted, rows spread over `mesh`."""
 
     def encode(params, tokens):
         states = memory_states(params, tokens)
         return encode_states(codec, states, params.get("memory_codebooks"))
 
-    return _spread(encode, params, mesh)
+    return _spread(encode, mesh)
 
 
 def bind_states(memory_states: StatesFunction, params: Any, mesh: Mesh) -> States:
     """`memory_states` alone, for measuring what a codec loses."""
-    return _spread(memory_states, params, mesh)
+    return _bind(_spread(memory_states, mesh), params, mesh)
 
 
 def encode_states(
@@ -51,7 +56,7 @@ def encode_states(
     return arrays, finite
 
 
-def _spread(function: Callable[[Any, jax.Array], Any], params: Any, mesh: Mesh) -> Callable:
+def _spread(function: Callable[[Any, jax.Array], Any], mesh: Mesh) -> Any:
     rows = PartitionSpec(mesh.axis_names)
     spread = jax.shard_map(
         function,
@@ -62,8 +67,11 @@ def _spread(function: Callable[[Any, jax.Array], Any], params: Any, mesh: Mesh) 
         check_vma=False,
     )
     # Parameters are an argument: as a constant they would be compiled in for every bucket.
-    jitted = jax.jit(spread)
-    placement = NamedSharding(mesh, rows)
+    return jax.jit(spread)
+
+
+def _bind(jitted: Callable[[Any, jax.Array], Any], params: Any, mesh: Mesh) -> Callable:
+    placement = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
     def run(tokens: np.ndarray):
         return jitted(params, jax.device_put(tokens, placement))

@@ -38,6 +38,9 @@ class Lookup(abc.ABC):
         self.masked = 0
         self._unknown = unknown
 
+    # Whether a call takes the rows of the whole batch, the same in every process, and not its own.
+    whole_batch: bool
+
     @abc.abstractmethod
     def __call__(self, rows_BK: np.ndarray) -> Memory:
         """Rows int `[B, K]`, -1 where there is none.
@@ -76,6 +79,8 @@ class Lookup(abc.ABC):
 class DiskLookup(Lookup):
     """Memory that stays on disk or in a bucket; gives numpy arrays."""
 
+    whole_batch = False
+
     def __init__(
         self, store: MemoryStore, length: int, unknown: Literal["error", "mask"] = "error"
     ):
@@ -94,6 +99,8 @@ class MeshLookup(Lookup):
     Attributes:
       table: the memory; an argument of the jitted lookup, never a constant in it.
     """
+
+    whole_batch = True
 
     def __init__(
         self,

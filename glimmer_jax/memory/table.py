@@ -155,6 +155,9 @@ def lookup(
 
 
 def _like_batch(x: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
-    sharding = partitioning.batch_sharding(mesh)
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    return jax.lax.with_sharding_constraint(x, sharding) if x.shape[0] % ways == 0 else x
+    names = (axes.BATCH, axes.PASSAGES)
+    if any(
+        size % partitioning.parts(mesh, name) for size, name in zip(x.shape[:2], names, strict=True)
+    ):
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partitioning.spec(names)))

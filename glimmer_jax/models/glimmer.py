@@ -15,7 +15,7 @@ that all distances are those of the unpadded text, and one static position bias 
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -24,9 +24,10 @@ import jax.numpy as jnp
 from glimmer_jax import axes, codecs
 from glimmer_jax.models.codebooks import Codebooks
 from glimmer_jax.models.decoder import Cache, Decoder
+from glimmer_jax.models.selection import Live, fuse, select
 from glimmer_jax.models.t5 import EncoderStack, T5Config, position_bias
 from glimmer_jax.nn.layers import Dropout, Embed, RMSNorm
-from glimmer_jax.partitioning import constrain
+from glimmer_jax.partitioning import FREE, constrain
 
 Batch = dict[str, Any]
 
@@ -103,14 +104,6 @@ class GlimmerConfig:
         """Whether the model's memory is stored by a codec that has learnt something."""
         specs = codecs.get(self.memory_codec).codebook_specs(self.t5.emb_dim)
         return bool(self.memory_layers and specs)
-
-
-class Live(NamedTuple):
-    """What the first live layers leave for the choice."""
-
-    states: jax.Array  # [B, K, N, D]
-    mask: jax.Array  # bool [B, K, N], real tokens of existing passages
-    scores: jax.Array  # float32 [B, K], -inf where there is no passage
 
 
 class MemoryEncoder(EncoderStack):
@@ -193,37 +186,6 @@ def first_real(mask: jax.Array) -> jax.Array:
     return jnp.argmax(mask, axis=-1)
 
 
-def select(live: Live, num_kept: int | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The m best passages, in the retriever's order.
-
-    Hard: no gradient goes through the choice. Ties go to the earlier passage.
-
-    Args:
-      live: states of all K passages and their scores.
-      num_kept: m; None keeps all.
-
-    Returns:
-      States `[B, m, N, D]`, mask `[B, m, N]`, and int32 indices `[B, m]` into the K passages.
-
-    Raises:
-      ValueError: m is more than K.
-    """
-    num_passages = live.scores.shape[1]
-    if num_kept is None or num_kept == num_passages:
-        kept = jnp.broadcast_to(jnp.arange(num_passages), live.scores.shape)
-        return live.states, live.mask, kept
-    if num_kept > num_passages:
-        raise ValueError(
-            f"num_kept={num_kept} passages cannot be kept of {num_passages} retrieved ones. Retrieve "
-            "more (TASK_FEATURE_LENGTHS' K) or keep fewer (num_kept)."
-        )
-    _, kept = jax.lax.top_k(jax.lax.stop_gradient(live.scores), num_kept)
-    kept = jnp.sort(kept, axis=1)
-    states = jnp.take_along_axis(live.states, kept[:, :, None, None], axis=1)
-    mask = jnp.take_along_axis(live.mask, kept[:, :, None], axis=1)
-    return states, mask, kept
-
-
 class Glimmer(nn.Module):
     """The family. Methods are the stations of paper order: memory, rerank, read, answer."""
 
@@ -292,11 +254,15 @@ class Glimmer(nn.Module):
         """
         codec = codecs.get(self.config.memory_codec)
         if "passage_memory" in batch:
+            memory = {
+                name: constrain(x, (axes.BATCH, axes.PASSAGES, *(FREE,) * (x.ndim - 2)))
+                for name, x in batch["passage_memory"].items()
+            }
             dtype = jnp.dtype(self.config.t5.dtype)
-            states = codec.decode(batch["passage_memory"], dtype, self._codebooks())
+            states = codec.decode(memory, dtype, self._codebooks())
             positions = jnp.arange(states.shape[2])[None, None]
             return states, positions < batch["passage_lengths"][..., None]
-        tokens = batch["passage_tokens"]
+        tokens = constrain(batch["passage_tokens"], (axes.BATCH, axes.PASSAGES, axes.LENGTH))
         states = self.memory_states(tokens)
         if self.config.memory_layers:
             states = codecs.straight_through(codec, states, self._codebooks())
@@ -398,9 +364,3 @@ class Glimmer(nn.Module):
         states, mask, kept = select(live, self.config.num_kept)
         encoded, mask = fuse(self.read(states, mask), mask)
         return self.decode(encoded, mask, batch["decoder_input_tokens"]), live, kept
-
-
-def fuse(states: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Kept passages side by side: `[B, M, N, D]`, `[B, M, N]` -> `[B, M*N, D]`, `[B, M*N]`."""
-    batch, kept, length, dim = states.shape
-    return states.reshape(batch, kept * length, dim), mask.reshape(batch, kept * length)

@@ -27,11 +27,12 @@ import jax
 import jax.numpy as jnp
 from flax.linen.partitioning import AxisMetadata
 
-from glimmer_jax import codecs, losses
+from glimmer_jax import axes, codecs, losses
 from glimmer_jax.models.answers import DecodeConfig, answer
 from glimmer_jax.models.codebooks import TRAINED
-from glimmer_jax.models.glimmer import Batch, Glimmer, GlimmerConfig, Live, fuse
-from glimmer_jax.partitioning import AXIS_RULES
+from glimmer_jax.models.glimmer import Batch, Glimmer, GlimmerConfig
+from glimmer_jax.models.selection import Live, fuse
+from glimmer_jax.partitioning import AXIS_RULES, constrain, parts_in_scope
 
 Params = Any
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -47,7 +48,7 @@ class LossConfig:
     kl_direction: str = "lm_to_rank"  # or rank_to_lm
     mean_log_likelihood: bool = False  # log p(answer) a token instead of an answer
     clean_teacher: bool = False  # run the teacher's Live-A again without dropout
-    teacher_chunk: int = 8  # passages whose [B, T, V] logits exist at one time
+    teacher_chunk: int = 8  # passages whose [B, T, V] logits a device has at one time
     supervised_weight: float = 0.0  # of -log p_rank(gold), where gold passages are known
     cross_entropy_weight: float = 1.0  # of z-loss too; 0 trains the scores alone
 
@@ -296,29 +297,36 @@ class GlimmerModel:
         of passages, because all logits at once would be `[B, K, T, V]`.
         """
         params, states, mask = jax.lax.stop_gradient((params, live.states, live.mask))
+        ways = parts_in_scope(axes.PASSAGES)
 
-        def one(passage):
-            states_BND, mask_BN = passage
-            encoded = self.module.apply(
-                {"params": params}, states_BND[:, None], mask_BN[:, None], method="read"
-            )
-            logits = self.module.apply(
-                {"params": params},
-                encoded[:, 0],
-                mask_BN,
-                batch["decoder_input_tokens"],
-                method="decode",
-            )
+        def one(passages):
+            states_BJND, mask_BJN = passages
+            variables = {"params": params}
+            encoded = self.module.apply(variables, states_BJND, mask_BJN, method="read")
+
+            def each(x_BT):
+                return jnp.broadcast_to(x_BT[:, None], (len(x_BT), ways, *x_BT.shape[1:]))
+
+            tokens = each(batch["decoder_input_tokens"])
+            logits = self.module.apply(variables, encoded, mask_BJN, tokens, method="decode")
             return losses.log_likelihood(
                 logits,
-                batch["decoder_target_tokens"],
-                batch["decoder_loss_weights"],
+                each(batch["decoder_target_tokens"]),
+                each(batch["decoder_loss_weights"]),
                 mean=self.loss.mean_log_likelihood,
             )
 
-        by_passage = (jnp.swapaxes(states, 0, 1), jnp.swapaxes(mask, 0, 1))
-        chunk = min(self.loss.teacher_chunk, mask.shape[1])
-        return jnp.swapaxes(jax.lax.map(one, by_passage, batch_size=chunk), 0, 1)
+        def turns(x):
+            """`[B, K, ...]` -> `[K / J, B, J, ...]`: one passage of each of the J devices."""
+            x = x.reshape(x.shape[0], ways, -1, *x.shape[2:])
+            x = jnp.moveaxis(x, 2, 0)
+            names = (None, axes.BATCH, axes.PASSAGES, *(None,) * (x.ndim - 3))
+            return constrain(x, names)
+
+        by_turn = (turns(states), turns(mask))
+        chunk = min(self.loss.teacher_chunk, len(by_turn[1]))
+        found = jax.lax.map(one, by_turn, batch_size=chunk)
+        return jnp.moveaxis(found, 0, 2).reshape(mask.shape[:2])
 
     def _read(
         self, params: Params, batch: Batch

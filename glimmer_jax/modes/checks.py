@@ -5,6 +5,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from glimmer_jax import axes, partitioning
 from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.lengths import Lengths, check_lengths
 from glimmer_jax.models.glimmer import GlimmerConfig
@@ -28,11 +29,26 @@ def existing_file(name: str, path: Any) -> Path:
 
 def batch_size(name: str, size: int, mesh: Mesh, num_microbatches: int = 1) -> None:
     """Raises ValueError where rows do not divide over devices and microbatches."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"] * num_microbatches
+    ways = partitioning.parts(mesh, axes.BATCH)
+    parts = ways * num_microbatches
     if size < 1 or size % parts:
+        way_out = ""
+        if size >= 1 and ways > size and ways % size == 0:
+            way_out = f" For fewer questions than devices set MESH_PASSAGES, here {ways // size}."
         raise ValueError(
-            f"{name}={size} must be a multiple of {parts}: data x fsdp x microbatches = "
-            f"{mesh.shape['data']} x {mesh.shape['fsdp']} x {num_microbatches}."
+            f"{name}={size} must be a multiple of {parts}: slice x data x fsdp x microbatches = "
+            f"{mesh.shape['slice']} x {mesh.shape['data']} x {mesh.shape['fsdp']} x "
+            f"{num_microbatches}.{way_out}"
+        )
+
+
+def passages_divide(lengths: Lengths, mesh: Mesh) -> None:
+    """Raises ValueError where a question's passages do not divide over the mesh axis for them."""
+    parts = partitioning.parts(mesh, axes.PASSAGES)
+    if lengths.passages % parts:
+        raise ValueError(
+            f"TASK_FEATURE_LENGTHS gives K={lengths.passages} passages, not a multiple of "
+            f"MESH_PASSAGES={parts}. Change one of them."
         )
 
 

@@ -71,7 +71,9 @@ def evaluate(
     checks.required(CHECKPOINT_PATH=checkpoint_path, MIXTURE_OR_TASK_NAME=mixture_or_task_name)
     lengths = checks.lengths_for(model.config, task_feature_lengths)
     checks.vocabulary_fits(model, vocabulary)
-    checks.batch_size("BATCH_SIZE", batch_size, make_mesh(mesh))
+    devices = make_mesh(mesh)
+    checks.batch_size("BATCH_SIZE", batch_size, devices)
+    checks.passages_divide(lengths, devices)
     candidates_NT = None
     if candidates is not None:
         candidates_NT = encode_candidates(candidates, vocabulary, lengths.target)

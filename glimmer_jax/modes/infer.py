@@ -64,7 +64,9 @@ def infer(
     checks.required(CHECKPOINT_PATH=checkpoint_path, PASSAGES_DIR=passages_dir)
     lengths = checks.lengths_for(model.config, task_feature_lengths)
     checks.vocabulary_fits(model, vocabulary)
-    checks.batch_size("BATCH_SIZE", batch_size, make_mesh(mesh))
+    devices = make_mesh(mesh)
+    checks.batch_size("BATCH_SIZE", batch_size, devices)
+    checks.passages_divide(lengths, devices)
     if candidates is not None:
         encode_candidates(candidates, vocabulary, lengths.target)
     examples = None

@@ -17,7 +17,7 @@ from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.models.matching import matching_start
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
-from glimmer_jax.partitioning import MeshConfig, check_divisible, make_mesh
+from glimmer_jax.partitioning import MeshConfig, check_divisible, make_mesh, own_rows
 from glimmer_jax.passages import Passages
 from glimmer_jax.retrieval import origin
 from glimmer_jax.serving.predict import Predict, make_predict
@@ -100,6 +100,7 @@ def train(
     checks.batch_size("EVAL_BATCH_SIZE", eval_batch, devices)
     shapes, names = model.abstract_variables()
     check_divisible(shapes, names, devices)
+    checks.passages_divide(lengths, devices)
     if memory_dir is not None and not (model.config.freeze_memory and initial_checkpoint_path):
         raise ValueError(
             "Training from MEMORY_DIR needs a frozen memory encoder (FREEZE_MEMORY = True) and the "
@@ -169,8 +170,7 @@ def train(
             start_step=step,
             passages=passages,
             use_cached=use_cached_tasks,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            own_rows=own_rows(devices, batch_size),
         )
         return batches if lookup is None else lookup.prefetch(batches)
 

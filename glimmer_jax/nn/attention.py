@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from glimmer_jax import axes
-from glimmer_jax.nn.layers import Dense, Dropout
+from glimmer_jax.nn.layers import Dense, Dropout, activation_names
 from glimmer_jax.partitioning import constrain
 
 # What a masked logit becomes. Finite, so that a row without any key gives zeros below, not NaN.
@@ -89,7 +89,7 @@ class Attention(nn.Module):
     def _split_heads(self, x: jax.Array, num_heads: int) -> jax.Array:
         x = x.reshape(*x.shape[:-1], num_heads, self.head_dim)
         heads = axes.ACT_HEADS if num_heads == self.num_heads else None
-        return constrain(x, (axes.BATCH, *(None,) * (x.ndim - 3), heads, axes.ACT_KV))
+        return constrain(x, (*activation_names(x.ndim - 1, heads), axes.ACT_KV))
 
     def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """`[..., Y, D]` -> keys and values, each `[..., Y, G, C]`."""

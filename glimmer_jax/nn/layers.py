@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from glimmer_jax import axes
-from glimmer_jax.partitioning import constrain
+from glimmer_jax.partitioning import FREE, constrain
 
 Dtype = Any
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -25,9 +25,13 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def activation_names(ndim: int, last: str) -> tuple[str | None, ...]:
-    """Names of an activation `[B, ..., last]`: batch first, free dimensions, features last."""
-    return (axes.BATCH, *(None,) * (ndim - 2), last)
+def activation_names(ndim: int, last: str | None) -> tuple[Any, ...]:
+    """Names of an activation `[B, ..., last]`: batch first, features last.
+
+    What is between lies as in the arrays it is made of: the passages of a question, and the tokens
+    of all kept passages, may be spread over devices, and `models.glimmer` says where they are.
+    """
+    return (axes.BATCH, *(FREE,) * (ndim - 2), last)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

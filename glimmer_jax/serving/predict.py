@@ -11,11 +11,23 @@ from jax.sharding import Mesh
 
 from glimmer_jax.memory.lookup import Lookup
 from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.partitioning import own_rows
 from glimmer_jax.training.prefetch import put_batch
 
 Batch = dict[str, Any]
 # (params, numpy batch) -> int32 tokens [B, T], and per row what the model returns.
 Predict = Callable[[Any, Batch], tuple[np.ndarray, dict[str, np.ndarray]]]
+
+
+def predict_step(model: GlimmerModel) -> Any:
+    """`(params, batch, seed, number of the batch) -> (tokens, aux)`, jitted."""
+
+    @jax.jit
+    def step(params: Any, batch: Batch, seed: Any, number: Any) -> Any:
+        rng = jax.random.fold_in(jax.random.key(seed), number)
+        return model.predict_batch_with_aux(params, batch, rng)
+
+    return step
 
 
 def make_predict(
@@ -29,23 +41,18 @@ def make_predict(
     batches before it.
     """
     numbers = itertools.count()
-
-    @jax.jit
-    def jitted(params: Any, batch: Batch, seed: Any, number: Any) -> Any:
-        rng = jax.random.fold_in(jax.random.key(seed), number)
-        return model.predict_batch_with_aux(params, batch, rng)
+    jitted = predict_step(model)
 
     def predict(params: Any, batch: Batch) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        rows = len(batch["question_tokens"]) // jax.process_count()
-        own = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
-        batch = {name: value[own] for name, value in batch.items()}
-        placed = put_batch(batch, mesh)
+        own = own_rows(mesh, len(batch["question_tokens"]))
+        placed = put_batch({name: value[own] for name, value in batch.items()}, mesh)
         if lookup is not None:
-            memory, lengths = lookup(lookup.rows(batch["passage_ids"]))
+            rows = lookup.rows(batch["passage_ids"])
+            memory, lengths = lookup(rows if lookup.whole_batch else rows[own])
             placed.pop("passage_tokens", None)
             found = {"passage_memory": memory, "passage_lengths": lengths}
             # A lookup on the mesh returns arrays that already lie there.
-            placed |= found if isinstance(lengths, jax.Array) else put_batch(found, mesh)
+            placed |= found if lookup.whole_batch else put_batch(found, mesh)
         with jax.set_mesh(mesh):
             tokens, aux = jitted(params, placed, np.uint32(seed), np.uint32(next(numbers)))
         if "gold_passages" in placed:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from glimmer_jax import axes, partitioning
 from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.lengths import Lengths
 from glimmer_jax.memory.fingerprint import encoder_fingerprint, passages_fingerprint
@@ -106,11 +107,11 @@ class Predictor:
                 "or MEMORY_DIR (made by --run_mode=build_memory)."
             )
         devices = make_mesh(mesh)
-        parts = devices.shape["data"] * devices.shape["fsdp"]
+        parts = partitioning.parts(devices, axes.BATCH)
         if not batch_sizes or any(size < 1 or size % parts for size in batch_sizes):
             raise ValueError(
                 f"batch_sizes={tuple(batch_sizes)} must be multiples of {parts}, the devices that a "
-                "batch is divided over (data x fsdp)."
+                "batch is divided over (slice x data x fsdp)."
             )
         passages = None
         if passages_dir is not None:

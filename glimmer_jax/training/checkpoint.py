@@ -7,6 +7,7 @@ A run's folder holds one folder for each step:
     <directory>/<step>/metadata/...   JSON: step, dev metrics, and what the run says about itself
     <directory>/<step>/checksums.json written last; a step without it does not count
     <directory>/unfinished/<step>     what a killed writer left of the newest step; never read
+    <directory>/damaged/<step>        a newest step that no longer is what was written; never read
 
 One writer at a time may open it: hold the run's lock (`lock.WriterLock`) meanwhile. Saving copies to
 the host and returns; a thread waits for the files, writes the checksums, and removes what need not
@@ -20,6 +21,7 @@ from typing import Any
 
 import flax.serialization
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
@@ -28,7 +30,7 @@ from glimmer_jax.training.state import TrainState
 from glimmer_jax.weights.checksums import has_sidecar, verify_sidecar, write_sidecar
 from glimmer_jax.weights.steps import best_step, read_metadata, restore_item
 
-_DELETED, _UNFINISHED = "deleted", "unfinished"
+_DELETED, _UNFINISHED, _DAMAGED = "deleted", "unfinished", "damaged"
 _logger = logging.getLogger(__name__)
 
 
@@ -69,7 +71,7 @@ class Checkpoints:
           best_is_max: whether higher is better.
 
         Raises:
-          ValueError: nothing would be kept, or steps have lost their checksums.
+          ValueError: nothing would be kept, steps have lost their checksums, or all are damaged.
         """
         if keep_latest < 1:
             raise ValueError(f"keep_latest must be at least 1 checkpoint, got {keep_latest}.")
@@ -79,6 +81,7 @@ class Checkpoints:
         self._best_metric = best_metric
         self._best_is_max = best_is_max
         self._put_unfinished_aside()
+        self._verified = self._put_damaged_aside()
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -195,8 +198,8 @@ class Checkpoints:
                 f"it has {self.steps()}."
             )
         folder = self.directory / str(step)
-        # A damaged newest step could give way to the one before it; for now it stops the run.
-        verify_sidecar(folder)
+        if step != self._verified:
+            verify_sidecar(folder)
         opt_target = {"step": target.step, "opt": target.opt_state}
         params = restore_item(folder, "params", target.params)
         training = restore_item(folder, "training", flax.serialization.to_state_dict(opt_target))
@@ -224,8 +227,7 @@ class Checkpoints:
 
     def _put_unfinished_aside(self) -> None:
         """Nothing without checksums is read, and nothing of it is deleted."""
-        folders = self.directory.iterdir() if self.directory.exists() else ()
-        steps = sorted(int(folder.name) for folder in folders if folder.name.isdigit())
+        steps = self._step_folders()
         unfinished = [step for step in steps if not has_sidecar(self.directory / str(step))]
         # A step is begun only when the one before it is finished, so a kill leaves one: the newest.
         if unfinished and unfinished != steps[-1:]:
@@ -235,15 +237,55 @@ class Checkpoints:
                 "with every checksums.json, or move these steps away."
             )
         if unfinished and jax.process_index() == 0:
-            folder = self.directory / str(unfinished[0])
-            aside = self.directory / _UNFINISHED / folder.name
-            while aside.exists():
-                aside = aside.with_name(f"{aside.name}+")
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            folder.rename(aside)
+            folder, aside = self._put_aside(unfinished[0], _UNFINISHED)
             _logger.warning("%s was not finished when its writer stopped: now %s.", folder, aside)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("unfinished steps")
+
+    def _put_damaged_aside(self) -> int | None:
+        """The newest step whose files are what was written; newer ones make way for it.
+
+        Process 0 reads all files of a step once, for all processes.
+        """
+        steps = self._step_folders()
+        damaged: dict[int, str] = {}
+        if jax.process_index() == 0:
+            for step in reversed(steps):
+                try:
+                    verify_sidecar(self.directory / str(step))
+                except ValueError as error:
+                    damaged[step] = str(error)
+                else:
+                    break
+        lost = len(damaged)
+        if jax.process_count() > 1:
+            lost = int(multihost_utils.broadcast_one_to_all(np.int32(lost)))
+        if lost and lost == len(steps):
+            raise ValueError(
+                f"{self.directory}: every step is damaged: {'; '.join(damaged.values())} Nothing was "
+                "moved or deleted. Copy one again, or start in a new folder from other weights."
+            )
+        for step, problem in damaged.items():
+            _, aside = self._put_aside(step, _DAMAGED)
+            _logger.warning(
+                "%s Going on from the step before it; this one is now %s.", problem, aside
+            )
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged steps")
+        return steps[-1 - lost] if steps else None
+
+    def _put_aside(self, step: int, where: str) -> tuple[epath.Path, epath.Path]:
+        folder = self.directory / str(step)
+        aside = self.directory / where / folder.name
+        while aside.exists():
+            aside = aside.with_name(f"{aside.name}+")
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(aside)
+        return folder, aside
+
+    def _step_folders(self) -> list[int]:
+        folders = self.directory.iterdir() if self.directory.exists() else ()
+        return sorted(int(folder.name) for folder in folders if folder.name.isdigit())
 
     def _empty_deleted(self) -> None:
         deleted = self.directory / _DELETED

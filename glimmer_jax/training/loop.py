@@ -15,9 +15,10 @@ from glimmer_jax.preemption import Interrupted, Preempted, Watcher
 from glimmer_jax.training.checkpoint import Checkpoints
 from glimmer_jax.training.metrics import (
     Averages,
+    Goodput,
     MetricWriter,
     Progress,
-    check_finite,
+    Skips,
     format_scalars,
     print_once,
 )
@@ -43,6 +44,7 @@ class TrainConfig:
     keep_latest: int = 2  # checkpoints
     best_metric: str | None = None  # name of the dev metric whose best checkpoint is kept as well
     best_is_max: bool = True
+    max_skipped: int = 10  # in a row, for a loss or gradient that is not finite; then the run ends
 
     def __post_init__(self):
         for name in ("total_steps", "num_microbatches", "log_every", "checkpoint_every"):
@@ -50,6 +52,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.eval_every < 0:
             raise ValueError(f"eval_every must be 0 (never) or more, got {self.eval_every}.")
+        if self.max_skipped < 0:
+            raise ValueError(f"max_skipped must be 0 (none) or more, got {self.max_skipped}.")
         if self.best_metric is not None and not self.eval_every:
             raise ValueError(
                 f"best_metric={self.best_metric!r} needs evaluations: set eval_every above 0."
@@ -94,7 +98,7 @@ def train(
 
     Raises:
       Preempted: SIGTERM came; the state is saved.
-      NonFiniteError: the loss of a step, which is named, was not finite.
+      NonFiniteError: loss or gradient were not finite for too many steps in a row.
       ValueError: another process trains in `model_dir`, the data ended early, or what is restored
         does not fit.
     """
@@ -144,7 +148,7 @@ def train(
                 if evaluate and config.eval_every and (last or step % config.eval_every == 0):
                     log.flush()
                     # Interrupted, the step is saved without dev metrics.
-                    with contextlib.suppress(Interrupted):
+                    with contextlib.suppress(Interrupted), log.goodput.lost():
                         dev_metrics = evaluate(state, watcher.poll)
                         log.write_dev(step, dev_metrics)
                 stopping = watcher.requested_at(step)
@@ -154,11 +158,12 @@ def train(
                     or step % config.checkpoint_every == 0
                     or checkpoints.is_best(dev_metrics)
                 ):
-                    # A state whose loss or gradient was not finite is never saved.
+                    # Nothing is saved of a run that ends for its losses.
                     log.flush()
                     if lock is not None:
                         lock.check()
-                    checkpoints.save(state, dev_metrics)
+                    with log.goodput.lost():
+                        checkpoints.save(state, dev_metrics)
                 if stopping and not last:
                     checkpoints.wait()
                     raise Preempted(f"Stopped at step {step} of {config.total_steps}, saved.")
@@ -177,6 +182,8 @@ class _Log:
         self._config = config
         self._writer = MetricWriter(directory, start_step)
         self._averages = Averages()
+        self._skips = Skips(config.max_skipped)
+        self.goodput = Goodput()
         self._late: tuple[int, Any] | None = None
         self._first_step = start_step + 1
         self._progress: Progress | None = None
@@ -212,12 +219,14 @@ class _Log:
         if late is None:
             return
         step, metrics = late[0], jax.device_get(late[1])
-        check_finite(step, metrics)
-        self._averages.add(metrics)
+        if not self._skips.add(step, metrics):
+            self._averages.add(metrics)
         assert self._progress is not None
         if step == self._first_step:
             self._progress.restart(step)  # the first step compiles
+            self.goodput.started()
         if step % self._config.log_every == 0 or step == self._config.total_steps:
             scalars = self._averages.take()
             speeds = self._progress.report(step, scalars)
-            self._writer.write(step, {**scalars, **speeds}, "train")
+            run = {"goodput": self.goodput.share(), "skipped_steps": self._skips.total}
+            self._writer.write(step, {**scalars, **speeds, **run}, "train")

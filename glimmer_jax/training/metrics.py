@@ -1,15 +1,19 @@
 """Where a run's numbers go: TensorBoard, a JSON Lines log, and one line on stderr."""
 
+import contextlib
 import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
 import jax
 import numpy as np
 from etils import epath
+
+# About when the process began: modules are imported first.
+_BEGIN = time.monotonic()
 
 
 class NonFiniteError(Exception):
@@ -35,7 +39,7 @@ class Averages:
     def add(self, metrics: Mapping[str, Any]) -> None:
         """One step's metrics, already on the host."""
         for name, value in metrics.items():
-            if name != "sums":
+            if name not in ("sums", "skipped"):
                 self._scalars.setdefault(name, []).append(float(value))
         for name, pair in metrics["sums"].items():
             # float64: thousands of float32 token counts are added.
@@ -49,19 +53,73 @@ class Averages:
         return result
 
 
-def check_finite(step: int, metrics: Mapping[str, Any]) -> None:
-    """Stops a run whose loss or gradient is not finite.
+class Skips:
+    """Steps whose loss or gradient was not finite, which have changed nothing.
 
-    Raises:
-      NonFiniteError: names the step and the values.
+    One comes from an unlucky batch now and then; many in a row come from parameters that are beyond
+    help, and the run ends.
     """
-    loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise NonFiniteError(
-            f"Step {step}: loss {loss}, gradient norm {grad_norm}. No checkpoint was written from "
-            "this step on; go on from the last one with a lower learning rate, or look at the "
-            f"batch of step {step}."
+
+    def __init__(self, at_most: int):
+        """`at_most` in a row are borne."""
+        self.total = 0
+        self._at_most = at_most
+        self._row = 0
+
+    def add(self, step: int, metrics: Mapping[str, Any]) -> bool:
+        """Whether the step was skipped; tells of it.
+
+        Raises:
+          NonFiniteError: one too many in a row; names the step and the values.
+        """
+        if not float(metrics["skipped"]):
+            self._row = 0
+            return False
+        self.total += 1
+        self._row += 1
+        what = (
+            f"Step {step}: loss {float(metrics['loss'])}, gradient norm "
+            f"{float(metrics['grad_norm'])}"
         )
+        if self._row > self._at_most:
+            raise NonFiniteError(
+                f"{what}; not finite {self._row} times in a row, of which {self._at_most} are borne "
+                "(MAX_SKIPPED_STEPS). The parameters are those from before; go on from the last "
+                f"checkpoint with a lower learning rate, or look at the batch of step {step}."
+            )
+        print_once(f"{what}: skipped, {self._row} in a row, {self.total} in all.")
+        return True
+
+
+class Goodput:
+    """Share of a process's life that went into training steps.
+
+    What is lost is named by the caller: all until the first step is done, evaluations, waiting for
+    checkpoints. What a killed process had trained and not saved is not known here.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic):
+        self._now = now
+        self._begin = min(_BEGIN, now())
+        self._lost = 0.0
+
+    def started(self) -> None:
+        """All time so far is lost."""
+        self._lost = self._now() - self._begin
+
+    @contextlib.contextmanager
+    def lost(self) -> Iterator[None]:
+        """The time inside is lost."""
+        begin = self._now()
+        try:
+            yield
+        finally:
+            self._lost += self._now() - begin
+
+    def share(self) -> float:
+        """From 0 to 1."""
+        alive = self._now() - self._begin
+        return 1.0 - self._lost / alive if alive > 0 else 0.0
 
 
 class MetricWriter:

@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from glimmer_jax import partitioning
+from glimmer_jax import axes, partitioning
 
 # Ids serve lookups and reports on the host; the model never sees them.
 HOST_ONLY = ("passage_ids",)
@@ -17,25 +17,42 @@ _END = object()
 
 
 def put_batch(batch: dict[str, Any], mesh: Mesh, num_microbatches: int = 1) -> dict[str, Any]:
-    """This process's rows of a batch -> global arrays, rows spread over `data` and `fsdp`.
+    """This process's rows of a batch -> global arrays, rows and passages spread over the mesh.
+
+    Args:
+      batch: arrays of the rows `partitioning.own_rows`, whole in every other dimension.
+      mesh: the devices.
+      num_microbatches: into which the rows must divide, too.
 
     Raises:
       ValueError: the rows do not divide evenly over devices and microbatches.
     """
     batch = {name: value for name, value in batch.items() if name not in HOST_ONLY}
-    parts = mesh.shape["data"] * mesh.shape["fsdp"] * num_microbatches
-    rows = {np.shape(leaf)[0] * jax.process_count() for leaf in jax.tree.leaves(batch)}
-    if len(rows) != 1 or rows.pop() % parts:
+    ways = partitioning.parts(mesh, axes.BATCH)
+    # Rows of the whole batch for each one here.
+    scale = ways // len(partitioning.own_rows(mesh, ways))
+    rows = {np.shape(leaf)[0] * scale for leaf in jax.tree.leaves(batch)}
+    if len(rows) != 1 or min(rows) % (ways * num_microbatches):
         shapes = {name: np.shape(value) for name, value in batch.items() if hasattr(value, "shape")}
         raise ValueError(
-            f"A batch must have one number of rows, a multiple of {parts} (data x fsdp x "
-            f"microbatches = {mesh.shape['data']} x {mesh.shape['fsdp']} x {num_microbatches}); "
-            f"got {shapes}. Change BATCH_SIZE, the mesh or num_microbatches."
+            f"A batch must have one number of rows, a multiple of {ways * num_microbatches} "
+            f"(devices that share it x microbatches = {ways} x {num_microbatches}); got {shapes}. "
+            "Change BATCH_SIZE, the mesh or num_microbatches."
         )
-    sharding = partitioning.batch_sharding(mesh)
-    return jax.tree.map(
-        lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch
-    )
+    own = partitioning.own_rows(mesh, rows.pop())
+
+    def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        leaf = np.asarray(leaf)
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            first, last, _ = index[0].indices(len(own) * scale)
+            here = int(np.searchsorted(own, first))
+            return leaf[(slice(here, here + last - first), *index[1:])]
+
+        shape = (len(own) * scale, *leaf.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return jax.tree.map(put, batch, partitioning.batch_shardings(batch, mesh))
 
 
 class Prefetch:

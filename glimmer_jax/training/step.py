@@ -30,8 +30,10 @@ def make_train_step(
 ) -> TrainStep:
     """`train_step(state, batch) -> (state, metrics)`.
 
-    Metrics are float32 scalars `loss` (of the whole batch), `grad_norm` (of what is trained) and
-    `learning_rate`, and `sums`, the model's own `{name: (total, weight)}` added over the batch.
+    Metrics are float32 scalars `loss` (of the whole batch), `grad_norm` (of what is trained),
+    `learning_rate` and `skipped`, and `sums`, the model's own `{name: (total, weight)}` added over the
+    batch. Where loss or gradient are not finite, `skipped` is 1, only the step is counted, and
+    parameters and optimiser state stay as they were.
 
     Args:
       model: gives the loss and its denominators.
@@ -55,10 +57,16 @@ def make_train_step(
             return loss, sums, _constrain_like_params(grads, optimizer)
 
         loss, sums, grads = accumulate(loss_and_grads, batch, step_key, num_microbatches)
-        params, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        grad_norm = global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        updated = optimizer.update(grads, state.opt_state, state.params)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), updated, (state.params, state.opt_state)
+        )
         metrics = {
             "loss": loss,
-            "grad_norm": global_norm(grads),
+            "grad_norm": grad_norm,
+            "skipped": 1.0 - finite,
             "learning_rate": jnp.asarray(optimizer.learning_rate(state.step), jnp.float32),
             "sums": sums,
         }
@@ -80,7 +88,7 @@ def accumulate(
     def parts(x: jax.Array) -> jax.Array:
         x = jnp.reshape(x, (x.shape[0] // num_microbatches, num_microbatches, *x.shape[1:]))
         x = jnp.swapaxes(x, 0, 1)
-        return partitioning.constrain(x, (None, axes.BATCH, *(None,) * (x.ndim - 2)))
+        return partitioning.constrain(x, (None, axes.BATCH, *(partitioning.FREE,) * (x.ndim - 2)))
 
     def body(total: Any, part_and_index: Any) -> tuple[Any, None]:
         part, index = part_and_index
@@ -103,7 +111,8 @@ def jit_train_step(train_step: TrainStep, shardings: TrainState, mesh: Mesh) -> 
     """
     return jax.jit(
         train_step,
-        in_shardings=(shardings, partitioning.batch_sharding(mesh)),
+        # A batch lies as `put_batch` has laid it.
+        in_shardings=(shardings, None),
         out_shardings=(shardings, partitioning.replicated(mesh)),
         donate_argnums=0,
     )

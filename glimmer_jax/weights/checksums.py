@@ -52,7 +52,7 @@ def verify_sidecar(folder: Any) -> None:
     if missing or changed:
         raise ValueError(
             f"Checkpoint {folder} is damaged: missing files {missing}, changed files {changed}. "
-            "Delete this step to go on from the one before it, or copy it again from its source."
+            "Copy it again from its source, or use another step."
         )
 
 

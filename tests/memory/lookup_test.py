@@ -2,8 +2,14 @@
 
 import collections
 import functools
+import json
 import math
+import os
+import pathlib
 import re
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -43,6 +49,31 @@ def test_mesh_and_disk_give_the_same_bits(tiny_store, sizes):
         disk = lookup.DiskLookup(store, length)
         _same(on_mesh(ROWS), disk(ROWS))
         _same(on_mesh(ROWS[:1]), disk(ROWS[:1]))
+
+
+def test_two_hosts_share_one_table_and_answer_as_one(tiny_store, tmp_path):
+    import two_hosts_job
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    job = [sys.executable, two_hosts_job.__file__, str(tiny_store), str(tmp_path), coordinator]
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+    processes = [subprocess.Popen([*job, str(i)], env=environment) for i in range(2)]
+    try:
+        assert [process.wait(timeout=280) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    store = MemoryStore.open(tiny_store)
+    mesh = _mesh(data=1)
+    tokens, scores = two_hosts_job.answers(store, lookup.DiskLookup(store, 12), mesh)
+    for i in range(2):
+        count, found = json.loads((tmp_path / str(i)).read_text())
+        assert count == 2 and len(found) == 2 * len(two_hosts_job.MESHES)
+        for got_tokens, got_scores in found:
+            assert got_tokens == tokens
+            np.testing.assert_allclose(got_scores, scores, rtol=1e-5)
 
 
 def test_int8_memory_goes_the_same_ways(tiny, tmp_path):

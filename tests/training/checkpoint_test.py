@@ -139,6 +139,28 @@ def test_a_truncated_and_a_missing_file_are_named(damaged):
         verify_sidecar(damaged / "4")
 
 
+def test_a_damaged_newest_step_makes_way_for_the_one_before_it(damaged, state, mesh, caplog):
+    victim = largest_file(damaged / "4" / "training")
+    victim.write_bytes(victim.read_bytes()[:-1])
+    target = abstract_state(OPTIMIZER, jax.eval_shape(fresh), mesh)
+    with caplog.at_level(logging.WARNING), Checkpoints(damaged) as checkpoints:
+        restored = checkpoints.restore(target)
+        assert int(restored.step) == 2 and checkpoints.steps() == [2]
+        # The run comes to the same step again.
+        checkpoints.save(at_step(state, 4))
+        assert checkpoints.steps() == [2, 4]
+    assert victim.name in caplog.text and "Going on from the step before it" in caplog.text
+    assert (damaged / "damaged" / "4" / "training").exists()
+
+
+def test_where_all_steps_are_damaged_nothing_is_moved(damaged):
+    for step in ("2", "4"):
+        largest_file(damaged / step / "params").unlink()
+    with pytest.raises(ValueError, match=r"every step is damaged: .*Copy one again"):
+        Checkpoints(damaged)
+    assert sorted(path.name for path in damaged.iterdir()) == ["2", "4"]
+
+
 def test_what_a_killed_writer_left_is_put_aside_and_kept(damaged, state, caplog):
     (damaged / "4" / SIDECAR).unlink()
     with pytest.raises(ValueError, match=r"no checksums\.json"):

@@ -17,7 +17,13 @@ from glimmer_jax.preemption import Preempted, Watcher
 from glimmer_jax.training import loop, metrics
 from glimmer_jax.training.checkpoint import Checkpoints
 from glimmer_jax.training.loop import TrainConfig, train
-from glimmer_jax.training.metrics import MetricWriter, NonFiniteError, format_seconds, means
+from glimmer_jax.training.metrics import (
+    Goodput,
+    MetricWriter,
+    NonFiniteError,
+    format_seconds,
+    means,
+)
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
 from glimmer_jax.weights.load import load
 from tests.training import toy_run
@@ -93,18 +99,45 @@ def test_the_step_is_traced_once_and_progress_is_told(tmp_path, capfd):
     assert int(train_toy(tmp_path, total_steps=6).step) == 6
 
 
-def test_a_non_finite_loss_names_its_step_and_is_not_saved(tmp_path):
+def batches_with_nan(first, last):
     def make_batches(step):
         for batch in batches_from(step):
-            if step == 5:
+            if first <= step + 1 <= last:
                 batch["decoder_loss_weights"] = batch["decoder_loss_weights"] * np.nan
             yield batch
             step += 1
 
-    with pytest.raises(NonFiniteError, match="Step 6: loss nan"):
-        train_toy(tmp_path, make_batches, total_steps=20, checkpoint_every=2)
+    return make_batches
+
+
+def test_too_many_non_finite_losses_in_a_row_end_the_run_with_the_last_good_step(tmp_path):
+    make_batches = batches_with_nan(6, 99)
+    with pytest.raises(NonFiniteError, match=r"Step 7: loss nan.* 2 times in a row, of which 1"):
+        train_toy(tmp_path, make_batches, total_steps=20, checkpoint_every=5, max_skipped=1)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        assert checkpoints.latest_step() == 4
+        assert checkpoints.latest_step() == 5
+
+
+def test_a_non_finite_loss_is_skipped_counted_and_changes_nothing(tmp_path, capfd):
+    settings = dict(total_steps=5, log_every=1, max_skipped=2)
+    state = train_toy(tmp_path / "nan", batches_with_nan(4, 5), **settings)
+    good = train_toy(tmp_path / "good", **{**settings, "total_steps": 3})
+    assert int(state.step) == 5
+    jax.tree.map(np.testing.assert_array_equal, state.params, good.params)
+    jax.tree.map(np.testing.assert_array_equal, state.opt_state, good.opt_state)
+    assert "Step 5: loss nan" in (err := capfd.readouterr().err) and "2 in a row, 2 in all" in err
+    lines = log_lines(tmp_path / "nan")
+    assert [line["train/skipped_steps"] for line in lines] == [0, 0, 0, 1, 2]
+    assert "train/loss" not in lines[4] and 0 <= lines[4]["train/goodput"] <= 1
+
+
+def test_goodput_is_what_is_left_of_a_life():
+    clock = iter([100.0, 110.0, 110.0, 115.0, 150.0])
+    goodput = Goodput(lambda: next(clock) - 1e9)
+    goodput.started()
+    with goodput.lost():
+        pass
+    assert goodput.share() == pytest.approx(35 / 50)
 
 
 def test_sigterm_saves_and_is_reported(tmp_path):
@@ -184,6 +217,7 @@ def test_data_that_ends_early_is_refused(tmp_path):
     [
         ({"total_steps": 0}, "total_steps must be at least 1"),
         ({"eval_every": -1}, "eval_every must be 0"),
+        ({"max_skipped": -1}, "max_skipped must be 0"),
         ({"best_metric": "em"}, "needs evaluations"),
     ],
 )

@@ -22,12 +22,20 @@ def test_rows_are_spread_and_ids_stay_on_the_host(mesh):
     placed = put_batch(batch, mesh)
     assert set(placed) == set(batch) - {"passage_ids"}
     for leaf in jax.tree.leaves(placed):
-        assert leaf.sharding == partitioning.batch_sharding(mesh)
+        assert leaf.sharding.is_equivalent_to(partitioning.batch_sharding(mesh), leaf.ndim)
     np.testing.assert_array_equal(placed["tokens"], batch["tokens"])
 
 
+def test_passages_are_spread_over_their_own_axis():
+    mesh = make_mesh(MeshConfig(data=2, passages=4))
+    batch = {"passage_memory": {"states": np.arange(96.0).reshape(4, 8, 3)}}
+    states = put_batch(batch, mesh)["passage_memory"]["states"]
+    assert states.sharding.shard_shape(states.shape) == (2, 2, 3)
+    np.testing.assert_array_equal(states, batch["passage_memory"]["states"])
+
+
 def test_rows_that_do_not_divide_are_refused(mesh):
-    with pytest.raises(ValueError, match=r"multiple of 8 .*2 x 2 x 2.*BATCH_SIZE"):
+    with pytest.raises(ValueError, match=r"multiple of 8 .*4 x 2.*BATCH_SIZE"):
         put_batch(batch_at(0, rows=12), mesh, num_microbatches=2)
 
 

@@ -1,0 +1,184 @@
+"""Mode `preflight`: whether a job fits a TPU slice, asked of XLA's TPU compiler; nothing runs.
+
+What is compiled is the job's own step with the job's own settings. Paths and tasks are not needed,
+since shapes are enough.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from glimmer_jax.lengths import Lengths
+from glimmer_jax.modes import checks
+from glimmer_jax.partitioning import MeshConfig, make_mesh
+from glimmer_jax.preflight import chips
+from glimmer_jax.preflight.compiling import Compiled, compile_program, flops_of
+from glimmer_jax.preflight.nearest import changes, with_remat
+from glimmer_jax.preflight.programs import JOBS, Settings
+from glimmer_jax.preflight.report import Report
+
+# What a run file requires and a compiler does not: the paper's lengths, and nothing else.
+UNBOUND = {
+    "MODEL_DIR": "''",
+    "MIXTURE_OR_TASK_NAME": "''",
+    "MIXTURE_OR_TASK_MODULE": "None",
+    "TASK_FEATURE_LENGTHS": "{'inputs': 48, 'targets': 32, 'passages': (40, 304)}",
+    "TRAIN_STEPS": "1000",
+    "PASSAGES_DIR": "None",
+    "CHECKPOINT_PATH": "''",
+    "MEMORY_DIR": "None",
+}
+# Other settings that are compiled, at most, where the given ones do not fit.
+MAX_TRIES = 6
+
+
+def preflight(
+    job: str, settings: Settings, topology: str | None, json_path: str | None = None
+) -> Report:
+    """Prints a report, and writes it as JSON.
+
+    Args:
+      job: train, build_memory, eval or infer.
+      settings: what gin gives the job's function.
+      topology: such as `v5p:4x4x4`; of each slice, where the mesh has several.
+      json_path: a file for the report.
+
+    Raises:
+      ValueError: no such slice, no compiler, or settings that do not fit together.
+    """
+    if topology is None:
+        raise ValueError("--run_mode=preflight needs --topology, such as v5p:4x4x4 or v6e:16x16.")
+    if json_path is not None and not Path(json_path).absolute().parent.is_dir():
+        raise ValueError(f"--json={json_path}: there is no folder to write it into.")
+    slices = 1 if job == "build_memory" else max(settings["mesh"].slice, 1)
+    place = chips.parse_topology(topology, slices)
+    devices = chips.devices(place)
+    config = mesh_for(job, settings, len(devices))
+    report = examine(job, {**settings, "mesh": config}, place, devices)
+    if not report.fits:
+        report = _with_nearest(report, job, settings, config, place, devices)
+    print(report.text(), flush=True)
+    if json_path is not None:
+        partial = Path(f"{json_path}.partial")
+        partial.write_text(report.as_json() + "\n")
+        os.replace(partial, json_path)
+    return report
+
+
+def mesh_for(job: str, settings: Settings, count: int) -> MeshConfig:
+    """The mesh given; none given, all chips on fsdp, what is more than a batch has on passages."""
+    given: MeshConfig = settings["mesh"]
+    if job == "build_memory":
+        return MeshConfig()
+    if dataclasses.replace(given, slice=1) != MeshConfig():
+        sizes = given.sizes()
+        if -1 in sizes.values():
+            known = 1
+            for size in sizes.values():
+                known *= max(size, 1)
+            sizes = {axis: count // known if size == -1 else size for axis, size in sizes.items()}
+            sizes = {axis: max(size, 1) for axis, size in sizes.items()}
+        return MeshConfig(**sizes)
+    slices = max(given.slice, 1)
+    fsdp, batch = count // slices, settings["batch_size"] // slices
+    passages = fsdp // batch if fsdp > batch and batch and fsdp % batch == 0 else 1
+    return MeshConfig(data=1, fsdp=fsdp // passages, passages=passages, slice=slices)
+
+
+def examine(job: str, settings: Settings, place: chips.Topology, devices: list[Any]) -> Report:
+    """One setting, compiled."""
+    mesh = make_mesh(settings["mesh"], devices)
+    model = settings["model"]
+    if job != "build_memory":
+        lengths: Lengths = checks.lengths_for(model.config, settings["task_feature_lengths"])
+        loop = settings.get("loop_config")
+        parts = loop.num_microbatches if loop is not None else 1
+        checks.batch_size("BATCH_SIZE", settings["batch_size"], mesh, parts)
+        checks.passages_divide(lengths, mesh)
+    program = JOBS[job](settings, mesh)
+    compiled = compile_program(program, mesh)
+    model_flops = compiled.flops
+    if job == "train" and model.config.t5.remat_policy != "none":
+        plain = {**settings, "model": with_remat(model, "none")}
+        model_flops = flops_of(JOBS[job](plain, mesh), mesh)
+    return _report(job, settings, place, devices, mesh, compiled, model_flops)
+
+
+def _report(
+    job: str,
+    settings: Settings,
+    place: chips.Topology,
+    devices: list[Any],
+    mesh: jax.sharding.Mesh,
+    compiled: Compiled,
+    model_flops: int,
+) -> Report:
+    chip = place.chip
+    # Kept on the devices beside the program, which gets its rows.
+    table = 0
+    if settings.get("memory_dir") is not None:
+        table = settings.get("memory_bytes_per_device") or 0
+    bytes_per_chip = {kind: size * chip.devices for kind, size in compiled.bytes_per_device.items()}
+    total = bytes_per_chip.pop("total") + table * chip.devices
+    optimiser = bytes_per_chip.pop("optimiser", 0)
+    bytes_per_chip = {
+        "parameters": bytes_per_chip.pop("parameters"),
+        "optimiser": optimiser,
+        **bytes_per_chip,
+        "memory_table": table * chip.devices,
+        "total": total,
+    }
+    peak = chip.peak_flops * place.chips
+    received = sum(one.bytes for one in compiled.traffic.values()) - compiled.between_slices
+    network = received * chip.devices / chip.ici_bandwidth
+    # As if nothing overlapped: the compiler says how long chips compute, and nothing of the network.
+    seconds = compiled.cycles / chip.clock + network if compiled.cycles else None
+    batch = settings["batch_size"] * (len(devices) if job == "build_memory" else 1)
+    return Report(
+        job=job,
+        topology=place.name,
+        slices=place.slices,
+        chips=place.chips,
+        hosts=len({device.process_index for device in devices}),
+        mesh=dict(mesh.shape),
+        batch_size=batch,
+        fits=compiled.why_not is None and total <= chip.hbm_bytes,
+        bytes_per_chip=bytes_per_chip,
+        hbm_bytes_per_chip=chip.hbm_bytes,
+        flops_per_step=compiled.flops,
+        model_flops_per_step=model_flops,
+        collectives=compiled.traffic,
+        bytes_between_slices=compiled.between_slices,
+        compute_seconds=compiled.flops / peak,
+        network_seconds=network,
+        estimated_step_seconds=seconds,
+        model_flop_utilisation=model_flops / peak / seconds if seconds else None,
+        why_not=compiled.why_not,
+    )
+
+
+def _with_nearest(
+    report: Report,
+    job: str,
+    settings: Settings,
+    config: MeshConfig,
+    place: chips.Topology,
+    devices: list[Any],
+) -> Report:
+    tried = 0
+    for macros, changed in _bounded(changes(job, settings, config, len(devices))):
+        tried += 1
+        print(f"does not fit; trying {macros} ...", flush=True)
+        if examine(job, changed, place, devices).fits:
+            return dataclasses.replace(report, nearest=(macros,), tried=tried)
+    return dataclasses.replace(report, tried=tried)
+
+
+def _bounded(found: Iterator[Any]) -> list[Any]:
+    """Few enough to compile: the first ones, and the one that goes furthest."""
+    every = list(found)
+    return every if len(every) <= MAX_TRIES else [*every[: MAX_TRIES - 1], every[-1]]

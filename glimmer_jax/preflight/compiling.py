@@ -1,0 +1,88 @@
+"""A job's program through XLA's TPU compiler, and what can be read from the result."""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from glimmer_jax.preflight import hlo
+from glimmer_jax.preflight.flops import count_flops
+from glimmer_jax.preflight.programs import Program
+from glimmer_jax.preflight.report import Traffic
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_NO_ROOM = re.compile(r"[Uu]sed ([0-9.]+)([KMGT]?) of ([0-9.]+)([KMGT]?) hbm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """One program, compiled or refused."""
+
+    bytes_per_device: dict[str, int]  # by kind, and `total`
+    flops: int  # on all devices
+    traffic: dict[str, Traffic]
+    between_slices: int  # bytes that a device receives from other slices
+    cycles: int  # that the compiler expects; 0 where it gives none
+    why_not: str | None = None  # its words, where there was no room
+
+
+def compile_program(program: Program, mesh: Mesh) -> Compiled:
+    """Compiles for the mesh's devices; nothing runs."""
+    given = program.bytes_by_kind()
+    flops = flops_of(program, mesh)
+    with jax.set_mesh(mesh):
+        lowered = program.function.lower(*program.arguments)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            why = no_room(str(error))
+            if why is None:
+                raise
+            used, words = why
+            found = {**given, "activations": max(used - sum(given.values()), 0), "total": used}
+            return Compiled(found, flops, {}, 0, 0, words)
+    memory = compiled.memory_analysis()
+    returned = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    rest = memory.temp_size_in_bytes + returned + memory.generated_code_size_in_bytes
+    total = memory.argument_size_in_bytes + rest
+    text = compiled.as_text()
+    return Compiled(
+        # What the compiler pads arguments with is counted with what it makes itself.
+        {**given, "activations": total - sum(given.values()), "total": total},
+        flops,
+        *traffic(text, mesh),
+        hlo.estimated_cycles(text),
+    )
+
+
+def flops_of(program: Program, mesh: Mesh) -> int:
+    """Floating-point operations of one step's matrix products, on all devices."""
+    with jax.set_mesh(mesh):
+        jaxpr = jax.make_jaxpr(program.function)(*program.arguments)
+    return count_flops(jaxpr, program.while_trips)
+
+
+def no_room(message: str) -> tuple[int, str] | None:
+    """Bytes that a program would need, and the compiler's words; None for any other error."""
+    found = _NO_ROOM.search(message)
+    if found is None:
+        return None
+    used, unit = found.group(1), found.group(2)
+    return round(float(used) * _UNITS[unit]), found.group(0)
+
+
+def traffic(text: str, mesh: Mesh) -> tuple[dict[str, Traffic], int]:
+    """Collectives of a program by kind, and the bytes of those that span slices."""
+    index: Any = np.indices(mesh.devices.shape).reshape(len(mesh.axis_names), -1)
+    slices = index[mesh.axis_names.index("slice")]
+    totals: dict[str, list[int]] = {}
+    between = 0
+    for one in hlo.collectives(text):
+        moved = one.moved(mesh.size)
+        count, size = totals.get(one.kind, (0, 0))
+        totals[one.kind] = [count + one.times, size + moved]
+        between += moved if one.joins(slices) else 0
+    return {kind: Traffic(*both) for kind, both in sorted(totals.items())}, between

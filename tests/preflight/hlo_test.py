@@ -1,0 +1,118 @@
+"""Collectives and loops read from the text of a program."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from glimmer_jax.partitioning import MeshConfig, make_mesh
+from glimmer_jax.preflight import hlo
+
+TEXT = """HloModule jit_step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}, num_partitions=8
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%body.1 (state: (s32[], bf16[4,16])) -> (s32[], bf16[4,16]) {
+  %gathered = bf16[8,16]{1,0:T(8,128)(2,1)} all-gather(%part), replica_groups=[4,2]<=[8], dimensions={0}
+  %scattered = f32[2,16]{1,0} reduce-scatter(%whole), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %next = (s32[], bf16[4,16]) tuple(%i, %x), backend_config={"estimated_cycles":"10"}
+}
+
+%condition.1 (state: (s32[], bf16[4,16])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%inner (x: f32[8]) -> f32[8] {
+  ROOT %p = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%x), PAIRS
+}
+
+%all-reduce-scatter.7 (w: bf16[16,8]) -> bf16[4,8] {
+  %all = bf16[16,8]{1,0} all-reduce(%w), replica_groups=mesh['a'=4,'b'=2] {'a'}, to_apply=%add
+  ROOT %own = bf16[4,8]{1,0} dynamic-slice(%all, %i, %j)
+}
+
+%compare.2 (i: s32[], n: s32[]) -> pred[] {
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%condition.2 (state: (s32[], bf16[4])) -> pred[] {
+  %length = s32[]{:T(128)} constant(32)
+  ROOT %more = pred[] fusion(%i, %length), kind=kLoop, calls=%compare.2
+}
+
+%body.2 (state: (s32[], bf16[4])) -> (s32[], bf16[4]) {
+  %step = bf16[4]{0} all-to-all(%x), replica_groups=mesh['a'=4,'b'=2] {'a':(2)2,'b'}, dimensions={0}
+}
+
+ENTRY %main.1 (x: f32[8]) -> f32[8] {
+  %loop = (s32[], bf16[4,16]) while(%s), condition=%condition.1, body=%body.1, backend_config=LAYERS
+  %reduced = (f32[8]{0}, f32[2]{0}) all-reduce(%x, %y), replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add
+  %started = ((f32[4]{0}), (f32[8]{0})) all-gather-start(%z), replica_groups={}, dimensions={0}
+  %summed = bf16[4,8]{1,0} fusion(%w), kind=kCustom, calls=%all-reduce-scatter.7
+  %decoded = (s32[], bf16[4]) while(%t), condition=%condition.2, body=%body.2
+  %fused = f32[8]{0} fusion(%x), kind=kLoop, calls=%inner, backend_config={"estimated_cycles":"7"}
+  ROOT %out = f32[8]{0} copy(%x)
+}
+""".replace("PAIRS", "source_target_pairs={{0,1},{1,0}}").replace(
+    "LAYERS", '{"known_trip_count":{"n":"3"}}'
+)
+
+
+def test_collectives_have_kind_size_groups_and_number_of_runs():
+    found = {(one.kind, one.size, one.times, one.in_loop) for one in hlo.collectives(TEXT)}
+    assert found == {
+        ("all-gather", 8 * 16 * 2, 3, True),
+        ("reduce-scatter", 4 * 2 * 16 * 4, 3, True),
+        ("all-reduce", 40, 1, False),
+        ("all-gather", 32, 1, False),
+        ("collective-permute", 32, 1, False),
+        # A TPU's reduce-scatter, and a loop that ends when the answer does.
+        ("reduce-scatter", 16 * 8 * 2, 1, False),
+        ("all-to-all", 8, 32, True),
+    }
+    groups = {one.kind: one.groups for one in hlo.collectives(TEXT) if one.groups}
+    assert groups["all-reduce"] == ((0, 2, 4, 6), (1, 3, 5, 7))
+    assert groups["reduce-scatter"] == ((0, 2, 4, 6), (1, 3, 5, 7))
+    assert groups["all-to-all"] == ((0, 1, 2, 3), (4, 5, 6, 7))
+    assert groups["collective-permute"] == ((0, 1), (1, 0))
+
+
+def test_a_ring_moves_all_but_its_own_part():
+    by_kind = {one.kind: one.moved(8) for one in hlo.collectives(TEXT) if one.groups}
+    assert by_kind["all-gather"] == 3 * 8 * 16 * 2 // 2
+    assert by_kind["all-reduce"] == 2 * 40 * 3 // 4
+    assert by_kind["collective-permute"] == 32
+
+
+def test_groups_join_devices_that_differ():
+    ways = np.array([0, 0, 1, 1, 0, 0, 1, 1])
+    joins = {(one.kind, one.in_loop): one.joins(ways) for one in hlo.collectives(TEXT)}
+    assert joins["all-gather", True] is False and joins["reduce-scatter", True] is True
+
+
+def test_cycles_of_loops_are_counted_each_time():
+    assert hlo.estimated_cycles(TEXT) == 3 * 10 + 7
+    assert hlo.estimated_cycles("ENTRY %main (x: f32[]) -> f32[] {\n}\n") == 0
+
+
+def test_what_xla_writes_of_a_scan_is_understood():
+    """Parameters gathered in each layer, as FSDP does, and a sum over devices in each."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, model=2))
+    rows, columns = (jax.NamedSharding(mesh, P(*names)) for names in (("fsdp",), (None, "fsdp")))
+    layers = jax.ShapeDtypeStruct((5, 16, 16), jnp.float32, sharding=columns)
+    x = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=rows)
+
+    def run(x, layers):
+        def layer(x, kernel):
+            x = jax.lax.with_sharding_constraint(x @ kernel, rows)
+            return x - jnp.mean(x, axis=0, keepdims=True), None
+
+        return jax.lax.scan(layer, x, layers)[0]
+
+    text = jax.jit(run, out_shardings=rows).lower(x, layers).compile().as_text()
+    looped = {one.kind: one for one in hlo.collectives(text) if one.in_loop}
+    assert looped["all-gather"].size == 16 * 16 * 4 and looped["all-gather"].times == 5
+    assert looped["all-reduce"].times == 5 and len(looped["all-reduce"].groups[0]) == 4

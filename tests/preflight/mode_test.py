@@ -1,0 +1,89 @@
+"""`--run_mode=preflight` from the command line, and what TPU programs hold."""
+
+import importlib.util
+import json
+import sys
+
+import gin
+import pytest
+
+from glimmer_jax import main as command_line
+
+TINY = [f"--gin_file=gin/{name}.gin" for name in ("models/glimmer", "sizes/tiny")]
+SETTINGS = [
+    "--gin.NUM_KEPT=2",
+    "--gin.TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 4, 'passages': (4, 16)}",
+]
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+
+
+@pytest.fixture(autouse=True)
+def clear():
+    yield
+    gin.clear_config()
+
+
+def preflight(tmp_path, *flags):
+    path = tmp_path / "report.json"
+    code = command_line.main(["--run_mode=preflight", f"--json={path}", *TINY, *SETTINGS, *flags])
+    return code, json.loads(path.read_text()) if path.exists() else None
+
+
+@needs_compiler
+def test_a_training_step_is_compiled_for_a_slice_that_is_not_there(tmp_path, capfd):
+    run = ("--gin_file=gin/runs/finetune.gin", "--gin.BATCH_SIZE=8")
+    code, report = preflight(tmp_path, "--topology=v5e:2x2", *run)
+    assert code == 0 and report["fits"] is True
+    assert (report["chips"], report["hosts"], report["mesh"]["fsdp"]) == (4, 1, 4)
+    kinds = report["bytes_per_chip"]
+    assert {"parameters", "optimiser", "activations", "memory_table", "total"} <= set(kinds)
+    assert kinds["total"] < report["hbm_bytes_per_chip"] == 16 * 2**30
+    assert report["flops_per_step"] >= report["model_flops_per_step"] > 0
+    # FSDP: parameters are gathered, gradients summed.
+    assert report["collectives"]["all-gather"]["bytes"] > 0
+    assert report["estimated_step_seconds"] is None or report["estimated_step_seconds"] > 0
+    assert "train on v5e:2x2: fits." in capfd.readouterr().out
+
+
+@needs_compiler
+def test_answers_from_memory_count_the_table(tmp_path):
+    run = ("--gin_file=gin/runs/infer.gin", "--gin.BATCH_SIZE=2", "--gin.MEMORY_DIR='m'")
+    table = "--gin.MEMORY_BYTES_PER_DEVICE=1000000"
+    code, report = preflight(tmp_path, "--topology=v6e:2x2", *run, table)
+    # Four chips for two questions: the passages of each are on two.
+    assert code == 0 and report["mesh"]["passages"] == report["mesh"]["fsdp"] == 2
+    assert report["bytes_per_chip"]["memory_table"] == 1000000
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gin_file=gin/runs/finetune.gin"], "needs --topology, such as v5p:4x4x4"),
+        (["--gin_file=gin/runs/finetune.gin", "--topology=v5p:4"], "has 1 sides"),
+        (["--gin_file=gin/runs/finetune.gin", "--gin.X=1"], "X is set, but nothing uses it"),
+    ],
+)
+def test_what_cannot_be_asked_is_one_line(tmp_path, flags, message, capfd):
+    code, report = preflight(tmp_path, *flags)
+    assert code == 2 and report is None
+    assert message in capfd.readouterr().err
+
+
+def test_a_job_without_a_program_of_its_own_is_named(capfd):
+    score = ["--gin_file=gin/runs/score.gin", "--gin.PREDICTIONS='p'", "--gin.QUESTIONS='q'"]
+    assert command_line.main(["--run_mode=preflight", "--topology=v5e:2x2", *score]) == 2
+    assert "configure none of train, build_memory, eval, infer" in capfd.readouterr().err
+
+
+def test_without_the_compiler_the_way_out_is_named(tmp_path, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    run = ["--gin_file=gin/runs/finetune.gin", "--topology=v5p:2x2x1"]
+    assert preflight(tmp_path, *run)[0] == 2
+    assert "pip install 'glimmer_jax[preflight]'" in capfd.readouterr().err
+
+
+def test_topologies_are_preflights_alone():
+    with pytest.raises(SystemExit):
+        command_line.parse_flags(["--run_mode=train", "--topology=v5p:2x2x1"])

@@ -1,0 +1,165 @@
+"""What needs no TPU compiler: topologies, FLOPs, bytes, other settings, the report."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from glimmer_jax.models.cost import question_cost
+from glimmer_jax.modes.preflight import mesh_for
+from glimmer_jax.partitioning import MeshConfig, make_mesh
+from glimmer_jax.preflight import chips, compiling, nearest, programs
+from glimmer_jax.preflight.flops import count_flops
+from glimmer_jax.preflight.report import Report, Traffic
+from glimmer_jax.training.loop import TrainConfig
+from glimmer_jax.training.optimizer import OptimizerConfig
+from tests.models import tiny
+
+LENGTHS = {"inputs": 4, "targets": 5, "passages": (8, 6)}
+SETTINGS = {
+    "model": tiny.model(tiny.GLIMMER, tiny.LIGHT_LOSS),
+    "batch_size": 8,
+    "task_feature_lengths": LENGTHS,
+    "loop_config": TrainConfig(total_steps=5),
+    "optimizer": OptimizerConfig(min_dim_size_to_factor=1),
+    "mesh": MeshConfig(),
+    "max_length": 6,
+}
+
+
+def test_a_topology_is_a_generation_and_its_sides():
+    place = chips.parse_topology("v5p:4x4x8", slices=2)
+    assert (place.chips, place.name, place.chip.hbm_bytes) == (256, "v5p:4x4x8", 95 * 2**30)
+    assert set(chips.CHIPS) == {"v4", "v5e", "v5p", "v6e", "tpu7x"}
+    for text in ("v5p", "v5p:", "v9:4x4", "v5p:4x0x4", "v5p:4x4x"):
+        with pytest.raises(ValueError, match="is no TPU slice: write one of v4"):
+            chips.parse_topology(text)
+    with pytest.raises(ValueError, match=r"2 sides, and slices of v5p have 3: such as v5p:4x4x4"):
+        chips.parse_topology("v5p:4x4")
+
+
+def test_flops_count_every_layer_of_a_scan_and_every_turn_of_a_loop():
+    def scanned(x, w):
+        return jax.lax.scan(lambda c, _: (c @ w, None), x, None, length=7)[0]
+
+    def looped(x, w):
+        return jax.lax.while_loop(lambda c: c[0, 0] < 1, lambda c: c @ w, x)
+
+    x, w = jnp.ones((3, 4)), jnp.ones((4, 4))
+    assert count_flops(jax.make_jaxpr(scanned)(x, w)) == 7 * 2 * 3 * 4 * 4
+    assert count_flops(jax.make_jaxpr(jax.jit(looped))(x, w), while_trips=5) == 5 * 2 * 3 * 4 * 4
+    mapped = jax.shard_map(
+        lambda x: x @ x,
+        mesh=make_mesh(MeshConfig(data=2), jax.devices()[:2]),
+        in_specs=jax.P(("data",)),
+        out_specs=jax.P(("data",)),
+    )
+    assert count_flops(jax.make_jaxpr(mapped)(jnp.ones((8, 4)))) == 2 * 2 * 4 * 4 * 4
+
+
+def test_flops_of_an_answer_are_those_of_the_papers_and_attentions_own():
+    mesh = make_mesh(MeshConfig(data=8))
+    program = programs.answer({**SETTINGS, "memory_dir": "m"}, mesh)
+    cost = question_cost(tiny.GLIMMER, passages=8, question=4, passage=6, answer=5)
+    papers = 2 * 8 * cost.total
+    # The papers leave out attention's own products, the output layer and the score.
+    assert papers < compiling.flops_of(program, mesh) < 2 * papers
+
+
+def test_recomputing_costs_flops():
+    mesh = make_mesh(MeshConfig(data=8))
+    plain = compiling.flops_of(programs.train(SETTINGS, mesh), mesh)
+    full = {**SETTINGS, "model": nearest.with_remat(SETTINGS["model"], "full")}
+    assert 1.2 * plain < compiling.flops_of(programs.train(full, mesh), mesh) < 1.4 * plain
+
+
+@pytest.mark.parametrize("job", programs.JOBS)
+def test_bytes_on_a_device_are_those_of_the_arrays(job):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2))
+    program = programs.JOBS[job](SETTINGS, mesh)
+    given = program.bytes_by_kind()
+    with jax.set_mesh(mesh):
+        compiled = program.function.lower(*program.arguments).compile(tiny.QUICK)
+    # Arguments that the program does not look at are left out by the compiler.
+    small = 2048
+    assert abs(compiled.memory_analysis().argument_size_in_bytes - sum(given.values())) < small
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(tiny.params(tiny.GLIMMER)))
+    assert (
+        given["parameters"] == whole if job == "build_memory" else given["parameters"] < whole / 2
+    )
+
+
+def test_without_a_mesh_all_chips_are_on_fsdp_and_what_is_more_than_the_batch_on_passages():
+    assert mesh_for("train", SETTINGS, 8) == MeshConfig(data=1, fsdp=8)
+    assert mesh_for("infer", SETTINGS, 32) == MeshConfig(data=1, fsdp=8, passages=4)
+    two = {**SETTINGS, "mesh": MeshConfig(slice=2)}
+    assert mesh_for("train", two, 8) == MeshConfig(data=1, fsdp=4, slice=2)
+    given = {**SETTINGS, "mesh": MeshConfig(data=-1, model=2)}
+    assert mesh_for("train", given, 8) == MeshConfig(data=4, model=2)
+    assert mesh_for("build_memory", SETTINGS, 8) == MeshConfig()
+
+
+def test_nearest_settings_go_from_recomputing_to_parts_to_tensor_parallelism():
+    found = [macros for macros, _ in nearest.changes("train", SETTINGS, MeshConfig(1, 4), 4)]
+    assert found[:3] == [
+        {"REMAT_POLICY": "minimal"},
+        {"REMAT_POLICY": "full"},
+        {"REMAT_POLICY": "full", "NUM_MICROBATCHES": 2},
+    ]
+    assert found[3]["MESH_MODEL"] == 2 and found[3]["MESH_FSDP"] == 2
+    _, changed = next(iter(nearest.changes("train", SETTINGS, MeshConfig(1, 4), 4)))
+    assert changed["model"].config.t5.remat_policy == "minimal"
+    assert changed["model"].loss == SETTINGS["model"].loss
+    fewer = [macros for macros, _ in nearest.changes("infer", SETTINGS, MeshConfig(1, 2), 2)]
+    assert fewer[:2] == [{"BATCH_SIZE": 4}, {"BATCH_SIZE": 2}]
+    assert [m for m, _ in nearest.changes("build_memory", SETTINGS, MeshConfig(), 8)][-1] == {
+        "BATCH_SIZE": 1
+    }
+
+
+def test_the_compilers_refusal_says_how_much_it_would_need():
+    message = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+        "hbm. Used 41.50G of 15.75G hbm. Exceeded hbm capacity by 25.75G."
+    )
+    used, words = compiling.no_room(message)
+    assert used == round(41.5 * 2**30) and words == "Used 41.50G of 15.75G hbm"
+    assert compiling.no_room("INTERNAL: something else") is None
+
+
+REPORT = Report(
+    job="train",
+    topology="v5e:4x4",
+    slices=1,
+    chips=16,
+    hosts=4,
+    mesh={"slice": 1, "data": 1, "fsdp": 16, "passages": 1, "model": 1},
+    batch_size=128,
+    fits=False,
+    bytes_per_chip={"parameters": 2**30, "total": 20 * 2**30},
+    hbm_bytes_per_chip=16 * 2**30,
+    flops_per_step=3 * 10**15,
+    model_flops_per_step=2 * 10**15,
+    collectives={"all-gather": Traffic(48, 2**31)},
+    bytes_between_slices=0,
+    compute_seconds=0.95,
+    network_seconds=0.01,
+    estimated_step_seconds=2.0,
+    model_flop_utilisation=0.32,
+    why_not="Used 20G of 15.75G hbm",
+    nearest=({"REMAT_POLICY": "full", "NUM_MICROBATCHES": 2},),
+    tried=3,
+)
+
+
+def test_the_report_is_json_and_words():
+    found = json.loads(REPORT.as_json())
+    assert found["fits"] is False and found["collectives"]["all-gather"]["bytes"] == 2**31
+    text = REPORT.text()
+    assert text.startswith("train on v5e:4x4: DOES NOT FIT.")
+    assert "--gin.REMAT_POLICY='full' --gin.NUM_MICROBATCHES=2" in text
+    assert "32% of the peak" in text and "mesh fsdp 16, batch 128" in text
+    none = dataclasses.replace(REPORT, nearest=())
+    assert "none of 3 other settings fits" in none.text()
