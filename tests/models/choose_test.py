@@ -7,8 +7,9 @@ import jax.extend.core
 import numpy as np
 import pytest
 
-from glimmer_jax.models.glimmer import Glimmer, GlimmerConfig, select
+from glimmer_jax.models.glimmer import Glimmer, GlimmerConfig
 from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.models.selection import select
 from tests.models import tiny
 
 LOOPED = dataclasses.replace(tiny.T5, scan_layers=False)

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from glimmer_jax.models.glimmer import Glimmer, fuse
+from glimmer_jax.models.glimmer import Glimmer
+from glimmer_jax.models.selection import fuse
 from glimmer_jax.models.stacking import unstack_layers
 from tests.models import tiny
 

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 import pytest
 
-from glimmer_jax.models.glimmer import Glimmer, fuse, select
+from glimmer_jax.models.glimmer import Glimmer
+from glimmer_jax.models.selection import fuse, select
 from tests.models import tiny
 from tests.models.torch_t5 import build
 

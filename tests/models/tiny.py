@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from glimmer_jax.models.glimmer import Glimmer, GlimmerConfig
-from glimmer_jax.models.selection import fuse, select
 from glimmer_jax.models.model import GlimmerModel, LossConfig
+from glimmer_jax.models.selection import fuse, select
 from glimmer_jax.models.t5 import T5Config
 
 B, K, P, Q, T, V = 8, 3, 6, 4, 5, 32

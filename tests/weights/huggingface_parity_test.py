@@ -12,8 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from glimmer_jax.models.glimmer import Glimmer, fuse, select
+from glimmer_jax.models.glimmer import Glimmer
 from glimmer_jax.models.model import GlimmerModel, LossConfig
+from glimmer_jax.models.selection import fuse, select
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.weights import huggingface, parameters, t5_names
 from glimmer_jax.weights.huggingface_names import their_name, transposed
