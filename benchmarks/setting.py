@@ -9,7 +9,7 @@ from glimmer_jax.models.t5 import T5Config
 JAX_SYSTEMS = ("fid", "lumen", "glimmer", "glimmer_fido")
 SYSTEMS = ("pytorch_fid", *JAX_SYSTEMS)
 DTYPES = ("float32", "bfloat16")
-SIZES: dict[str, dict[str, int]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "base": dict(
         vocab_size=32128,
         emb_dim=768,
@@ -31,7 +31,7 @@ SIZES: dict[str, dict[str, int]] = {
     ),
 }
 ALPHA, BETA = 1 / 3, 1 / 4  # GLIMMER (arXiv 2306.10231): live layers, and those of them that rerank
-FIDO = dict(cross_attention_period=6, decoder_kv_heads=1)  # arXiv 2212.08153
+FIDO: dict[str, Any] = dict(cross_attention_period=6, decoder_kv_heads=1)  # arXiv 2212.08153
 
 
 @dataclasses.dataclass(frozen=True)
