@@ -9,8 +9,11 @@ from glimmer_jax import axes, codecs
 # Parameters of a codec that may be fine-tuned; the others only say where the centroids lie.
 TRAINED = ("centroids",)
 
-_START = {"basis": lambda key, shape, dtype: jnp.eye(*shape, dtype=dtype)}
-_START |= {"scale": nn.initializers.ones, "mean": nn.initializers.zeros}
+_START = {
+    "basis": lambda key, shape, dtype: jnp.eye(shape[0], dtype=dtype),
+    "scale": nn.initializers.ones,
+    "mean": nn.initializers.zeros,
+}
 
 
 class Codebooks(nn.Module):
