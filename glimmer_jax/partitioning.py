@@ -31,7 +31,7 @@ AXIS_RULES: Mapping[str, tuple[str, ...]] = {
     axes.MLP: ("model",),
     axes.RELPOS_BUCKETS: (),
     axes.LAYERS: (),
-    axes.CODEBOOK: (),
+    **dict.fromkeys(axes.CODEBOOK, ()),
     axes.BATCH: ("data", "fsdp"),
     axes.PASSAGES: (),
     axes.LENGTH: (),
