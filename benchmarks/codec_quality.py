@@ -206,9 +206,9 @@ def compare(found: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> dict
         # Of a question, in units that average to nats a token over all tokens.
         return [-one["log_likelihood"] / tokens for one in rows]
 
-    matches = [[one["match"] for one in rows] for rows in (found, baseline)]
+    mine, theirs = ([one["match"] for one in rows] for rows in (found, baseline))
     result: dict[str, Any] = {
-        "exact_match": paired_bootstrap(*matches, groups=pages),
+        "exact_match": paired_bootstrap(mine, theirs, groups=pages),
         "nats_per_token": paired_bootstrap(nats(found), nats(baseline), groups=pages),
     }
     result["tasks"] = {

@@ -78,7 +78,8 @@ def measure(count: int, path: Path) -> dict[str, Any]:
             ROWS, (8, 16, 24, MAX_LENGTH), "float32", None, jax.default_backend(), jax.__version__
         ),
     )
-    began, marks = time.monotonic(), []
+    began = time.monotonic()
+    marks: list[list[float]] = []
 
     def mark(values: Any) -> None:
         if values["passages"] >= count * (len(marks) + 1) / 10:

@@ -26,7 +26,8 @@ HEADS = "heads"
 MLP = "mlp"
 RELPOS_BUCKETS = "relpos_buckets"
 LAYERS = "layers"
-CODEBOOK = "codebook"  # every dimension of what a memory codec has learnt
+# Dimensions of what a memory codec has learnt, by place; a name may not come twice in one array.
+CODEBOOK = ("codebook", "code", "code_channel")
 
 # Activations.
 BATCH = "batch"

@@ -36,7 +36,7 @@ AXIS_RULES: Mapping[str, tuple[str, ...]] = {
     axes.MLP: ("model",),
     axes.RELPOS_BUCKETS: (),
     axes.LAYERS: (),
-    axes.CODEBOOK: (),
+    **dict.fromkeys(axes.CODEBOOK, ()),
     axes.BATCH: ("slice", "data", "fsdp"),
     axes.PASSAGES: ("passages",),
     axes.LENGTH: (),

@@ -9,8 +9,11 @@ from glimmer_jax import axes, codecs
 # Parameters of a codec that may be fine-tuned; the others only say where the centroids lie.
 TRAINED = ("centroids",)
 
-_START = {"basis": lambda key, shape, dtype: jnp.eye(*shape, dtype=dtype)}
-_START |= {"scale": nn.initializers.ones, "mean": nn.initializers.zeros}
+_START = {
+    "basis": lambda key, shape, dtype: jnp.eye(shape[0], dtype=dtype),
+    "scale": nn.initializers.ones,
+    "mean": nn.initializers.zeros,
+}
 
 
 class Codebooks(nn.Module):
@@ -26,7 +29,7 @@ class Codebooks(nn.Module):
         found = {}
         for name, shape in codecs.get(self.codec).codebook_specs(self.emb_dim).items():
             start = _START.get(name, nn.initializers.normal(1.0))
-            names = (axes.CODEBOOK,) * len(shape)
+            names = axes.CODEBOOK[: len(shape)]
             value = self.param(name, nn.with_logical_partitioning(start, names), shape, jnp.float32)
             is_trained = self.trained and name in TRAINED
             found[name] = value if is_trained else jax.lax.stop_gradient(value)

@@ -34,7 +34,7 @@ FACTOR_RULES: Mapping[str | None, str] = {
     axes.JOINED_KV: COLUMN,
     axes.KV: COLUMN,
     axes.RELPOS_BUCKETS: WHOLE,
-    axes.CODEBOOK: WHOLE,
+    **dict.fromkeys(axes.CODEBOOK, WHOLE),
     axes.LAYERS: LAYER,
     None: WHOLE,
 }

@@ -181,6 +181,9 @@ def test_only_centroids_are_trained_and_only_if_asked(train):
     trained, frozen = optimizer.split(params)
     assert ("memory_codebooks" in trained) == train and "basis" in frozen["memory_codebooks"]
     assert optimizer.init(params)
+    # Under a mesh, as training starts.
+    with jax.set_mesh(_mesh(2)):
+        assert model.abstract_variables()[1] == names
 
 
 def test_codebooks_belong_to_the_encoders_fingerprint():
