@@ -85,6 +85,8 @@ def devices(topology: Topology) -> list[Any]:
     """
     # The compiler would look for the TPU machine it runs on, for minutes.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # And would take the machine's TPU for itself alone; here, many may compile side by side.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         import libtpu  # noqa: F401 (what JAX loads)
     except ImportError:
@@ -105,6 +107,6 @@ def devices(topology: Topology) -> list[Any]:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(
-            f"The TPU compiler knows no slice {topology.name}: {str(error).splitlines()[0]}"
+            f"The TPU compiler gives no slice {topology.name}: {str(error).splitlines()[0]}"
         ) from error
     return list(found.devices)

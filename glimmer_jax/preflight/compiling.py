@@ -46,12 +46,12 @@ def compile_program(program: Program, mesh: Mesh) -> Compiled:
             return Compiled(found, flops, {}, 0, 0, words)
     memory = compiled.memory_analysis()
     returned = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    rest = memory.temp_size_in_bytes + returned + memory.generated_code_size_in_bytes
-    total = memory.argument_size_in_bytes + rest
+    # Arguments are padded; and those that the program does not look at lie on the device all the same.
+    padding = max(memory.argument_size_in_bytes - sum(given.values()), 0)
+    made = memory.temp_size_in_bytes + returned + memory.generated_code_size_in_bytes + padding
     text = compiled.as_text()
     return Compiled(
-        # What the compiler pads arguments with is counted with what it makes itself.
-        {**given, "activations": total - sum(given.values()), "total": total},
+        {**given, "activations": made, "total": sum(given.values()) + made},
         flops,
         *traffic(text, mesh),
         hlo.estimated_cycles(text),

@@ -119,6 +119,8 @@ def batch_shapes(
         "decoder_target_tokens": (targets, jnp.int32),
         "decoder_loss_weights": (targets, jnp.float32),
     }
+    if model.loss.supervised_weight:
+        shapes["gold_passages"] = (passages, jnp.int32)
     if from_memory:
         shapes["passage_lengths"] = (passages, jnp.int32)
     else:

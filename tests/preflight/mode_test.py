@@ -12,6 +12,13 @@ from glimmer_jax import main as command_line
 TINY = [f"--gin_file=gin/{name}.gin" for name in ("models/glimmer", "sizes/tiny")]
 SETTINGS = [
     "--gin.NUM_KEPT=2",
+    "--gin.DISTILLATION_WEIGHT=0.0",
+    "--gin.NUM_ENCODER_LAYERS=3",
+    "--gin.t5.T5Config.num_decoder_layers=1",
+    "--gin.t5.T5Config.emb_dim=64",
+    "--gin.t5.T5Config.num_heads=2",
+    "--gin.t5.T5Config.head_dim=32",
+    "--gin.t5.T5Config.mlp_dim=128",
     "--gin.TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 4, 'passages': (4, 16)}",
 ]
 needs_compiler = pytest.mark.skipif(

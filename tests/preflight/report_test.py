@@ -81,10 +81,12 @@ def test_bytes_on_a_device_are_those_of_the_arrays(job):
     program = programs.JOBS[job](SETTINGS, mesh)
     given = program.bytes_by_kind()
     with jax.set_mesh(mesh):
-        compiled = program.function.lower(*program.arguments).compile(tiny.QUICK)
-    # Arguments that the program does not look at are left out by the compiler.
-    small = 2048
-    assert abs(compiled.memory_analysis().argument_size_in_bytes - sum(given.values())) < small
+        lowered = program.function.lower(*program.arguments)
+        compiled = lowered.compile(compiler_options=tiny.QUICK)
+    counted, seen = sum(given.values()), compiled.memory_analysis().argument_size_in_bytes
+    # Arguments that a program does not look at are left out by the compiler: targets, when answering,
+    # and all but the memory encoder, when building.
+    assert seen - 64 <= counted and (job == "build_memory" or counted < 1.02 * seen)
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(tiny.params(tiny.GLIMMER)))
     assert (
         given["parameters"] == whole if job == "build_memory" else given["parameters"] < whole / 2
