@@ -33,8 +33,8 @@ class JaxSystem:
         self._tokens_NP = self._random.integers(2, config.t5.vocab_size, size).astype(np.int32)
         self._vocab_size = config.t5.vocab_size
         lookup = None
+        self._folder = tempfile.TemporaryDirectory(prefix="memory-")
         if config.memory_layers:
-            self._folder = tempfile.TemporaryDirectory(prefix="memory-")
             path = f"{self._folder.name}/store"
             lookup = build_lookup(model, params, mesh, self._tokens_NP, setting, path)
         model, params = prepare.looped(model, params)
@@ -47,6 +47,10 @@ class JaxSystem:
             "framework": f"jax {jax.__version__}",
             "device": jax.devices()[0].device_kind,
         }
+
+    def close(self) -> None:
+        """Removes the store."""
+        self._folder.cleanup()
 
     def batch(self, passages: int) -> dict[str, np.ndarray]:
         """A new question with its passages."""

@@ -45,7 +45,8 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            code = self._process.wait()
+            self.close()
+            code = self._process.returncode
             raise RuntimeError(
                 f"The process of {self.system} in {self.dtype} ended with {code}; its last words "
                 "are above."

@@ -60,6 +60,9 @@ class TorchFid:
             "device": on,
         }
 
+    def close(self) -> None:
+        """Nothing lies on disk."""
+
     def batch(self, passages: int) -> Any:
         """int64 `[K, Q + P]`, question and passage together."""
         length = self.setting.question + self.setting.passage

@@ -26,12 +26,12 @@ def main() -> None:
         # XLA takes as many threads as there are cores that it may use.
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[: setting.threads])
-    worker = _load(system, dtype, setting)
-    channel.write(json.dumps({"ready": True}) + "\n")
-    for line in sys.stdin:
-        asked = json.loads(line)
-        done = {"prepare": _prepare, "answer": _answer}[asked["do"]](worker, asked["passages"])
-        channel.write(json.dumps(done) + "\n")
+    with contextlib.closing(_load(system, dtype, setting)) as worker:
+        channel.write(json.dumps({"ready": True}) + "\n")
+        for line in sys.stdin:
+            asked = json.loads(line)
+            done = {"prepare": _prepare, "answer": _answer}[asked["do"]](worker, asked["passages"])
+            channel.write(json.dumps(done) + "\n")
 
 
 def _load(system: str, dtype: str, setting: Setting) -> Any:

@@ -1,5 +1,6 @@
 """The whole script at a tiny size: processes, a real store, timing, JSON and tables."""
 
+import contextlib
 import json
 import re
 
@@ -40,22 +41,26 @@ def test_the_script_writes_a_row_for_each_size_and_prints_them(tmp_path, capfd):
     assert "| glimmer | float32 |" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("system", JAX_SYSTEMS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_our_systems_answer_in_full_length(system, dtype):
-    ours = JaxSystem(system, dtype, TINY)
-    ours.prepare(6)
-    assert ours.answer(6).shape == (3,)
-    assert ours.peaks()["peak_flops_per_second"] > 0
+def test_glimmer_answers_in_full_length_from_a_store(dtype):
+    with contextlib.closing(JaxSystem("glimmer_fido", dtype, TINY)) as ours:
+        ours.prepare(6)
+        assert ours.answer(6).shape == (3,)
+        assert ours.peaks()["peak_flops_per_second"] > 0
 
 
-@pytest.mark.parametrize("system", JAX_SYSTEMS)
-def test_counted_flops_are_those_of_the_formula_and_what_it_leaves_out(system):
-    ours = JaxSystem(system, "float32", TINY)
-    config = glimmer_config(system, TINY, "float32", on_cpu=True)
-    cost = question_cost(config, passages=6, question=4, passage=12, answer=3)
-    # Attention's products and the vocabulary's, which the formula leaves out, are a third at this size.
-    assert 2 * cost.total < ours.flops(6) < 3 * cost.total
+def test_counted_flops_are_those_of_the_formula_and_what_it_leaves_out():
+    counted = {}
+    for system in JAX_SYSTEMS:
+        with contextlib.closing(JaxSystem(system, "float32", TINY)) as ours:
+            counted[system] = ours.flops(6)
+    for system in ("fid", "lumen"):
+        config = glimmer_config(system, TINY, "float32", on_cpu=True)
+        cost = question_cost(config, passages=6, question=4, passage=12, answer=3)
+        # Attention's products and the vocabulary's are left out: a third at this size.
+        assert 2 * cost.total < counted[system] < 3 * cost.total
+    # By and by less is read.
+    assert sorted(JAX_SYSTEMS, key=counted.__getitem__, reverse=True) == list(JAX_SYSTEMS)
 
 
 @pytest.mark.parity
