@@ -104,11 +104,11 @@ def read_model(
     model = GlimmerModel(dataclasses.replace(own, memory_codec=codec_name))
     codec = codecs.get(codec_name)
     if saved.has_codebooks and saved.memory_codec == codec_name:
-        params = parameters.load(path, model, vocabulary.fingerprint)
+        params = parameters.place(parameters.load(path, model, vocabulary.fingerprint), model, mesh)
     elif isinstance(codec, ProductQuantisation):
         books = codebooks.learn(codec, states[:-16384], mesh)
         params = {**params, "memory_codebooks": books}
-    return model, jax.tree.map(jnp.asarray, params), states[-16384:]
+    return model, params, states[-16384:]
 
 
 def cost(model: GlimmerModel, params: Any, states_ND: np.ndarray) -> dict[str, Any]:
