@@ -30,7 +30,7 @@ $(STAMP): setup.py constraints.txt
 	@touch $@
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/pre-commit run --all-files

@@ -57,6 +57,7 @@ EXTRAS = {
         "pre-commit-hooks>=5",
         "pytest>=8.3",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
         "ruff>=0.12",
     ],
 }

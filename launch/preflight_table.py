@@ -16,7 +16,7 @@ from typing import Any
 
 GIB = 2**30
 # Size, slice, extra settings: training as the paper does it, 128 questions a step.
-TRAIN = (
+TRAIN: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("base", "v5e:2x2", {}),
     ("base", "v5e:4x4", {}),
     ("base", "v6e:4x4", {}),
