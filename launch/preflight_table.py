@@ -16,7 +16,7 @@ from typing import Any
 
 GIB = 2**30
 # Size, slice, extra settings: training as the paper does it, 128 questions a step.
-TRAIN = (
+TRAIN: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("base", "v5e:2x2", {}),
     ("base", "v5e:4x4", {}),
     ("base", "v6e:4x4", {}),
@@ -30,7 +30,7 @@ TRAIN = (
     ("xl", "tpu7x:4x4x4", {}),
     ("xxl", "v5p:4x8x8", {}),
 )
-INFER = (
+INFER: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("base", "v5e:2x2", {"BATCH_SIZE": 8}),
     ("large", "v6e:2x2", {"BATCH_SIZE": 8}),
     ("large", "v6e:2x4", {"BATCH_SIZE": 1}),

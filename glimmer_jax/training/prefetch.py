@@ -44,7 +44,8 @@ def put_batch(batch: dict[str, Any], mesh: Mesh, num_microbatches: int = 1) -> d
     def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
         leaf = np.asarray(leaf)
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # a batch has rows
             first, last, _ = index[0].indices(len(own) * scale)
             here = int(np.searchsorted(own, first))
             return leaf[(slice(here, here + last - first), *index[1:])]
