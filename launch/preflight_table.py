@@ -30,7 +30,7 @@ TRAIN: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("xl", "tpu7x:4x4x4", {}),
     ("xxl", "v5p:4x8x8", {}),
 )
-INFER = (
+INFER: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("base", "v5e:2x2", {"BATCH_SIZE": 8}),
     ("large", "v6e:2x2", {"BATCH_SIZE": 8}),
     ("large", "v6e:2x4", {"BATCH_SIZE": 1}),
