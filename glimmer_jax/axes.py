@@ -26,8 +26,10 @@ HEADS = "heads"
 MLP = "mlp"
 RELPOS_BUCKETS = "relpos_buckets"
 LAYERS = "layers"
-# Dimensions of what a memory codec has learnt, by place; a name may not come twice in one array.
-CODEBOOK = ("codebook", "code", "code_channel")
+# Dimensions of what a memory codec has learnt; a name may not come twice in one array.
+CODEBOOK = "codebook"
+CODE = "code"
+CODE_CHANNEL = "code_channel"
 
 # Activations.
 BATCH = "batch"

@@ -29,7 +29,7 @@ class Codebooks(nn.Module):
         found = {}
         for name, shape in codecs.get(self.codec).codebook_specs(self.emb_dim).items():
             start = _START.get(name, nn.initializers.normal(1.0))
-            names = axes.CODEBOOK[: len(shape)]
+            names = (axes.CODEBOOK, axes.CODE, axes.CODE_CHANNEL)[: len(shape)]
             value = self.param(name, nn.with_logical_partitioning(start, names), shape, jnp.float32)
             is_trained = self.trained and name in TRAINED
             found[name] = value if is_trained else jax.lax.stop_gradient(value)

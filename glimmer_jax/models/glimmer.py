@@ -93,6 +93,7 @@ class GlimmerConfig:
                 "share_position_table would train a part of the frozen or copied memory encoder; "
                 "set it to False."
             )
+        codecs.get(self.memory_codec)
         if self.train_codebooks and not self.has_codebooks:
             raise ValueError(
                 f"train_codebooks needs memory with codebooks; memory_codec is {self.memory_codec!r} "

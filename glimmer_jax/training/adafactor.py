@@ -34,7 +34,9 @@ FACTOR_RULES: Mapping[str | None, str] = {
     axes.JOINED_KV: COLUMN,
     axes.KV: COLUMN,
     axes.RELPOS_BUCKETS: WHOLE,
-    **dict.fromkeys(axes.CODEBOOK, WHOLE),
+    axes.CODEBOOK: WHOLE,
+    axes.CODE: WHOLE,
+    axes.CODE_CHANNEL: WHOLE,
     axes.LAYERS: LAYER,
     None: WHOLE,
 }
