@@ -18,12 +18,13 @@ from tests.models import tiny
 @pytest.mark.parametrize(
     "mesh_config, loss",
     [
+        (MeshConfig(data=8), tiny.LIGHT_LOSS),
         (MeshConfig(slice=2, data=2, fsdp=2), tiny.LIGHT_LOSS),
         (MeshConfig(data=2, model=4), tiny.LIGHT_LOSS),
         # The teacher's chunks of passages are sharded, too.
         (MeshConfig(data=2, fsdp=2, model=2), tiny.FULL_LOSS),
     ],
-    ids=["2 slices of 2x2", "2x4", "2x2x2"],
+    ids=["8x1", "2 slices of 2x2", "2x4", "2x2x2"],
 )
 def test_sharded_equals_unsharded(mesh_config, loss):
     params, batch = tiny.params(tiny.GLIMMER), tiny.batch()
