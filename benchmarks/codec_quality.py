@@ -13,7 +13,6 @@ retrieved/); it is written where it is not there.
 import argparse
 import dataclasses
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.peaks import best_seconds
 from glimmer_jax import codecs
 from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.memory import batches, codebooks, encoder
@@ -118,25 +118,16 @@ def cost(model: GlimmerModel, params: Any, states_ND: np.ndarray) -> dict[str, A
     decode = jax.jit(lambda arrays, books: codec.decode(arrays, jnp.float32, books))
     states = jnp.asarray(states_ND)
     arrays = encode(states, books)
-    lost = np.asarray(decode(arrays, books), np.float64) - states_ND
     specs = codec.array_specs(states.shape[-1]).values()
     return {
         "codec": codec.name,
         "bytes_per_token": sum(int(np.prod(shape)) * kind.itemsize for shape, kind in specs),
-        "encoded_tokens_per_s": len(states) / _seconds(encode, states, books),
-        "decoded_tokens_per_s": len(states) / _seconds(decode, arrays, books),
-        "relative_rms": float(np.sqrt(np.square(lost).sum() / np.square(states_ND).sum())),
+        "encoded_tokens_per_s": len(states)
+        / best_seconds(lambda: jax.block_until_ready(encode(states, books))),
+        "decoded_tokens_per_s": len(states)
+        / best_seconds(lambda: jax.block_until_ready(decode(arrays, books))),
+        "relative_rms": codebooks.relative_error(codec, books, states_ND),
     }
-
-
-def _seconds(function: Any, *arguments: Any) -> float:
-    """Of the fastest of five calls: others are slower for reasons that are not the function's."""
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        times.append(time.perf_counter() - began)
-    return min(times)
 
 
 class Questions:
@@ -155,6 +146,7 @@ class Questions:
         from glimmer_jax.data.evaluation import Evaluation
         from glimmer_jax.json_lines import read_json_lines
 
+        scored: list[tuple[float, float]] = []
         answer, score = jax.jit(model.predict_batch_with_aux), jax.jit(model.score_batch)
 
         def predict(batch: dict[str, Any]) -> Any:
@@ -162,14 +154,14 @@ class Questions:
             tokens, aux = answer(params, given)
             counts = batch["decoder_loss_weights"].sum(-1)
             # In the order of the examples; the rows that fill up the last batch come after them.
-            self._rows += list(zip(np.asarray(score(params, given)), counts, strict=True))
+            scored.extend(zip(np.asarray(score(params, given)), counts, strict=True))
             if "gold_passages" in batch:
                 aux = {**aux, "gold_passages": batch["gold_passages"]}
             return tokens, aux
 
         found = []
         for task in TASKS:
-            self._rows: list[tuple[float, float]] = []
+            scored.clear()
             dev = Evaluation(
                 f"pydocs_{task}", "test", LENGTHS, 16, passages=passages, num_examples=self._count
             )
@@ -179,7 +171,7 @@ class Questions:
                 str(one["id"]): one
                 for _, one in read_json_lines(self._data / "retrieved" / f"{task}-test.jsonl")
             }
-            for record, (value, count) in zip(records, self._rows[: len(records)], strict=True):
+            for record, (value, count) in zip(records, scored[: len(records)], strict=True):
                 one = gold[record["id"]]
                 answers = [output["answer"] for output in one["output"] if "answer" in output]
                 pages = [p for output in one["output"] for p in output.get("provenance", [])]

@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import flops, peaks
+from benchmarks import peaks
 from benchmarks.memory import build_lookup
 from benchmarks.setting import Setting, glimmer_config
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.partitioning import MeshConfig, make_mesh
+from glimmer_jax.preflight.flops import count_flops
 from glimmer_jax.serving import prepare
 from glimmer_jax.serving.predict import make_predict
 
@@ -66,13 +67,10 @@ class JaxSystem:
 
     def prepare(self, passages: int) -> None:
         """Compiles, and runs once."""
-        self._answer(passages)
+        self.answer(passages)
 
     def answer(self, passages: int) -> np.ndarray:
         """int32 `[T]`."""
-        return self._answer(passages)
-
-    def _answer(self, passages: int) -> np.ndarray:
         return self._predict(self._params, self.batch(passages))[0][0]
 
     def flops(self, passages: int) -> int:
@@ -81,7 +79,7 @@ class JaxSystem:
             batch = self._lookup.add(batch)
             batch.pop("passage_ids")
         traced = jax.make_jaxpr(self._model.predict_batch)(self._params, batch)
-        return flops.count(traced, self.setting.answer)
+        return count_flops(traced, while_trips=self.setting.answer)
 
     def peaks(self) -> dict[str, float]:
         return peaks.jax_peaks(self._dtype)

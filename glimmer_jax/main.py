@@ -32,7 +32,6 @@ MODES = {
 }
 # Not configured itself: it asks about one of these, whichever the gin files configure.
 PREFLIGHT = "preflight"
-PREFLIGHT_JOBS = ("train", "build_memory", "eval", "infer")
 
 
 def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -118,14 +117,14 @@ def _preflight(flags: argparse.Namespace) -> Any:
 
     search_paths = [path for path in flags.gin_search_paths.split(",") if path]
     configuration.parse(flags.gin_file, flags.gin_bindings, search_paths, preflight.UNBOUND)
-    for job in PREFLIGHT_JOBS:
+    for job in preflight.JOBS:
         try:
             settings = configuration.settings(_find(MODES[job]))
         except configuration.ConfigError:
             continue
         return preflight.preflight(job, settings, flags.topology, flags.json)
     raise ValueError(
-        f"The gin files configure none of {', '.join(PREFLIGHT_JOBS)}. Add the --gin_file of "
+        f"The gin files configure none of {', '.join(preflight.JOBS)}. Add the --gin_file of "
         "gin/runs that the job itself has."
     )
 

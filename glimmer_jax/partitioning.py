@@ -75,6 +75,12 @@ class MeshConfig:
         """Axis -> size, in the mesh's order."""
         return {axis: getattr(self, axis) for axis in MESH_AXES}
 
+    def filled(self, count: int) -> "MeshConfig":
+        """With what -1 stands for where there are `count` devices."""
+        known = math.prod(size for size in self.sizes().values() if size != -1)
+        left = max(count // known, 1)
+        return MeshConfig(**{a: left if size == -1 else size for a, size in self.sizes().items()})
+
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with the axes `MESH_AXES` over `devices` (default: all of them).
@@ -89,11 +95,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         # GPUs count something else by this name: hosts, between which any axis may go.
         index = (device.platform == "tpu" and getattr(device, "slice_index", None)) or 0
         slices.setdefault(index, []).append(device)
-    sizes = config.sizes()
-    for axis, size in sizes.items():
-        if size == -1:
-            known = -math.prod(sizes.values())
-            sizes[axis] = max(len(devices) // known, 1)
+    sizes = config.filled(len(devices)).sizes()
     if math.prod(sizes.values()) != len(devices):
         fitting = "; or ".join(_words(near) for near in nearest_sizes(config, len(devices)))
         raise ValueError(
@@ -150,15 +152,15 @@ def _words(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{axis}={size}" for axis, size in used.items())
 
 
-def parts(mesh: Any, name: str) -> int:
-    """Into how many parts a dimension called `name` is cut on a mesh."""
-    return math.prod(mesh.shape[axis] for axis in AXIS_RULES[name])
+def parts(sizes: Mapping[str, int], name: str) -> int:
+    """Into how many parts a dimension called `name` is cut on a mesh of these sizes, by axis."""
+    return math.prod(sizes[axis] for axis in AXIS_RULES[name])
 
 
 def parts_in_scope(name: str) -> int:
     """`parts` on the mesh that is set; 1 without one, and where each device is on its own."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty or mesh.are_all_axes_manual else parts(mesh, name)
+    return 1 if mesh.empty or mesh.are_all_axes_manual else parts(mesh.shape, name)
 
 
 def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:

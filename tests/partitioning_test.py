@@ -81,8 +81,8 @@ def test_slices_are_the_hardwares_and_lie_outermost():
 def test_rows_of_a_process_are_those_of_its_devices():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, passages=2))
     np.testing.assert_array_equal(partitioning.own_rows(mesh, 8), np.arange(8))
-    assert partitioning.parts(mesh, axes.BATCH) == 4
-    assert partitioning.parts(mesh, axes.PASSAGES) == 2
+    assert partitioning.parts(mesh.shape, axes.BATCH) == 4
+    assert partitioning.parts(mesh.shape, axes.PASSAGES) == 2
 
 
 def test_names_become_mesh_axes():

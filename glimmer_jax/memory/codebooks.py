@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from glimmer_jax.codecs import Codec
 from glimmer_jax.memory import batches
 from glimmer_jax.memory.encoder import States
 from glimmer_jax.memory.source import Passages
@@ -172,7 +173,7 @@ def _kmeans(
     return jax.jit(run)(even_ND, weights_N, *given)
 
 
-def relative_error(codec: ProductQuantisation, books: Codebooks, states_ND: np.ndarray) -> float:
+def relative_error(codec: Codec, books: Codebooks | None, states_ND: np.ndarray) -> float:
     """Root mean square of what the codec loses of these states, over that of the states."""
     kept = jax.jit(lambda x, books: codec.decode(codec.encode(x, books), jnp.float32, books))
     lost = np.asarray(kept(states_ND, books), np.float64) - states_ND

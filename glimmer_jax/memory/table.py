@@ -157,7 +157,8 @@ def lookup(
 def _like_batch(x: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
     names = (axes.BATCH, axes.PASSAGES)
     if any(
-        size % partitioning.parts(mesh, name) for size, name in zip(x.shape[:2], names, strict=True)
+        size % partitioning.parts(mesh.shape, name)
+        for size, name in zip(x.shape[:2], names, strict=True)
     ):
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partitioning.spec(names)))

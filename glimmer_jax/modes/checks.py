@@ -29,7 +29,7 @@ def existing_file(name: str, path: Any) -> Path:
 
 def batch_size(name: str, size: int, mesh: Mesh, num_microbatches: int = 1) -> None:
     """Raises ValueError where rows do not divide over devices and microbatches."""
-    ways = partitioning.parts(mesh, axes.BATCH)
+    ways = partitioning.parts(mesh.shape, axes.BATCH)
     parts = ways * num_microbatches
     if size < 1 or size % parts:
         way_out = ""
@@ -44,7 +44,7 @@ def batch_size(name: str, size: int, mesh: Mesh, num_microbatches: int = 1) -> N
 
 def passages_divide(lengths: Lengths, mesh: Mesh) -> None:
     """Raises ValueError where a question's passages do not divide over the mesh axis for them."""
-    parts = partitioning.parts(mesh, axes.PASSAGES)
+    parts = partitioning.parts(mesh.shape, axes.PASSAGES)
     if lengths.passages % parts:
         raise ValueError(
             f"TASK_FEATURE_LENGTHS gives K={lengths.passages} passages, not a multiple of "

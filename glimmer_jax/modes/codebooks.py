@@ -81,7 +81,7 @@ def learn_codebooks(
     books = codebooks.learn(codec, sample[:cut], devices, iterations, seed)
     lost = codebooks.relative_error(codec, books, sample[cut:])
     if jax.process_index() == 0:
-        tree = {**params, "memory_codebooks": books}
+        tree = {**host_params, "memory_codebooks": books}
         save_params_file(output_path, tree, describe(model.config, vocabulary.fingerprint))
         print(
             f"Wrote {output_path}: codebooks of {codec.name} from {cut} tokens; relative error "

@@ -75,14 +75,7 @@ def mesh_for(job: str, settings: Settings, count: int) -> MeshConfig:
     if job == "build_memory":
         return MeshConfig()
     if dataclasses.replace(given, slice=1) != MeshConfig():
-        sizes = given.sizes()
-        if -1 in sizes.values():
-            known = 1
-            for size in sizes.values():
-                known *= max(size, 1)
-            sizes = {axis: count // known if size == -1 else size for axis, size in sizes.items()}
-            sizes = {axis: max(size, 1) for axis, size in sizes.items()}
-        return MeshConfig(**sizes)
+        return given.filled(count)
     slices = max(given.slice, 1)
     fsdp, batch = count // slices, settings["batch_size"] // slices
     passages = fsdp // batch if fsdp > batch and batch and fsdp % batch == 0 else 1

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from glimmer_jax import axes, partitioning
+from glimmer_jax import axes
 from glimmer_jax.models.model import GlimmerModel
-from glimmer_jax.partitioning import MeshConfig
+from glimmer_jax.partitioning import MeshConfig, parts
 from glimmer_jax.preflight.programs import Settings
 
 # Gin macros and their values, and the settings that they give.
@@ -24,7 +24,7 @@ def changes(job: str, settings: Settings, mesh: MeshConfig, devices: int) -> Ite
         yield from _training(settings, mesh)
         return
     batch = settings["batch_size"]
-    ways = 1 if job == "build_memory" else _ways(mesh)
+    ways = 1 if job == "build_memory" else parts(mesh.sizes(), axes.BATCH)
     while batch % 2 == 0 and (batch // 2) % ways == 0:
         batch //= 2
         yield {"BATCH_SIZE": batch}, {**settings, "batch_size": batch, "mesh": mesh}
@@ -44,30 +44,30 @@ def _training(settings: Settings, mesh: MeshConfig) -> Iterator[Change]:
     model, loop = settings["model"], settings["loop_config"]
     now = model.config.t5.remat_policy
 
-    def change(policy: str, parts: int, wider: MeshConfig, macros: dict[str, Any]) -> Change:
+    def change(policy: str, pieces: int, wider: MeshConfig, macros: dict[str, Any]) -> Change:
         given = dict(macros)
         if policy != now:
             given["REMAT_POLICY"] = policy
-        if parts != loop.num_microbatches:
-            given["NUM_MICROBATCHES"] = parts
+        if pieces != loop.num_microbatches:
+            given["NUM_MICROBATCHES"] = pieces
         return given, {
             **settings,
             "model": with_remat(model, policy),
-            "loop_config": dataclasses.replace(loop, num_microbatches=parts),
+            "loop_config": dataclasses.replace(loop, num_microbatches=pieces),
             "mesh": wider,
         }
 
-    rows = settings["batch_size"] // _ways(mesh)
+    rows = settings["batch_size"] // parts(mesh.sizes(), axes.BATCH)
     smaller = [n for n in range(loop.num_microbatches + 1, rows + 1) if rows % n == 0]
     policies = _POLICIES[_POLICIES.index(now) + 1 :]
     for policy in policies:
         yield change(policy, loop.num_microbatches, mesh, {})
     last = policies[-1] if policies else now
-    for parts in smaller:
-        yield change(last, parts, mesh, {})
+    for pieces in smaller:
+        yield change(last, pieces, mesh, {})
     for macros, wider in _wider(mesh, model):
-        rows = settings["batch_size"] // _ways(wider)
-        if settings["batch_size"] % _ways(wider) == 0:
+        rows = settings["batch_size"] // parts(wider.sizes(), axes.BATCH)
+        if settings["batch_size"] % parts(wider.sizes(), axes.BATCH) == 0:
             yield change(last, rows, wider, macros)
 
 
@@ -80,11 +80,3 @@ def _wider(mesh: MeshConfig, model: GlimmerModel) -> Iterator[tuple[dict[str, An
         wider = dataclasses.replace(mesh, fsdp=fsdp, model=width)
         sizes = {f"MESH_{axis.upper()}": size for axis, size in wider.sizes().items() if size > 1}
         yield {"MESH_DATA": wider.data} | sizes, wider
-
-
-def _ways(mesh: MeshConfig) -> int:
-    sizes = mesh.sizes()
-    total = 1
-    for axis in partitioning.AXIS_RULES[axes.BATCH]:
-        total *= sizes[axis]
-    return total

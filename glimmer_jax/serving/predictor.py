@@ -107,7 +107,7 @@ class Predictor:
                 "or MEMORY_DIR (made by --run_mode=build_memory)."
             )
         devices = make_mesh(mesh)
-        parts = partitioning.parts(devices, axes.BATCH)
+        parts = partitioning.parts(devices.shape, axes.BATCH)
         if not batch_sizes or any(size < 1 or size % parts for size in batch_sizes):
             raise ValueError(
                 f"batch_sizes={tuple(batch_sizes)} must be multiples of {parts}, the devices that a "
@@ -145,8 +145,9 @@ class Predictor:
 
         With candidates, the programs for as many; any texts of the same number then use them.
         """
+        encoded = self._encoded(candidates)
         for size in self.batch_sizes:
-            self.predict(self._batch([], [], size, candidates))
+            self.predict(self._batch([], [], size, encoded))
 
     def answer(
         self,
@@ -171,18 +172,25 @@ class Predictor:
           ValueError: there is no corpus to name passages from, or candidates are none, empty or too
             long.
         """
-        self._corpus()
-        size = self.batch_sizes[-1]
+        size, encoded = self.batch_sizes[-1], self._encoded(candidates)
         groups = (questions[i : i + size] for i in range(0, len(questions), size))
-        return [one for some in groups for one in self._answer(some, candidates)]
+        return [one for some in groups for one in self._answer(some, candidates, encoded)]
+
+    def _encoded(self, candidates: Sequence[str] | None) -> np.ndarray | None:
+        if candidates is None:
+            return None
+        return encode_candidates(candidates, self._vocabulary, self.lengths.target)
 
     def _answer(
-        self, questions: Sequence[Mapping[str, Any]], candidates: Sequence[str] | None
+        self,
+        questions: Sequence[Mapping[str, Any]],
+        candidates: Sequence[str] | None,
+        encoded: np.ndarray | None,
     ) -> list[Example]:
         passages = self._corpus()
         found = [self._passage_ids(one) for one in questions]
         size = next(size for size in self.batch_sizes if size >= len(questions))
-        batch = self._batch([one["input"] for one in questions], found, size, candidates)
+        batch = self._batch([one["input"] for one in questions], found, size, encoded)
         tokens, aux = self.predict(batch)
         records = []
         for row, (one, ids) in enumerate(zip(questions, found, strict=True)):
@@ -213,7 +221,7 @@ class Predictor:
         questions: Sequence[str],
         passage_ids: Sequence[Sequence[int]],
         batch_size: int,
-        candidates: Sequence[str] | None,
+        candidates_NT: np.ndarray | None,
     ) -> Batch:
         """A batch of the contract without targets, filled up with empty rows."""
         lengths = self.lengths
@@ -231,11 +239,7 @@ class Predictor:
         if not self.from_memory:
             passages = self._corpus()
             batch["passage_tokens"] = passages.tokens(passages.rows(ids_BK), lengths.passage)
-        if candidates is None:
-            return batch
-        return add_candidates(
-            batch, encode_candidates(candidates, self._vocabulary, lengths.target)
-        )
+        return add_candidates(batch, candidates_NT)
 
 
 def _record(

@@ -28,7 +28,7 @@ def put_batch(batch: dict[str, Any], mesh: Mesh, num_microbatches: int = 1) -> d
       ValueError: the rows do not divide evenly over devices and microbatches.
     """
     batch = {name: value for name, value in batch.items() if name not in HOST_ONLY}
-    ways = partitioning.parts(mesh, axes.BATCH)
+    ways = partitioning.parts(mesh.shape, axes.BATCH)
     # Rows of the whole batch for each one here.
     scale = ways // len(partitioning.own_rows(mesh, ways))
     rows = {np.shape(leaf)[0] * scale for leaf in jax.tree.leaves(batch)}
