@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from glimmer_jax.kilt_parquet import rows
+from glimmer_jax.parquet import read_rows
 
 
 def read_questions(pattern: str) -> dict[str, str]:
@@ -37,7 +37,7 @@ def read_questions(pattern: str) -> dict[str, str]:
 
 def _pairs(path: Path) -> Iterator[tuple[str, str]]:
     if path.suffix == ".parquet":
-        for row in rows(path, ("question_id", "question")):
+        for row in read_rows(path, ("question_id", "question")):
             yield row["question_id"], row["question"]
         return
     try:

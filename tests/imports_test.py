@@ -18,7 +18,7 @@ ROOT = PACKAGE.parent
 LAYERS = (
     ("axes", "text", "lengths"),
     ("json_lines", "kilt", "preemption", "lock", "distributed", "shipped", "quiet")
-    + ("kilt_files", "kilt_parquet", "triviaqa"),
+    + ("kilt_files", "kilt_parquet", "parquet", "triviaqa"),
     ("corpus",),
     ("partitioning",),
     ("product_quantisation",),

@@ -4,8 +4,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from glimmer_jax import kilt, kilt_parquet
+from glimmer_jax import kilt
 from glimmer_jax.kilt_parquet import read_lines
+from glimmer_jax.parquet import read_rows
 from tests import mini_kilt
 
 META = {"fever_page_id": "", "fever_sentence_id": -1, "annotation_id": "-1", "evidence_span": []}
@@ -49,11 +50,11 @@ def test_files_of_another_kind_are_refused(tmp_path):
     with pytest.raises(ValueError, match="No file .*absent.parquet"):
         list(read_lines(tmp_path / "absent.parquet"))
     (tmp_path / "text.parquet").write_text("{}")
-    with pytest.raises(ValueError, match="text.parquet is no Parquet file"):
+    with pytest.raises(ValueError, match="text.parquet is not Parquet"):
         list(read_lines(tmp_path / "text.parquet"))
     parquet.write_table(pyarrow.table({"id": ["a"]}), tmp_path / "other.parquet")
     with pytest.raises(
-        ValueError, match="wanted the columns id, input, output, and there is no in"
+        ValueError, match="has no column input, output; it has id. Wanted are id, in"
     ):
         list(read_lines(tmp_path / "other.parquet"))
 
@@ -71,11 +72,11 @@ def test_damage_inside_a_file_is_named(tmp_path):
 
 def test_pyarrow_is_asked_for_where_it_is_needed(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match="x.parquet: reading Parquet needs pyarrow"):
+    with pytest.raises(ValueError, match="x.parquet: Parquet needs pyarrow"):
         list(read_lines("x.parquet"))
 
 
 def test_rows_come_in_order_over_batches(tmp_path):
     path = tmp_path / "many.parquet"
     parquet.write_table(pyarrow.table({"id": list(range(3000)), "x": [0] * 3000}), path)
-    assert [row["id"] for row in kilt_parquet.rows(path, ("id",))] == list(range(3000))
+    assert [row["id"] for row in read_rows(path, ("id",))] == list(range(3000))

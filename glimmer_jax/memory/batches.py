@@ -41,6 +41,13 @@ def groups(lengths: np.ndarray, rows: int, buckets: Sequence[int]) -> list[Group
     return result
 
 
+def padded(tokens: np.ndarray, rows: int) -> np.ndarray:
+    """Tokens `[n, P]` of a group as int32 `[rows, P]`, filled up with empty passages."""
+    batch = np.zeros((rows, tokens.shape[1]), np.int32)
+    batch[: len(tokens)] = tokens
+    return batch
+
+
 def calls(all_groups: Sequence[Group], devices: int) -> Iterator[list[Group]]:
     """Groups of one bucket, one for each device; fewer where the bucket has no more."""
     pending: list[Group] = []

@@ -49,8 +49,8 @@ def sample_states(
     chosen, lengths = chosen[:count], lengths[:count]
     parts = []
     for group in batches.groups(lengths, rows, buckets):
-        batch = np.zeros((rows * devices, group.bucket), np.int32)
-        batch[: len(group.positions)] = passages.tokens(chosen[group.positions], group.bucket)
+        tokens_nP = passages.tokens(chosen[group.positions], group.bucket)
+        batch = batches.padded(tokens_nP, rows * devices)
         found = np.asarray(states(batch), np.float32)[: len(group.positions)]
         parts.append(found[np.arange(group.bucket) < lengths[group.positions][:, None]])
     return np.concatenate(parts)[:tokens]

@@ -56,8 +56,8 @@ def measure(
     lengths = np.minimum(passages.lengths(chosen), buckets[-1])
     square_error = square = largest_error = largest = 0.0
     for group in batches.groups(lengths, rows, buckets):
-        tokens = np.zeros((rows * devices, group.bucket), np.int32)
-        tokens[: len(group.positions)] = passages.tokens(chosen[group.positions], group.bucket)
+        own = passages.tokens(chosen[group.positions], group.bucket)
+        tokens = batches.padded(own, rows * devices)
         stored = np.asarray(decode(encode(tokens)[0]), np.float64)
         exact = np.asarray(reference(tokens), np.float64)
         real = np.arange(group.bucket) < lengths[group.positions][:, None]

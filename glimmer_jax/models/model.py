@@ -27,12 +27,13 @@ import jax
 import jax.numpy as jnp
 from flax.linen.partitioning import AxisMetadata
 
-from glimmer_jax import axes, codecs, losses
+from glimmer_jax import codecs, losses
 from glimmer_jax.models.answers import DecodeConfig, answer
 from glimmer_jax.models.codebooks import TRAINED
 from glimmer_jax.models.glimmer import Batch, Glimmer, GlimmerConfig
-from glimmer_jax.models.selection import Live, fuse
-from glimmer_jax.partitioning import AXIS_RULES, constrain, parts_in_scope
+from glimmer_jax.models.selection import fuse
+from glimmer_jax.models.teacher import answer_log_likelihoods
+from glimmer_jax.partitioning import AXIS_RULES
 
 Params = Any
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -257,7 +258,14 @@ class GlimmerModel:
             teacher = live
             if loss_config.clean_teacher:
                 teacher = self.module.apply({"params": params}, batch, method="rerank")
-            useful = self._answer_log_likelihoods(params, batch, teacher)
+            useful = answer_log_likelihoods(
+                self.module,
+                params,
+                batch,
+                teacher,
+                chunk=loss_config.teacher_chunk,
+                mean=loss_config.mean_log_likelihood,
+            )
             distillation = jnp.sum(
                 losses.distillation(
                     live.scores,
@@ -289,44 +297,6 @@ class GlimmerModel:
                 loss += loss_config.supervised_weight * supervised / normalizers["gold_questions"]
                 metrics["supervised_rerank"] = (supervised, num_gold)
         return loss, metrics
-
-    def _answer_log_likelihoods(self, params: Params, batch: Batch, live: Live) -> jax.Array:
-        """log p(answer | passage k alone), float32 `[B, K]`, without gradient or dropout.
-
-        The reader is run on every passage by itself, from the states that Live-A has left. Chunks
-        of passages, because all logits at once would be `[B, K, T, V]`.
-        """
-        params, states, mask = jax.lax.stop_gradient((params, live.states, live.mask))
-        ways = parts_in_scope(axes.PASSAGES)
-
-        def one(passages):
-            states_BJND, mask_BJN = passages
-            variables = {"params": params}
-            encoded = self.module.apply(variables, states_BJND, mask_BJN, method="read")
-
-            def each(x_BT):
-                return jnp.broadcast_to(x_BT[:, None], (len(x_BT), ways, *x_BT.shape[1:]))
-
-            tokens = each(batch["decoder_input_tokens"])
-            logits = self.module.apply(variables, encoded, mask_BJN, tokens, method="decode")
-            return losses.log_likelihood(
-                logits,
-                each(batch["decoder_target_tokens"]),
-                each(batch["decoder_loss_weights"]),
-                mean=self.loss.mean_log_likelihood,
-            )
-
-        def turns(x):
-            """`[B, K, ...]` -> `[K / J, B, J, ...]`: one passage of each of the J devices."""
-            x = x.reshape(x.shape[0], ways, -1, *x.shape[2:])
-            x = jnp.moveaxis(x, 2, 0)
-            names = (None, axes.BATCH, axes.PASSAGES, *(None,) * (x.ndim - 3))
-            return constrain(x, names)
-
-        by_turn = (turns(states), turns(mask))
-        chunk = min(self.loss.teacher_chunk, len(by_turn[1]))
-        found = jax.lax.map(one, by_turn, batch_size=chunk)
-        return jnp.moveaxis(found, 0, 2).reshape(mask.shape[:2])
 
     def _read(
         self, params: Params, batch: Batch

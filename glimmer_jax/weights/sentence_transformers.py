@@ -149,8 +149,9 @@ def _dense_kernel(path: pathlib.Path) -> np.ndarray:
         pickled = sorted(file.name for file in path.glob("*.bin"))
         raise ValueError(
             f"{path} has no {_WEIGHTS}{f', but {pickled}' if pickled else ''}. Pickled weights are not "
-            "read, because reading them runs code. Where they may be trusted, convert them to "
-            f"{_WEIGHTS} once, as docs/retrieval.md shows."
+            "read, because reading them runs code. Where they may be trusted, convert them with "
+            "PyTorch: import torch, safetensors.torch; safetensors.torch.save_file(torch.load("
+            f"'pytorch_model.bin', weights_only=True), '{_WEIGHTS}')."
         )
     tensors = safetensors.numpy.load_file(path / _WEIGHTS)
     shape = (config.get("out_features"), config.get("in_features"))
