@@ -38,8 +38,9 @@ class JaxSystem:
         if config.memory_layers:
             path = f"{self._folder.name}/store"
             lookup = build_lookup(model, params, mesh, self._tokens_NP, setting, path)
-        model, params = prepare.looped(model, params)
-        params = prepare.lay_out(model, params, rows=1)
+        params, platform = prepare.one_by_one(model, params), jax.default_backend()
+        model = prepare.looped(model, platform)
+        params = prepare.lay_out(model, params, 1, platform)
         self._model, self._params, self._lookup = model, params, lookup
         self._predict = make_predict(model, mesh, lookup)
         decoder = jax.tree.leaves(params["decoder"])

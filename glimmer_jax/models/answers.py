@@ -1,4 +1,4 @@
-"""From encoded, kept passages to answers: searched, drawn, or the best of given ones.
+"""From kept passages to answers: read, then searched, drawn, or the best of given ones.
 
 Whatever the way, cross-attention keys and values are computed once for each question, before the
 first token, and every beam or candidate reads the same ones.
@@ -47,6 +47,27 @@ class DecodeConfig:
                 f"top_k={self.top_k} and top_p={self.top_p} cut what is drawn from, and with "
                 "temperature=0 nothing is. Set a temperature, or top_k=0 and top_p=1."
             )
+
+
+def read(
+    module: Glimmer, variables: Any, states: jax.Array, mask: jax.Array, chunk: int | None
+) -> jax.Array:
+    """`Glimmer.read` of `[B, M, N, D]`, at most `chunk` passages at a time; None is all at once."""
+
+    def some(passages):
+        return module.apply(variables, *passages, method="read")
+
+    count = states.shape[1]
+    most = min(chunk or count, count)
+    size = next(size for size in range(most, 0, -1) if count % size == 0)
+    if size == count:
+        return some((states, mask))
+
+    def by_chunk(x):
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+    chunks = jax.lax.map(some, (by_chunk(states), by_chunk(mask)))
+    return jnp.moveaxis(chunks, 0, 1).reshape(states.shape)
 
 
 def answer(

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from flax.linen.partitioning import AxisMetadata
 
 from glimmer_jax import codecs, losses
-from glimmer_jax.models.answers import DecodeConfig, answer
+from glimmer_jax.models.answers import DecodeConfig, answer, read
 from glimmer_jax.models.codebooks import TRAINED
 from glimmer_jax.models.glimmer import Batch, Glimmer, GlimmerConfig
 from glimmer_jax.models.selection import fuse
@@ -298,32 +298,6 @@ class GlimmerModel:
                 metrics["supervised_rerank"] = (supervised, num_gold)
         return loss, metrics
 
-    def _read(
-        self, params: Params, batch: Batch
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        variables = {"params": params}
-        states, mask, kept, scores = self.module.apply(variables, batch, method="choose")
-        encoded, mask = fuse(self._read_in_chunks(variables, states, mask), mask)
-        return encoded, mask, scores, kept
-
-    def _read_in_chunks(self, variables: Any, states: jax.Array, mask: jax.Array) -> jax.Array:
-        """`Glimmer.read` of `[B, M, N, D]`, at most `read_chunk` passages at a time."""
-
-        def read(passages):
-            return self.module.apply(variables, *passages, method="read")
-
-        count = states.shape[1]
-        most = min(self.config.read_chunk or count, count)
-        size = next(size for size in range(most, 0, -1) if count % size == 0)
-        if size == count:
-            return read((states, mask))
-
-        def by_chunk(x):
-            return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
-
-        chunks = jax.lax.map(read, (by_chunk(states), by_chunk(mask)))
-        return jnp.moveaxis(chunks, 0, 1).reshape(states.shape)
-
     def predict_batch(
         self, params: Params, batch: Batch, rng: jax.Array | None = None
     ) -> jax.Array:
@@ -349,10 +323,13 @@ class GlimmerModel:
         Raises:
           ValueError: answers are to be drawn, and there is no `rng`.
         """
-        encoded, mask, scores, kept = self._read(params, batch)
+        variables = {"params": params}
+        states, mask, kept, scores = self.module.apply(variables, batch, method="choose")
+        states = read(self.module, variables, states, mask, self.config.read_chunk)
+        encoded, mask = fuse(states, mask)
         tokens, aux = answer(
             self.module,
-            {"params": params},
+            variables,
             encoded,
             mask,
             self.decode,
@@ -379,12 +356,7 @@ class GlimmerModel:
         Raises:
           ValueError: the model has no memory encoder.
         """
-        if not self.config.memory_layers:
-            raise ValueError(
-                "memory_layers is 0 (FiD): there is nothing to compute ahead of time. Build memory "
-                "with LUMEN or GLIMMER."
-            )
-        return self.module.apply({"params": params}, passage_tokens, method="memory_states")
+        return self._of_memory("memory_states", params, passage_tokens)
 
     def encode_memory(self, params: Params, passage_tokens: jax.Array) -> dict[str, jax.Array]:
         """Memory of passages `[n, P]`, as the codec's arrays `[n, P, *trailing]`.
@@ -392,8 +364,15 @@ class GlimmerModel:
         Raises:
           ValueError: the model has no memory encoder.
         """
-        states = self.memory_states(params, passage_tokens)
-        return codecs.get(self.config.memory_codec).encode(states, params.get("memory_codebooks"))
+        return self._of_memory("encode_memory", params, passage_tokens)
+
+    def _of_memory(self, method: str, params: Params, passage_tokens: jax.Array) -> Any:
+        if not self.config.memory_layers:
+            raise ValueError(
+                "memory_layers is 0 (FiD): there is nothing to compute ahead of time. Build memory "
+                "with LUMEN or GLIMMER."
+            )
+        return self.module.apply({"params": params}, passage_tokens, method=method)
 
     def memory_specs(self) -> dict[str, tuple[tuple[int, ...], Any]]:
         """Trailing shape and dtype of each array of `encode_memory`."""

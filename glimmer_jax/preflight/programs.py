@@ -13,6 +13,7 @@ from glimmer_jax import partitioning
 from glimmer_jax.lengths import Lengths, check_lengths
 from glimmer_jax.memory import encoder
 from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.serving import prepare
 from glimmer_jax.serving.predict import predict_step
 from glimmer_jax.training.optimizer import make_optimizer
 from glimmer_jax.training.state import abstract_state, state_shardings
@@ -63,12 +64,16 @@ def train(settings: Settings, mesh: Mesh) -> Program:
 
 
 def answer(settings: Settings, mesh: Mesh) -> Program:
-    """A batch of questions to answers, from memory where there is one: evaluation and inference."""
-    model = settings["model"]
+    """A batch of questions to answers, from memory where there is one, as `Predictor` prepares it."""
+    platform = mesh.devices.flat[0].platform
+    model = prepare.looped(settings["model"], platform)
     lengths = check_lengths(settings["task_feature_lengths"])
     from_memory = settings.get("memory_dir") is not None
     batch = batch_shapes(model, lengths, settings["batch_size"], mesh, from_memory)
+    rows = settings["batch_size"] * model.decode.beams
     params = parameter_shapes(model, mesh)
+    laid_out = jax.eval_shape(lambda p: prepare.lay_out(model, p, rows, platform), params)
+    params = jax.tree.map(_shape, laid_out, jax.tree.map(lambda leaf: leaf.sharding, params))
     number = jax.ShapeDtypeStruct((), jnp.uint32, sharding=partitioning.replicated(mesh))
     kinds = {"parameters": params, "batch": batch}
     return Program(predict_step(model), (params, batch, number, number), kinds, lengths.target)
@@ -78,10 +83,7 @@ def build_memory(settings: Settings, mesh: Mesh) -> Program:
     """Passages of the longest bucket to memory; every device has all parameters and its own rows."""
     model, rows = settings["model"], settings["batch_size"] * mesh.size
     whole = partitioning.replicated(mesh)
-    params = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
-        model.abstract_variables()[0],
-    )
+    params = jax.tree.map(lambda leaf: _shape(leaf, whole), model.abstract_variables()[0])
     spread = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     tokens = jax.ShapeDtypeStruct((rows, settings["max_length"]), jnp.int32, sharding=spread)
     step = encoder.encode_step(model.memory_states, mesh, model.config.memory_codec)
@@ -100,11 +102,11 @@ def parameter_shapes(model: GlimmerModel, mesh: Mesh) -> Any:
     """Shapes of the parameters as `weights.parameters.place` puts them on a mesh."""
     shapes, names = model.abstract_variables()
     partitioning.check_divisible(shapes, names, mesh)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        partitioning.shardings(names, mesh),
-    )
+    return jax.tree.map(_shape, shapes, partitioning.shardings(names, mesh))
+
+
+def _shape(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def batch_shapes(
@@ -133,8 +135,4 @@ def batch_shapes(
             name: jax.ShapeDtypeStruct((*passages, lengths.passage, *trailing), dtype)
             for name, (trailing, dtype) in model.memory_specs().items()
         }
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        batch,
-        partitioning.batch_shardings(batch, mesh),
-    )
+    return jax.tree.map(_shape, batch, partitioning.batch_shardings(batch, mesh))

@@ -126,9 +126,11 @@ class Predictor:
             if passages is not None:
                 store.check_passages(passages_fingerprint(passages.manifest))
             lookup = open_lookup(store, devices, lengths.passage, memory_bytes_per_device)
-        model, host_params = prepare.looped(model, host_params)
+        platform = devices.devices.flat[0].platform
+        host_params = prepare.one_by_one(model, host_params)
+        model = prepare.looped(model, platform)
         params = parameters.place(host_params, model, devices)
-        params = prepare.lay_out(model, params, max(batch_sizes) * model.decode.beams)
+        params = prepare.lay_out(model, params, max(batch_sizes) * model.decode.beams, platform)
         return cls(
             model, params, devices, lengths, vocabulary, passages, lookup, bm25, batch_sizes, seed
         )

@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from glimmer_jax.models.model import GlimmerModel
@@ -25,19 +24,23 @@ Params = dict[str, Any]
 CPU_CHUNK = 5
 
 
-def looped(model: GlimmerModel, params: Params) -> tuple[GlimmerModel, Params]:
-    """The same model with its layers one by one, and its parameters, which may lie in files."""
+def looped(model: GlimmerModel, platform: str) -> GlimmerModel:
+    """The same model with its layers one by one; `platform` is JAX's name for the devices' kind."""
     config = model.config
     chunk = config.read_chunk
-    if chunk is None and jax.default_backend() == "cpu":
+    if chunk is None and platform == "cpu":
         chunk = CPU_CHUNK
     t5 = dataclasses.replace(config.t5, scan_layers=False)
     looped_config = dataclasses.replace(config, t5=t5, read_chunk=chunk)
-    made = GlimmerModel(looped_config, model.loss, model.decode, eos_id=model.eos_id)
-    return made, unstack_layers(params) if config.t5.scan_layers else params
+    return GlimmerModel(looped_config, model.loss, model.decode, eos_id=model.eos_id)
 
 
-def lay_out(model: GlimmerModel, params: Params, rows: int) -> Params:
+def one_by_one(model: GlimmerModel, params: Params) -> Params:
+    """Parameters of `model`, which may lie in files, as `looped` has them."""
+    return unstack_layers(params) if model.config.t5.scan_layers else params
+
+
+def lay_out(model: GlimmerModel, params: Params, rows: int, platform: str) -> Params:
     """Parameters that have been placed, as `model`, looped, multiplies them.
 
     Args:
@@ -45,10 +48,11 @@ def lay_out(model: GlimmerModel, params: Params, rows: int) -> Params:
       params: its parameters, JAX arrays. Each is let go when its successor is there, if the caller does
         not hold it.
       rows: tokens that a step of decoding multiplies: questions times beams.
+      platform: JAX's name for the devices' kind.
     """
     t5 = model.config.t5
     # With more than one row a product is bound by computing, and kernels are better.
-    by_rows = rows == 1 and t5.operands is not None and jax.default_backend() == "cpu"
+    by_rows = rows == 1 and t5.operands is not None and platform == "cpu"
     return _lay_out(params, t5, by_rows, ())
 
 

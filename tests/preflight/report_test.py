@@ -60,12 +60,26 @@ def test_flops_count_every_layer_of_a_scan_and_every_turn_of_a_loop():
 
 
 def test_flops_of_an_answer_are_those_of_the_papers_and_attentions_own():
+    mesh, flops = make_mesh(MeshConfig(data=8)), {}
+    for config in (tiny.FID, tiny.LUMEN, tiny.GLIMMER):
+        settings = {**SETTINGS, "model": tiny.model(config)}
+        settings |= {"memory_dir": "m"} if config.memory_layers else {}
+        flops[config] = compiling.flops_of(programs.answer(settings, mesh), mesh)
+    for config in (tiny.FID, tiny.LUMEN):
+        cost = question_cost(config, passages=8, question=4, passage=6, answer=5)
+        papers = 2 * 8 * cost.total
+        # The papers leave out attention's own products, the output layer and the score.
+        assert papers < flops[config] < 2 * papers
+    # Of its last reranking layer, which the papers count whole, GLIMMER computes the scored token.
+    assert flops[tiny.GLIMMER] < flops[tiny.LUMEN] < flops[tiny.FID]
+
+
+def test_answers_are_compiled_as_they_are_served():
     mesh = make_mesh(MeshConfig(data=8))
-    program = programs.answer({**SETTINGS, "memory_dir": "m"}, mesh)
-    cost = question_cost(tiny.GLIMMER, passages=8, question=4, passage=6, answer=5)
-    papers = 2 * 8 * cost.total
-    # The papers leave out attention's own products, the output layer and the score.
-    assert papers < compiling.flops_of(program, mesh) < 2 * papers
+    t5 = dataclasses.replace(tiny.T5, dtype="bfloat16")
+    model = tiny.model(dataclasses.replace(tiny.GLIMMER, t5=t5))
+    params = programs.answer({**SETTINGS, "model": model}, mesh).arguments[0]
+    assert params["decoder"]["layers_0"]["mlp"]["wo"]["kernel"].dtype == jnp.bfloat16
 
 
 def test_recomputing_costs_flops():

@@ -27,8 +27,13 @@ def model_of(name, beams=1):
 
 
 def prepared(model, rows):
-    made, params = prepare.looped(model, tiny.params(model.config))
-    return made, prepare.lay_out(made, jax.tree.map(jnp.asarray, params), rows)
+    made, params = looped(model)
+    return made, prepare.lay_out(made, jax.tree.map(jnp.asarray, params), rows, "cpu")
+
+
+def looped(model):
+    params = prepare.one_by_one(model, tiny.params(model.config))
+    return prepare.looped(model, "cpu"), params
 
 
 def answers(model, params, batch):
@@ -41,7 +46,7 @@ def answers(model, params, batch):
 def test_parameters_laid_out_give_the_same_answers(name):
     model = model_of(name)
     batch = tiny.batch(gold=False)
-    expected = answers(*prepare.looped(model, tiny.params(model.config)), batch)
+    expected = answers(*looped(model), batch)
     for rows in (1, 8):
         got = answers(*prepared(model, rows), batch)
         np.testing.assert_array_equal(got[0], expected[0])
@@ -56,7 +61,7 @@ def test_looped_layers_give_the_answers_of_scanned_ones(name):
     model = model_of(name)
     batch = tiny.batch(gold=False)
     expected = answers(model, tiny.params(model.config), batch)
-    got = answers(*prepare.looped(model, tiny.params(model.config)), batch)
+    got = answers(*looped(model), batch)
     np.testing.assert_array_equal(got[0], expected[0])
     tolerance = 1e-4 if name == "float32" else 2e-2
     np.testing.assert_allclose(got[1], expected[1], rtol=tolerance, atol=tolerance)
@@ -70,7 +75,7 @@ def leaves(params):
 
 def test_kernels_of_single_tokens_lie_row_by_row_in_the_dtype_of_the_product():
     found = leaves(prepared(model_of("operands"), 1)[1])
-    own = tiny.params(prepare.looped(model_of("operands"), {})[0].config)
+    own = tiny.params(prepare.looped(model_of("operands"), "cpu").config)
     turned = found["decoder/layers_0/mlp/wi_0/rows"]
     assert turned.dtype == jnp.bfloat16
     kernel = own["decoder"]["layers_0"]["mlp"]["wi_0"]["kernel"]
@@ -100,5 +105,10 @@ def test_looped_parameters_are_left_alone():
     t5 = dataclasses.replace(tiny.T5, scan_layers=False)
     model = GlimmerModel(dataclasses.replace(tiny.GLIMMER, t5=t5, read_chunk=3))
     params = {"a": 1}
-    made, same = prepare.looped(model, params)
-    assert made.config == model.config and same is params
+    assert prepare.one_by_one(model, params) is params
+    assert prepare.looped(model, "cpu").config == model.config
+
+
+def test_passages_are_read_a_few_at_a_time_on_cpus_alone():
+    for platform, chunk in (("cpu", prepare.CPU_CHUNK), ("tpu", None)):
+        assert prepare.looped(model_of("float32"), platform).config.read_chunk == chunk
