@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import peaks
-from benchmarks.setting import SIZES, Setting
+from benchmarks.setting import Setting, t5_config
+from glimmer_jax.weights.huggingface_names import write_config
 
 ATTENTION = ("eager", "sdpa")
 GENERATION = ("generate", "loop_dynamic_cache", "loop_static_cache")
@@ -31,25 +32,13 @@ class TorchFid:
         self._torch, self._transformers = torch, transformers
         self.setting, self._dtype = setting, dtype
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        sizes = SIZES[setting.size]
-        config_cls: Any = transformers.T5Config  # its checked fields are less than it takes
-        config = config_cls(
-            vocab_size=sizes["vocab_size"],
-            d_model=sizes["emb_dim"],
-            d_kv=sizes["head_dim"],
-            d_ff=sizes["mlp_dim"],
-            num_layers=sizes["num_encoder_layers"],
-            num_decoder_layers=sizes["num_decoder_layers"],
-            num_heads=sizes["num_heads"],
-            feed_forward_proj="gated-gelu",
-            tie_word_embeddings=False,
-            decoder_start_token_id=0,
-        )
+        t5 = t5_config(setting, "float32", on_cpu=True)
+        config = transformers.T5Config.from_dict(write_config(t5))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # theirs
             model = transformers.T5ForConditionalGeneration(config)
         self._model = model.eval().to(self.device, getattr(torch, dtype))
-        self._vocab_size = sizes["vocab_size"]
+        self._vocab_size = t5.vocab_size
         self._random = np.random.default_rng(0)
         self._best: dict[int, tuple[str, str]] = {}
         decoder = (*self._model.decoder.block.parameters(), *self._model.lm_head.parameters())

@@ -12,6 +12,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 GIB = 2**30
@@ -128,8 +129,6 @@ def main() -> None:
     output = pathlib.Path(args.output)
     lines = output.read_text().splitlines() if output.exists() else []
     lines = [line for line in lines if line.startswith(("| train |", "| infer |"))]
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
         compiler = f"libtpu {version('libtpu')}"
     except PackageNotFoundError:

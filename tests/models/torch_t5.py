@@ -49,6 +49,22 @@ def torch_state(params, config: GlimmerConfig):
     return out
 
 
+def settings(t5, **more):
+    """transformers' `T5Config` of our sizes, written apart from what reads and writes their files."""
+    transformers = pytest.importorskip("transformers")
+    return transformers.T5Config(
+        vocab_size=t5.vocab_size,
+        d_model=t5.emb_dim,
+        d_kv=t5.head_dim,
+        d_ff=t5.mlp_dim,
+        num_layers=t5.num_encoder_layers,
+        num_decoder_layers=t5.num_decoder_layers,
+        num_heads=t5.num_heads,
+        decoder_start_token_id=0,
+        **more,
+    )
+
+
 def build(params):
     """(torch, the model); skips where there is no PyTorch."""
     with warnings.catch_warnings():
@@ -56,18 +72,7 @@ def build(params):
         torch = pytest.importorskip("torch")
         transformers = pytest.importorskip("transformers")
         t5 = tiny.T5
-        config = transformers.T5Config(
-            vocab_size=t5.vocab_size,
-            d_model=t5.emb_dim,
-            d_kv=t5.head_dim,
-            d_ff=t5.mlp_dim,
-            num_layers=t5.num_encoder_layers,
-            num_decoder_layers=t5.num_decoder_layers,
-            num_heads=t5.num_heads,
-            feed_forward_proj="gated-gelu",
-            tie_word_embeddings=False,
-            decoder_start_token_id=0,
-        )
+        config = settings(t5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
         model = transformers.T5ForConditionalGeneration(config).eval()
     # transformers 5 ties the output layer to the embedding until a checkpoint says otherwise.
     model.lm_head.weight = torch.nn.Parameter(torch.zeros(t5.vocab_size, t5.emb_dim))

@@ -19,7 +19,7 @@ from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.weights import huggingface, parameters, t5_names
 from glimmer_jax.weights.huggingface_names import their_name, transposed
 from glimmer_jax.weights.model_config import describe
-from tests.models import tiny
+from tests.models import tiny, torch_t5
 
 pytestmark = pytest.mark.parity
 
@@ -51,17 +51,7 @@ def pair(request, tmp_path_factory):
         transformers = pytest.importorskip("transformers")
         t5 = T5[version]
         torch.manual_seed(3)
-        config = transformers.T5Config(
-            vocab_size=t5.vocab_size,
-            d_model=t5.emb_dim,
-            d_kv=t5.head_dim,
-            d_ff=t5.mlp_dim,
-            num_layers=t5.num_encoder_layers,
-            num_decoder_layers=t5.num_decoder_layers,
-            num_heads=t5.num_heads,
-            decoder_start_token_id=0,
-            **VERSIONS[version],
-        )
+        config = torch_t5.settings(t5, **VERSIONS[version])
         model = transformers.T5ForConditionalGeneration(config).eval()
         if version == "v1.1":
             weight = torch.randn(t5.vocab_size, t5.emb_dim) / t5.emb_dim**0.5

@@ -12,6 +12,7 @@ from glimmer_jax.models.gtr import Gtr
 from glimmer_jax.models.stacking import stack_layers
 from glimmer_jax.models.t5 import T5Config
 from glimmer_jax.weights.sentence_transformers import load_gtr
+from tests.models import torch_t5
 from tests.retrieval import tiny_gtr
 
 
@@ -40,15 +41,7 @@ def test_vectors_equal_those_of_pytorchs_encoder_with_the_same_head(folder, acti
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(5)
     t5 = tiny_gtr.T5
-    config = transformers.T5Config(
-        vocab_size=t5.vocab_size,
-        d_model=t5.emb_dim,
-        d_kv=t5.head_dim,
-        d_ff=t5.mlp_dim,
-        num_layers=t5.num_encoder_layers,
-        num_heads=t5.num_heads,
-        feed_forward_proj=activation,
-    )
+    config = torch_t5.settings(t5, feed_forward_proj=activation)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # theirs, not ours
         model = transformers.T5EncoderModel(config).eval()
