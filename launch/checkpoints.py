@@ -3,8 +3,8 @@
     python -m launch.checkpoints [--output=DIR]
 
 An hour and a quarter on two busy CPU cores; a killed run goes on where it was. Its first stage is tried
-with one seed after another until the model chooses among passages, which not every seed learns. Needs what
-`pydocs_passages` and `pydocs_retrieve` write into `data/pydocs`, and makes it where it is missing.
+with one seed after another until the model chooses among passages, which not every seed learns. Needs
+what `pydocs_passages` and `pydocs_retrieve` write into `data/pydocs`, and makes it where it is missing.
 Writes `glimmer_jax/checkpoints/pydocs_<model>.safetensors`, and the learning curves beside them.
 """
 
