@@ -15,6 +15,7 @@ import pytest
 
 from glimmer_jax import main as command_line
 from glimmer_jax import shipped
+from glimmer_jax.memory.manifest import MANIFEST, RECORD
 from glimmer_jax.weights.load import load
 
 pytest.importorskip("seqio")
@@ -124,10 +125,10 @@ def test_building_memory_goes_on_and_ends_byte_equal(left_alone, tmp_path):
 
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     returned, output = stopped(
-        building(killed), signal.SIGKILL, lambda: len(list(killed.rglob("*8"))) > 3
+        building(killed), signal.SIGKILL, lambda: len(list(killed.rglob(RECORD))) > 3
     )
     assert returned == -signal.SIGKILL, output
-    assert not (killed / "manifest.json").exists()
+    assert not (killed / MANIFEST).exists()
     for memory in (killed, whole):
         assert command_line.main(building(memory)) == 0
     assert contents(killed) == contents(whole)

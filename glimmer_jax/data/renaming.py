@@ -17,6 +17,10 @@ from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.kilt import answers
 from glimmer_jax.text import passage_text, question_text
 
+# The gold passage is among that many, for runs with a small K. A made-up answer that no passage tells
+# cannot be known, and what it would teach is noise.
+FIRST = 3
+
 
 class RenamedQuestions:
     """Questions of several tasks, each a function of seed and index alone."""
@@ -31,23 +35,24 @@ class RenamedQuestions:
         seed: int = 0,
     ):
         """Args:
-          tasks: retrieved examples of each task; those with fewer passages are left out.
+          tasks: retrieved examples of each task; those with fewer passages, or without a gold one among
+            the first K, are left out.
           records: passage id -> `{"title", "text"}`.
           num_passages: K.
           vocabulary: of questions, answers and passages.
           shares: how often each task is drawn; None for equally often.
           seed: of all draws.
 
-        Raises ValueError where a task has no example with K passages.
+        Raises ValueError where a task has no example with K passages, a gold one among them.
         """
         self._tasks = {
-            name: [one for one in examples if len(one["retrieved"]) >= num_passages]
+            name: [one for one in examples if _is_told(one["retrieved"], num_passages)]
             for name, examples in tasks.items()
         }
         if empty := [name for name, examples in self._tasks.items() if not examples]:
             raise ValueError(
-                f"No example of {', '.join(empty)} has {num_passages} retrieved passages. Retrieve "
-                "more (NUM_PASSAGES) or take fewer."
+                f"No example of {', '.join(empty)} has {num_passages} retrieved passages with a gold "
+                "one among them. Retrieve more (NUM_PASSAGES) or take fewer."
             )
         self._weights = [(shares or {}).get(name, 1.0) for name in self._tasks]
         self._records = records
@@ -67,8 +72,7 @@ class RenamedQuestions:
         draw = random.Random(f"{self._seed}:{index}")
         task = draw.choices(list(self._tasks), self._weights)[0]
         asked = draw.choice(self._tasks[task])
-        # In the retriever's order: a run with a smaller K keeps the first ones.
-        retrieved = asked["retrieved"][: self._num_passages]
+        retrieved = _gold_first(asked["retrieved"][: self._num_passages], draw)
         records = [self._records[one["id"]] for one in retrieved]
         exchange = _Exchange(self._parts, draw)
         new = {record["title"]: exchange(record["title"]) for record in records}
@@ -106,6 +110,21 @@ class _Exchange:
             if name not in self._new.values():
                 self._new[part] = name
         return self._new[part]
+
+
+def _is_told(retrieved: Sequence[Mapping[str, Any]], num_passages: int) -> bool:
+    first = retrieved[:num_passages]
+    return len(first) == num_passages and any(one["gold"] for one in first)
+
+
+def _gold_first(retrieved: Sequence[Any], draw: random.Random) -> list[Any]:
+    """The retriever's order, with a gold passage that lies behind the first `FIRST` changed into them."""
+    placed = list(retrieved)
+    found = next(i for i, one in enumerate(placed) if one["gold"])
+    if found >= FIRST:
+        place = draw.randrange(FIRST)
+        placed[found], placed[place] = placed[place], placed[found]
+    return placed
 
 
 def _replaced(question: str, old: str, new: str) -> str:

@@ -69,6 +69,22 @@ def test_questions_about_a_name_ask_for_the_new_one():
         assert question == f"{title} [SEP] default of b" and answer == "None"
 
 
+@pytest.mark.parametrize("about", NAMES)
+def test_the_gold_passage_is_among_the_first_three(about):
+    made = questions(which=[line("text", about, about)])
+    places = [made.example(index)["gold_passages"].index(1) for index in range(30)]
+    # Where the retriever had it, or anywhere among the first three in place of the fourth.
+    assert set(places) == ({NAMES.index(about)} if about != NAMES[3] else {0, 1, 2})
+
+
+def test_answers_that_no_passage_tells_are_not_asked():
+    told, untold = line("told", "json.dumps", "json.dumps"), line("untold", "json", "json")
+    made = questions(which=[told, untold])
+    assert {read(made.example(index))[0] for index in range(20)} == {"told"}
+    with pytest.raises(ValueError, match="4 retrieved passages with a gold one among them"):
+        questions(which=[untold])
+
+
 def test_examples_depend_on_seed_and_index_alone():
     asked = [line(f"text {i}", "json.dumps", "json.dumps") for i in range(5)]
     first, again = questions(which=asked), questions(which=asked)
