@@ -1,0 +1,84 @@
+"""What the fast modes of a CPU cost in quality, on the built-in tasks.
+
+    python -m benchmarks.fast_modes --json OUT.json --checkpoint NAME=PATH [--checkpoint NAME=PATH ...]
+                                    [--data DIR] [--num_examples N]
+
+Each checkpoint answers the same held-out questions twice, in float32 throughout and with projections'
+operands in bfloat16. The first one in float32 is what all are compared with, paired, questions of one
+page resampled together: a GLIMMER, say, and then one with FiDO's decoder that was trained as long.
+"""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks.questions import Questions, compare, interval, write_data
+from glimmer_jax.data.vocabulary import Vocabulary
+from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.partitioning import MeshConfig, make_mesh
+from glimmer_jax.passages import Passages
+from glimmer_jax.weights import parameters
+from glimmer_jax.weights.load import load
+
+DTYPES = ("float32", "bfloat16")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures, prints the table, and writes it as JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--json", type=Path, required=True, metavar="OUT")
+    parser.add_argument("--checkpoint", action="append", required=True, metavar="NAME=PATH")
+    parser.add_argument("--data", type=Path, default=Path("data/pydocs"), metavar="DIR")
+    parser.add_argument("--num_examples", type=int, default=500, help="test questions of each task")
+    args = parser.parse_args(argv)
+    write_data(args.data)
+    passages = Passages.open(args.data / "passages")
+    questions = Questions(args.data, args.num_examples)
+    rows, baseline = [], None
+    for name, path in (one.split("=", 1) for one in args.checkpoint):
+        for dtype in DTYPES:
+            model, params = read_model(path, dtype)
+            found = questions.ask(model, params, passages)
+            baseline = baseline or found
+            rows.append({"system": name, "operands": dtype, **compare(found, baseline)})
+            print(json.dumps(rows[-1]), flush=True)
+    args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    print(table(rows))
+
+
+def read_model(path: str, dtype: str) -> tuple[GlimmerModel, Any]:
+    """The checkpoint's model, without dropout and with these operands of projections."""
+    saved = load(path).config
+    if saved is None:
+        raise ValueError(
+            f"{path} does not say which model it holds. Export it (--run_mode=export)."
+        )
+    t5 = dataclasses.replace(saved.t5, dropout_rate=0.0, dtype="float32", matmul_dtype=dtype)
+    model = GlimmerModel(dataclasses.replace(saved, t5=t5))
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    loaded = parameters.load(path, model, Vocabulary().fingerprint)
+    return model, parameters.place(loaded, model, mesh)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown."""
+    lines = [
+        f"n = {rows[0]['exact_match']['n']} questions",
+        "| system | operands | exact match | against the first | nats a token | against the first |",
+        "|" + "---|" * 6,
+    ]
+    lines += [
+        f"| {row['system']} | {row['operands']} | {interval(row['exact_match'])} | "
+        f"{interval(row['nats_per_token'])} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
