@@ -80,9 +80,9 @@ def evaluate(
     if passages_dir is not None and data_dir is not None:
         origin.check(data_dir, Passages.open(passages_dir, vocabulary.fingerprint))
     predictor = Predictor.load(
-        model,
         checkpoint_path,
         lengths,
+        model=model,
         passages_dir=None if memory_dir else passages_dir,
         memory_dir=memory_dir,
         vocabulary=vocabulary,

@@ -74,9 +74,9 @@ def infer(
         checks.required(OUTPUT_PATH=output_path)
         examples = _read_questions(checks.existing_file("QUESTIONS", questions))
     predictor = Predictor.load(
-        model,
         checkpoint_path,
         lengths,
+        model=model,
         passages_dir=passages_dir,
         memory_dir=memory_dir,
         vocabulary=vocabulary,

@@ -1,6 +1,6 @@
 """A loaded checkpoint that answers: with its memory, or with passages that it encodes itself.
 
-    predictor = Predictor.load(model, "runs/glimmer", lengths, passages_dir="data/passages",
+    predictor = Predictor.load("runs/glimmer", lengths, passages_dir="data/passages",
                                memory_dir="runs/memory", batch_sizes=(1, 8))
     predictor.warm_up()
     predictor.answer([{"id": "1", "input": "formatted stream to file-like"}])
@@ -8,6 +8,7 @@
 Modes `eval` and `infer` are thin around it; docs/serving.md says more.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from glimmer_jax.serving.candidates import add_candidates, encode_candidates
 from glimmer_jax.serving.predict import Batch, make_predict
 from glimmer_jax.text import question_text
 from glimmer_jax.weights import parameters
+from glimmer_jax.weights.load import Loaded, load
 
 Example = dict[str, Any]
 
@@ -69,10 +71,10 @@ class Predictor:
     @classmethod
     def load(
         cls,
-        model: GlimmerModel,
         checkpoint_path: Any,
         lengths: Lengths,
         *,
+        model: GlimmerModel | None = None,
         passages_dir: Any | None = None,
         memory_dir: Any | None = None,
         vocabulary: Vocabulary = Vocabulary(),
@@ -85,9 +87,10 @@ class Predictor:
         """Opens everything, checks that it belongs together, puts the parameters on the mesh.
 
         Args:
-          model: FiD, LUMEN or GLIMMER.
-          checkpoint_path: a run's folder, a step's, or a `.safetensors` file, of any cut.
+          checkpoint_path: a run's folder, a step's, or a `.safetensors` file, of any cut; or public T5.
           lengths: Q, T, K and P.
+          model: FiD, LUMEN or GLIMMER, to cut, keep or decode otherwise than the checkpoint says; None
+            for the checkpoint's own, greedy.
           passages_dir: the corpus; needed to retrieve, to name titles, and where there is no memory.
           memory_dir: read passages as memory.
           vocabulary: that of the model.
@@ -98,8 +101,8 @@ class Predictor:
           seed: of drawn answers (`DecodeConfig.temperature`).
 
         Raises:
-          ValueError: neither passages nor memory, files that do not belong together, or batches that
-            do not divide over the devices.
+          ValueError: neither passages nor memory, no model given and none described by the checkpoint,
+            files that do not belong together, or batches that do not divide over the devices.
         """
         if passages_dir is None and memory_dir is None:
             raise ValueError(
@@ -118,7 +121,9 @@ class Predictor:
             passages = Passages.open(passages_dir, vocabulary.fingerprint)
             if memory_dir is None:
                 passages.warn_of_cuts(lengths.passage)
-        host_params = parameters.load(checkpoint_path, model, vocabulary.fingerprint)
+        loaded = load(checkpoint_path)
+        model = model or _own_model(checkpoint_path, loaded)
+        host_params = parameters.fit(loaded, checkpoint_path, model, vocabulary.fingerprint)
         lookup = None
         if memory_dir is not None:
             fingerprint = encoder_fingerprint(host_params, model.config)
@@ -242,6 +247,16 @@ class Predictor:
             passages = self._corpus()
             batch["passage_tokens"] = passages.tokens(passages.rows(ids_BK), lengths.passage)
         return add_candidates(batch, candidates_NT)
+
+
+def _own_model(path: Any, loaded: Loaded) -> GlimmerModel:
+    if loaded.config is None:
+        raise ValueError(
+            f"Checkpoint {path} does not say which model it holds. Give the model that it was trained "
+            "as: Predictor.load(..., model=GlimmerModel(...))."
+        )
+    t5 = dataclasses.replace(loaded.config.t5, dropout_rate=0.0)
+    return GlimmerModel(dataclasses.replace(loaded.config, t5=t5))
 
 
 def _record(

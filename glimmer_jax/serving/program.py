@@ -5,7 +5,7 @@
 A folder holds what is needed to answer:
 
     manifest.json           arguments, results, lengths, platforms, fingerprints, SHA-256 of the files
-    params.npz              parameters, float32, by their paths
+    params.npz              parameters, float32, by their paths, layers one by one (`serving.prepare`)
     program-<LENGTHS>.bin   one for each bucket of lengths, for any number of questions
 
 Parameters lie beside the programs, as arguments, and not inside as constants: all buckets and
@@ -33,6 +33,7 @@ import numpy as np
 from glimmer_jax.lengths import Lengths, check_lengths
 from glimmer_jax.memory.fingerprint import encoder_fingerprint
 from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.serving import prepare
 
 FORMAT_VERSION = 1
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -81,7 +82,9 @@ def export_program(
         raise ValueError(f"OUTPUT_PATH: {folder} is there already. Give a folder that is not.")
     if config.from_memory and not model.config.memory_layers:
         raise ValueError("FiD has no memory: set FROM_MEMORY = False, or export LUMEN or GLIMMER.")
-    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    # One program for all platforms: nothing in it is for one of them.
+    looped = prepare.looped(model, "any")
+    flat = flax.traverse_util.flatten_dict(prepare.one_by_one(model, params), sep="/")
     flat = {name: np.asarray(leaf) for name, leaf in flat.items()}
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in flat.items()}
     programs = {
@@ -89,7 +92,7 @@ def export_program(
         for one in config.lengths()
     }
     exported = {
-        name: _trace(model, shapes, one, config.from_memory, config.platforms)
+        name: _trace(looped, shapes, one, config.from_memory, config.platforms)
         for name, one in programs.items()
     }
 

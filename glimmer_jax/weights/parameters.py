@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from glimmer_jax import partitioning
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.models.recut import recut
+from glimmer_jax.weights.load import Loaded
 from glimmer_jax.weights.load import load as load_weights
 
 
@@ -25,7 +26,13 @@ def load(path: Any, model: GlimmerModel, vocabulary_fingerprint: str) -> dict[st
       OSError: the storage did not answer, or refused.
       ValueError: no checkpoint there, damaged, of another vocabulary, or of other sizes.
     """
-    loaded = load_weights(path)
+    return fit(load_weights(path), path, model, vocabulary_fingerprint)
+
+
+def fit(
+    loaded: Loaded, path: Any, model: GlimmerModel, vocabulary_fingerprint: str
+) -> dict[str, Any]:
+    """What was opened at `path`, as `load` gives it and with its errors."""
     if jax.process_index() == 0:
         print(f"Parameters: {loaded.what}.", flush=True)
     theirs = loaded.vocabulary_fingerprint

@@ -1,5 +1,7 @@
 """Questions through a loaded model: batches, programs, candidates, draws."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -14,18 +16,31 @@ from glimmer_jax.passages import Passages, write_passages
 from glimmer_jax.retrieval.bm25 import Bm25Config
 from glimmer_jax.serving.predict import make_predict
 from glimmer_jax.serving.predictor import Predictor
+from glimmer_jax.weights.model_config import describe
+from glimmer_jax.weights.params_file import save_params_file
 from tests.models import tiny
 
 WORDS = ("red", "green", "blue")
 QUESTIONS = [{"id": word, "input": f"{word} thing"} for word in WORDS]
+LENGTHS = Lengths(question=8, target=4, passages=2, passage=8)
+VOCABULARY = Vocabulary()
+T5 = T5Config(VOCABULARY.vocab_size, 8, 2, 4, 8, num_encoder_layers=1, num_decoder_layers=1)
+GLIMMER = GlimmerConfig(T5, rerank_layers=1, num_kept=1)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus") / "passages"
+    records = [{"id": i, "title": word, "text": f"{word} thing"} for i, word in enumerate(WORDS)]
+    encode, fingerprint = VOCABULARY.encode, VOCABULARY.fingerprint
+    write_passages(folder, records, encode, fingerprint, 16, vocab_size=T5.vocab_size)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(corpus):
     """(predictor for batches of 1 and 2, shapes of the batches that its program was traced for)."""
-    vocabulary = Vocabulary()
-    t5 = T5Config(vocabulary.vocab_size, 8, 2, 4, 8, num_encoder_layers=1, num_decoder_layers=1)
-    model = GlimmerModel(GlimmerConfig(t5, rerank_layers=1, num_kept=1))
+    model = GlimmerModel(GLIMMER)
     traced, predict = [], model.predict_batch_with_aux
 
     def noted(params, batch, rng):
@@ -33,16 +48,9 @@ def made(tmp_path_factory):
         return predict(params, batch, rng)
 
     model.predict_batch_with_aux = noted
-    folder = tmp_path_factory.mktemp("corpus") / "passages"
-    records = [{"id": i, "title": word, "text": f"{word} thing"} for i, word in enumerate(WORDS)]
-    write_passages(
-        folder, records, vocabulary.encode, vocabulary.fingerprint, 16, vocab_size=t5.vocab_size
-    )
-    params = tiny.params(model.config)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    lengths = Lengths(question=8, target=4, passages=2, passage=8)
-    passages = Passages.open(folder)
-    args = (model, params, mesh, lengths, vocabulary, passages, None, Bm25Config())
+    passages = Passages.open(corpus)
+    args = (model, tiny.params(GLIMMER), mesh, LENGTHS, VOCABULARY, passages, None, Bm25Config())
     return Predictor(*args, batch_sizes=(2, 1), seed=0), traced
 
 
@@ -84,12 +92,27 @@ def test_draws_differ_from_batch_to_batch_and_repeat_with_the_seed():
 
 @pytest.mark.parametrize("batch_sizes", [(), (8, 12), (0,)])
 def test_batches_that_do_not_divide_over_the_devices_are_refused(tmp_path, batch_sizes):
-    lengths = Lengths(8, 4, 2, 8)
     with pytest.raises(ValueError, match="must be multiples of 8, the devices"):
-        Predictor.load(
-            GlimmerModel(tiny.FID),
-            tmp_path,
-            lengths,
-            passages_dir=tmp_path,
-            batch_sizes=batch_sizes,
-        )
+        Predictor.load(tmp_path, LENGTHS, passages_dir=tmp_path, batch_sizes=batch_sizes)
+
+
+def test_a_checkpoint_knows_its_model(corpus, tmp_path):
+    checkpoint = tmp_path / "glimmer.safetensors"
+    described = describe(GLIMMER, VOCABULARY.fingerprint)
+    save_params_file(checkpoint, tiny.params(GLIMMER), described)
+    reads_all = GlimmerModel(dataclasses.replace(GLIMMER, num_kept=None))
+    given = (None, GlimmerModel(GLIMMER), reads_all)
+    own, same, both = (
+        Predictor.load(checkpoint, LENGTHS, model=model, passages_dir=corpus).answer(QUESTIONS)
+        for model in given
+    )
+    assert own == same
+    assert [[one["kept"] for one in record["passages"]] for record in own] == [[True, False]] * 3
+    assert [[one["kept"] for one in record["passages"]] for record in both] == [[True, True]] * 3
+
+
+def test_a_checkpoint_that_does_not_know_its_model_is_named(corpus, tmp_path):
+    checkpoint = tmp_path / "some.safetensors"
+    save_params_file(checkpoint, tiny.params(GLIMMER), {})
+    with pytest.raises(ValueError, match=r"some.safetensors does not say which model it holds"):
+        Predictor.load(checkpoint, LENGTHS, passages_dir=corpus)

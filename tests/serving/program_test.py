@@ -129,6 +129,9 @@ def test_the_manifest_says_what_a_program_takes_and_gives(exported):
     }
     assert sorted(manifest["sha256"]) == ["params.npz", NAME]
     assert {path.name for path in folder.iterdir()} == {"manifest.json", *manifest["sha256"]}
+    # One by one: of the last reranking layer only what is needed is computed.
+    names = [name for name in np.load(folder / "params.npz") if "layers" in name]
+    assert names and all(re.search(r"layers_\d+/", name) for name in names)
     assert manifest["decode"]["beams"] == 2 and manifest["vocabulary_fingerprint"] == "v"
 
 
