@@ -37,7 +37,7 @@ seqio.MixtureRegistry.add("pydocs", [f"pydocs_{task}" for task in METRICS], defa
 
 RENAMED_PASSAGES = 10
 # Which function is asked more often: it alone is answered by copying a whole title.
-SHARES = {"which_function": 4.0}
+SHARES = {"which_function": 8.0}
 
 
 def _renamed(tasks: tuple[str, ...]) -> RenamedQuestions:

@@ -74,10 +74,13 @@ class RenamedQuestions:
         asked = draw.choice(self._tasks[task])
         retrieved = _gold_first(asked["retrieved"][: self._num_passages], draw)
         records = [self._records[one["id"]] for one in retrieved]
-        exchange = _Exchange(self._parts, draw)
-        new = {record["title"]: exchange(record["title"]) for record in records}
         about = asked["output"][0]["provenance"][0]["title"]
-        new.setdefault(about, exchange(about))
+        titles = list(dict.fromkeys([*(record["title"] for record in records), about]))
+        new: dict[str, str] = {}
+        # Parts may repeat, titles may not.
+        while len(set(new.values())) < len(titles):
+            exchange = _Exchange(self._parts, draw)
+            new = {title: exchange(title) for title in titles}
         answer = draw.choice(answers(asked))
         encode, eos = self._vocabulary.encode, self._vocabulary.eos_id
         texts = [passage_text(new[one["title"]], exchange.words(one["text"])) for one in records]
@@ -90,7 +93,7 @@ class RenamedQuestions:
 
 
 class _Exchange:
-    """Names with every part exchanged, the same part for the same one and no two for one."""
+    """Names with every part exchanged, the same part for the same one."""
 
     def __init__(self, parts: Sequence[str], draw: random.Random):
         self._parts = parts
@@ -105,10 +108,8 @@ class _Exchange:
         return re.sub(r"\w+", lambda word: self._new.get(word[0], word[0]), text)
 
     def _part(self, part: str) -> str:
-        while part not in self._new:
-            name = made_up_name(self._parts, self._draw, [*self._new.values()])
-            if name not in self._new.values():
-                self._new[part] = name
+        if part not in self._new:
+            self._new[part] = made_up_name(self._parts, self._draw, [*self._new.values()])
         return self._new[part]
 
 

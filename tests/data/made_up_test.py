@@ -1,8 +1,8 @@
-"""Made-up names: pieces of real ones, some of them blends that repeat what came before."""
+"""Made-up names: pieces of real ones, some of them blends or names that repeat what came before."""
 
 import random
 
-from glimmer_jax.data.made_up import BLENDED, made_up_name
+from glimmer_jax.data.made_up import BLENDED, REPEATED, made_up_name
 
 PARTS = ["alpha", "bravo", "charlie"]
 
@@ -32,9 +32,16 @@ def test_about_as_many_are_blends_as_the_share_says():
 
 
 def test_blends_take_pieces_of_the_names_before_and_whole_ones():
-    made = names(before=["ZZYX"])
-    assert 0.2 < sum(not name.islower() for name in made) / len(made) < 0.4
-    assert any(name.startswith("ZZYX") and name != "ZZYX" for name in made)
+    made = [name for name in names(before=["Z_YX"]) if name.upper() != "Z_YX"]
+    assert 0.1 < sum(not name.islower() for name in made) / len(made) < 0.35
+    assert any(name.startswith("Z_YX") for name in made)
+
+
+def test_the_last_two_names_come_again_in_all_capitals():
+    made = names(before=["oldest", "elemTree", "_build"])
+    again = [name for name in made if name.lower() in ("oldest", "elemtree", "_build")]
+    assert {"elemTree", "elemtree", "ELEMTREE", "ElemTree", "_build", "_BUILD"} <= set(again)
+    assert abs(len(again) / len(made) - REPEATED) < 0.05
 
 
 def test_names_depend_on_the_draws_alone():

@@ -69,6 +69,17 @@ def test_questions_about_a_name_ask_for_the_new_one():
         assert question == f"{title} [SEP] default of b" and answer == "None"
 
 
+def test_parts_may_repeat_within_a_title_but_no_two_titles_are_one():
+    made = questions(which=[line("text", "os.path.join", "os.path.join")])
+    repeated = 0
+    for index in range(100):
+        _, _, texts, title, _ = read(made.example(index))
+        assert len({text.partition(" context: ")[0] for text in texts}) == 4
+        parts = title.lower().split(".")
+        repeated += len(set(parts)) < len(parts)
+    assert 5 < repeated < 50
+
+
 @pytest.mark.parametrize("about", NAMES)
 def test_the_gold_passage_is_among_the_first_three(about):
     made = questions(which=[line("text", about, about)])
