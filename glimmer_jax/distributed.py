@@ -13,6 +13,7 @@ def join(
     num_processes: int | None = None,
     process_id: int | None = None,
     timeout: int = 300,
+    silence: int = 100,
 ) -> None:
     """Makes this process one of a job's; does nothing where nothing is asked. Before any array.
 
@@ -21,7 +22,9 @@ def join(
       coordinator_address: `host:port` of process 0, which listens there.
       num_processes: of the job.
       process_id: of this process, from 0.
-      timeout: seconds to wait for all the others.
+      timeout: seconds to wait for all the others. Both ends are JAX's: it aborts, and `last_words`
+        says why.
+      silence: seconds after which a process that sends no sign of life ends the job.
 
     Raises:
       ValueError: some of the three without the others, or numbers that do not fit.
@@ -29,7 +32,9 @@ def join(
     told = (coordinator_address, num_processes, process_id)
     if all(value is None for value in told):
         if detect:
-            jax.distributed.initialize(initialization_timeout=timeout)
+            jax.distributed.initialize(
+                initialization_timeout=timeout, heartbeat_timeout_seconds=silence
+            )
         return
     if detect or coordinator_address is None or num_processes is None or process_id is None:
         raise ValueError(
@@ -48,5 +53,9 @@ def join(
             f"got {process_id}."
         )
     jax.distributed.initialize(
-        coordinator_address, num_processes, process_id, initialization_timeout=timeout
+        coordinator_address,
+        num_processes,
+        process_id,
+        initialization_timeout=timeout,
+        heartbeat_timeout_seconds=silence,
     )

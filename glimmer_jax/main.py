@@ -171,6 +171,11 @@ def _is_ours(error: BaseException) -> bool:
 
 def run() -> None:
     """Entry of the `glimmer` script."""
+    flags = parse_flags(sys.argv[1:])
+    if flags.distributed or flags.coordinator_address is not None:
+        from glimmer_jax.last_words import work_in_child
+
+        work_in_child(START_AGAIN)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # Compiled programs are kept between runs; set the variable to "" to keep none.
     cache = Path.home() / ".cache" / "glimmer_jax" / "xla"
@@ -179,7 +184,7 @@ def run() -> None:
     logging.getLogger("glimmer_jax").setLevel(logging.INFO)
     # seqio's advice about lengths and caches; what is wrong comes as an error.
     logging.getLogger("absl").setLevel(logging.ERROR)
-    if "--debug" not in sys.argv:
+    if not flags.debug:
         from glimmer_jax.quiet import filter_stderr
 
         filter_stderr()

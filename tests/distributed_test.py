@@ -6,6 +6,8 @@ import pytest
 from glimmer_jax import main as command_line
 from glimmer_jax.distributed import join
 
+TIMES = {"initialization_timeout": 300, "heartbeat_timeout_seconds": 100}
+
 
 @pytest.fixture
 def joined(monkeypatch):
@@ -22,12 +24,12 @@ def test_a_process_alone_joins_nothing(joined):
 
 def test_what_is_told_is_passed_on(joined):
     join(False, "127.0.0.1:8476", 2, 0, timeout=7)
-    assert joined == [(("127.0.0.1:8476", 2, 0), {"initialization_timeout": 7})]
+    assert joined == [(("127.0.0.1:8476", 2, 0), TIMES | {"initialization_timeout": 7})]
 
 
 def test_the_rest_is_found_by_jax(joined):
     join(True)
-    assert joined == [((), {"initialization_timeout": 300})]
+    assert joined == [((), TIMES)]
 
 
 @pytest.mark.parametrize(

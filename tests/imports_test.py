@@ -17,8 +17,8 @@ ROOT = PACKAGE.parent
 # From the bottom up: a module imports modules of its own group and of groups above it in this list.
 LAYERS = (
     ("axes", "text", "lengths"),
-    ("json_lines", "kilt", "preemption", "lock", "distributed", "shipped", "quiet")
-    + ("kilt_files", "kilt_parquet", "parquet", "triviaqa"),
+    ("json_lines", "kilt", "preemption", "lock", "distributed", "shipped")
+    + ("quiet", "last_words", "kilt_files", "kilt_parquet", "parquet", "triviaqa"),
     ("corpus",),
     ("partitioning",),
     ("product_quantisation",),

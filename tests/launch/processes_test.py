@@ -21,7 +21,7 @@ DRIVER = """
 import sys
 from launch.processes import Interrupts, run
 with Interrupts() as interrupts:
-    sys.exit(run([("sh", "-c", text) for text in sys.argv[1:]], interrupts))
+    sys.exit(run([("sh", "-c", text) for text in sys.argv[1:]], interrupts, grace=2))
 """
 
 
@@ -135,17 +135,55 @@ def test_a_launcher_that_another_one_started_stops_when_its_input_ends(tmp_path)
         assert driver.wait(60) == 42
 
 
+def joined(count, *arguments):
+    """Shell commands of a job's processes; `arguments` as tiny_job.py takes them."""
+    flags = [f"--gin_bindings={value}" for value in arguments]
+    plan = local.plan(flags, count, local.free_port(), sys.executable)
+    commands = [shell(argv).replace("-m glimmer_jax.main", TINY_JOB) for argv in plan.processes]
+    return [f"exec {command}" for command in commands]
+
+
 @pytest.mark.timeout(600)
 def test_two_jax_processes_add_up_and_stop_at_the_same_step(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    plan = local.plan([f"--gin_bindings={tmp_path}"], 2, local.free_port(), sys.executable)
-    commands = [shell(argv).replace("-m glimmer_jax.main", TINY_JOB) for argv in plan.processes]
-    with start("-c", DRIVER, *(f"exec {command}" for command in commands)) as driver:
+    with start("-c", DRIVER, *joined(2, tmp_path)) as driver:
         reports = [tmp_path / "0", tmp_path / "1"]
         wait_for(lambda: all(path.exists() or driver.poll() for path in reports), 400)
         driver.terminate()
         assert driver.wait(180) == 42
     first, second = (path.read_text().splitlines() for path in reports)
-    assert first == second
-    assert first[0] == "of 2 total 3"
-    assert first[1].startswith("stopped at ")
+    assert first[0] == second[0] == "of 2 total 3"
+    assert first[2] == second[2] and first[2].startswith("stopped at ")
+
+
+@pytest.mark.fault
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "victim", [2, pytest.param(0, marks=pytest.mark.slow)], ids=["any", "first"]
+)
+def test_a_process_that_stands_still_ends_the_job_and_is_named(tmp_path, capfd, victim):
+    with start("-c", DRIVER, *joined(4, tmp_path, 200, 6)) as driver:
+        reports = [tmp_path / str(process) for process in range(4)]
+        wait_for(lambda: all(path.exists() or driver.poll() for path in reports), 400)
+        pids = [int(path.read_text().split()[-1]) for path in reports]
+        os.kill(pids[victim], signal.SIGSTOP)
+        stopped = time.monotonic()
+        assert driver.wait(180) == 42
+    # JAX's patience, a while to abort, and the launcher's for the one that stands still.
+    assert time.monotonic() - stopped < 60
+    assert f"glimmer: Process {victim} of the job no longer answers" in capfd.readouterr().err
+    assert not any(alive(pid) for pid in pids)
+
+
+@pytest.mark.fault
+@pytest.mark.slow
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_process_that_joins_too_late_finds_no_job_and_no_process_waits_for_ever(
+    tmp_path, capfd, late
+):
+    commands = joined(2, tmp_path, 3)
+    late_one = commands.pop(late)
+    for command in (*commands, late_one):
+        with start("-c", DRIVER, command) as driver:
+            assert driver.wait(120) == 42
+        assert "glimmer: Not all processes joined the job in time" in capfd.readouterr().err

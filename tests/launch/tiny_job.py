@@ -1,26 +1,34 @@
 """A job of many processes without a model: joins as glimmer does, adds numbers up, works until stopped.
 
-Its one flag of its own, --gin_bindings=FOLDER, says where each process writes what it saw.
+Flags of its own: --gin_bindings=FOLDER, where each process writes what it saw; then optionally seconds
+to wait for the others to join, and seconds after which a silent process ends the job.
 """
 
+import os
 import pathlib
 import sys
 
-from glimmer_jax.distributed import join
+from glimmer_jax.last_words import work_in_child
 from glimmer_jax.main import START_AGAIN, parse_flags
-from glimmer_jax.preemption import Watcher
 
 flags = parse_flags(sys.argv[1:])
-join(False, flags.coordinator_address, flags.num_processes, flags.process_id, timeout=200)
+work_in_child(START_AGAIN)
+
+from glimmer_jax.distributed import join
+
+times = dict(zip(("timeout", "silence"), map(int, flags.gin_bindings[1:]), strict=False))
+join(False, flags.coordinator_address, flags.num_processes, flags.process_id, **times)
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from glimmer_jax.preemption import Watcher
+
 report = pathlib.Path(flags.gin_bindings[0]) / str(jax.process_index())
 with Watcher(together=True) as watcher:
     total = int(multihost_utils.process_allgather(np.int32(jax.process_index() + 1)).sum())
-    report.write_text(f"of {jax.process_count()} total {total}\n")
+    report.write_text(f"of {jax.process_count()} total {total}\n{os.getpid()}\n")
     step = 0
     while not watcher.requested_at(step):
         multihost_utils.process_allgather(np.int32(step))
