@@ -3,7 +3,8 @@
     python -m launch.preflight_table [--only=large] [--output=docs/preflight.md]
 
 Every row is one `--run_mode=preflight` of the shipped gin files, in a process of its own; nothing is
-run on a TPU. Rows that are in the file already are kept, so that the table grows over several runs.
+run on a TPU. Rows that are in the file already are kept, so that the table grows over several runs;
+one that is deleted there is compiled again.
 """
 
 import argparse
@@ -115,9 +116,17 @@ def measure(job: str, model: str, size: str, topology: str, changes: dict[str, A
 
 
 def key(line: str) -> tuple[str, ...]:
-    """What a line is about: job, model, size, slice, batch."""
+    """What a line is about: job, model, size, slice; of one that does not fit, of the next one too."""
     cells = [cell.strip() for cell in line.split("|")]
-    return (*cells[1:3], cells[3].split(" ")[0], cells[4], cells[7])
+    return (*cells[1:3], cells[3].split(" ")[0], cells[4])
+
+
+def place(line: str) -> int:
+    """Of a line in the table, as the settings above stand; it and the nearest that fits share one."""
+    job, model, size, topology = key(line)
+    rows = [(size, topology) for size, topology, _ in {"train": TRAIN, "infer": INFER}[job]]
+    first = 0 if job == "train" else len(TRAIN)
+    return (first + rows.index((size, topology))) * 2 + MODELS[job].index(model)
 
 
 def main() -> None:
@@ -138,8 +147,10 @@ def main() -> None:
             if args.only not in (None, size) or args.job not in (None, job):
                 continue
             for model in MODELS[job]:
-                new = measure(job, model, size, topology, changes)
-                lines = [line for line in lines if key(line) != key(new[0])] + new
+                if (job, model, size, topology) in map(key, lines):
+                    continue
+                lines += measure(job, model, size, topology, changes)
+                lines.sort(key=place)
                 # After every setting: the run may be stopped.
                 output.write_text(
                     TEXT.format(compiler=compiler) + "\n".join([*HEAD, *lines]) + "\n"
