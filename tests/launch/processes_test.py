@@ -1,5 +1,6 @@
 """The runner: exit codes, signals, and that nothing is left running."""
 
+import json
 import os
 import pathlib
 import signal
@@ -7,11 +8,14 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 
 from launch import local
 from launch.plans import shell
 from launch.processes import TIED, Interrupts, read, run, run_again
+from tests.training import toy_job
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY_JOB = str(pathlib.Path(__file__).with_name("tiny_job.py"))
@@ -135,11 +139,11 @@ def test_a_launcher_that_another_one_started_stops_when_its_input_ends(tmp_path)
         assert driver.wait(60) == 42
 
 
-def joined(count, *arguments):
-    """Shell commands of a job's processes; `arguments` as tiny_job.py takes them."""
+def joined(count, *arguments, job=TINY_JOB):
+    """Shell commands of a job's processes; `arguments` as the job takes them."""
     flags = [f"--gin_bindings={value}" for value in arguments]
     plan = local.plan(flags, count, local.free_port(), sys.executable)
-    commands = [shell(argv).replace("-m glimmer_jax.main", TINY_JOB) for argv in plan.processes]
+    commands = [shell(argv).replace("-m glimmer_jax.main", job) for argv in plan.processes]
     return [f"exec {command}" for command in commands]
 
 
@@ -187,3 +191,32 @@ def test_a_process_that_joins_too_late_finds_no_job_and_no_process_waits_for_eve
         with start("-c", DRIVER, command) as driver:
             assert driver.wait(120) == 42
         assert "glimmer: Not all processes joined the job in time" in capfd.readouterr().err
+
+
+@pytest.mark.fault
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_four_processes_train_as_one_and_go_on_after_one_was_stopped(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    steps, whole, stopped = 40, tmp_path / "whole", tmp_path / "stopped"
+
+    def logged(folder):
+        path = folder / "train" / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    toy_job.run(whole, steps, jax.devices()[:4])
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+    with start("-c", DRIVER, *joined(4, stopped, steps, job="-m tests.training.toy_job")) as driver:
+        # Behind the checkpoint of step 5, and before that of 15.
+        wait_for(lambda: len(logged(stopped)) > 7 or driver.poll(), 400)
+        os.kill(int((stopped / "pid2").read_text()), signal.SIGSTOP)
+        assert driver.wait(180) == 42
+    assert len(logged(stopped)) < steps
+    with start("-c", DRIVER, *joined(4, stopped, steps, job="-m tests.training.toy_job")) as driver:
+        assert driver.wait(400) == 0
+    both = [logged(folder) for folder in (whole, stopped)]
+    assert [[line["step"] for line in lines] for lines in both] == [list(range(1, steps + 1))] * 2
+    # Of dropout too; sums over devices are another library's, in another order.
+    want, got = ([line["train/loss"] for line in lines] for lines in both)
+    assert want[-1] < 0.9 * want[0]
+    np.testing.assert_allclose(got, want, rtol=1e-4)
