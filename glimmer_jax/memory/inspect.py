@@ -51,7 +51,7 @@ def find(store: MemoryStore, wanted: int | str) -> list[dict[str, Any]]:
             rows = rows[store.ids[rows] == wanted]
             if not rows.size:
                 continue
-        titles = store.titles(entry.name)
+        titles = store.titles(entry)
         for row in rows.tolist():
             title = titles[row - entry.first_row]
             line = {

@@ -14,7 +14,7 @@ import tensorstore as ts
 
 from glimmer_jax import codecs
 from glimmer_jax.memory import folder, identity, manifest, shard, versions
-from glimmer_jax.memory.manifest import DamagedStore, Manifest
+from glimmer_jax.memory.manifest import DamagedStore, Manifest, Shard
 
 # How many shards' files are opened at a time.
 _OPEN_AT_ONCE = 64
@@ -229,8 +229,7 @@ class MemoryStore:
                 if tokens.start == tokens.stop:
                     continue
                 reads = {
-                    name: self._array(entry.name, name)[tokens].read(batch=batch)
-                    for name in self._specs
+                    name: self._array(entry, name)[tokens].read(batch=batch) for name in self._specs
                 }
                 pending.append((entry.name, first, last, reads))
         for name, first, last, reads in pending:
@@ -240,15 +239,20 @@ class MemoryStore:
                 raise self._failed(name, error) from error
             yield first, last, data
 
-    def _array(self, shard_name: str, name: str) -> ts.TensorStore:
-        key = (shard_name, name)
+    def _array(self, entry: Shard, name: str) -> ts.TensorStore:
+        key = (entry.name, name)
         if key not in self._open:
             try:
                 opened = shard.open_array(
-                    self._shard_kvstore(shard_name), name, self._context
+                    self._shard_kvstore(entry.name), name, self._context
                 ).result()
             except ValueError as error:
-                raise self._failed(shard_name, error) from error
+                raise self._failed(entry.name, error) from error
+            # Chunks carry checksums; what says how many there are, and of what, does not.
+            if name in self._specs:
+                trailing, dtype = self._specs[name]
+                if (opened.shape, opened.dtype.numpy_dtype) != ((entry.tokens, *trailing), dtype):
+                    raise shard.damaged(entry.name, f"{name} does not fit the manifest")
             self._open[key] = opened
         return self._open[key]
 
@@ -257,23 +261,34 @@ class MemoryStore:
         for start in range(0, len(self), rows_per_page):
             yield self.read(np.arange(start, min(start + rows_per_page, len(self))), length)
 
-    def read_index(self, shard_name: str, name: str) -> np.ndarray:
-        """One of a shard's small arrays, whole."""
+    def _read_whole(self, entry: Shard, name: str) -> np.ndarray:
+        """One of a shard's small arrays."""
+        array = self._array(entry, name)
         try:
-            return self._array(shard_name, name).read().result()
+            return array.read().result()
         except ValueError as error:
-            raise self._failed(shard_name, error) from error
+            raise self._failed(entry.name, error) from error
 
-    def titles(self, shard_name: str) -> list[str]:
+    def titles(self, entry: Shard) -> list[str]:
         """Titles of one shard's passages, in the order of its rows."""
-        return json.loads(self.read_index(shard_name, shard.TITLES).tobytes())
+        try:
+            titles = json.loads(self._read_whole(entry, shard.TITLES).tobytes())
+        except json.JSONDecodeError:
+            titles = []
+        if len(titles) != entry.passages:
+            raise shard.damaged(entry.name, "its titles do not fit the manifest")
+        return titles
 
     def title(self, row: int) -> str:
         """Title of one passage."""
         entry = self.manifest.shards[np.searchsorted(self._first_rows, row, side="right") - 1]
-        return self.titles(entry.name)[row - entry.first_row]
+        return self.titles(entry)[row - entry.first_row]
 
     def digests(self) -> np.ndarray:
         """uint64 `[n]`, see `source.Source`: what each row was made from, in eight bytes."""
-        parts = [self.read_index(entry.name, shard.DIGESTS) for entry in self.manifest.shards]
-        return np.concatenate([np.zeros(0, np.uint64), *parts])
+        parts = [np.zeros(0, np.uint64)]
+        for entry in self.manifest.shards:
+            parts.append(self._read_whole(entry, shard.DIGESTS))
+            if parts[-1].shape != (entry.passages,):
+                raise shard.damaged(entry.name, "its digests do not fit the manifest")
+        return np.concatenate(parts)

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -89,6 +90,43 @@ def test_a_shard_that_is_another_one_is_found(copied_store, tiny_store):
     shutil.move(shards / "000000", copied_store.parent / "elsewhere")
     (shards / "000000").symlink_to(copied_store.parent / "elsewhere", target_is_directory=True)
     MemoryStore.open(copied_store).read(np.arange(6), 12)
+
+
+def test_a_flipped_bit_anywhere_is_named_or_harmless(tiny, tmp_path):
+    def encode(tokens):
+        return encoder.encode_states("int8", tiny.encode_states(tokens))
+
+    path = tmp_path / "s"
+    tiny.build_tiny(path, encode=jax.jit(encode), codec="int8", reference=None)
+
+    def content():
+        store = MemoryStore.open(path, cache_bytes=0)
+        arrays, lengths = store.read(np.arange(len(store)), 12)
+        titles = [store.title(row) for row in range(0, len(store), 6)]
+        every = [store.ids, lengths, store.digests(), *arrays.values()]
+        return titles, [x.tobytes() for x in every]
+
+    whole, opened = content(), MemoryStore.open(path)
+    draw = random.Random(0)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    for file in draw.choices(files, k=80):
+        before = file.read_bytes()
+        data = bytearray(before)
+        # Metadata are text without a checksum, and their numbers what is hardest to see.
+        digits = [i for i, byte in enumerate(data) if chr(byte).isdigit()]
+        place = draw.choice(digits if file.suffix == ".json" else range(len(data)))
+        bit = draw.randrange(4 if file.suffix == ".json" else 8)
+        data[place] ^= 1 << bit
+        file.write_bytes(data)
+        try:
+            found = content()
+        except DamagedStore as damage:
+            found = str(damage)
+        named = re.compile("is damaged: .*action=repair|has been changed|cannot be read")
+        assert found == whole or named.search(str(found)), (file, place, bit)
+        if file.name != "manifest.json":
+            assert len(verify(opened)) == 1
+        file.write_bytes(before)
 
 
 @pytest.mark.parametrize("passages", [7, 10**6, 2**61])
