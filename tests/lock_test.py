@@ -64,6 +64,7 @@ def test_held_once_and_gone_afterwards(tmp_path):
         pass
 
 
+@pytest.mark.fault
 def test_a_living_holder_on_another_host_is_refused_at_its_next_sign_of_life(
     tmp_path, holder, monkeypatch
 ):
@@ -99,6 +100,7 @@ def test_a_process_number_used_again_is_not_its_old_holder(tmp_path):
         pass
 
 
+@pytest.mark.fault
 def test_an_unreadable_lock_file_is_replaced_after_a_lease(tmp_path):
     (tmp_path / NAME).write_text("{")
     started = time.monotonic()
@@ -106,6 +108,7 @@ def test_an_unreadable_lock_file_is_replaced_after_a_lease(tmp_path):
         assert time.monotonic() - started > LEASE / 2
 
 
+@pytest.mark.fault
 def test_who_has_lost_the_lock_is_told_and_leaves_the_new_holders_file(tmp_path):
     taken = json.dumps({"pid": 7, "host": "elsewhere", "since": "t"})
     with locked(tmp_path) as held:

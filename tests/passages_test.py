@@ -90,6 +90,7 @@ def test_missing_unfinished_and_foreign_folders_are_refused(folder, tmp_path):
         Passages.open(folder)
 
 
+@pytest.mark.fault
 def test_damage_is_found(folder):
     tokens = bytearray((folder / "tokens.npy").read_bytes())
     tokens[-3] ^= 1
@@ -104,6 +105,7 @@ def test_damage_is_found(folder):
         Passages.open(folder)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     "settings, message",
     [

@@ -100,6 +100,7 @@ def test_parquet_gives_what_json_lines_give(tmp_path):
         list(read_passages([path], Reading("parquet")))
 
 
+@pytest.mark.fault
 def test_a_damaged_parquet_file_is_named(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")

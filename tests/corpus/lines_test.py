@@ -1,5 +1,6 @@
 import gzip
 import itertools
+import tracemalloc
 
 import pytest
 
@@ -106,6 +107,24 @@ def test_an_overlong_line_is_passed_over(tmp_path, monkeypatch, length):
     assert found[1].data == b"next\n"
 
 
+@pytest.mark.fault
+def test_a_line_of_100_mb_takes_no_more_memory_than_the_longest_that_is_read(tmp_path):
+    with (tmp_path / "a").open("wb") as file:
+        file.truncate(100 * 2**20)
+        # The file has a hole; what it begins with must look like text.
+        file.seek(0)
+        file.write(b"x" * 100)
+        file.seek(100 * 2**20)
+        file.write(b"\nnext\n")
+    tracemalloc.start()
+    found = read(tmp_path / "a")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [line.data for line in found] == [None, b"next\n"]
+    # Twice, while the parts of the longest line are joined.
+    assert peak < 2.2 * lines.MAX_LINE
+
+
 def test_patterns_find_files_in_order(tmp_path, monkeypatch):
     for name in ("b/2.jsonl", "a/10.jsonl", "a/1.jsonl", "a/x.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -139,6 +158,7 @@ def test_files_that_are_not_there_are_named(tmp_path):
         files.find_files(f"{tmp_path}/*.jsonl")
 
 
+@pytest.mark.fault
 def test_missing_shards_are_named(tmp_path):
     for index in (0, 2, 4):
         (tmp_path / f"c-{index:05d}-of-00005.jsonl").write_text("")

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from fake_gcs import FakeGcs
 
-from glimmer_jax.memory import change, folder, lookup
-from glimmer_jax.memory.identity import Layout
+from glimmer_jax.memory import folder, lookup
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.memory.verify import verify
 
@@ -37,12 +36,6 @@ def bucket(server):
         server.objects.clear()
         server.faults.clear()
     return server
-
-
-def _part(tiny, count):
-    whole = tiny.TinyPassages()
-    whole.ids, whole.all_tokens = whole.ids[:count], whole.all_tokens[:count]
-    return whole
 
 
 def _spec(name, retries=8):
@@ -84,7 +77,7 @@ def test_a_bucket_that_stumbles_is_asked_again(tiny, bucket, kind):
 
     path = _spec(kind)
     stumble()
-    tiny.build_tiny(path, _part(tiny, 9), reference=None)
+    tiny.build_tiny(path, tiny.part(range(9)), reference=None)
     assert bucket.hit == 3
     stumble()
     store = MemoryStore.open(path)
@@ -94,13 +87,7 @@ def test_a_bucket_that_stumbles_is_asked_again(tiny, bucket, kind):
     assert bucket.hit == 3
     np.testing.assert_array_equal(lengths[0], tiny.TinyPassages().lengths(range(9)))
     stumble()
-    made = change.append(
-        tiny.recipe(),
-        tiny.TinyPassages(),
-        path,
-        passages_fingerprint="sha256:p2",
-        layout=Layout(6, 4),
-    )
+    made = tiny.append_tiny(path, tiny.TinyPassages())
     assert made.num_passages == 23 and len(store) == 9
     stumble()
     assert verify(MemoryStore.open(path)) == [] and bucket.hit == 3

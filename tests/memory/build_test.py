@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -31,23 +32,43 @@ def _run_and_die(path, die_at):
     ("die_at", "finished"),
     [
         ("encode", 2),
-        ("between_arrays_and_record", 1),
-        ("before_manifest", 4),
-        ("after_manifest", 4),
+        ("fsync:000001/arrays", 1),
+        ("rename:000001/arrays", 1),
+        ("fsync:000001/shard.json", 1),
+        ("rename:000001/shard.json", 1),
+        ("fsync:manifest.json", 4),
+        ("rename:manifest.json", 4),
+        ("after:manifest.json", 4),
     ],
 )
 def test_build_killed_and_started_again_equals_an_uninterrupted_one(
     tiny, tiny_store, tmp_path, folder_bytes, die_at, finished
 ):
     path = tmp_path / "store"
-    assert _run_and_die(path, die_at) == -9
-    if die_at != "after_manifest":
+    assert _run_and_die(path, die_at) == (-9 if die_at[0] in "ea" else -signal.SIGSYS)
+    if die_at != "after:manifest.json":
         with pytest.raises(ValueError, match="unfinished build"):
             MemoryStore.open(path)
     report = tiny.build_tiny(path)
     # The shard being written when the process died may or may not have been finished.
     assert report.skipped in (finished, finished - 1) and report.skipped + report.built == 4
     assert folder_bytes(path) == folder_bytes(tiny_store)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("die_at", ["rename:versions/000001.json", "after:versions/000001.json"])
+def test_append_killed_and_started_again_equals_an_uninterrupted_one(
+    tiny, tmp_path, folder_bytes, die_at
+):
+    for name in ("killed", "whole"):
+        path = tmp_path / name
+        if name == "killed":
+            assert _run_and_die(path, die_at) in (-9, -signal.SIGSYS)
+            assert len(MemoryStore.open(path)) == 9
+        else:
+            tiny.build_tiny(path, tiny.part(range(9)))
+        assert tiny.append_tiny(path, tiny.TinyPassages()).version == 2
+    assert folder_bytes(tmp_path / "killed") == folder_bytes(tmp_path / "whole")
 
 
 @pytest.mark.fault
@@ -91,6 +112,7 @@ def test_damaged_shard_is_rebuilt_alone_with_the_same_bytes(
     assert folder_bytes(copied_store) == folder_bytes(tiny_store)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -110,6 +132,7 @@ def test_going_on_with_another_job_is_refused(tiny, copied_store, change, messag
         tiny.build_tiny(copied_store, **change)
 
 
+@pytest.mark.fault
 def test_other_passages_are_refused(tiny, copied_store):
     other = tiny.TinyPassages()
     other.all_tokens[20] = other.all_tokens[20] + 1
@@ -126,6 +149,7 @@ def test_another_layout_is_refused(tiny, copied_store):
         tiny.build_tiny(copied_store, layout=Layout(6, 8))
 
 
+@pytest.mark.fault
 def test_nan_does_not_hide_in_integers(tiny):
     states = jax.numpy.zeros((2, 3, 4)).at[1, 2, 3].set(jax.numpy.nan)
     _, finite = encoder.encode_states("bf16", states)
@@ -185,6 +209,7 @@ def test_corpora_of_any_size(tiny, tmp_path, count):
     np.testing.assert_array_equal(lengths, passages.lengths(range(count)))
 
 
+@pytest.mark.fault
 def test_long_and_empty_passages(tiny, tmp_path):
     passages = tiny.TinyPassages(count=4, longest=30)
     passages.all_tokens[2] = passages.all_tokens[2][:0]
@@ -202,6 +227,7 @@ def test_bytes_do_not_depend_on_the_number_of_devices(tiny, tiny_store, tmp_path
     assert folder_bytes(tmp_path / "s") == folder_bytes(tiny_store)
 
 
+@pytest.mark.fault
 def test_bad_settings_are_refused(tiny, tmp_path):
     passages = tiny.TinyPassages()
     with pytest.raises(ValueError, match="last length bucket must be max_length=12"):

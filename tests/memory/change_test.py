@@ -15,20 +15,6 @@ from glimmer_jax.models.t5 import T5Config
 from glimmer_jax.preemption import Preempted, Watcher
 
 
-def _part(tiny, rows):
-    """Some passages of the tiny corpus as a corpus of its own."""
-    whole, part = tiny.TinyPassages(), tiny.TinyPassages(count=0)
-    part.ids = whole.ids[rows]
-    part.all_tokens = [whole.all_tokens[row] for row in rows]
-    part.text = lambda row: whole.text(rows[row])
-    return part
-
-
-def _append(tiny, path, passages, fingerprint="sha256:p2", **kwargs):
-    kwargs = {"layout": Layout(6, 4), **kwargs}
-    return change.append(tiny.recipe(), passages, path, passages_fingerprint=fingerprint, **kwargs)
-
-
 def _memory(store, ids, length=12):
     arrays, lengths = store.read(store.rows(ids), length)
     return arrays["states"].view(np.uint16), lengths
@@ -36,10 +22,10 @@ def _memory(store, ids, length=12):
 
 def test_append_adds_what_is_new_and_readers_keep_their_version(tiny, tmp_path):
     path, whole = tmp_path / "s", tiny.TinyPassages()
-    tiny.build_tiny(path, _part(tiny, range(9)))
+    tiny.build_tiny(path, tiny.part(range(9)))
     before = MemoryStore.open(path)
     seen = _memory(before, whole.ids[:9])
-    made = _append(tiny, path, whole)
+    made = tiny.append_tiny(path, whole)
     assert (made.version, made.num_passages, len(made.shards)) == (2, 23, 2 + 3)
     after = MemoryStore.open(path)
     assert verify(after) == []
@@ -55,28 +41,29 @@ def test_append_adds_what_is_new_and_readers_keep_their_version(tiny, tmp_path):
     with pytest.raises(ValueError, match="has no version 7; its newest is 2"):
         MemoryStore.open(path, version=7)
     # Nothing new: nothing happens.
-    assert _append(tiny, path, whole).version == 2
+    assert tiny.append_tiny(path, whole).version == 2
     with pytest.raises(ValueError, match="version 2: the store has been changed since"):
         tiny.build_tiny(path)
 
 
+@pytest.mark.fault
 def test_append_that_was_stopped_goes_on(tiny, tmp_path):
     path, whole = tmp_path / "s", tiny.TinyPassages()
-    tiny.build_tiny(path, _part(tiny, range(9)))
+    tiny.build_tiny(path, tiny.part(range(9)))
     watcher = Watcher()
     watcher.request()
     with pytest.raises(Preempted, match="same command again"):
-        _append(tiny, path, whole, watcher=watcher)
+        tiny.append_tiny(path, whole, watcher=watcher)
     assert MemoryStore.open(path).manifest.version == 1
-    assert _append(tiny, path, whole).num_passages == 23
+    assert tiny.append_tiny(path, whole).num_passages == 23
 
 
 def test_changed_text_is_refused_or_replaced(tiny, copied_store):
     other = tiny.TinyPassages()
     other.all_tokens[20] = other.all_tokens[20][::-1] + 1
     with pytest.raises(ValueError, match=rf"1 passages .*\[{other.ids[20]}\]\. Set REPLACE=True"):
-        _append(tiny, copied_store, other)
-    made = _append(tiny, copied_store, other, replace=True)
+        tiny.append_tiny(copied_store, other)
+    made = tiny.append_tiny(copied_store, other, replace=True)
     assert made.withdrawn == (20,) and made.num_passages == 24
     store = MemoryStore.open(copied_store)
     assert store.rows(other.ids[[20]]) == [23]
@@ -103,9 +90,9 @@ def test_withdrawn_passages_are_unknown_and_stay_so(tiny, copied_store):
     np.testing.assert_array_equal(now["states"][rest], then["states"][rest])
     assert not lengths[[3, 7]].any() and not now["states"][[3, 7]].view(np.uint16).any()
     # The corpus that still has them does not bring them back, unless told so.
-    _append(tiny, copied_store, tiny.TinyPassages())
+    tiny.append_tiny(copied_store, tiny.TinyPassages())
     assert (MemoryStore.open(copied_store).rows(ids[[3, 7]], "mask") == -1).all()
-    _append(tiny, copied_store, tiny.TinyPassages(), replace=True)
+    tiny.append_tiny(copied_store, tiny.TinyPassages(), replace=True)
     assert MemoryStore.open(copied_store).rows(ids[[3, 7]]).tolist() == [23, 24]
 
 
@@ -116,10 +103,11 @@ def test_withdrawing_everything_leaves_an_empty_store(tiny, copied_store):
     assert (store.rows(ids, "mask") == -1).all()
 
 
+@pytest.mark.fault
 def test_merge_equals_the_parts_and_can_be_run_again(tiny, tmp_path, folder_bytes):
     whole = tiny.TinyPassages()
     for name, rows in (("a", range(12)), ("b", range(12, 23))):
-        tiny.build_tiny(tmp_path / name, _part(tiny, rows), passages_fingerprint=name)
+        tiny.build_tiny(tmp_path / name, tiny.part(rows), passages_fingerprint=name)
     change.withdraw(tmp_path / "b", [int(whole.ids[13])])
     parts = [tmp_path / "a", tmp_path / "b"]
     made = merge.merge(parts, tmp_path / "m")
@@ -139,6 +127,7 @@ def test_merge_equals_the_parts_and_can_be_run_again(tiny, tmp_path, folder_byte
     assert folder_bytes(tmp_path / "m") == before
 
 
+@pytest.mark.fault
 def test_parts_that_do_not_fit_are_refused(tiny, tiny_store, copied_store, tmp_path):
     with pytest.raises(ValueError, match="23 passage ids are in more than one"):
         merge.merge([tiny_store, copied_store], tmp_path / "m")
@@ -147,7 +136,7 @@ def test_parts_that_do_not_fit_are_refused(tiny, tiny_store, copied_store, tmp_p
     tiny.build_tiny(tmp_path / "other", encoder_fingerprint="sha256:e2")
     with pytest.raises(ValueError, match="encoder_fingerprint sha256:e2"):
         merge.merge([tiny_store, tmp_path / "other"], tmp_path / "m")
-    tiny.build_tiny(tmp_path / "a", _part(tiny, range(2)))
+    tiny.build_tiny(tmp_path / "a", tiny.part(range(2)))
     change.withdraw(copied_store, tiny.TinyPassages().ids[:2].tolist())
     with pytest.raises(ValueError, match="finished memory store at .* already"):
         merge.merge([copied_store, tmp_path / "a"], tiny_store)
@@ -156,6 +145,7 @@ def test_parts_that_do_not_fit_are_refused(tiny, tiny_store, copied_store, tmp_p
         merge.merge([copied_store, tmp_path / "a"], tmp_path / "m")
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("damage", ["bytes", "folder", "record"])
 def test_repair_rebuilds_damaged_shards_with_the_bytes_they_had(
     tiny, tiny_store, copied_store, folder_bytes, damage
@@ -188,8 +178,8 @@ def test_repair_rebuilds_damaged_shards_with_the_bytes_they_had(
 
 def test_repair_finds_appended_passages_by_id(tiny, tmp_path, folder_bytes):
     path, whole = tmp_path / "s", tiny.TinyPassages()
-    tiny.build_tiny(path, _part(tiny, range(12, 23)))
-    _append(tiny, path, whole)
+    tiny.build_tiny(path, tiny.part(range(12, 23)))
+    tiny.append_tiny(path, whole)
     before = folder_bytes(path)
     for name in ("000000", "000003"):
         (path / "shards" / name / "states" / "c" / "0" / "0").unlink()

@@ -169,6 +169,7 @@ def test_a_device_receives_at_most_twice_its_own_part_of_the_batch(sizes):
     assert states["states"].is_equivalent_to(partitioning.batch_sharding(mesh), 4)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("count", [0, 1])
 def test_more_devices_than_passages(tiny, tmp_path, count):
     tiny.build_tiny(tmp_path / "s", tiny.TinyPassages(count=count))

@@ -44,6 +44,7 @@ def served(copied_store):
     server.server_close()
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("status", [400, 401, 403, 429, 503])
 def test_a_refusing_server_is_no_damage(served, status):
     spec, server = served
@@ -58,6 +59,7 @@ def test_a_refusing_server_is_no_damage(served, status):
         MemoryStore.open(spec)
 
 
+@pytest.mark.fault
 def test_a_server_that_is_gone_is_no_damage(served):
     spec, server = served
     store = MemoryStore.open(spec, cache_bytes=0)
@@ -77,6 +79,7 @@ def test_only_codes_about_bytes_are_damage(code):
     assert folder.is_damage(ValueError("DATA_LOSS: Digest mismatch"))
 
 
+@pytest.mark.fault
 def test_a_disk_that_refuses_to_be_written_is_named(tmp_path):
     (tmp_path / "s").write_text("a file where a folder should be")
     with pytest.raises(OSError, match="s/shards/0/x could not be .* permissions and free space"):

@@ -116,6 +116,7 @@ def test_inspect_names_what_matters(tiny_store):
     assert "rows=4" in summary["programs"][0]
 
 
+@pytest.mark.fault
 def test_other_encoder_or_vocabulary_is_refused_with_both_named(tiny_store):
     MemoryStore.open(tiny_store, "sha256:e1", "sha256:v1")
     with pytest.raises(ValueError, match="encoder sha256:e1, and this model's encoder is sha256:x"):
@@ -131,6 +132,7 @@ def test_other_passages_are_refused_with_both_named(tiny_store):
         store.check_passages("sha256:p2")
 
 
+@pytest.mark.fault
 def test_a_sample_of_shards_is_verified(copied_store):
     for name in ("000000", "000001"):
         _states(copied_store, name).unlink()
@@ -147,6 +149,7 @@ def test_a_shard_says_nothing_of_its_place(tiny_store):
     assert not {"shard_passages", "chunk_tokens"} & value["identity"].keys()
 
 
+@pytest.mark.fault
 def test_unfinished_build_is_refused(copied_store):
     (copied_store / "manifest.json").unlink()
     with pytest.raises(ValueError, match="run the same build_memory command again"):
@@ -239,6 +242,7 @@ def test_manifest_that_makes_no_sense_is_refused(copied_store, change, message):
         MemoryStore.open(copied_store)
 
 
+@pytest.mark.fault
 def test_other_format_version_is_refused(copied_store):
     _rewrite_manifest(copied_store, lambda v: v.update(format_version=1))
     with pytest.raises(ValueError, match="format version 1; this program reads version 2"):

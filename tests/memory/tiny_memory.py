@@ -1,7 +1,9 @@
 """A corpus and an encoder of a few numbers, and a build of them; also run as a script.
 
 As a script, `python tiny_memory.py FOLDER die_at`: builds FOLDER, and kills itself with SIGKILL
-(or asks itself to stop with SIGTERM) at a named point, or runs out of disk.
+(or asks itself to stop with SIGTERM) at a named point, or runs out of disk. `CALL:FILE` is the
+system call `fsync` or `rename` of a file, before it is done; `after:FILE` is when it is there;
+where FILE is in `versions`, passages are appended to a finished store.
 """
 
 import dataclasses
@@ -13,8 +15,9 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+from kill_at import kill_at
 
-from glimmer_jax.memory import build, encoder, folder, manifest, shard
+from glimmer_jax.memory import build, change, encoder, folder, shard
 from glimmer_jax.memory.compute import Recipe
 from glimmer_jax.memory.identity import Identity, Layout, Program
 from glimmer_jax.preemption import Preempted
@@ -93,6 +96,41 @@ def build_tiny(path, passages=None, **kwargs):
     return build.build_memory(recipe(**changes), path=path, **settings | kwargs)
 
 
+def part(rows):
+    """Some passages of the tiny corpus as a corpus of its own."""
+    whole, some = TinyPassages(), TinyPassages(count=0)
+    some.ids = whole.ids[rows]
+    some.all_tokens = [whole.all_tokens[row] for row in rows]
+    some.text = lambda row: whole.text(rows[row])
+    return some
+
+
+def append_tiny(path, passages, fingerprint="sha256:p2", **kwargs):
+    kwargs = {"layout": Layout(6, 4), **kwargs}
+    return change.append(recipe(), passages, path, passages_fingerprint=fingerprint, **kwargs)
+
+
+def _die_at_file(point, file):
+    """Dies at the first write of `file`: before its fsync or rename, or when it is there."""
+    write_file, write_arrays = folder.write_file, shard.write_arrays
+
+    def dying(write, kvstore, path, *args, **kwargs):
+        mine = path.endswith(file)
+        if mine and point != "after":
+            kill_at(point)
+        done = write(kvstore, *args, **kwargs)
+        if mine:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+
+    folder.write_file = lambda kvstore, key, data: dying(
+        write_file, kvstore, kvstore.path + key, key, data
+    )
+    shard.write_arrays = lambda kvstore, *args, **kwargs: dying(
+        write_arrays, kvstore, f"{kvstore.path}arrays", *args, **kwargs
+    )
+
+
 def _main(path, die_at):
     calls = 0
 
@@ -106,31 +144,20 @@ def _main(path, die_at):
             os.kill(os.getpid(), signal.SIGTERM)
         return encode(tokens)
 
-    write_arrays = shard.write_arrays
-
-    def dying_write(kvstore, *args, **kwargs):
-        files = write_arrays(kvstore, *args, **kwargs)
-        if die_at == "between_arrays_and_record" and "000001" in kvstore.path:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return files
-
-    shard.write_arrays = dying_write
     if die_at == "disk_full":
         # As if the disk ended: no file may grow beyond this many bytes.
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700))
-    if die_at == "after_manifest":
-        folder.write_file, write_file = (
-            lambda kvstore, key, data: (
-                write_file(kvstore, key, data),
-                key == manifest.MANIFEST and os.kill(os.getpid(), signal.SIGKILL),
-            ),
-            folder.write_file,
-        )
-    if die_at == "before_manifest":
-        build.Manifest.of = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+    point, _, file = die_at.partition(":")
+    if "versions" in file:
+        build_tiny(path, part(range(9)))
+    if file:
+        _die_at_file(point, file)
     try:
-        build_tiny(path, encode=dying_encode)
+        if "versions" in file:
+            append_tiny(path, TinyPassages())
+        else:
+            build_tiny(path, encode=dying_encode)
     except Preempted:
         sys.exit(42)
     except OSError as error:

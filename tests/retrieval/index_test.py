@@ -151,6 +151,7 @@ def test_several_processes_make_one_index(encoder, passages, finished, tmp_path)
     build_index(tmp_path, passages, encoder, shard_passages=3, builders=impatient[1])
 
 
+@pytest.mark.fault
 def test_damage_is_noticed_and_one_shard_made_again(copy, encoder, passages, finished):
     path = copy / "shards" / "000001" / "vectors" / "c" / "0" / "0"
     data = bytearray(path.read_bytes())
@@ -166,6 +167,7 @@ def test_damage_is_noticed_and_one_shard_made_again(copy, encoder, passages, fin
     assert files_of(copy) == files_of(finished)
 
 
+@pytest.mark.fault
 def test_damaged_and_foreign_files_are_named(copy, encoder, passages):
     record = copy / "shards" / "000002" / "shard.json"
     text = record.read_text()
@@ -192,6 +194,7 @@ def test_storage_that_does_not_answer_is_no_damage(finished, monkeypatch):
     assert isinstance(error, OSError) and "run the same command again" in str(error)
 
 
+@pytest.mark.fault
 def test_nan_names_the_passage(encoder, passages, tmp_path, monkeypatch):
     run = encoder._run
     monkeypatch.setattr(encoder, "_run", lambda tokens: run(tokens).at[0].set(jnp.nan))
