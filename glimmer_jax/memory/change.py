@@ -172,13 +172,13 @@ def _rebuild(
     kvstore: ts.KvStore, entry: Shard, recipe: Recipe, passages: Passages, watcher: Watcher
 ) -> None:
     job = Job(recipe, passages, watcher, Progress(entry.passages, None, 10.0))
-    content = job.compute(entry.name, _rows_of(kvstore, entry, passages))
+    (content,) = job.compute([(entry.name, _rows_of(kvstore, entry, passages))])
     # In RAM first: what is there is not touched unless it is replaced by what was there.
     scratch = ts.KvStore.open("memory://").result()
-    record = write(scratch, entry.name, content, job, entry.layout)
+    record = write(scratch, content, job, entry.layout)
     if Shard.of(entry.name, record).record_sha256 != entry.record_sha256:
         raise _not_the_same(entry)
-    write(kvstore, entry.name, content, job, entry.layout)
+    write(kvstore, content, job, entry.layout)
 
 
 def _rows_of(kvstore: ts.KvStore, entry: Shard, passages: Passages) -> np.ndarray:

@@ -1,10 +1,12 @@
 """The computing half of the build: one shard's passages to one shard's arrays, in RAM.
 
-The device encodes one batch while the host puts the last one in place, so neither waits.
+The device encodes one batch while the host puts the last one in place, over the end of a shard too,
+and a thread reads the next shard's passages; so nobody waits.
 """
 
 import dataclasses
 from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from glimmer_jax.memory import batches
 from glimmer_jax.memory.encoder import Encode
 from glimmer_jax.memory.identity import Identity, Program
 from glimmer_jax.memory.progress import Progress
+from glimmer_jax.memory.read_ahead import ReadAhead
 from glimmer_jax.memory.source import Passages, Source, read_source
 from glimmer_jax.preemption import Preempted, Watcher
 
@@ -42,9 +45,20 @@ class Recipe:
 class Content:
     """A computed shard, in RAM."""
 
+    name: str
     source: Source
     offsets: np.ndarray  # int64 [n + 1], where each passage's tokens begin
     arrays: dict[str, np.ndarray]  # the codec's, `[tokens, *trailing]`
+
+
+@dataclasses.dataclass(frozen=True)
+class _Running:
+    """A batch that the device encodes."""
+
+    content: Content  # what it belongs to
+    call: list[batches.Group]
+    encoded: Any
+    last: bool  # of its shard
 
 
 class Job:
@@ -58,48 +72,59 @@ class Job:
         identity = recipe.identity
         self._specs = codecs.get(identity.codec).array_specs(identity.emb_dim)
 
-    def compute(self, name: str, rows: np.ndarray) -> Content:
-        """Encodes the passages `rows` as shard `name`.
+    def compute(self, shards: Iterable[tuple[str, np.ndarray]]) -> Iterator[Content]:
+        """Encodes shards, given as name and rows, in order.
 
         Raises:
           ValueError: the encoder gave NaN or infinity, or arrays that are not the codec's.
           Preempted: asked to stop between two batches; the shard is dropped.
         """
-        recipe, program = self.recipe, self.recipe.program
-        source = read_source(self.passages, rows, recipe.identity.max_length)
+        running: deque[_Running] = deque()
+        for content in ReadAhead(self._read)(shards):
+            program = self.recipe.program
+            groups = batches.groups(content.source.lengths, program.rows, program.buckets)
+            calls = list(batches.calls(groups, self.recipe.devices))
+            for number, call in enumerate(calls, 1):
+                if self.watcher.requested:
+                    raise Preempted(
+                        f"Stopped before shard {content.name} was complete; finished shards are "
+                        "kept. Run the same command again to go on."
+                    )
+                encoded = self.recipe.encode(self._tokens(content.source, call))
+                running.append(_Running(content, call, encoded, number == len(calls)))
+                # One batch ahead: the device works on this one while the last is put in place.
+                if len(running) > 1:
+                    yield from self._place(running.popleft())
+        while running:
+            yield from self._place(running.popleft())
+
+    def _read(self, item: tuple[str, np.ndarray]) -> Content:
+        name, rows = item
+        source = read_source(self.passages, rows, self.recipe.identity.max_length)
         offsets = np.concatenate([[0], np.cumsum(source.lengths, dtype=np.int64)])
+        # Room only: nothing is in RAM before it is put there.
         arrays = {
             name: np.empty((offsets[-1], *trailing), dtype)
             for name, (trailing, dtype) in self._specs.items()
         }
-        content = Content(source, offsets, arrays)
-        running: deque[tuple[list[batches.Group], Any]] = deque()
-        groups = batches.groups(source.lengths, program.rows, program.buckets)
-        for call in batches.calls(groups, recipe.devices):
-            if self.watcher.requested:
-                raise Preempted(
-                    f"Stopped before shard {name} was complete; finished shards are kept. Run the "
-                    "same command again to go on."
-                )
-            tokens = np.zeros((recipe.devices, program.rows, call[0].bucket), np.int32)
-            for device, group in enumerate(call):
-                taken = source.tokens[group.positions, : group.bucket]
-                tokens[device, : len(group.positions)] = taken
-            running.append((call, recipe.encode(tokens.reshape(-1, call[0].bucket))))
-            # One batch ahead: the device works on this one while the last is put in place.
-            if len(running) > 1:
-                self._place(*running.popleft(), content)
-        while running:
-            self._place(*running.popleft(), content)
-        return content
+        return Content(name, source, offsets, arrays)
 
-    def _place(self, call: list[batches.Group], encoded: Any, content: Content) -> None:
-        bucket, rows = call[0].bucket, self.recipe.program.rows
-        host = {name: np.asarray(value) for name, value in encoded[0].items()}
-        self._check_arrays(host, bucket)
-        finite = np.asarray(encoded[1])
-        tokens = 0
+    def _tokens(self, source: Source, call: list[batches.Group]) -> np.ndarray:
+        """int32 `[devices * rows, P]`."""
+        bucket = call[0].bucket
+        tokens = np.zeros((self.recipe.devices, self.recipe.program.rows, bucket), np.int32)
         for device, group in enumerate(call):
+            tokens[device, : len(group.positions)] = source.tokens[group.positions, :bucket]
+        return tokens.reshape(-1, bucket)
+
+    def _place(self, done: _Running) -> Iterator[Content]:
+        """Puts a batch in place; gives its shard if that is complete now."""
+        content, bucket, rows = done.content, done.call[0].bucket, self.recipe.program.rows
+        host = {name: np.asarray(value) for name, value in done.encoded[0].items()}
+        self._check_arrays(host, bucket)
+        finite = np.asarray(done.encoded[1])
+        tokens = 0
+        for device, group in enumerate(done.call):
             for slot, position in enumerate(group.positions, device * rows):
                 begin, end = content.offsets[position], content.offsets[position + 1]
                 if not finite[slot, : end - begin].all():
@@ -111,8 +136,10 @@ class Job:
                 for name, value in host.items():
                     content.arrays[name][begin:end] = value[slot, : end - begin]
                 tokens += int(end - begin)
-        computed = self.recipe.devices * rows * bucket
-        self.progress.encoded(sum(len(group.positions) for group in call), tokens, computed)
+        passages = sum(len(group.positions) for group in done.call)
+        self.progress.encoded(passages, tokens, self.recipe.devices * rows * bucket)
+        if done.last:
+            yield content
 
     def _check_arrays(self, host: dict[str, np.ndarray], bucket: int) -> None:
         n = self.recipe.devices * self.recipe.program.rows

@@ -6,7 +6,6 @@ used is a question of bytes alone (`open_lookup`).
 """
 
 import abc
-import concurrent.futures
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
@@ -16,6 +15,7 @@ import numpy as np
 
 from glimmer_jax import partitioning
 from glimmer_jax.memory import table as tables
+from glimmer_jax.memory.read_ahead import ReadAhead
 from glimmer_jax.memory.store import MemoryStore
 
 Batch = dict[str, Any]
@@ -60,20 +60,9 @@ class Lookup(abc.ABC):
         memory, lengths = self(self.rows(batch["passage_ids"]))
         return {**batch, "passage_memory": memory, "passage_lengths": lengths}
 
-    def prefetch(self, batches: Iterable[Mapping[str, Any]], ahead: int = 1) -> Iterator[Batch]:
+    def prefetch(self, batches: Iterable[Mapping[str, Any]]) -> Iterator[Batch]:
         """`add` for each batch, done on a thread while the caller works on the one before."""
-        with concurrent.futures.ThreadPoolExecutor(1, "memory-lookup") as reader:
-            waiting: list[concurrent.futures.Future[Batch]] = []
-            try:
-                for batch in batches:
-                    waiting.append(reader.submit(self.add, batch))
-                    if len(waiting) > ahead:
-                        yield waiting.pop(0).result()
-                while waiting:
-                    yield waiting.pop(0).result()
-            finally:
-                for future in waiting:
-                    future.cancel()
+        return ReadAhead(self.add)(batches)
 
 
 class DiskLookup(Lookup):

@@ -19,14 +19,11 @@ def write_shards(
     with concurrent.futures.ThreadPoolExecutor(1, "memory-writer") as writer:
         # At most one shard waits to be written, so that RAM is bounded.
         name, writing = "", None
-        for item in todo:
-            content = job.compute(item.name, item.rows)
+        for content in job.compute((item.name, item.rows) for item in todo):
             if writing is not None:
                 yield name, _finish(writing, job)
-            name, writing = (
-                item.name,
-                writer.submit(write, kvstore, item.name, content, job, layout),
-            )
+            name = content.name
+            writing = writer.submit(write, kvstore, content, job, layout)
         if writing is not None:
             yield name, _finish(writing, job)
 
@@ -37,9 +34,9 @@ def _finish(writing: concurrent.futures.Future[Record], job: Job) -> Record:
     return record
 
 
-def write(kvstore: ts.KvStore, name: str, content: Content, job: Job, layout: Layout) -> Record:
+def write(kvstore: ts.KvStore, content: Content, job: Job, layout: Layout) -> Record:
     """Arrays first, then the record that makes them count."""
-    here = folder.subfolder(kvstore, manifest.shard_folder(name))
+    here = folder.subfolder(kvstore, manifest.shard_folder(content.name))
     source = content.source
     files = shard.write_arrays(
         here, content.arrays, source, content.offsets, chunk_tokens=layout.chunk_tokens

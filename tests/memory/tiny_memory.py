@@ -138,9 +138,9 @@ def _main(path, die_at):
         nonlocal calls
         calls += 1
         # The third shard of four, after the sample for the error and two shards.
-        if die_at == "encode" and calls == 11:
+        if die_at == "encode" and calls == 12:
             os.kill(os.getpid(), signal.SIGKILL)
-        if die_at == "sigterm" and calls == 11:
+        if die_at == "sigterm" and calls == 12:
             os.kill(os.getpid(), signal.SIGTERM)
         return encode(tokens)
 
