@@ -13,7 +13,7 @@ from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.preflight.flops import count_flops
 from glimmer_jax.serving import prepare
-from glimmer_jax.serving.predict import make_predict
+from glimmer_jax.serving.predict import Predict
 
 NO_END = -1  # no token: answers have their full length
 
@@ -42,7 +42,7 @@ class JaxSystem:
         model = prepare.looped(model, platform)
         params = prepare.lay_out(model, params, 1, platform)
         self._model, self._params, self._lookup = model, params, lookup
-        self._predict = make_predict(model, mesh, lookup)
+        self._predict = Predict(model, mesh, lookup)
         decoder = jax.tree.leaves(params["decoder"])
         self.decoder_bytes = sum(leaf.nbytes for leaf in decoder)
         self.details: dict[str, Any] = {

@@ -1,6 +1,7 @@
 """seqio.Evaluator driven by plain functions over numpy batches."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ Batch = dict[str, Any]
 # numpy batch -> int32 tokens [B, T], and per-row arrays {name: [B, ...]} (may be empty).
 Predict = Callable[[Batch], tuple[Any, Mapping[str, Any]]]
 Score = Callable[[Batch], Any]  # numpy batch -> float32 [B], log p(target)
+# A stream of batches -> the same with what takes time to fetch, fetched ahead.
+Prefetch = Callable[[Iterable[Batch]], Iterable[Batch]]
 
 
 def reranked_recall(
@@ -106,7 +109,11 @@ class Evaluation:
         return {name: list(ds.as_numpy_iterator()) for name, ds in cached.items()}
 
     def run(
-        self, predict: Predict, score: Score | None = None, step: int | None = None
+        self,
+        predict: Predict,
+        score: Score | None = None,
+        step: int | None = None,
+        prefetch: Prefetch = iter,
     ) -> dict[str, float]:
         """Metrics `{"task/metric": value}`.
 
@@ -114,6 +121,7 @@ class Evaluation:
           predict: answers, and what else metrics read (`passage_scores`, ...).
           score: needed only by tasks with score metrics.
           step: for the logs.
+          prefetch: the batches of a task on their way to `predict`.
         """
 
         answered = self._answered = {}
@@ -121,7 +129,7 @@ class Evaluation:
         def predict_with_aux(ds: Any) -> tuple[list[tuple[int, Any]], dict[str, list[Any]]]:
             # seqio asks once for metrics that read aux values and once for those that do not.
             if id(ds) not in answered:
-                answered[id(ds)] = self._collect(ds, predict)
+                answered[id(ds)] = self._collect(ds, predict, prefetch)
             indices, outputs = answered[id(ds)]
             tokens, aux = zip(*outputs, strict=True)
             names = aux[0].keys()
@@ -135,7 +143,7 @@ class Evaluation:
 
         def score_only(ds: Any) -> list[tuple[int, float]]:
             assert score is not None
-            indices, outputs = self._collect(ds, lambda batch: (score(batch), {}))
+            indices, outputs = self._collect(ds, lambda batch: (score(batch), {}), iter)
             return [(i, float(one)) for i, (one, _) in zip(indices, outputs, strict=True)]
 
         metrics, _ = self._evaluator.evaluate(
@@ -170,18 +178,27 @@ class Evaluation:
         return found
 
     def _collect(
-        self, ds: Any, function: Callable[[Batch], tuple[Any, Mapping[str, Any]]]
+        self,
+        ds: Any,
+        function: Callable[[Batch], tuple[Any, Mapping[str, Any]]],
+        prefetch: Prefetch,
     ) -> tuple[list[int], list[tuple[np.ndarray, dict[str, np.ndarray]]]]:
         """(indices, rows of what the function returns), without those of filled-up rows."""
         indices: list[int] = []
         rows: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
-        for index, batch in ds.batch(self._batch_size).as_numpy_iterator():
-            filled = attach(fill(batch, self._batch_size), self._passages, self._passage_length)
-            outputs, aux = function(filled)
+        counts: deque[int] = deque()
+
+        def batches() -> Iterator[Batch]:
+            for index, batch in ds.batch(self._batch_size).as_numpy_iterator():
+                indices.extend(int(number) for number in index)
+                counts.append(len(index))
+                yield attach(fill(batch, self._batch_size), self._passages, self._passage_length)
+
+        for batch in prefetch(batches()):
+            outputs, aux = function(batch)
             outputs = np.asarray(outputs)
             aux = {name: np.asarray(value) for name, value in aux.items()}
-            for row, number in enumerate(index):
-                indices.append(int(number))
+            for row in range(counts.popleft()):
                 rows.append((outputs[row], {name: value[row] for name, value in aux.items()}))
         return indices, rows
 

@@ -120,6 +120,9 @@ def evaluate(
     shown = time.monotonic()
     busy = 0.0
 
+    def rate() -> float:
+        return answered / (busy + predictor.waited)
+
     def timed(batch: dict[str, Any]) -> Any:
         nonlocal compiled, answered, shown, busy
         began = time.monotonic()
@@ -131,11 +134,11 @@ def evaluate(
             busy += now - began
             if now - shown > 10:
                 shown = now
-                print(f"{answered} questions, {answered / busy:.1f} a second", flush=True)
+                print(f"{answered} questions, {rate():.1f} a second", flush=True)
         compiled = True
         return outputs
 
-    metrics = scoring.with_mean(dev.run(timed))
+    metrics = scoring.with_mean(dev.run(timed, prefetch=predictor.prefetch))
     cost = question_cost(
         model.config,
         passages=lengths.passages,
@@ -145,7 +148,9 @@ def evaluate(
     )
     metrics["tflop_per_question"] = cost.tflop
     if answered:
-        metrics["questions_per_second"] = answered / busy
+        metrics["questions_per_second"] = rate()
+    if memory_dir is not None:
+        metrics["seconds_waiting_for_memory"] = predictor.waited
     for name, value in sorted(metrics.items()):
         print(f"{name:48} {value:.4f}")
     if output_dir is not None and jax.process_index() == 0:

@@ -20,7 +20,7 @@ from glimmer_jax.modes import checks
 from glimmer_jax.partitioning import MeshConfig, check_divisible, make_mesh, own_rows
 from glimmer_jax.passages import Passages
 from glimmer_jax.retrieval import origin
-from glimmer_jax.serving.predict import Predict, make_predict
+from glimmer_jax.serving.predict import Predict
 from glimmer_jax.training import loop
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
 from glimmer_jax.training.state import TrainState
@@ -141,7 +141,7 @@ def train(
             fingerprint = encoder_fingerprint(state.params, model.config)
             store = MemoryStore.open(memory_dir, fingerprint, vocabulary.fingerprint)
             lookup = DiskLookup(store, lengths.passage)
-        predict = make_predict(model, devices, lookup)
+        predict = Predict(model, devices, lookup)
         _save_config(model_dir, config_text)
 
     # seqio and tensorflow take seconds to import: not before the checks above.
@@ -198,12 +198,15 @@ def train(
             check_best_metric(loop_config.best_metric, probe, lengths, model.config.num_kept)
 
         def evaluate(state: TrainState, poll: Callable[[], None]) -> dict[str, float]:
+            answers = predict
+            assert answers is not None
+
             def answer(batch: dict[str, Any]) -> Any:
                 poll()
-                assert predict is not None
-                return predict(state.params, batch)
+                return answers(state.params, batch)
 
-            return scoring.with_mean(dev.run(answer, step=int(state.step)))
+            step = int(state.step)
+            return scoring.with_mean(dev.run(answer, step=step, prefetch=answers.prefetch))
 
     loop.train(
         loop_config,

@@ -1,7 +1,7 @@
 """Answers for numpy batches, passages read from tokens or from a memory."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -10,13 +10,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from glimmer_jax.memory.lookup import Lookup
+from glimmer_jax.memory.read_ahead import ReadAhead
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.partitioning import own_rows
 from glimmer_jax.training.prefetch import put_batch
 
 Batch = dict[str, Any]
-# (params, numpy batch) -> int32 tokens [B, T], and per row what the model returns.
-Predict = Callable[[Any, Batch], tuple[np.ndarray, dict[str, np.ndarray]]]
+_MEMORY = ("passage_memory", "passage_lengths")
 
 
 def predict_step(model: GlimmerModel) -> Any:
@@ -30,9 +30,7 @@ def predict_step(model: GlimmerModel) -> Any:
     return step
 
 
-def make_predict(
-    model: GlimmerModel, mesh: Mesh, lookup: Lookup | None = None, seed: int = 0
-) -> Predict:
+class Predict:
     """The model's `predict_batch_with_aux` over numpy batches, compiled once for each batch shape.
 
     Every process passes the whole batch, computes its own rows, and gets all answers. Batches have
@@ -40,26 +38,56 @@ def make_predict(
     as given. Where the model draws its answers, a batch's key comes from `seed` and the number of
     batches before it.
     """
-    numbers = itertools.count()
-    jitted = predict_step(model)
 
-    def predict(params: Any, batch: Batch) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        own = own_rows(mesh, len(batch["question_tokens"]))
-        placed = put_batch({name: value[own] for name, value in batch.items()}, mesh)
-        if lookup is not None:
-            rows = lookup.rows(batch["passage_ids"])
-            memory, lengths = lookup(rows if lookup.whole_batch else rows[own])
-            placed.pop("passage_tokens", None)
-            found = {"passage_memory": memory, "passage_lengths": lengths}
-            # A lookup on the mesh returns arrays that already lie there.
-            placed |= found if lookup.whole_batch else put_batch(found, mesh)
-        with jax.set_mesh(mesh):
-            tokens, aux = jitted(params, placed, np.uint32(seed), np.uint32(next(numbers)))
+    def __init__(
+        self, model: GlimmerModel, mesh: Mesh, lookup: Lookup | None = None, seed: int = 0
+    ):
+        self._mesh = mesh
+        self._lookup = lookup
+        self._seed = seed
+        self._numbers = itertools.count()
+        self._step = predict_step(model)
+        self._ahead = ReadAhead(self._read)
+
+    @property
+    def waited(self) -> float:
+        """Seconds that `prefetch` has kept its takers waiting for memory, see `ReadAhead`."""
+        return self._ahead.waited
+
+    def prefetch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches as they are, or with memory from disk that is read one ahead."""
+        # Memory on the mesh is fetched by a program of the devices: there is nothing to wait for, and
+        # processes must start their programs in one order.
+        if self._lookup is None or self._lookup.whole_batch:
+            return iter(batches)
+        return self._ahead(batches)
+
+    def __call__(self, params: Any, batch: Batch) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """int32 tokens `[B, T]`, and per row what the model returns."""
+        if self._lookup is not None and "passage_memory" not in batch:
+            batch = self._read(batch)
+        own = own_rows(self._mesh, len(batch["question_tokens"]))
+        rest = {name: value[own] for name, value in batch.items() if name not in _MEMORY}
+        placed = put_batch(rest, self._mesh)
+        placed |= {name: batch[name] for name in _MEMORY if name in batch}
+        with jax.set_mesh(self._mesh):
+            number = np.uint32(next(self._numbers))
+            tokens, aux = self._step(params, placed, np.uint32(self._seed), number)
         if "gold_passages" in placed:
             aux["gold_passages"] = placed["gold_passages"]
         return _fetch(tokens), {name: _fetch(value) for name, value in aux.items()}
 
-    return predict
+    def _read(self, batch: Batch) -> Batch:
+        """The batch with the memory of its passages, on the devices, instead of their tokens."""
+        lookup = self._lookup
+        assert lookup is not None
+        rows = lookup.rows(batch["passage_ids"])
+        if lookup.whole_batch:
+            found = dict(zip(_MEMORY, lookup(rows), strict=True))
+        else:
+            mine = lookup(rows[own_rows(self._mesh, len(rows))])
+            found = put_batch(dict(zip(_MEMORY, mine, strict=True)), self._mesh)
+        return {**{k: v for k, v in batch.items() if k != "passage_tokens"}, **found}
 
 
 def _fetch(x: jax.Array) -> np.ndarray:

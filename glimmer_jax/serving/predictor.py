@@ -9,7 +9,7 @@ Modes `eval` and `infer` are thin around it; docs/serving.md says more.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from glimmer_jax.passages import Passages
 from glimmer_jax.retrieval.bm25 import Bm25, Bm25Config
 from glimmer_jax.serving import prepare
 from glimmer_jax.serving.candidates import add_candidates, encode_candidates
-from glimmer_jax.serving.predict import Batch, make_predict
+from glimmer_jax.serving.predict import Batch, Predict
 from glimmer_jax.text import question_text
 from glimmer_jax.weights import parameters
 from glimmer_jax.weights.load import Loaded, load
@@ -64,7 +64,7 @@ class Predictor:
         self.from_memory = lookup is not None
         self._params = params
         self._vocabulary = vocabulary
-        self._predict = make_predict(model, mesh, lookup, seed)
+        self._predict = Predict(model, mesh, lookup, seed)
         self._bm25 = bm25
         self._index: Bm25 | None = None
 
@@ -146,6 +146,15 @@ class Predictor:
         The batch has `passage_tokens`, or `passage_ids` where passages are read as memory.
         """
         return self._predict(self._params, batch)
+
+    def prefetch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Batches for `predict`, with memory from disk read while it works on the one before."""
+        return self._predict.prefetch(batches)
+
+    @property
+    def waited(self) -> float:
+        """Seconds that `prefetch` has kept its takers waiting for memory."""
+        return self._predict.waited
 
     def warm_up(self, candidates: Sequence[str] | None = None) -> None:
         """Compiles the programs of all `batch_sizes`, or fetches them from JAX's compilation cache.

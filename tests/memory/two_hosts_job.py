@@ -20,7 +20,7 @@ from glimmer_jax.distributed import join
 from glimmer_jax.memory.lookup import DiskLookup, MeshLookup
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.partitioning import MeshConfig, make_mesh
-from glimmer_jax.serving.predict import make_predict
+from glimmer_jax.serving.predict import Predict
 
 LENGTH = 12
 MESHES = (
@@ -45,7 +45,9 @@ def batch(store):
 
 
 def answers(store, home, mesh):
-    tokens, aux = make_predict(Sums(), mesh, home)({}, batch(store))
+    predict = Predict(Sums(), mesh, home)
+    (read,) = predict.prefetch([batch(store)])
+    tokens, aux = predict({}, read)
     return [tokens.tolist(), aux["scores"].tolist()]
 
 

@@ -14,7 +14,7 @@ from glimmer_jax.models.t5 import T5Config
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.passages import Passages, write_passages
 from glimmer_jax.retrieval.bm25 import Bm25Config
-from glimmer_jax.serving.predict import make_predict
+from glimmer_jax.serving.predict import Predict
 from glimmer_jax.serving.predictor import Predictor
 from glimmer_jax.weights.model_config import describe
 from glimmer_jax.weights.params_file import save_params_file
@@ -84,7 +84,7 @@ def test_draws_differ_from_batch_to_batch_and_repeat_with_the_seed():
     model = GlimmerModel(tiny.FID, decode=DecodeConfig(temperature=3.0))
     params, batch = tiny.params(tiny.FID), tiny.batch(gold=False)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    one, again = make_predict(model, mesh, seed=4), make_predict(model, mesh, seed=4)
+    one, again = Predict(model, mesh, seed=4), Predict(model, mesh, seed=4)
     first, second = one(params, batch)[0], one(params, batch)[0]
     assert (first != second).any()
     np.testing.assert_array_equal(again(params, batch)[0], first)
