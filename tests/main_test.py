@@ -164,7 +164,9 @@ def test_all_modes_after_training(work, trained, capsys):
         assert run("eval", *files, **shared, DATA_DIR=data(work)["DATA_DIR"], **evaluated) == 0
         lines = (out / "predictions-pydocs_which_function.jsonl").read_text().splitlines()
         answers[name] = [json.loads(line) for line in lines]
-        assert json.loads((out / "metrics.json").read_text())["tflop_per_question"] > 0
+        metrics = json.loads((out / "metrics.json").read_text())
+        assert metrics["tflop_per_question"] > 0
+        assert ("seconds_waiting_for_memory" in metrics) == (name == "memory")
     assert len(answers["tokens"]) == 10
     for one, other in zip(answers["tokens"], answers["memory"], strict=True):
         assert one["score"] == pytest.approx(other["score"], abs=1e-3)

@@ -37,6 +37,7 @@ class Report:
     skipped: int  # shards that were there already
     passages_per_s: float
     tokens_per_s: float
+    of_floor: float  # tokens_per_s of what matrix products alone would allow; NaN if not known
     padding: float  # part of the computed tokens that was padding
     seconds: float
 
@@ -55,6 +56,7 @@ def build_memory(
     watcher: Watcher | None = None,
     on_progress: Callable[[Mapping[str, float]], None] | None = None,
     progress_seconds: float = 10.0,
+    floor: float | None = None,
 ) -> Report:
     """Builds the memory store at `path`, or goes on with it.
 
@@ -70,6 +72,7 @@ def build_memory(
       builders: who this is, where several build one store at a time.
       watcher: where a request to stop is noticed; default: SIGTERM, if in the main thread.
       on_progress: called with numbers for a metrics writer, about every `progress_seconds`.
+      floor: tokens a second to hold the progress against, see `floor.matrix_rate`.
 
     Raises:
       ValueError: passages or what is already at `path` do not fit, another writer is at work, or
@@ -87,7 +90,7 @@ def build_memory(
         first, lost = builders.index == 0, None
         if reference is not None and first:
             lost = measure_error(recipe, reference, passages, error_sample)
-        progress = Progress(plan.remaining_passages(), on_progress, progress_seconds)
+        progress = Progress(plan.remaining_passages(), on_progress, progress_seconds, floor=floor)
         job = Job(recipe, passages, watcher, progress)
         records = {**plan.finished, **dict(write_shards(kvstore, plan.todo, job, layout))}
         found = None

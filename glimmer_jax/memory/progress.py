@@ -1,6 +1,7 @@
 """How far a build is: rates, padding, bytes and time left, for people and for metrics writers."""
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -17,9 +18,20 @@ class Progress:
         report: Callable[[Mapping[str, float]], None] | None,
         every_seconds: float,
         what: str = "memory",
+        floor: float | None = None,
     ):
+        """Starts the clock.
+
+        Args:
+          passages: that are to be done.
+          report: gets the numbers of each report.
+          every_seconds: between reports.
+          what: is made, for people.
+          floor: tokens a second that matrix products alone would allow, if that is known.
+        """
         self._what = what
         self._wanted = passages
+        self._floor = floor
         self._report = report
         self._every = every_seconds
         self._lock = threading.Lock()
@@ -43,9 +55,11 @@ class Progress:
 
     def _rates(self) -> dict[str, float]:
         seconds = max(time.monotonic() - self._start, 1e-9)
+        tokens_per_s = self._tokens / seconds
         return {
             "passages_per_s": self._passages / seconds,
-            "tokens_per_s": self._tokens / seconds,
+            "tokens_per_s": tokens_per_s,
+            "of_floor": tokens_per_s / self._floor if self._floor else math.nan,
             "padding": 1.0 - self._tokens / self._computed if self._computed else 0.0,
             "seconds": seconds,
         }
@@ -54,13 +68,14 @@ class Progress:
         rates = self._rates()
         left = (self._wanted - self._passages) / max(rates["passages_per_s"], 1e-9)
         logger.info(
-            "%s: %d of %d passages, %.1f passages/s, %.0f tokens/s, %.1f%% padding, %.1f MB "
+            "%s: %d of %d passages, %.1f passages/s, %.0f tokens/s%s, %.1f%% padding, %.1f MB "
             "written, %.0f s left",
             self._what,
             self._passages,
             self._wanted,
             rates["passages_per_s"],
             rates["tokens_per_s"],
+            f" ({rates['of_floor']:.0%} of the floor)" if self._floor else "",
             100 * rates["padding"],
             self._bytes / 1e6,
             left,

@@ -23,7 +23,9 @@ def verify(store: MemoryStore, sample: int | None = None) -> list[str]:
     entries = store.manifest.shards
     if sample is not None and sample < len(entries):
         if sample < 1:
-            raise ValueError(f"A sample has at least one shard, got {sample}; None reads all.")
+            raise ValueError(
+                f"VERIFY_SHARDS must be at least 1, got {sample}. Give None to read all shards."
+            )
         chosen = np.unique(np.linspace(0, len(entries) - 1, sample).astype(np.int64))
         entries = tuple(entries[i] for i in chosen)
     return [problem for entry in entries for problem in check_shard(store.kvstore, entry)]

@@ -1,16 +1,19 @@
 """Mode `build_memory`: layers [0, M) over every passage, into a memory store."""
 
 import jax
+import jax.numpy as jnp
 
 from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.memory import build
 from glimmer_jax.memory.builders import Builders
 from glimmer_jax.memory.fingerprint import passages_fingerprint
+from glimmer_jax.memory.floor import matrix_rate
 from glimmer_jax.memory.identity import Layout
+from glimmer_jax.models.cost import question_cost
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
 from glimmer_jax.modes.recipe import check_model, make_recipe
-from glimmer_jax.partitioning import MeshConfig
+from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.passages import Passages
 
 
@@ -74,6 +77,7 @@ def build_memory(
         reference=reference if measure_error else None,
         accept_other_program=accept_other_program,
         builders=builders,
+        floor=_floor(model, mesh),
     )
     made = report.manifest
     if made is None:
@@ -85,8 +89,18 @@ def build_memory(
     print(
         f"{memory_dir}: {made.num_passages} passages, {made.num_tokens} tokens, "
         f"{made.num_bytes / 2**20:.1f} MiB; {report.built} shards built, {report.skipped} found; "
-        f"{report.passages_per_s:.1f} passages/s, {made.truncated} cut at {max_length} tokens."
+        f"{report.passages_per_s:.1f} passages/s ({report.of_floor:.0%} of the floor), "
+        f"{made.truncated} cut at {max_length} tokens."
     )
     if made.codec_error is not None:
         print(f"Error of {model.config.memory_codec} against float32: {made.codec_error}")
     return report
+
+
+def _floor(model: GlimmerModel, mesh: MeshConfig) -> float:
+    """Tokens a second that matrix products alone would allow."""
+    t5 = model.config.t5
+    operands = str(jnp.dtype(t5.dtype if t5.operands is None else t5.operands))
+    rate = matrix_rate(make_mesh(mesh, jax.local_devices()), operands)
+    token = question_cost(model.config, passages=1, question=0, passage=1, answer=0)
+    return rate / token.precompute

@@ -114,7 +114,15 @@ def memory(
             raise ValueError(
                 f"{memory_dir} is damaged: {'; '.join(problems)}. Repair it with --action=repair."
             )
-        return {"verified": str(memory_dir), "version": store.manifest.version}
+        found = store.manifest
+        shards = len(found.shards)
+        read = shards if verify_shards is None else min(verify_shards, shards)
+        return {
+            "verified": str(memory_dir),
+            "version": found.version,
+            "shards": shards,
+            "shards_read": read,
+        }
 
     def repair_memory() -> Any:
         made, corpus = recipe()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from glimmer_jax import partitioning
-from glimmer_jax.memory import batches, encoder, manifest
+from glimmer_jax.memory import batches, encoder, floor, manifest
 from glimmer_jax.memory.identity import Layout
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.memory.verify import verify
@@ -245,10 +245,21 @@ def test_bad_settings_are_refused(tiny, tmp_path):
 
 def test_progress_is_reported(tiny, tmp_path):
     seen = []
-    report = tiny.build_tiny(tmp_path / "s", on_progress=seen.append, progress_seconds=0.0)
+    report = tiny.build_tiny(
+        tmp_path / "s", on_progress=seen.append, progress_seconds=0.0, floor=1e6
+    )
     assert seen[-1]["passages"] == 23 and seen[-1]["seconds_left"] == 0
     assert seen[-1]["bytes"] == report.manifest.num_bytes
     assert 0 < report.padding < 0.6 and report.tokens_per_s > 0
+    assert report.of_floor == pytest.approx(report.tokens_per_s / 1e6)
+
+
+def test_the_floor_is_what_all_devices_multiply_together(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(floor.time, "monotonic", lambda: float(next(clock)))
+    mesh = partitioning.make_mesh(partitioning.MeshConfig(data=2), jax.devices()[:2])
+    # By this clock a product takes a second.
+    assert floor.matrix_rate(mesh, "bfloat16") == 2 * 512**3
 
 
 def test_groups_are_of_similar_length_and_only_the_last_is_partial():

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from glimmer_jax import partitioning
+from glimmer_jax import codecs, partitioning
 from glimmer_jax.memory import encoder, lookup, table
 from glimmer_jax.memory.store import MemoryStore
 
@@ -145,28 +145,36 @@ def _moved_bytes(text):
     return moved
 
 
+@pytest.mark.parametrize("codec", ["bf16", "int8", "pq", "pq16"])
 @pytest.mark.parametrize("sizes", [dict(data=8), dict(data=4, fsdp=2)], ids=["8", "4x2"])
-def test_a_device_receives_at_most_twice_its_own_part_of_the_batch(sizes):
+def test_a_device_receives_at_most_twice_its_own_part_of_the_batch_as_it_is_stored(sizes, codec):
     batch, passages, length, emb_dim, page = 16, 10, 64, 32, 16
+    specs = codecs.get(codec).array_specs(emb_dim)
     mesh = _mesh(**sizes)
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
     whole = partitioning.replicated(mesh)
     shape = functools.partial(jax.ShapeDtypeStruct, sharding=whole)
     memory = table.Table(
-        {"states": jax.ShapeDtypeStruct((800, page, emb_dim), "bfloat16", sharding=spread)},
+        {
+            name: jax.ShapeDtypeStruct((800, page, *trailing), dtype, sharding=spread)
+            for name, (trailing, dtype) in specs.items()
+        },
         shape((200,), "int32"),
         shape((200,), "int32"),
     )
     with jax.set_mesh(mesh):
         run = jax.jit(functools.partial(table.lookup, length=length, mesh=mesh))
         compiled = run.lower(memory, shape((batch, passages), "int32")).compile()
-    part = batch * passages * length * emb_dim * 2 // 8
+    token = sum(math.prod(trailing) * dtype.itemsize for trailing, dtype in specs.values())
+    part = batch * passages * length * token // 8
     moved = _moved_bytes(compiled.as_text())
     assert part <= moved["all-to-all"] <= 2 * part
     page_numbers = 4 * batch * passages * length // page
     assert sum(moved.values()) - moved["all-to-all"] <= page_numbers
-    states, _ = compiled.output_shardings
-    assert states["states"].is_equivalent_to(partitioning.batch_sharding(mesh), 4)
+    found, _ = compiled.output_shardings
+    for name, (trailing, _) in specs.items():
+        wanted = partitioning.batch_sharding(mesh)
+        assert found[name].is_equivalent_to(wanted, 3 + len(trailing))
 
 
 @pytest.mark.fault

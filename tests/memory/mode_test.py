@@ -1,11 +1,15 @@
 """`--run_mode=memory`: what each action prints, and what it refuses."""
 
 import json
+import pathlib
+import shlex
+import shutil
 
 import gin
 import pytest
 
 from glimmer_jax import main as command_line
+from glimmer_jax import shipped
 from glimmer_jax.memory.store import MemoryStore
 
 
@@ -46,7 +50,8 @@ def test_stores_are_inspected_verified_withdrawn_from_and_merged(
     assert run("inspect", MEMORY_DIR=memory, PASSAGE=int(ids[3])) == 0
     assert printed(capsys)[0]["row"] == 3
     assert run("verify", MEMORY_DIR=memory, VERIFY_SHARDS=2) == 0
-    assert printed(capsys)["version"] == 1
+    verified = {"verified": memory, "version": 1, "shards": 4, "shards_read": 2}
+    assert printed(capsys) == verified
     assert run("withdraw", MEMORY_DIR=memory, IDS=[int(ids[3])]) == 0
     assert printed(capsys)["passages"] == 22
     assert run("inspect", MEMORY_DIR=memory, VERSION=1) == 0
@@ -61,6 +66,32 @@ def test_stores_are_inspected_verified_withdrawn_from_and_merged(
     (copied_store / "shards" / "000002" / "shard.json").unlink()
     assert run("verify", MEMORY_DIR=memory) == 2
     assert "shards/000002/shard.json is missing. Repair it with" in capsys.readouterr().err
+
+
+def test_the_documented_commands_run_as_they_stand(tiny, tiny_store, tmp_path, monkeypatch, capsys):
+    ids = tiny.TinyPassages().ids
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_store, "runs/memory")
+    other = tiny.TinyPassages(count=4, seed=7)
+    other.ids = other.ids + 1
+    tiny.build_tiny("runs/more", other)
+    text = (pathlib.Path(shipped.root()) / "docs" / "memory.md").read_text(encoding="utf-8")
+    block = text.partition("\n## Looking after a store\n")[2].split("```sh\n")[1].split("```")[0]
+    # Of the built-in corpus; this one has others.
+    block = block.replace("json.dumps", "TITLE").replace("[3,44]", f"[{ids[3]},{ids[4]}]")
+    names = {}
+    for line in block.replace("\\\n", "").splitlines():
+        if not line.startswith("glimmer"):
+            name, _, value = line.partition("=")
+            names[f"${name}"] = shlex.split(value)[0]
+            continue
+        # As a shell does: what a variable holds is cut at spaces, its quotation marks stay.
+        words = [names[word].split() if word in names else [word] for word in shlex.split(line)]
+        flags = [flag for some in words for flag in some]
+        assert command_line.main(flags[1:]) == 0, line
+        gin.clear_config()
+        said = json.loads(capsys.readouterr().out)
+    assert (said["path"], said["passages"], said["withdrawn"]) == ("runs/both", 25, 2)
 
 
 @pytest.mark.parametrize(

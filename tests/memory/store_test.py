@@ -139,7 +139,7 @@ def test_a_sample_of_shards_is_verified(copied_store):
     store = MemoryStore.open(copied_store)
     assert verify(store, 2) == ["shards/000000/states/c/0/0 is missing"]
     assert len(verify(store, 4)) == len(verify(store, 9)) == 2
-    with pytest.raises(ValueError, match="at least one shard, got 0"):
+    with pytest.raises(ValueError, match="VERIFY_SHARDS must be at least 1, got 0"):
         verify(store, 0)
 
 
