@@ -1,4 +1,4 @@
-"""A store of random passages, built by the package's own job, for models with a memory."""
+"""Passages that are made up, and a store of some, built by the package's own job."""
 
 from typing import Any
 
@@ -37,6 +37,31 @@ class RandomPassages:
 
     def text(self, row: int) -> dict[str, Any]:
         return {"title": str(row), "text": ""}
+
+
+class MadeUpPassages:
+    """Passages of `shortest` to `longest` tokens that follow from their row; nothing is in RAM."""
+
+    def __init__(self, count: int, shortest: int, longest: int):
+        self._shortest = shortest
+        self._spread = longest + 1 - shortest
+        self.ids = np.arange(count, dtype=np.int64) * 7 + 3
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def lengths(self, rows: Any) -> np.ndarray:
+        mixed = np.asarray(rows, np.int64) * 2654435761
+        return (self._shortest + mixed % self._spread).astype(np.int32)
+
+    def tokens(self, rows: Any, length: int) -> np.ndarray:
+        rows = np.asarray(rows, np.int64)
+        places = np.arange(length)[None]
+        made = 2 + (rows[:, None] * 31 + places * 17) % 60
+        return np.where(places < self.lengths(rows)[:, None], made, 0).astype(np.int32)
+
+    def text(self, row: int) -> dict[str, Any]:
+        return {"title": f"passage {row}"}
 
 
 def build_lookup(

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.memory import MadeUpPassages
 from glimmer_jax.memory import build, encoder
 from glimmer_jax.memory.compute import Recipe
 from glimmer_jax.memory.identity import Identity, Layout, Program
@@ -27,28 +28,6 @@ from glimmer_jax.partitioning import MeshConfig, make_mesh
 
 EMB_DIM, MAX_LENGTH, ROWS = 16, 32, 512
 LAYOUT = Layout(shard_passages=8192, chunk_tokens=64)
-
-
-class MadeUp:
-    """Passages of 8 to 32 tokens that follow from their row."""
-
-    def __init__(self, count: int):
-        self.ids = np.arange(count, dtype=np.int64) * 7 + 3
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def lengths(self, rows: Any) -> np.ndarray:
-        return (8 + np.asarray(rows, np.int64) * 2654435761 % 25).astype(np.int32)
-
-    def tokens(self, rows: Any, length: int) -> np.ndarray:
-        rows = np.asarray(rows, np.int64)
-        places = np.arange(length)[None]
-        made = 2 + (rows[:, None] * 31 + places * 17) % 90
-        return np.where(places < self.lengths(rows)[:, None], made, 0).astype(np.int32)
-
-    def text(self, row: int) -> dict[str, Any]:
-        return {"title": f"passage {row}"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -88,7 +67,7 @@ def measure(count: int, path: Path) -> dict[str, Any]:
 
     report = build.build_memory(
         recipe,
-        MadeUp(count),
+        MadeUpPassages(count, 8, MAX_LENGTH),
         path,
         passages_fingerprint="sha256:synthetic",
         layout=LAYOUT,

@@ -1,0 +1,143 @@
+"""The build of a memory against its encoder alone: what do reading, packing and writing cost?
+
+    python -m benchmarks.memory_speed [--codecs bf16,int8,pq] [--folder /dev/shm] [--json OUT]
+
+The same batches of passages go through the encoder alone (results stay on the device), with and
+without the codec, and through the whole job into `--folder`, by turns. Random weights and tokens;
+passages have different lengths, sorted into batches as the job does it.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.memory import MadeUpPassages
+from benchmarks.setting import SIZES
+from glimmer_jax.memory import batches, encoder
+from glimmer_jax.memory.build import build_memory
+from glimmer_jax.memory.compute import Recipe
+from glimmer_jax.memory.identity import Identity, Layout, Program
+from glimmer_jax.models.glimmer import GlimmerConfig
+from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.models.t5 import T5Config
+from glimmer_jax.partitioning import MeshConfig, make_mesh
+
+LENGTH = 256  # P
+# T5 v1.1 small, whose encoder is quick enough for two cores, beside the sizes of the other benchmarks.
+_SMALL = dict(vocab_size=32128, emb_dim=512, num_heads=6, head_dim=64, mlp_dim=1024)
+_SIZES = {**SIZES, "small": dict(_SMALL, num_encoder_layers=8, num_decoder_layers=8)}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints a row for each codec."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--codecs", default="bf16,int8,pq")
+    parser.add_argument("--size", default="small", choices=sorted(_SIZES))
+    parser.add_argument("--passages", type=int, default=256, help="a round")
+    parser.add_argument("--shard_passages", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=16, help="passages a device encodes at once")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--folder", type=Path, help="a sink; default: the system's temporary folder"
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT")
+    args = parser.parse_args(argv)
+    rows = []
+    for codec in args.codecs.split(","):
+        rows.append(measure(codec, args))
+        print(json.dumps(rows[-1]))
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def measure(codec: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Medians over rounds.
+
+    Returns:
+      `{codec, size, states_tokens_per_s, encode_tokens_per_s, job_tokens_per_s, of_states, of_encode,
+      padding, mb_per_s}`; `states` is layers [0, M), `encode` those and the codec, and `of_` is the
+      median over rounds of the job's speed against theirs in the same round.
+    """
+    sizes = _SIZES[args.size]
+    # A third of the layers live, as in the other benchmarks.
+    config = GlimmerConfig(
+        T5Config(**sizes), sizes["num_encoder_layers"] * 2 // 3, memory_codec=codec
+    )
+    model = GlimmerModel(config)
+    shapes, _ = model.abstract_variables()
+    draw = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: (draw.standard_normal(x.shape) / 50).astype(x.dtype), shapes)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    params = jax.device_put(params, jax.devices()[0])
+    buckets = batches.default_buckets(LENGTH, 64)
+    recipe = Recipe(
+        encoder.bind_encoder(model.memory_states, params, mesh, codec),
+        Identity("sha256:random", "sha256:none", codec, config.t5.emb_dim, LENGTH),
+        Program(args.rows, buckets, config.t5.dtype, None, jax.default_backend(), jax.__version__),
+        codebooks=params.get("memory_codebooks"),
+    )
+    states = encoder.bind_states(model.memory_states, params, mesh)
+    passages = MadeUpPassages(args.passages, 100, LENGTH)
+    for bucket in buckets:
+        empty = np.zeros((args.rows, bucket), np.int32)
+        jax.block_until_ready((states(empty), recipe.encode(empty)))
+
+    layout = Layout(args.shard_passages, chunk_tokens=64)
+    every: dict[str, list[float]] = {"states": [], "encode": [], "job": []}
+    for _ in range(args.rounds):
+        every["states"].append(_alone(states, passages, recipe, layout))
+        every["encode"].append(_alone(recipe.encode, passages, recipe, layout))
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            report = build_memory(
+                recipe, passages, folder, passages_fingerprint="sha256:random", layout=layout
+            )
+        every["job"].append(report.seconds)
+    assert report.manifest is not None
+    tokens, size = report.manifest.num_tokens, report.manifest.num_bytes
+    rate = {f"{name}_tokens_per_s": tokens / statistics.median(x) for name, x in every.items()}
+    against = {
+        f"of_{name}": statistics.median(np.divide(every[name], every["job"]).tolist())
+        for name in ("states", "encode")
+    }
+    return {
+        "codec": codec,
+        "size": args.size,
+        **{name: round(x, 1) for name, x in rate.items()},
+        **{name: round(x, 3) for name, x in against.items()},
+        "padding": round(report.padding, 3),
+        "mb_per_s": round(size / statistics.median(every["job"]) / 1e6, 2),
+    }
+
+
+def _alone(
+    encode: Callable[[np.ndarray], Any], passages: MadeUpPassages, recipe: Recipe, layout: Layout
+) -> float:
+    """Seconds for the batches of the job, the next always under way while one is waited for."""
+    work = []
+    for start in range(0, len(passages), layout.shard_passages):
+        rows = np.arange(start, min(start + layout.shard_passages, len(passages)))
+        tokens, lengths = passages.tokens(rows, LENGTH), passages.lengths(rows)
+        for group in batches.groups(lengths, recipe.program.rows, recipe.program.buckets):
+            some = tokens[group.positions, : group.bucket]
+            work.append(batches.padded(some, recipe.program.rows))
+    running: deque[Any] = deque()
+    began = time.monotonic()
+    for batch in work:
+        running.append(encode(batch))
+        if len(running) > 1:
+            jax.block_until_ready(running.popleft())
+    jax.block_until_ready(list(running))
+    return time.monotonic() - began
+
+
+if __name__ == "__main__":
+    main()
