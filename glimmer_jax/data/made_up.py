@@ -1,7 +1,7 @@
 """Names made up from the parts of real ones, for exercises that only reading can solve."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 # Share of names that are blends of two. Names of modules never seen fall into smaller pieces of the
 # vocabulary, which repeat within a title: copying them takes more than the piece before.
@@ -20,7 +20,7 @@ def made_up_name(parts: Sequence[str], draw: random.Random, before: Sequence[str
       before: names made up before; half of the blends take a piece of one of them, or all of it.
     """
     if before and draw.random() < REPEATED:
-        return draw.choice([str, str.lower, str.upper, _capitalised])(draw.choice(before[-2:]))
+        return draw.choice(_CHANGES)(draw.choice(before[-2:]))
     name = draw.choice(parts)
     if draw.random() >= BLENDED:
         return name
@@ -32,3 +32,6 @@ def made_up_name(parts: Sequence[str], draw: random.Random, before: Sequence[str
 
 def _capitalised(name: str) -> str:
     return name[:1].upper() + name[1:]
+
+
+_CHANGES: tuple[Callable[[str], str], ...] = (str, str.lower, str.upper, _capitalised)
