@@ -47,16 +47,23 @@ STAGES: dict[str, dict[str, Any]] = {
         "MIXTURE_OR_TASK_NAME": "pydocs_which_function_renamed",
         "TASK_FEATURE_LENGTHS": lengths(3),
     },
+    # All tasks again, before each model goes its own way.
+    "start4": {
+        **RENAMED,
+        "TRAIN_STEPS": 700,
+        "LEARNING_RATE": 0.006,
+        "TASK_FEATURE_LENGTHS": lengths(5),
+    },
 }
 # The same for all three: examples and steps, on all ten passages that questions come with.
 FINETUNE = {
-    "TRAIN_STEPS": 400,
+    "TRAIN_STEPS": 300,
     "WARMUP_STEPS": 20,
     "LOG_EVERY": 25,
     "TASK_FEATURE_LENGTHS": lengths(10),
 }
 # GLIMMER has the cut of the start, and forgets what it can at a higher rate. The others learn theirs.
-RATES = {"glimmer": 0.002, "lumen": 0.005, "fid": 0.005}
+RATES = {"glimmer": 0.001, "lumen": 0.005, "fid": 0.005}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
