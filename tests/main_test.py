@@ -225,6 +225,7 @@ def test_every_ablation_trains_for_five_steps(work, tmp_path, ablation):
     if ablation == "k":
         # The lengths of this test have to come after the file, and its K is what it changes.
         macros["TASK_FEATURE_LENGTHS"] = {"inputs": 24, "targets": 16, "passages": (2, 16)}
+        macros["NUM_KEPT"] = 1
     assert train(work, tmp_path, *files, **macros) == 0
     assert len(losses(tmp_path)) >= 5
 
