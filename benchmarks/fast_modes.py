@@ -58,7 +58,8 @@ def read_model(path: str, dtype: str) -> tuple[GlimmerModel, Any]:
         raise ValueError(
             f"{path} does not say which model it holds. Export it (--run_mode=export)."
         )
-    t5 = dataclasses.replace(saved.t5, dropout_rate=0.0, dtype="float32", matmul_dtype=dtype)
+    operands = None if dtype == "float32" else dtype
+    t5 = dataclasses.replace(saved.t5, dropout_rate=0.0, dtype="float32", matmul_dtype=operands)
     model = GlimmerModel(dataclasses.replace(saved, t5=t5))
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     loaded = parameters.load(path, model, Vocabulary().fingerprint)
