@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def read_model(path: str, dtype: str) -> tuple[GlimmerModel, Any]:
     """The checkpoint's model, without dropout and with these operands of projections."""
-    saved = load(path).config
+    loaded = load(path)
+    saved = loaded.config
     if saved is None:
         raise ValueError(
             f"{path} does not say which model it holds. Export it (--run_mode=export)."
@@ -62,8 +63,8 @@ def read_model(path: str, dtype: str) -> tuple[GlimmerModel, Any]:
     t5 = dataclasses.replace(saved.t5, dropout_rate=0.0, dtype="float32", matmul_dtype=operands)
     model = GlimmerModel(dataclasses.replace(saved, t5=t5))
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    loaded = parameters.load(path, model, Vocabulary().fingerprint)
-    return model, parameters.place(loaded, model, mesh)
+    fitted = parameters.fit(loaded, path, model, Vocabulary().fingerprint)
+    return model, parameters.place(fitted, model, mesh)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
