@@ -75,12 +75,16 @@ def read_model(
 ) -> tuple[GlimmerModel, Any, np.ndarray]:
     """The checkpoint's model with this codec, its parameters, and states of some 16,384 tokens."""
     vocabulary = Vocabulary()
-    saved = load(path).config
-    assert saved is not None
-    own = dataclasses.replace(saved, t5=dataclasses.replace(saved.t5, dropout_rate=0.0))
+    loaded = load(path)
+    own = loaded.answering_config()
+
+    def placed(model: GlimmerModel) -> Any:
+        fitted = parameters.fit(loaded, path, model, vocabulary.fingerprint)
+        return parameters.place(fitted, model, mesh)
+
     plain = GlimmerModel(dataclasses.replace(own, memory_codec="f32", train_codebooks=False))
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    params = parameters.place(parameters.load(path, plain, vocabulary.fingerprint), plain, mesh)
+    params = placed(plain)
     states = codebooks.sample_states(
         encoder.bind_states(plain.memory_states, params, mesh),
         passages,
@@ -91,8 +95,8 @@ def read_model(
     )
     model = GlimmerModel(dataclasses.replace(own, memory_codec=codec_name))
     codec = codecs.get(codec_name)
-    if saved.has_codebooks and saved.memory_codec == codec_name:
-        params = parameters.place(parameters.load(path, model, vocabulary.fingerprint), model, mesh)
+    if own.has_codebooks and own.memory_codec == codec_name:
+        params = placed(model)
     elif isinstance(codec, ProductQuantisation):
         books = codebooks.learn(codec, states[:-16384], mesh)
         params = {**params, "memory_codebooks": books}

@@ -54,14 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def read_model(path: str, dtype: str) -> tuple[GlimmerModel, Any]:
     """The checkpoint's model, without dropout and with these operands of projections."""
     loaded = load(path)
-    saved = loaded.config
-    if saved is None:
-        raise ValueError(
-            f"{path} does not say which model it holds. Export it (--run_mode=export)."
-        )
+    config = loaded.answering_config()
     operands = None if dtype == "float32" else dtype
-    t5 = dataclasses.replace(saved.t5, dropout_rate=0.0, dtype="float32", matmul_dtype=operands)
-    model = GlimmerModel(dataclasses.replace(saved, t5=t5))
+    t5 = dataclasses.replace(config.t5, dtype="float32", matmul_dtype=operands)
+    model = GlimmerModel(dataclasses.replace(config, t5=t5))
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     fitted = parameters.fit(loaded, path, model, Vocabulary().fingerprint)
     return model, parameters.place(fitted, model, mesh)

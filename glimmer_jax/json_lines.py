@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 
 def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (line number from 1, object) of each line that is not blank.
@@ -89,10 +91,13 @@ def dump_line(record: dict[str, Any]) -> str:
 
 
 def write_json_lines(path: str | Path, records: Iterable[dict[str, Any]]) -> int:
-    """Writes records, returns their number. The file appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    """Writes records, to a bucket too; returns their number. The file appears whole or not at all."""
+    target = epath.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # A bucket's object appears when it is complete: it is written here and then copied.
+    in_bucket = "://" in os.fspath(path)
+    folder = None if in_bucket else target.parent
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=folder)
     count = 0
     try:
         with open(handle, "w", encoding="utf-8", newline="\n") as file:
@@ -103,7 +108,11 @@ def write_json_lines(path: str | Path, records: Iterable[dict[str, Any]]) -> int
             os.fsync(file.fileno())
         # mkstemp's files are private to their owner; data files follow the umask.
         os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        if in_bucket:
+            epath.Path(temporary).copy(target, overwrite=True)
+            os.unlink(temporary)
+        else:
+            os.replace(temporary, target)
     except BaseException:
         os.unlink(temporary)
         raise

@@ -124,6 +124,10 @@ def check_example(example: dict[str, Any]) -> str | None:
         provenance = one.get("provenance", [])
         if not isinstance(provenance, list) or not all(isinstance(p, dict) for p in provenance):
             return "wanted a list of objects in `provenance`"
+        for place in provenance:
+            for name in ("start_paragraph_id", "end_paragraph_id", "bleu_score"):
+                if isinstance(place.get(name, 0), bool | str | list | dict):
+                    return f"wanted a number or null in `{name}`, got {place[name]!r}"
     return _check_retrieved(example.get("retrieved", []))
 
 

@@ -9,6 +9,7 @@ are all of one task and split, and are called `nq-train.jsonl`, … from retriev
 
 import dataclasses
 import glob
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,7 +82,8 @@ def find(pattern: str) -> dict[str, list[Path]]:
     """
     found: dict[str, list[Path]] = {}
     for path in sorted(glob.glob(pattern)):
-        found.setdefault(task_file(path), []).append(Path(path))
+        if os.path.isfile(path):
+            found.setdefault(task_file(path), []).append(Path(path))
     if not found:
         raise ValueError(f"No file matches {pattern!r}. Check the pattern of question files.")
     for name, paths in found.items():

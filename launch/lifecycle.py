@@ -1,11 +1,13 @@
 """Plays a `Machines` plan: create, wait, ship, run; again where machines were lost; delete."""
 
-from glimmer_jax.main import START_AGAIN
+from glimmer_jax.main import BAD_INPUT, START_AGAIN
 from launch.plans import Machines, shell
 from launch.processes import Interrupts, read, run, run_again
 
 POLL = 20.0  # seconds between two looks at the state
-ATTEMPTS = 3  # at shipping: workers refuse connections for a while after they say they are ready
+# At shipping, since workers refuse connections for a while after they say they are ready; and at asking
+# for the state, since one failed question must not give the machines away.
+ATTEMPTS = 3
 
 
 def play(plan: Machines, interrupts: Interrupts, poll: float = POLL) -> int:
@@ -48,20 +50,29 @@ def _work(plan: Machines, interrupts: Interrupts, poll: float) -> tuple[int, boo
     code = run([plan.create], interrupts)
     if code or interrupts.count:
         return code, False
-    state = _state(plan)
+    state = _state(plan, interrupts, poll)
     while state in plan.waiting and not interrupts.count:
         interrupts.sleep(poll)
-        state = _state(plan)
+        state = _state(plan, interrupts, poll)
     if state != plan.ready or interrupts.count:
         return START_AGAIN, True
     for command in plan.ship:
         code = run_again(command, interrupts, attempts=ATTEMPTS, pause=poll)
         if code or interrupts.count:
-            return code, _state(plan) != plan.ready
+            return code, _state(plan, interrupts, poll) != plan.ready
     code = run([plan.run], interrupts)
     # A lost machine breaks the connection, and gcloud's exit code says nothing of the job.
-    return code, code == START_AGAIN or (code != 0 and _state(plan) != plan.ready)
+    if code in (0, BAD_INPUT):
+        return code, False
+    return code, code == START_AGAIN or _state(plan, interrupts, poll) != plan.ready
 
 
-def _state(plan: Machines) -> str | None:
-    return read(plan.describe)
+def _state(plan: Machines, interrupts: Interrupts, poll: float) -> str | None:
+    """What gcloud calls it; None where that cannot be learnt in several attempts."""
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            interrupts.sleep(poll)
+        state = read(plan.describe)
+        if state is not None or interrupts.count:
+            return state
+    return None

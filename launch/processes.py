@@ -104,15 +104,19 @@ def run_again(argv: Argv, interrupts: Interrupts, *, attempts: int, pause: float
 
 
 def read(argv: Argv) -> str | None:
-    """What a command prints, stripped; None if it fails."""
-    done = subprocess.run(
-        argv,
-        check=False,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    """What a command prints, stripped; None if it fails, or is silent for two minutes."""
+    try:
+        done = subprocess.run(
+            argv,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            timeout=120,
+        )
+    except subprocess.TimeoutExpired:
+        return None
     return None if done.returncode else done.stdout.strip()
 
 

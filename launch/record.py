@@ -26,6 +26,8 @@ OUTPUTS = {
     "retrieve": "DATA_DIR",
     "infer": "OUTPUT_PATH",
     "export": "OUTPUT_PATH",
+    "codebooks": "OUTPUT_PATH",
+    "memory": "MEMORY_DIR",
 }
 # Modes whose folder holds all of a run. The other outputs hold nothing that is not theirs.
 INSIDE = ("train", "eval")

@@ -4,7 +4,8 @@
 
 Training and evaluation read it with `--seqio_additional_cache_dirs=CACHE --gin.USE_CACHED_TASKS=True`. It
 holds what comes before an answer is drawn and text is tokenised, so it serves any vocabulary and
-lengths. seqio's own `seqio_cache_tasks` writes the same.
+lengths. Started again after a kill, it goes on with the first task that is not complete. seqio's own
+`seqio_cache_tasks` writes the same.
 """
 
 import argparse
@@ -35,8 +36,8 @@ def write(
     task = seqio.TaskRegistry.get(task_name)
     if not task.supports_caching:
         raise ValueError(f"{task_name} allows no cache: its examples are made when they are read.")
-    folder = Path(cache_dir) / seqio.get_task_dir_from_name(task_name)
-    if (folder / COMPLETED).exists():
+    folder = _folder(task_name, cache_dir)
+    if is_complete(task_name, cache_dir):
         raise ValueError(f"{folder} holds a cache of {task_name} already. Remove it to write anew.")
     folder.mkdir(parents=True, exist_ok=True)
     counts = {
@@ -46,6 +47,15 @@ def write(
     }
     (folder / COMPLETED).write_text("")
     return counts
+
+
+def is_complete(task_name: str, cache_dir: str | Path) -> bool:
+    """Whether the task's cache was written to its end."""
+    return (_folder(task_name, cache_dir) / COMPLETED).exists()
+
+
+def _folder(task_name: str, cache_dir: str | Path) -> Path:
+    return Path(cache_dir) / seqio.get_task_dir_from_name(task_name)
 
 
 def _write_split(task: seqio.Task, split: str, folder: Path, num_shards: int) -> int:
@@ -88,6 +98,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     retrieved.use(args.data_dir, args.min_bleu_score)
     pipeline.import_tasks(args.module)
     for task in seqio.get_subtasks(pipeline.find_mixture_or_task(args.name)):
+        if is_complete(task.name, args.cache_dir):
+            print(f"{task.name}: is there already")
+            continue
         counts = write(task.name, args.cache_dir)
         print(f"{task.name}: " + ", ".join(f"{split} {n}" for split, n in counts.items()))
 

@@ -73,9 +73,11 @@ def _padded(lists: list[list[int]]) -> np.ndarray:
 
 def _dataset(split: str, shuffle_files: bool, seed: int | None = None, *, make: Any) -> Any:
     del shuffle_files, seed  # An example depends on its index alone.
+    # Here, where an error is Python's own; inside the generator tensorflow would make it one of its.
+    examples = make()
     # Blocks, because every call from tensorflow into Python costs more than an example.
     ds = tf.data.Dataset.from_generator(
-        lambda: blocks(make(), *EPOCH[split]),
+        lambda: blocks(examples, *EPOCH[split]),
         output_signature={
             "inputs": tf.TensorSpec([None, None], tf.int32),
             "targets": tf.TensorSpec([None, None], tf.int32),

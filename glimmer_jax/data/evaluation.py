@@ -121,7 +121,7 @@ class Evaluation:
           predict: answers, and what else metrics read (`passage_scores`, ...).
           score: needed only by tasks with score metrics.
           step: for the logs.
-          prefetch: the batches of a task on their way to `predict`.
+          prefetch: the batches of a task on their way to `predict` or `score`.
         """
 
         answered = self._answered = {}
@@ -143,7 +143,7 @@ class Evaluation:
 
         def score_only(ds: Any) -> list[tuple[int, float]]:
             assert score is not None
-            indices, outputs = self._collect(ds, lambda batch: (score(batch), {}), iter)
+            indices, outputs = self._collect(ds, lambda batch: (score(batch), {}), prefetch)
             return [(i, float(one)) for i, (one, _) in zip(indices, outputs, strict=True)]
 
         metrics, _ = self._evaluator.evaluate(

@@ -43,7 +43,8 @@ class RenamedQuestions:
           shares: how often each task is drawn; None for equally often.
           seed: of all draws.
 
-        Raises ValueError where a task has no example with K passages, a gold one among them.
+        Raises ValueError where a task has no example with K passages, a gold one among them, or names
+        passages that are not in `records`.
         """
         self._tasks = {
             name: [one for one in examples if _is_told(one["retrieved"], num_passages)]
@@ -53,6 +54,13 @@ class RenamedQuestions:
             raise ValueError(
                 f"No example of {', '.join(empty)} has {num_passages} retrieved passages with a gold "
                 "one among them. Retrieve more (NUM_PASSAGES) or take fewer."
+            )
+        named = (p["id"] for some in self._tasks.values() for one in some for p in one["retrieved"])
+        if (unknown := next((i for i in named if i not in records), None)) is not None:
+            raise ValueError(
+                f"The questions name passage {unknown}, which this Python's documentation does not have: "
+                "they were retrieved with another version of Python, or with other settings. Write "
+                "passages and retrieved files anew (--run_mode=passages, --run_mode=retrieve)."
             )
         self._weights = [(shares or {}).get(name, 1.0) for name in self._tasks]
         self._records = records

@@ -15,6 +15,7 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
+from glimmer_jax import paths
 from glimmer_jax.data import preprocessors
 from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.kilt import read_examples
@@ -31,7 +32,7 @@ DEFAULT_DATA_DIR = "data/retrieved"
 
 def data_dir() -> Path:
     """Folder of the retrieved files: environment variable GLIMMER_DATA_DIR, or data/retrieved."""
-    return Path(os.environ.get(DATA_DIR_VARIABLE, DEFAULT_DATA_DIR))
+    return paths.local("DATA_DIR", os.environ.get(DATA_DIR_VARIABLE, DEFAULT_DATA_DIR))
 
 
 def min_bleu_score() -> float:

@@ -19,6 +19,7 @@ from typing import Any
 
 import sentencepiece
 
+from glimmer_jax import paths
 from glimmer_jax.text import passage_text, question_text
 
 PYDOCS_MODEL = Path(__file__).parent / "pydocs.model"
@@ -41,7 +42,7 @@ class Vocabulary:
     extra_ids: int = EXTRA_IDS
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path or PYDOCS_MODEL))
+        object.__setattr__(self, "path", paths.local("VOCABULARY", self.path or PYDOCS_MODEL))
         if not Path(self.path).is_file():
             raise ValueError(
                 f"No vocabulary file {self.path}. Give the path of a SentencePiece model, or leave "

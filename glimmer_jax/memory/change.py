@@ -97,7 +97,9 @@ def append(
             # What was withdrawn on purpose does not come back by itself.
             rows = rows[~np.isin(passages.ids[rows], store.ids)]
         shards = resume.cut(rows, layout.shard_passages, _first_free(old))
-        plan = resume.plan(kvstore, passages, shards, recipe, layout, accept_other_program=False)
+        plan = resume.plan(
+            kvstore, passages, shards, recipe, layout, accept_other_program=False, abandoned=True
+        )
         job = Job(recipe, passages, watcher, Progress(plan.remaining_passages(), None, 10.0))
         records = {**plan.finished, **dict(write_shards(kvstore, plan.todo, job, layout))}
         gone = store.rows(passages.ids[found.changed])

@@ -57,6 +57,15 @@ def read_file(kvstore: ts.KvStore, key: str) -> bytes | None:
     return None if result.state == "missing" else bytes(result.value)
 
 
+def list_files(kvstore: ts.KvStore, prefix: str) -> list[str]:
+    """Keys that begin with `prefix`, sorted. Raises OSError where the storage did not answer."""
+    try:
+        keys = kvstore.list(ts.KvStore.KeyRange(prefix, prefix + "\x7f")).result()
+    except ValueError as error:
+        raise unreachable(kvstore.url, error) from error
+    return sorted(key.decode() for key in keys)
+
+
 def write_file(kvstore: ts.KvStore, key: str, data: bytes) -> None:
     """Writes a file whole.
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 import tensorstore as ts
 
-from glimmer_jax.memory import folder, manifest, shard
+from glimmer_jax.memory import folder, manifest, shard, versions
 from glimmer_jax.memory.compute import Recipe
 from glimmer_jax.memory.identity import Identity, Layout, Program, check_identity, describe
 from glimmer_jax.memory.manifest import Record
@@ -60,8 +60,13 @@ def plan(
     recipe: Recipe,
     layout: Layout,
     accept_other_program: bool,
+    abandoned: bool = False,
 ) -> Plan:
     """Looks at every one of `shards`.
+
+    Args:
+      abandoned: no manifest names these; one that is of another job or of other passages was left by a
+        change that stopped, and is built anew.
 
     Raises:
       ValueError: what is there belongs to another job or to other passages.
@@ -73,10 +78,17 @@ def plan(
         if record is None:
             todo.append(item)
             continue
-        check_record(kvstore, item.name, record, recipe, layout, accept_other_program)
         here = folder.subfolder(kvstore, manifest.shard_folder(item.name))
         where = f"{here.url}{manifest.RECORD}"
-        _check_source(where, record, item, passages, recipe.identity.max_length)
+        try:
+            check_record(kvstore, item.name, record, recipe, layout, accept_other_program)
+            _check_source(where, record, item, passages, recipe.identity.max_length)
+        except ValueError as refused:
+            if not abandoned:
+                raise
+            logger.warning("building shard %s anew: %s", item.name, refused)
+            todo.append(item)
+            continue
         problems = shard.check_sizes(here, record.files)
         if problems:
             logger.warning("building shard %s again: %s", item.name, "; ".join(problems))
@@ -124,6 +136,7 @@ def check_manifest(kvstore: ts.KvStore, identity: Identity, count: int) -> None:
     try:
         found = manifest.Manifest.from_bytes(data, where)
     except manifest.DamagedStore as damage:
+        versions.check_unchanged(kvstore, damage)
         logger.warning("writing the manifest anew: %s", damage)
         return
     check_identity(where, found.identity, identity)

@@ -7,7 +7,7 @@ A reader therefore sees the store before the change or after it, and can go back
 import tensorstore as ts
 
 from glimmer_jax.memory import folder
-from glimmer_jax.memory.manifest import MANIFEST, Manifest
+from glimmer_jax.memory.manifest import MANIFEST, DamagedStore, Manifest
 
 
 def _kept(version: int) -> str:
@@ -28,16 +28,41 @@ def read_manifest(kvstore: ts.KvStore, version: int | None = None) -> Manifest:
             "unfinished build, run the same build_memory command again and it goes on where it "
             "stopped; otherwise check the path."
         )
-    newest = Manifest.from_bytes(data, f"{kvstore.url}{MANIFEST}")
+    # An earlier one first: it can be read where the newest is damaged.
+    kept = None if version is None else folder.read_file(kvstore, _kept(version))
+    if kept is not None:
+        return Manifest.from_bytes(kept, f"{kvstore.url}{_kept(version)}")
+    try:
+        newest = Manifest.from_bytes(data, f"{kvstore.url}{MANIFEST}")
+    except DamagedStore as damage:
+        check_unchanged(kvstore, damage)
+        raise
     if version is None or version == newest.version:
         return newest
-    data = folder.read_file(kvstore, _kept(version))
-    if data is None:
-        raise ValueError(
-            f"The memory store {kvstore.url} has no version {version}; its newest is "
-            f"{newest.version}."
-        )
-    return Manifest.from_bytes(data, f"{kvstore.url}{_kept(version)}")
+    raise ValueError(
+        f"The memory store {kvstore.url} has no version {version}; its newest is {newest.version}."
+    )
+
+
+def check_unchanged(kvstore: ts.KvStore, damage: DamagedStore) -> None:
+    """Whether a damaged manifest can be written anew by the build: not where earlier ones are kept.
+
+    Raises DamagedStore with the newest version that is whole: to build again would bring back what was
+    withdrawn since, and lose what was appended.
+    """
+    kept = folder.list_files(kvstore, "versions/")
+    for name in sorted(kept, reverse=True):
+        data = folder.read_file(kvstore, name)
+        assert data is not None
+        try:
+            whole = Manifest.from_bytes(data, f"{kvstore.url}{name}")
+        except DamagedStore:
+            continue
+        raise DamagedStore(
+            f"{kvstore.url}{MANIFEST} is damaged, and the store has been changed since it was built. "
+            f"Version {whole.version} is whole: read it with VERSION = {whole.version}, or go back to "
+            f"it by copying {name} over {MANIFEST} and make the last change again with --run_mode=memory."
+        ) from damage
 
 
 def replace_manifest(kvstore: ts.KvStore, old: Manifest, new: Manifest) -> None:

@@ -3,10 +3,10 @@
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
+from etils import epath
 
 from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.json_lines import write_json_lines
@@ -36,6 +36,7 @@ def evaluate(
     mesh: MeshConfig = MeshConfig(),
     vocabulary: Vocabulary = Vocabulary(),
     memory_bytes_per_device: int = 0,
+    unknown_passages: Literal["error", "mask"] = "error",
     use_cached_tasks: bool = False,
     candidates: Sequence[str] | None = None,
     seed: int = 0,
@@ -53,12 +54,13 @@ def evaluate(
       memory_dir: read their memory from here.
       mixture_or_task_module: imported first; registers the tasks.
       data_dir: folder of retrieved files for tasks that read them.
-      output_dir: gets `metrics.json`, `config.gin` and `predictions-<task>.jsonl`.
+      output_dir: local or a bucket; gets `metrics.json`, `config.gin` and `predictions-<task>.jsonl`.
       split: validation or test.
       num_examples: of each task; None for all.
       mesh: devices.
       vocabulary: of tasks and passages.
       memory_bytes_per_device: a memory that fits into this is kept on the devices.
+      unknown_passages: ids that the memory lacks are an `error`, or with `mask` absent, and counted.
       use_cached_tasks: read seqio's caches.
       candidates: the only answers allowed, for the questions of all tasks; None lets the model write
         its own.
@@ -74,6 +76,9 @@ def evaluate(
     devices = make_mesh(mesh)
     checks.batch_size("BATCH_SIZE", batch_size, devices)
     checks.passages_divide(lengths, devices)
+    if output_dir is not None and jax.process_index() == 0:
+        # Now, and not when everything has been asked.
+        epath.Path(output_dir).mkdir(parents=True, exist_ok=True)
     candidates_NT = None
     if candidates is not None:
         candidates_NT = encode_candidates(candidates, vocabulary, lengths.target)
@@ -83,11 +88,12 @@ def evaluate(
         checkpoint_path,
         lengths,
         model=model,
-        passages_dir=None if memory_dir else passages_dir,
+        passages_dir=passages_dir,
         memory_dir=memory_dir,
         vocabulary=vocabulary,
         mesh=mesh,
         memory_bytes_per_device=memory_bytes_per_device,
+        unknown_passages=unknown_passages,
         batch_sizes=(batch_size,),
         seed=seed,
     )
@@ -111,7 +117,7 @@ def evaluate(
         split,
         task_feature_lengths,
         batch_size,
-        passages=predictor.passages,
+        passages=None if predictor.from_memory else predictor.passages,
         num_examples=num_examples,
         use_cached=use_cached_tasks,
     )
@@ -151,11 +157,12 @@ def evaluate(
         metrics["questions_per_second"] = rate()
     if memory_dir is not None:
         metrics["seconds_waiting_for_memory"] = predictor.waited
+    if unknown_passages == "mask":
+        metrics["passages_not_in_memory"] = predictor.masked
     for name, value in sorted(metrics.items()):
         print(f"{name:48} {value:.4f}")
     if output_dir is not None and jax.process_index() == 0:
-        folder = Path(output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = epath.Path(output_dir)
         for task, rows in dev.predictions().items():
             write_json_lines(folder / f"predictions-{task}.jsonl", rows)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")

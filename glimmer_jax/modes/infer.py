@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.json_lines import read_json_lines, write_json_lines
@@ -33,6 +33,7 @@ def infer(
     mesh: MeshConfig = MeshConfig(),
     vocabulary: Vocabulary = Vocabulary(),
     memory_bytes_per_device: int = 0,
+    unknown_passages: Literal["error", "mask"] = "error",
     candidates: Sequence[str] | None = None,
     seed: int = 0,
 ) -> None:
@@ -55,6 +56,7 @@ def infer(
       mesh: devices.
       vocabulary: that of the model.
       memory_bytes_per_device: a memory that fits into this is kept on the devices.
+      unknown_passages: ids that the memory lacks are an `error`, or with `mask` absent, and counted.
       candidates: the only answers allowed, for all questions; None lets the model write its own.
       seed: of drawn answers.
 
@@ -82,6 +84,7 @@ def infer(
         vocabulary=vocabulary,
         mesh=mesh,
         memory_bytes_per_device=memory_bytes_per_device,
+        unknown_passages=unknown_passages,
         bm25=bm25,
         batch_sizes=(batch_size,),
         seed=seed,
@@ -95,10 +98,10 @@ def infer(
         cut = sum(len(tokens) > lengths.question for tokens in encoded)
         if cut:
             print(f"{cut} questions are longer than {lengths.question} tokens and are cut.")
-        groups = (examples[i : i + batch_size] for i in range(0, len(examples), batch_size))
-        answers = (one for some in groups for one in predictor.answer(some, candidates))
-        count = write_json_lines(str(output_path), answers)
+        count = write_json_lines(str(output_path), predictor.answers(examples, candidates))
         print(f"Wrote {count} answers to {output_path}.")
+        if predictor.masked:
+            print(f"{predictor.masked} of their passages are not in the memory, and were left out.")
         return
     for question in _typed(sys.stdin):
         _show(predictor.answer([{"id": "typed", "input": question}], candidates)[0])

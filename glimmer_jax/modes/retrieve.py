@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from glimmer_jax import kilt_files
 from glimmer_jax.data.retrieval_scores import KS, RetrievalScores
@@ -21,7 +22,7 @@ from glimmer_jax.retrieval import origin
 from glimmer_jax.retrieval import retriever as retrievers
 from glimmer_jax.retrieval.bm25 import Bm25Config, Bm25Retriever
 from glimmer_jax.retrieval.dense import DenseConfig, DenseRetriever
-from glimmer_jax.retrieval.hybrid import HybridRetriever
+from glimmer_jax.retrieval.hybrid import HybridRetriever, check_weight
 from glimmer_jax.retrieval.questions import read_task
 from glimmer_jax.retrieval.recall import format_report
 from glimmer_jax.retrieval.retriever import Retriever
@@ -78,9 +79,12 @@ def retrieve(
         raise ValueError(f"NUM_PASSAGES must be 1 or more, got {num_passages}.")
     if retriever not in RETRIEVERS:
         raise ValueError(f"RETRIEVER must be one of {', '.join(RETRIEVERS)}, got {retriever!r}.")
+    if retriever == "hybrid":
+        check_weight(dense_weight)
+    bm25.check_stemmer()
     files = kilt_files.find(questions)
     for paths in files.values():
-        if paths[0].resolve().parent == Path(data_dir).resolve():
+        if "://" not in data_dir and paths[0].resolve().parent == Path(data_dir).resolve():
             raise ValueError(f"{data_dir} holds the questions themselves. Write elsewhere.")
     by_id = None if triviaqa is None else read_questions(triviaqa)
     # Read to their ends before the work starts: a bad line must not surface after hours.
@@ -101,8 +105,9 @@ def retrieve(
         scores = RetrievalScores(ks)
         found = _retrieve_file(asked, counts[name], chosen, num_passages, scores)
         if jax.process_index() == 0:
-            write_json_lines(Path(data_dir) / name, found)
-            origin.note(Path(data_dir) / name, passages)
+            path = epath.Path(data_dir) / name
+            write_json_lines(path, found)
+            origin.note(path, passages)
         else:
             # Searching is the work of all processes, writing is that of one.
             collections.deque(found, maxlen=0)

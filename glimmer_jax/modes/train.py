@@ -11,7 +11,7 @@ from etils import epath
 
 from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.lengths import Lengths
-from glimmer_jax.memory.fingerprint import encoder_fingerprint
+from glimmer_jax.memory.fingerprint import encoder_fingerprint, passages_fingerprint
 from glimmer_jax.memory.lookup import DiskLookup
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.models.matching import matching_start
@@ -97,7 +97,7 @@ def train(
     devices = make_mesh(mesh)
     checks.batch_size("BATCH_SIZE", batch_size, devices, loop_config.num_microbatches)
     eval_batch = evaluation.batch_size or batch_size
-    checks.batch_size("EVAL_BATCH_SIZE", eval_batch, devices)
+    checks.batch_size("BATCH_SIZE (of evaluation)", eval_batch, devices)
     shapes, names = model.abstract_variables()
     check_divisible(shapes, names, devices)
     checks.passages_divide(lengths, devices)
@@ -123,6 +123,7 @@ def train(
         passages.warn_of_cuts(lengths.passage)
         if data_dir is not None:
             origin.check(data_dir, passages)
+    corpus = None if passages is None else passages_fingerprint(passages.manifest)
     if memory_dir is not None:
         passages = None
     initial = None
@@ -140,6 +141,8 @@ def train(
         if memory_dir is not None:
             fingerprint = encoder_fingerprint(state.params, model.config)
             store = MemoryStore.open(memory_dir, fingerprint, vocabulary.fingerprint)
+            if corpus is not None:
+                store.check_passages(corpus)
             lookup = DiskLookup(store, lengths.passage)
         predict = Predict(model, devices, lookup)
         _save_config(model_dir, config_text)
@@ -184,7 +187,8 @@ def train(
             passages=passages,
             num_examples=evaluation.num_examples,
             use_cached=use_cached_tasks,
-            log_dir=str(epath.Path(model_dir) / "dev"),
+            # seqio's logger renames files, which only one process may.
+            log_dir=str(epath.Path(model_dir) / "dev") if jax.process_index() == 0 else None,
         )
         if loop_config.best_metric is not None:
             probe = Evaluation(
@@ -225,6 +229,8 @@ def train(
             "split": split,
             "task_feature_lengths": dict(task_feature_lengths),
             "batch_size": batch_size,
+            "min_bleu_score": min_bleu_score,
+            "use_cached_tasks": use_cached_tasks,
             "initial_checkpoint_path": initial_checkpoint_path,
             "schedule_end": optimizer.schedule_end(),
             "operative_config": config_text,

@@ -1,7 +1,7 @@
 """BM25 over a passages folder.
 
 Title and text are indexed. `tune` prints recall for a grid of settings on dev questions; the defaults
-come from it.
+are Lucene's.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ class Bm25Config:
       stem: language of a Snowball stemmer (needs PyStemmer), or None.
     """
 
-    k1: float = 0.2
-    b: float = 0.3
+    k1: float = 1.2
+    b: float = 0.75
     title_weight: int = 1
     stem: str | None = None
 
@@ -47,6 +47,11 @@ class Bm25Config:
             raise ValueError(f"b must be from 0 to 1, got {self.b}.")
         if self.title_weight < 0:
             raise ValueError(f"title_weight must be 0 or more, got {self.title_weight}.")
+
+    def check_stemmer(self) -> None:
+        """Raises ValueError where `stem` cannot be had, before passages are read."""
+        if self.stem is not None:
+            _stemmer(self.stem)
 
 
 def words(text: str) -> list[str]:
@@ -64,6 +69,8 @@ def _stemmer(language: str) -> Callable[[list[str]], list[str]]:
             f"stem={language!r} needs PyStemmer. Install it (pip install PyStemmer) or set stem to "
             "None."
         ) from None
+    if language not in Stemmer.algorithms():
+        raise ValueError(f"stem is one of {', '.join(Stemmer.algorithms())}; got {language!r}.")
     found: Callable[[list[str]], list[str]] = Stemmer.Stemmer(language).stemWords
     return found
 

@@ -31,10 +31,7 @@ class HybridRetriever(Retriever):
         Raises:
           ValueError: the weight is out of range.
         """
-        if not 0 <= weight <= 1:
-            raise ValueError(
-                f"The weight of dense scores (DENSE_WEIGHT) is from 0 to 1, got {weight}."
-            )
+        check_weight(weight)
         super().__init__(sparse.passages)
         self._sparse = sparse
         self._dense = dense
@@ -48,6 +45,12 @@ class HybridRetriever(Retriever):
         depth = max(k, DEPTH)
         sparse, dense = (one.search(questions, depth) for one in (self._sparse, self._dense))
         return [fuse(*both, self._weight, k) for both in zip(sparse, dense, strict=True)]
+
+
+def check_weight(weight: float) -> None:
+    """Raises ValueError where the weight of dense scores is out of range."""
+    if not 0 <= weight <= 1:
+        raise ValueError(f"The weight of dense scores (DENSE_WEIGHT) is from 0 to 1, got {weight}.")
 
 
 def fuse(

@@ -8,6 +8,9 @@ texts, so the corpus may be tokenised again. A file without a note is taken as i
 
 import json
 from pathlib import Path
+from typing import Any
+
+from etils import epath
 
 from glimmer_jax.json_lines import parse_line
 from glimmer_jax.passages import Passages
@@ -15,11 +18,11 @@ from glimmer_jax.passages import Passages
 _SUFFIX = ".passages.json"
 
 
-def note(path: str | Path, passages: Passages) -> None:
-    """Notes that a retrieved file names these passages."""
+def note(path: Any, passages: Passages) -> None:
+    """Notes that a retrieved file, local or in a bucket, names these passages."""
     found = {"corpus_sha256": _corpus(passages), "passages_dir": str(passages.path)}
     text = json.dumps(found, indent=2) + "\n"
-    Path(path).with_suffix(_SUFFIX).write_text(text, encoding="utf-8")
+    epath.Path(path).with_suffix(_SUFFIX).write_text(text)
 
 
 def check(path: str | Path, passages: Passages) -> None:

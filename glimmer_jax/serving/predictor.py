@@ -8,9 +8,9 @@
 Modes `eval` and `infer` are thin around it; docs/serving.md says more.
 """
 
-import dataclasses
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jax.sharding import Mesh
@@ -19,7 +19,7 @@ from glimmer_jax import axes, partitioning
 from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.lengths import Lengths
 from glimmer_jax.memory.fingerprint import encoder_fingerprint, passages_fingerprint
-from glimmer_jax.memory.lookup import open_lookup
+from glimmer_jax.memory.lookup import Lookup, open_lookup
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.partitioning import MeshConfig, make_mesh
@@ -30,7 +30,7 @@ from glimmer_jax.serving.candidates import add_candidates, encode_candidates
 from glimmer_jax.serving.predict import Batch, Predict
 from glimmer_jax.text import question_text
 from glimmer_jax.weights import parameters
-from glimmer_jax.weights.load import Loaded, load
+from glimmer_jax.weights.load import load
 
 Example = dict[str, Any]
 
@@ -53,7 +53,7 @@ class Predictor:
         lengths: Lengths,
         vocabulary: Vocabulary,
         passages: Passages | None,
-        lookup: Any | None,
+        lookup: Lookup | None,
         bm25: Bm25Config,
         batch_sizes: Sequence[int],
         seed: int,
@@ -62,6 +62,7 @@ class Predictor:
         self.passages = passages
         self.batch_sizes = sorted(batch_sizes)
         self.from_memory = lookup is not None
+        self._lookup = lookup
         self._params = params
         self._vocabulary = vocabulary
         self._predict = Predict(model, mesh, lookup, seed)
@@ -80,6 +81,7 @@ class Predictor:
         vocabulary: Vocabulary = Vocabulary(),
         mesh: MeshConfig = MeshConfig(),
         memory_bytes_per_device: int = 0,
+        unknown_passages: Literal["error", "mask"] = "error",
         bm25: Bm25Config = Bm25Config(),
         batch_sizes: Sequence[int] = (8,),
         seed: int = 0,
@@ -96,6 +98,7 @@ class Predictor:
           vocabulary: that of the model.
           mesh: devices.
           memory_bytes_per_device: a memory that fits into this is kept on the devices.
+          unknown_passages: what ids that the memory lacks are: an error, or absent (`masked` counts).
           bm25: settings of the index, which is made when a question first needs it.
           batch_sizes: numbers of questions that `answer` computes at a time; each is compiled once.
           seed: of drawn answers (`DecodeConfig.temperature`).
@@ -122,7 +125,7 @@ class Predictor:
             if memory_dir is None:
                 passages.warn_of_cuts(lengths.passage)
         loaded = load(checkpoint_path)
-        model = model or _own_model(checkpoint_path, loaded)
+        model = model or GlimmerModel(loaded.answering_config())
         host_params = parameters.fit(loaded, checkpoint_path, model, vocabulary.fingerprint)
         lookup = None
         if memory_dir is not None:
@@ -130,7 +133,9 @@ class Predictor:
             store = MemoryStore.open(memory_dir, fingerprint, vocabulary.fingerprint)
             if passages is not None:
                 store.check_passages(passages_fingerprint(passages.manifest))
-            lookup = open_lookup(store, devices, lengths.passage, memory_bytes_per_device)
+            lookup = open_lookup(
+                store, devices, lengths.passage, memory_bytes_per_device, unknown_passages
+            )
         platform = devices.devices.flat[0].platform
         host_params = prepare.one_by_one(model, host_params)
         model = prepare.looped(model, platform)
@@ -155,6 +160,11 @@ class Predictor:
     def waited(self) -> float:
         """Seconds that `prefetch` has kept its takers waiting for memory."""
         return self._predict.waited
+
+    @property
+    def masked(self) -> int:
+        """Passages so far that the memory did not have."""
+        return 0 if self._lookup is None else self._lookup.masked
 
     def warm_up(self, candidates: Sequence[str] | None = None) -> None:
         """Compiles the programs of all `batch_sizes`, or fetches them from JAX's compilation cache.
@@ -188,35 +198,39 @@ class Predictor:
           ValueError: there is no corpus to name passages from, or candidates are none, empty or too
             long.
         """
-        size, encoded = self.batch_sizes[-1], self._encoded(candidates)
-        groups = (questions[i : i + size] for i in range(0, len(questions), size))
-        return [one for some in groups for one in self._answer(some, candidates, encoded)]
+        return list(self.answers(questions, candidates))
+
+    def answers(
+        self,
+        questions: Sequence[Mapping[str, Any]],
+        candidates: Sequence[str] | None = None,
+    ) -> Iterator[Example]:
+        """`answer`, one after another; memory of the next batch is read while one is computed."""
+        passages, encoded = self._corpus(), self._encoded(candidates)
+        under_way: deque[tuple[Sequence[Mapping[str, Any]], list[list[int]]]] = deque()
+
+        def batches() -> Iterator[Batch]:
+            for start in range(0, len(questions), self.batch_sizes[-1]):
+                some = questions[start : start + self.batch_sizes[-1]]
+                found = [self._passage_ids(one) for one in some]
+                under_way.append((some, found))
+                size = next(size for size in self.batch_sizes if size >= len(some))
+                yield self._batch([one["input"] for one in some], found, size, encoded)
+
+        for batch in self.prefetch(batches()):
+            tokens, aux = self.predict(batch)
+            for row, (one, ids) in enumerate(zip(*under_way.popleft(), strict=True)):
+                text = self._vocabulary.decode(tokens[row])
+                record = _record(one, ids, text, aux, row, passages)
+                if candidates is not None:
+                    record["candidates"] = _ranked(candidates, aux["candidate_scores"][row])
+                    record["output"][0]["answer"] = record["candidates"][0]["answer"]
+                yield record
 
     def _encoded(self, candidates: Sequence[str] | None) -> np.ndarray | None:
         if candidates is None:
             return None
         return encode_candidates(candidates, self._vocabulary, self.lengths.target)
-
-    def _answer(
-        self,
-        questions: Sequence[Mapping[str, Any]],
-        candidates: Sequence[str] | None,
-        encoded: np.ndarray | None,
-    ) -> list[Example]:
-        passages = self._corpus()
-        found = [self._passage_ids(one) for one in questions]
-        size = next(size for size in self.batch_sizes if size >= len(questions))
-        batch = self._batch([one["input"] for one in questions], found, size, encoded)
-        tokens, aux = self.predict(batch)
-        records = []
-        for row, (one, ids) in enumerate(zip(questions, found, strict=True)):
-            text = self._vocabulary.decode(tokens[row])
-            record = _record(one, ids, text, aux, row, passages)
-            if candidates is not None:
-                record["candidates"] = _ranked(candidates, aux["candidate_scores"][row])
-                record["output"][0]["answer"] = record["candidates"][0]["answer"]
-            records.append(record)
-        return records
 
     def _corpus(self) -> Passages:
         if self.passages is None:
@@ -256,16 +270,6 @@ class Predictor:
             passages = self._corpus()
             batch["passage_tokens"] = passages.tokens(passages.rows(ids_BK), lengths.passage)
         return add_candidates(batch, candidates_NT)
-
-
-def _own_model(path: Any, loaded: Loaded) -> GlimmerModel:
-    if loaded.config is None:
-        raise ValueError(
-            f"Checkpoint {path} does not say which model it holds. Give the model that it was trained "
-            "as: Predictor.load(..., model=GlimmerModel(...))."
-        )
-    t5 = dataclasses.replace(loaded.config.t5, dropout_rate=0.0)
-    return GlimmerModel(dataclasses.replace(loaded.config, t5=t5))
 
 
 def _record(

@@ -19,7 +19,6 @@ The calling convention, for a reader without this project, is in docs/serving.md
 import dataclasses
 import hashlib
 import json
-import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,6 +29,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from glimmer_jax import paths
 from glimmer_jax.lengths import Lengths, check_lengths
 from glimmer_jax.memory.fingerprint import encoder_fingerprint
 from glimmer_jax.models.model import GlimmerModel
@@ -77,7 +77,7 @@ def export_program(
     Raises:
       ValueError: the folder is there, or passages are to come as memory and the model has none.
     """
-    folder = pathlib.Path(folder)
+    folder = paths.local("OUTPUT_PATH (of programs)", folder)
     if folder.exists():
         raise ValueError(f"OUTPUT_PATH: {folder} is there already. Give a folder that is not.")
     if config.from_memory and not model.config.memory_layers:

@@ -7,8 +7,8 @@ from typing import Any
 from glimmer_jax.weights.model_config import config_from, differences
 
 # What two starts of one run must share, by its name in the metadata. The position in the stream of
-# examples is step x batch size, in an order that mixture, split, lengths and seed decide. A run that
-# goes on reads its own parameters: another initial checkpoint would be passed over without a word, as
+# examples is step x batch size, in an order that mixture, split, lengths and seed decide, of those that
+# the filter by provenance lets through. A run that goes on reads its own parameters: another initial checkpoint would be passed over without a word, as
 # would the steps taken at the rates of a schedule with another end.
 SAME_RUN = (
     "vocabulary_fingerprint",
@@ -17,6 +17,8 @@ SAME_RUN = (
     "split",
     "task_feature_lengths",
     "batch_size",
+    "min_bleu_score",
+    "use_cached_tasks",
     "initial_checkpoint_path",
     "schedule_end",
 )

@@ -3,7 +3,6 @@ one file or in several with an index. Read tensor by tensor, and written. Pickle
 reading one runs code.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import numpy as np
 import safetensors.numpy
 import tensorstore as ts
 
+from glimmer_jax.json_lines import parse_line
 from glimmer_jax.memory import folder
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.weights import huggingface_names as names
@@ -54,7 +54,7 @@ def load(path: Any, kvstore: ts.KvStore) -> tuple[dict[str, Any], GlimmerConfig,
       ValueError: another architecture, no readable weights, or parameters that are missing, extra or
         misshapen, all of which are named.
     """
-    config = json.loads(folder.read_file(kvstore, _CONFIG) or b"{}")
+    config = parse_line(folder.read_file(kvstore, _CONFIG) or b"{}", f"{path}/{_CONFIG}")
     tensors = open_tensors(path, kvstore)
     found = {name: store for name, store in tensors.opened.items() if name not in names.IGNORED}
     if config.get("model_type") == _DIVIDED:
@@ -111,12 +111,15 @@ def save(
       file_bytes: a file holds no more, but at least one tensor; several get an index.
 
     Raises:
-      ValueError: activations that T5 of Hugging Face does not have.
+      ValueError: a model is there already, or activations that T5 of Hugging Face does not have.
     """
     settings = names.write_config(config.t5)
     if not t5_names.is_t5(config):
         settings |= {"architectures": [], "model_type": _DIVIDED, _SETTING: dict(described)}
     kvstore = folder.open_folder(path)
+    if exists(kvstore, _CONFIG):
+        # Written over, it would be a mixture of two until the end.
+        raise ValueError(f"{path} holds a model already. Remove it, or write into another folder.")
     leaves = {}
     for name, leaf in t5_names.flat_from(params).items():
         leaves[names.their_name(name, config)] = (leaf, names.transposed(name))
@@ -185,8 +188,10 @@ def open_tensors(path: Any, kvstore: ts.KvStore) -> Tensors:
     )
     for one, read, kind in readers:
         if exists(kvstore, one + _INDEX):
-            index = json.loads(folder.read_file(kvstore, one + _INDEX) or b"{}")
-            files = sorted(set(index["weight_map"].values()))
+            index = parse_line(
+                folder.read_file(kvstore, one + _INDEX) or b"{}", f"{path}/{one}{_INDEX}"
+            )
+            files = sorted(set(index.get("weight_map", {}).values()))
             if missing := [file for file in files if not exists(kvstore, file)]:
                 raise ValueError(
                     f"{path} lacks {missing}, which {one}{_INDEX} names. Fetch them again."

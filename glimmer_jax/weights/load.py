@@ -20,6 +20,20 @@ class Loaded:
     vocabulary_fingerprint: str | None  # of the vocabulary they were trained with, where it says so
     what: str  # what was found, for people
 
+    def answering_config(self) -> GlimmerConfig:
+        """The setting to ask questions of: the parameters' own, without dropout.
+
+        Raises:
+          ValueError: what was found does not say which model it holds.
+        """
+        if self.config is None:
+            raise ValueError(
+                f"Checkpoint {self.what}, does not say which model it holds. Give the model that it was "
+                "trained as, or export it with one (--run_mode=export)."
+            )
+        t5 = dataclasses.replace(self.config.t5, dropout_rate=0.0)
+        return dataclasses.replace(self.config, t5=t5)
+
 
 def load(path: Any) -> Loaded:
     """Opens or reads parameters; `parameters.place` brings them to the devices.

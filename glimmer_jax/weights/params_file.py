@@ -6,7 +6,8 @@ optimiser state, two files. Training from it goes on in float32.
 
 import hashlib
 import json
-import pathlib
+import os
+import tempfile
 from typing import Any
 
 import flax.traverse_util
@@ -14,10 +15,16 @@ import jax
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
+from etils import epath
+
+from glimmer_jax.json_lines import parse_line
 
 
 def save_params_file(path: Any, params: dict[str, Any], config: dict[str, Any]) -> None:
-    """Writes `path` (`NAME.safetensors`) and `NAME.json` beside it.
+    """Writes `path` (`NAME.safetensors`) and `NAME.json` beside it, locally or in a bucket.
+
+    Of a pair that was there before nothing is lost until the new one is complete; the JSON's sum tells
+    a pair that a kill left between the two.
 
     Args:
       path: ends in `.safetensors`.
@@ -38,9 +45,13 @@ def save_params_file(path: Any, params: dict[str, Any], config: dict[str, Any]) 
     }
     data = safetensors.numpy.save(flat)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
     content = {**config, "sha256": hashlib.sha256(data).hexdigest()}
-    path.with_suffix(".json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    described = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+    written = {path: data, path.with_suffix(".json"): described}
+    for file, its in written.items():
+        _unfinished(file).write_bytes(its)
+    for file in written:
+        _unfinished(file).replace(file)
 
 
 def load_params_file(path: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -55,18 +66,32 @@ def load_params_file(path: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         if not wanted.exists():
             raise ValueError(f"{wanted} is missing; parameters need both {path} and {config_path}.")
     data = path.read_bytes()
-    config = json.loads(config_path.read_text())
+    config = parse_line(config_path.read_bytes(), str(config_path))
     if config.pop("sha256", None) != hashlib.sha256(data).hexdigest():
         raise ValueError(
             f"{path} is damaged, or not the file that {config_path} describes (sha256 differs). "
             "Fetch both files again."
         )
-    flat = {name: x.astype(np.float32) for name, x in safetensors.numpy.load_file(path).items()}
+    flat = {name: x.astype(np.float32) for name, x in _tensors(path, data).items()}
     return flax.traverse_util.unflatten_dict(flat, sep="/"), config
 
 
-def _checked(path: Any) -> pathlib.Path:
-    path = pathlib.Path(path)
+def _tensors(path: epath.Path, data: bytes) -> dict[str, np.ndarray]:
+    if "://" not in os.fspath(path):
+        return safetensors.numpy.load_file(path)
+    # Of bfloat16 the library reads files alone.
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        return safetensors.numpy.load_file(file.name)
+
+
+def _unfinished(path: epath.Path) -> epath.Path:
+    return path.with_name(f"{path.name}.unfinished-{os.getpid()}")
+
+
+def _checked(path: Any) -> epath.Path:
+    path = epath.Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"A parameter file is called NAME.safetensors, got {path}.")
     return path

@@ -22,6 +22,7 @@ import flax.traverse_util
 import numpy as np
 import safetensors.numpy
 
+from glimmer_jax.json_lines import parse_line
 from glimmer_jax.memory.folder import open_folder
 from glimmer_jax.models.t5 import T5Config
 from glimmer_jax.weights import huggingface, t5_names
@@ -106,7 +107,10 @@ def _modules(path: pathlib.Path) -> list[str]:
             f"{path} has no modules.json: it is not a folder of sentence-transformers. Give the "
             "folder of a GTR, such as gtr-t5-base, whole."
         )
-    listed = json.loads((path / "modules.json").read_text())
+    try:
+        listed = json.loads((path / "modules.json").read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}/modules.json is no JSON: {error}. Fetch it again.") from None
     found = [module["type"].rpartition(".")[2] for module in listed]
     if found != MODULES:
         raise ValueError(
@@ -119,8 +123,7 @@ def _modules(path: pathlib.Path) -> list[str]:
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} is missing. Fetch the encoder's folder again, whole.")
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+    return parse_line(path.read_bytes(), str(path))
 
 
 def _check_pooling(path: pathlib.Path) -> None:

@@ -103,8 +103,12 @@ def save(
       params: of `config`, numpy, JAX arrays or TensorStores.
       config: the setting; `described` says it already.
       described: what `model_config.describe` says of it.
+
+    Raises:
+      ValueError: a checkpoint is there already.
     """
     del config
+    _check_free(path)
     _save(path, t5_names.flat_from(params), 0, {_SETTING: json.dumps(described)})
 
 
@@ -128,9 +132,14 @@ def save_tree(
     name = pathlib.PurePosixPath(path).name
     if (match := _STEP.fullmatch(name)) is None:
         raise ValueError(f"T5X finds steps by their names: wanted checkpoint_N, got {name}.")
-    if exists(folder.open_folder(path), _FILE):
-        raise ValueError(f"{path} holds a checkpoint already. Remove it, or write another step.")
+    _check_free(path)
     _save(path, flax.traverse_util.flatten_dict(params, sep="/"), int(match[1]), {})
+
+
+def _check_free(path: Any) -> None:
+    # Written over, it would be a mixture of two until the end.
+    if exists(folder.open_folder(path), _FILE):
+        raise ValueError(f"{path} holds a checkpoint already. Remove it, or write another one.")
 
 
 def _save(path: Any, flat: Mapping[str, Any], step: int, beside: Mapping[str, Any]) -> None:

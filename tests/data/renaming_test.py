@@ -106,3 +106,12 @@ def test_examples_depend_on_seed_and_index_alone():
 def test_too_few_passages_are_refused():
     with pytest.raises(ValueError, match="No example of which has 5 retrieved passages"):
         questions(passages=5, which=[line("text", "json.dumps", "json.dumps")])
+
+
+def test_questions_of_another_corpus_are_refused():
+    asked = line("text", "json.dumps", "json.dumps")
+    asked["retrieved"][1]["id"] = 99
+    with pytest.raises(
+        ValueError, match="name passage 99, which this Python's documentation does not"
+    ):
+        questions(which=[asked])

@@ -130,6 +130,28 @@ def test_preempted_more_often_than_allowed_is_42(gcloud):
     assert verbs(gcloud) == ONE_LIFE * 3
 
 
+# Every second question for the state fails.
+UNSURE = 'n=$(cat n 2>/dev/null || echo 0); [ "$verb" = describe ] && echo $((n+1)) > n'
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_question_for_the_state_that_fails_gives_no_machine_away(gcloud, monkeypatch, code):
+    life(gcloud, 1, f'{UNSURE} && [ $((n % 2)) = 0 ] && exit 1; [ "$n" = 1 ] && state=PROVISIONING')
+    monkeypatch.setenv("JOB", f"exit {code}")
+    assert go("queued_resource") == code
+    assert verbs(gcloud) == ONE_LIFE
+    assert int((gcloud / "n").read_text()) >= 4
+
+
+def test_bad_input_is_not_repeated_even_where_the_state_is_unknown(gcloud, monkeypatch):
+    life(
+        gcloud, 1, '[ "$verb" = run ] && touch ran; [ "$verb" = describe ] && [ -e ran ] && exit 1'
+    )
+    monkeypatch.setenv("JOB", "exit 2")
+    assert go() == 2
+    assert verbs(gcloud) == ONE_LIFE
+
+
 @pytest.mark.parametrize("code", [1, 2])
 def test_bad_input_and_crashes_are_not_repeated(gcloud, monkeypatch, code):
     monkeypatch.setenv("JOB", f"exit {code}")

@@ -68,6 +68,8 @@ def test_of_a_folder_inside_another_checkout_nothing_is_known(checkout):
         (["--gin_bindings=MODEL_DIR = 'gs://b/a'"], "gs://b/a/launch.json"),
         (["--run_mode=eval", "--gin.OUTPUT_DIR='out'", "--gin.MEMORY_DIR='m'"], "out/launch.json"),
         (["--run_mode=build_memory", "--gin.MEMORY_DIR='m/'"], "m.launch.json"),
+        (["--run_mode=memory", "--gin.MEMORY_DIR='m'"], "m.launch.json"),
+        (["--run_mode=codebooks", "--gin.OUTPUT_PATH='a/b'"], "a/b.launch.json"),
         (["--run_mode=infer", "--gin.OUTPUT_PATH='a.jsonl'"], "a.jsonl.launch.json"),
         (["--run_mode=train", "--gin.MODEL_DIR=%HERE"], "launch.json"),
         (["--run_mode=score"], "launch.json"),

@@ -58,6 +58,50 @@ def test_append_that_was_stopped_goes_on(tiny, tmp_path):
     assert tiny.append_tiny(path, whole).num_passages == 23
 
 
+@pytest.mark.fault
+def test_what_a_stopped_append_left_does_not_stand_in_the_way_of_other_passages(tiny, tmp_path):
+    whole, other = tiny.TinyPassages(), tiny.TinyPassages()
+    other.all_tokens[20] = other.all_tokens[20][::-1] + 1
+    folders = [tmp_path / "left", tmp_path / "fresh"]
+    for path in folders:
+        tiny.build_tiny(path, tiny.part(range(9)))
+    manifest_file = folders[0] / manifest.MANIFEST
+    before = manifest_file.read_bytes()
+    # All shards finished, and killed before the manifest.
+    tiny.append_tiny(folders[0], whole)
+    shutil.rmtree(folders[0] / "versions")
+    manifest_file.write_bytes(before)
+    for path in folders:
+        tiny.append_tiny(path, other)
+    assert verify(MemoryStore.open(folders[0])) == []
+    left, fresh = (
+        {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
+        for path in folders
+    )
+    assert left == fresh
+
+
+@pytest.mark.fault
+def test_a_damaged_manifest_of_a_changed_store_is_not_written_anew(tiny, tmp_path):
+    path, whole = tmp_path / "s", tiny.TinyPassages()
+    tiny.build_tiny(path, tiny.part(range(9)))
+    change.withdraw(path, whole.ids[[3]].tolist())
+    tiny.append_tiny(path, whole)
+    flipped = bytearray((path / manifest.MANIFEST).read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    (path / manifest.MANIFEST).write_bytes(flipped)
+    files = {f: f.read_bytes() for f in path.rglob("*") if f.is_file()}
+    for attempt in (lambda: MemoryStore.open(path), lambda: tiny.build_tiny(path)):
+        with pytest.raises(
+            manifest.DamagedStore, match="Version 2 is whole: read it with VERSION = 2"
+        ):
+            attempt()
+    assert {f: f.read_bytes() for f in path.rglob("*") if f.is_file()} == files
+    store = MemoryStore.open(path, version=2)
+    with pytest.raises(ValueError, match=r"1 passage ids .*\(1 of them withdrawn\)"):
+        store.rows(whole.ids[[3]])
+
+
 def test_changed_text_is_refused_or_replaced(tiny, copied_store):
     other = tiny.TinyPassages()
     other.all_tokens[20] = other.all_tokens[20][::-1] + 1

@@ -233,6 +233,7 @@ def test_a_run_is_its_data_and_what_its_model_computes():
     def run(config=tiny.GLIMMER, **changes):
         data = {"batch_size": 8, "task_feature_lengths": {"passages": (3, 6)}}
         data |= {"initial_checkpoint_path": "t5", "schedule_end": 100}
+        data |= {"min_bleu_score": 0.5, "use_cached_tasks": False}
         return {**describe(config, "v"), **data, "mixture_or_task_name": "a", **changes}
 
     def t5(**changes):
@@ -248,6 +249,8 @@ def test_a_run_is_its_data_and_what_its_model_computes():
             run(initial_checkpoint_path="other"),
             "initial_checkpoint_path 't5', and this one 'other'",
         ),
+        (run(min_bleu_score=0.1), "min_bleu_score 0.5, and this one 0.1"),
+        (run(use_cached_tasks=True), "use_cached_tasks False, and this one True"),
         (run(schedule_end=200), "schedule_end 100, and this one 200"),
         (run(mixture_or_task_name="b"), "mixture_or_task_name 'a', and this one 'b'"),
         (run(task_feature_lengths={"passages": (4, 6)}), r"\[3, 6\]\}, and this one .*\[4, 6\]"),

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from glimmer_jax.weights.load import load
 from glimmer_jax.weights.model_config import config_from, describe
@@ -47,8 +48,29 @@ def test_a_damaged_params_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is damaged"):
         load_params_file(path)
     assert set(content) == {"sha256"}
+    path.with_suffix(".json").write_text('{"sha')
+    with pytest.raises(ValueError, match=r"small.json: not a JSON object"):
+        load_params_file(path)
     path.unlink()
     with pytest.raises(ValueError, match=r"small.safetensors is missing"):
         load_params_file(path)
     with pytest.raises(ValueError, match=r"called NAME.safetensors"):
         save_params_file(tmp_path / "small.bin", {}, {})
+
+
+def test_a_pair_is_replaced_when_the_new_one_is_complete(tmp_path, monkeypatch):
+    path = tmp_path / "small.safetensors"
+    save_params_file(path, {"a": np.ones(3, np.float32)}, {})
+
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(epath.Path(path)), "write_bytes", full)
+        with pytest.raises(OSError, match="No space left"):
+            save_params_file(path, {"a": np.zeros(3, np.float32)}, {})
+    params, _ = load_params_file(path)
+    np.testing.assert_array_equal(params["a"], np.ones(3))
+    save_params_file(path, {"a": np.zeros(3, np.float32)}, {})
+    np.testing.assert_array_equal(load_params_file(path)[0]["a"], np.zeros(3))
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["small.json", "small.safetensors"]

@@ -1,0 +1,120 @@
+"""glimmer's own commands in several processes, by the local launcher: the same as in one."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from glimmer_jax import shipped
+from glimmer_jax.weights.load import load
+from tests import mini_kilt
+from tests.kilt_road_test import GLIMMER, LENGTHS, TINY
+
+pytest.importorskip("seqio")
+
+ROOT = pathlib.Path(shipped.root())
+STEPS = 4
+
+
+def launch(processes, devices, mode, *files, **macros):
+    """Runs a command in as many processes, each with as many virtual devices."""
+    flags = [f"--run_mode={mode}", *(f"--gin_file=gin/{file}.gin" for file in files)]
+    flags += [f"--gin.{name}={value!r}" for name, value in macros.items()]
+    command = [
+        sys.executable,
+        "-m",
+        "launch",
+        "local",
+        f"--num_processes={processes}",
+        "--",
+        *flags,
+    ]
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kilt")
+    mini_kilt.write(folder)
+    corpus = {"CORPUS": str(folder / "kilt_knowledgesource.json"), "CORPUS_FORMAT": "kilt"}
+    passages = {"PASSAGES_DIR": str(folder / "passages")}
+    launch(
+        1,
+        1,
+        "passages",
+        "runs/passages",
+        **corpus,
+        **passages,
+        PASSAGE_WORDS=mini_kilt.PASSAGE_WORDS,
+    )
+    questions = {
+        "QUESTIONS": str(folder / "questions" / "fever-*-kilt.jsonl"),
+        "QUESTION_WORDS": 12,
+    }
+    retrieved = {"DATA_DIR": str(folder / "retrieved"), "NUM_PASSAGES": 3}
+    launch(1, 1, "retrieve", "runs/retrieve", **questions, **passages, **retrieved)
+    return folder
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_many_processes_train_build_and_evaluate_as_one(mini, tmp_path, count):
+    data = {"PASSAGES_DIR": str(mini / "passages"), "DATA_DIR": str(mini / "retrieved")}
+    task = {"MIXTURE_OR_TASK_NAME": "kilt_fever"}
+    sized = {**TINY, "TASK_FEATURE_LENGTHS": LENGTHS}
+    apart, together = (tmp_path / "apart", count, 1), (tmp_path / "together", 1, count)
+
+    training = {**data, **task, **sized, "TRAIN_STEPS": STEPS, "BATCH_SIZE": 8, "LOG_EVERY": 1}
+    training |= {"EVAL_EVERY": 0, "BEST_METRIC": None, "MESH_DATA": 1, "MESH_FSDP": count}
+    for folder, *job in (apart, together):
+        run = {**training, "MODEL_DIR": str(folder)}
+        launch(*job, "train", *GLIMMER, "runs/finetune", "data/kilt", **run)
+    losses = [
+        [
+            json.loads(line)["train/loss"]
+            for line in (folder / "train" / "metrics.jsonl").read_text().splitlines()
+        ]
+        for folder, *_ in (apart, together)
+    ]
+    assert len(losses[0]) == STEPS
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    both = [load(folder).params for folder, *_ in (apart, together)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), *both)
+
+    # The checkpoint that many processes wrote, read by many and by one.
+    shared = {"CHECKPOINT_PATH": str(apart[0]), "PASSAGES_DIR": data["PASSAGES_DIR"]}
+    building = {**shared, **TINY, "MAX_PASSAGE_TOKENS": 32, "BATCH_SIZE": 2, "SHARD_PASSAGES": 3}
+    asking = {**shared, **task, **sized, "DATA_DIR": data["DATA_DIR"], "BATCH_SIZE": 8}
+    found = []
+    for folder, *job in (apart, together):
+        memory, output = folder / "memory", folder / "eval"
+        launch(
+            *job, "build_memory", *GLIMMER, "runs/build_memory", **building, MEMORY_DIR=str(memory)
+        )
+        places = {"MEMORY_DIR": str(memory), "OUTPUT_DIR": str(output), "SPLIT": "validation"}
+        launch(*job, "eval", *GLIMMER, "runs/eval", "data/kilt", **asking, **places)
+        metrics = json.loads((output / "metrics.json").read_text())
+        timed = ("questions_per_second", "seconds_waiting_for_memory")
+        assert metrics.pop(timed[0]) > 0 and metrics.pop(timed[1]) >= 0
+        predictions = (output / "predictions-kilt_fever.jsonl").read_text()
+        found.append((metrics, predictions, contents(memory)))
+    assert found[0][0] == found[1][0]
+    assert found[0][1] == found[1][1]
+    assert found[0][2].keys() == found[1][2].keys()
+    assert found[0][2] == found[1][2]
+
+
+def contents(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
