@@ -8,8 +8,9 @@ from glimmer_jax.weights.model_config import config_from, differences
 
 # What two starts of one run must share, by its name in the metadata. The position in the stream of
 # examples is step x batch size, in an order that mixture, split, lengths and seed decide, of those that
-# the filter by provenance lets through. A run that goes on reads its own parameters: another initial checkpoint would be passed over without a word, as
-# would the steps taken at the rates of a schedule with another end.
+# the filter by provenance lets through. A run that goes on reads its own parameters: another initial
+# checkpoint would be passed over without a word, as would the steps taken at the rates of a schedule with
+# another end.
 SAME_RUN = (
     "vocabulary_fingerprint",
     "seed",

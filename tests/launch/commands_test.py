@@ -64,8 +64,9 @@ def mini(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, 4])
 def test_many_processes_train_build_and_evaluate_as_one(mini, tmp_path, count):
     data = {"PASSAGES_DIR": str(mini / "passages"), "DATA_DIR": str(mini / "retrieved")}
     task = {"MIXTURE_OR_TASK_NAME": "kilt_fever"}
@@ -102,8 +103,7 @@ def test_many_processes_train_build_and_evaluate_as_one(mini, tmp_path, count):
         places = {"MEMORY_DIR": str(memory), "OUTPUT_DIR": str(output), "SPLIT": "validation"}
         launch(*job, "eval", *GLIMMER, "runs/eval", "data/kilt", **asking, **places)
         metrics = json.loads((output / "metrics.json").read_text())
-        timed = ("questions_per_second", "seconds_waiting_for_memory")
-        assert metrics.pop(timed[0]) > 0 and metrics.pop(timed[1]) >= 0
+        assert metrics.pop("seconds_waiting_for_memory") >= 0
         predictions = (output / "predictions-kilt_fever.jsonl").read_text()
         found.append((metrics, predictions, contents(memory)))
     assert found[0][0] == found[1][0]
