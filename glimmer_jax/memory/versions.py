@@ -29,9 +29,10 @@ def read_manifest(kvstore: ts.KvStore, version: int | None = None) -> Manifest:
             "stopped; otherwise check the path."
         )
     # An earlier one first: it can be read where the newest is damaged.
-    kept = None if version is None else folder.read_file(kvstore, _kept(version))
-    if kept is not None:
-        return Manifest.from_bytes(kept, f"{kvstore.url}{_kept(version)}")
+    if version is not None:
+        kept = folder.read_file(kvstore, _kept(version))
+        if kept is not None:
+            return Manifest.from_bytes(kept, f"{kvstore.url}{_kept(version)}")
     try:
         newest = Manifest.from_bytes(data, f"{kvstore.url}{MANIFEST}")
     except DamagedStore as damage:
