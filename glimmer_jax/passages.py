@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from glimmer_jax import paths
 from glimmer_jax.json_lines import dump_line, parse_line
 from glimmer_jax.text import passage_text
 
@@ -74,7 +75,7 @@ def write_passages(
       ValueError: the folder exists, an id is given twice, a token id does not fit `vocab_size`,
         there is no passage, or `max_length` is below 2.
     """
-    target = Path(path)
+    target = paths.local("PASSAGES_DIR", path)
     if max_length < 2:
         raise ValueError(f"max_length must be 2 or more, a token and the end, got {max_length}.")
     check_absent(target, overwrite)
@@ -218,7 +219,7 @@ class Passages:
         Raises ValueError where the folder is missing, unfinished or damaged, of another format, or
         made with another vocabulary.
         """
-        folder = Path(path)
+        folder = paths.local("PASSAGES_DIR", path)
         if not folder.is_dir():
             raise ValueError(
                 f"No passages folder {folder}. Write one with --run_mode=passages, or check the "

@@ -55,9 +55,10 @@ def mini(tmp_path_factory):
     return folder
 
 
-def cut(corpus, passages):
+def cut(corpus, passages, **macros):
     given = {"CORPUS": str(corpus), "CORPUS_FORMAT": "kilt", "PASSAGES_DIR": str(passages)}
-    return run("passages", "runs/passages", **given, PASSAGE_WORDS=mini_kilt.PASSAGE_WORDS)
+    given["PASSAGE_WORDS"] = mini_kilt.PASSAGE_WORDS
+    return run("passages", "runs/passages", **given, **macros)
 
 
 def records(folder):
@@ -156,6 +157,31 @@ def test_from_training_to_scores_of_a_submission(mini, tmp_path, capsys):
     evaluated = metrics["kilt_hotpotqa/exact_match"]
     assert official["downstream"]["downstream"]["em"] == pytest.approx(evaluated)
     assert official["retrieval"]["recall@5"] > 0
+
+    # A passage that the memory has forgotten.
+    gone = lines(questions)[0]["retrieved"][0]["id"]
+    forgetting = {"MEMORY_DIR": memory, "ACTION": "withdraw", "IDS": [gone]}
+    assert run("memory", "runs/memory", **forgetting) == 0
+    assert run("infer", *GLIMMER, "runs/infer", **shared, **asking, **sized) == 2
+    assert "(1 of them withdrawn)" in capsys.readouterr().err
+    masked = {**asking, "UNKNOWN_PASSAGES": "mask"}
+    assert run("infer", *GLIMMER, "runs/infer", **shared, **masked, **sized) == 0
+    assert "of their passages are not in the memory" in capsys.readouterr().out
+    assert gone not in [p["id"] for one in lines(answers) for p in one["passages"]]
+    evaluating["UNKNOWN_PASSAGES"] = "mask"
+    assert run("eval", *GLIMMER, "runs/eval", "data/kilt", **shared, **evaluating, **sized) == 0
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert metrics["passages_not_in_memory"] > 0
+    predicted = lines(tmp_path / "eval" / "predictions-kilt_hotpotqa.jsonl")
+    assert gone not in [i for one in predicted for i in one["passage_ids"]]
+
+    # The same texts, cut elsewhere: not what the memory was made from.
+    short = str(tmp_path / "short")
+    assert cut(mini / "kilt_knowledgesource.json", short, MAX_PASSAGE_TOKENS=20) == 0
+    other = {"CHECKPOINT_PATH": model_dir, **evaluating, **sized, "PASSAGES_DIR": short}
+    assert run("eval", *GLIMMER, "runs/eval", "data/kilt", **other) == 2
+    error = capsys.readouterr().err
+    assert memory in error and "the same id may be another text" in error
 
 
 def test_a_corpus_that_the_files_are_not_from_is_refused(mini, tmp_path, capfd):

@@ -29,6 +29,14 @@ def test_examples_are_read_in_order(tmp_path):
         ({"output": {}}, "list of objects in `output`"),
         ({"output": [{"answer": 3}]}, "string `answer`, got 3"),
         ({"output": [{"provenance": [1]}]}, "list of objects in `provenance`"),
+        (
+            {"output": [{"provenance": [{"start_paragraph_id": "3"}]}]},
+            "number or null in `start_paragraph_id`, got '3'",
+        ),
+        (
+            {"output": [{"provenance": [{"bleu_score": "0.9"}]}]},
+            "number or null in `bleu_score`, got '0.9'",
+        ),
         ({"retrieved": [{"id": "7"}]}, "in `retrieved`, got"),
         ({"retrieved": 1}, "a list in `retrieved`"),
         ({}, "the id 'a' was given before"),

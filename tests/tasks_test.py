@@ -288,7 +288,7 @@ def test_tasks_are_registered_with_the_vocabulary_in_use(tmp_path, monkeypatch):
     assert found.output_features["inputs"].vocabulary == Vocabulary(copy).seqio()
 
 
-def test_a_cache_gives_the_same_examples(data_dir, tmp_path):
+def test_a_cache_gives_the_same_examples(data_dir, tmp_path, capsys):
     folder = str(tmp_path / "cache")
     assert cache.write(TASK, folder, num_shards=3) == {"train": 10, "validation": 5}
     task = seqio.get_mixture_or_task(TASK)
@@ -310,6 +310,9 @@ def test_a_cache_gives_the_same_examples(data_dir, tmp_path):
             np.testing.assert_array_equal(a[name], b[name])
     with pytest.raises(ValueError, match="holds a cache of which_test already"):
         cache.write(TASK, folder)
+    flags = ["--module=tests.tasks_test", f"--data_dir={data_dir}", f"--cache_dir={folder}"]
+    cache.main([TASK, *flags])
+    assert "which_test: is there already" in capsys.readouterr().out
     (data_dir / "which-dev.jsonl").unlink()
     with pytest.raises(ValueError, match="No retrieved file"):
         cache.write(TASK, str(tmp_path / "other"))

@@ -212,11 +212,12 @@ def _record(
     if "passage_scores" in aux:
         ids = example["passage_ids"][: len(aux["passage_scores"])]
         scores = aux["passage_scores"][: len(ids)]
-        order = np.argsort(-scores, kind="stable")
+        # What the memory did not have was not read, and is not named.
+        order = np.argsort(-scores, kind="stable")[: np.isfinite(scores).sum()]
         record["passage_ids"] = ids[order].tolist()
         record["passage_scores"] = [round(float(score), 4) for score in scores[order]]
         kept = aux["kept_passages"]
-        record["kept_passage_ids"] = ids[kept[kept < len(ids)]].tolist()
+        record["kept_passage_ids"] = ids[kept[np.isin(kept, order)]].tolist()
     return record
 
 

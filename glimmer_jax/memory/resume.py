@@ -74,13 +74,13 @@ def plan(
     """
     todo, finished = [], {}
     for item in shards:
-        record = read_record(kvstore, item.name)
-        if record is None:
-            todo.append(item)
-            continue
         here = folder.subfolder(kvstore, manifest.shard_folder(item.name))
         where = f"{here.url}{manifest.RECORD}"
         try:
+            record = read_record(kvstore, item.name)
+            if record is None:
+                todo.append(item)
+                continue
             check_record(kvstore, item.name, record, recipe, layout, accept_other_program)
             _check_source(where, record, item, passages, recipe.identity.max_length)
         except ValueError as refused:

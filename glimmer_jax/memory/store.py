@@ -155,7 +155,7 @@ class MemoryStore:
                 f"{missing.size} passage ids are not in the memory store {self.path}"
                 f"{f' ({withdrawn} of them withdrawn)' if withdrawn else ''}: "
                 f"{missing[:10].tolist()}. The examples were retrieved from other passages: build "
-                "the memory of those, retrieve again, or mask unknown ids."
+                "the memory of those, retrieve again, or answer without them (UNKNOWN_PASSAGES = 'mask')."
             )
         return np.where(found, rows, -1).astype(np.int32)
 

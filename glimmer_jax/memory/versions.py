@@ -46,13 +46,13 @@ def read_manifest(kvstore: ts.KvStore, version: int | None = None) -> Manifest:
 
 
 def check_unchanged(kvstore: ts.KvStore, damage: DamagedStore) -> None:
-    """Whether a damaged manifest can be written anew by the build: not where earlier ones are kept.
+    """Returns where the build may write a damaged manifest anew, since the store was never changed.
 
-    Raises DamagedStore with the newest version that is whole: to build again would bring back what was
-    withdrawn since, and lose what was appended.
+    Raises DamagedStore where earlier manifests are kept, with the newest version that is whole: to build
+    again would bring back what was withdrawn since, and lose what was appended.
     """
     kept = folder.list_files(kvstore, "versions/")
-    for name in sorted(kept, reverse=True):
+    for name in reversed(kept):
         data = folder.read_file(kvstore, name)
         assert data is not None
         try:
@@ -63,6 +63,11 @@ def check_unchanged(kvstore: ts.KvStore, damage: DamagedStore) -> None:
             f"{kvstore.url}{MANIFEST} is damaged, and the store has been changed since it was built. "
             f"Version {whole.version} is whole: read it with VERSION = {whole.version}, or go back to "
             f"it by copying {name} over {MANIFEST} and make the last change again with --run_mode=memory."
+        ) from damage
+    if kept:
+        raise DamagedStore(
+            f"{kvstore.url}{MANIFEST} is damaged, and so is every earlier one in versions/. Put one of "
+            "them back from a copy, or build into another folder."
         ) from damage
 
 

@@ -282,7 +282,8 @@ def _record(
 ) -> Example:
     scores = aux["passage_scores"][row][: len(ids)]
     kept = set(aux["kept_passages"][row].tolist())
-    order = np.argsort(-scores, kind="stable")
+    # What the memory did not have was not read, and is not named.
+    order = np.argsort(-scores, kind="stable")[: np.isfinite(scores).sum()]
     rows = passages.rows(np.asarray(ids, np.int64))
     records = {place: passages.text(int(rows[place])) for place in order.tolist()}
     # Passages without a page of their own stand for it.

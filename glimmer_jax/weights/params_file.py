@@ -23,8 +23,8 @@ from glimmer_jax.json_lines import parse_line
 def save_params_file(path: Any, params: dict[str, Any], config: dict[str, Any]) -> None:
     """Writes `path` (`NAME.safetensors`) and `NAME.json` beside it, locally or in a bucket.
 
-    Of a pair that was there before nothing is lost until the new one is complete; the JSON's sum tells
-    a pair that a kill left between the two.
+    A pair that was there stays until the new one is complete; the JSON's sum tells a pair that a kill
+    left between the two.
 
     Args:
       path: ends in `.safetensors`.
@@ -48,10 +48,14 @@ def save_params_file(path: Any, params: dict[str, Any], config: dict[str, Any]) 
     content = {**config, "sha256": hashlib.sha256(data).hexdigest()}
     described = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
     written = {path: data, path.with_suffix(".json"): described}
-    for file, its in written.items():
-        _unfinished(file).write_bytes(its)
-    for file in written:
-        _unfinished(file).replace(file)
+    try:
+        for file, its in written.items():
+            _unfinished(file).write_bytes(its)
+        for file in written:
+            _unfinished(file).replace(file)
+    finally:
+        for file in written:
+            _unfinished(file).unlink(missing_ok=True)
 
 
 def load_params_file(path: Any) -> tuple[dict[str, Any], dict[str, Any]]:

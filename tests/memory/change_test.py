@@ -71,6 +71,8 @@ def test_what_a_stopped_append_left_does_not_stand_in_the_way_of_other_passages(
     tiny.append_tiny(folders[0], whole)
     shutil.rmtree(folders[0] / "versions")
     manifest_file.write_bytes(before)
+    first, *_ = sorted((folders[0] / "shards").glob("*/shard.json"))[2:]
+    first.write_bytes(first.read_bytes()[:-9])
     for path in folders:
         tiny.append_tiny(path, other)
     assert verify(MemoryStore.open(folders[0])) == []
@@ -100,6 +102,10 @@ def test_a_damaged_manifest_of_a_changed_store_is_not_written_anew(tiny, tmp_pat
     store = MemoryStore.open(path, version=2)
     with pytest.raises(ValueError, match=r"1 passage ids .*\(1 of them withdrawn\)"):
         store.rows(whole.ids[[3]])
+    for kept in (path / "versions").iterdir():
+        kept.write_bytes(kept.read_bytes()[:-9])
+    with pytest.raises(manifest.DamagedStore, match="so is every earlier one in versions/"):
+        tiny.build_tiny(path)
 
 
 def test_changed_text_is_refused_or_replaced(tiny, copied_store):

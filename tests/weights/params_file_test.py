@@ -63,12 +63,14 @@ def test_a_pair_is_replaced_when_the_new_one_is_complete(tmp_path, monkeypatch):
     save_params_file(path, {"a": np.ones(3, np.float32)}, {})
 
     def full(self, data):
+        self.write_text("half")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
         patched.setattr(type(epath.Path(path)), "write_bytes", full)
         with pytest.raises(OSError, match="No space left"):
             save_params_file(path, {"a": np.zeros(3, np.float32)}, {})
+    assert len(list(tmp_path.iterdir())) == 2
     params, _ = load_params_file(path)
     np.testing.assert_array_equal(params["a"], np.ones(3))
     save_params_file(path, {"a": np.zeros(3, np.float32)}, {})
