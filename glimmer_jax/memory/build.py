@@ -93,6 +93,7 @@ def build_memory(
         progress = Progress(plan.remaining_passages(), on_progress, progress_seconds, floor=floor)
         job = Job(recipe, passages, watcher, progress)
         records = {**plan.finished, **dict(write_shards(kvstore, plan.todo, job, layout))}
+        rates = progress.finish()  # before others are waited for
         found = None
         if first:
             others = [item for item in shards if item.name not in records]
@@ -107,7 +108,6 @@ def build_memory(
                 codec_error=lost,
             )
             folder.write_file(kvstore, manifest.MANIFEST, found.to_bytes())
-        rates = progress.finish()
     return Report(found, len(plan.todo), len(plan.finished), **rates)
 
 

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 # Passages whose texts are compared at a time: bounds RAM.
 _COMPARE_ROWS = 4096
+_SAME_BYTES = "Repair it with the former settings, on the same kind of device."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +166,8 @@ def repair(
         damaged = [entry for entry in found.shards if check_shard(kvstore, entry)]
         for entry in damaged:
             logger.info("rebuilding shard %s", entry.name)
-            resume.check_program(f"shard {entry.name} of {where}", entry.program, recipe.program)
+            name, stored = f"shard {entry.name} of {where}", entry.program
+            resume.check_program(name, stored, recipe.program, _SAME_BYTES)
             _rebuild(kvstore, entry, recipe, passages, watcher)
     return [entry.name for entry in damaged]
 

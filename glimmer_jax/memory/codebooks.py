@@ -38,7 +38,7 @@ def sample_states(
       states: int32 tokens `[n, P]` -> states `[n, P, D]`.
       passages: the corpus.
       tokens: how many are wanted; fewer where the corpus is smaller.
-      rows: passages a device encodes at once.
+      rows: passages a device encodes at once; a call takes this many for each.
       buckets: lengths that a batch is padded to; longer passages are cut.
       devices: that a call of `states` spreads its rows over.
       seed: of the draw.
@@ -48,7 +48,7 @@ def sample_states(
     count = int(np.searchsorted(np.cumsum(lengths, dtype=np.int64), tokens)) + 1
     chosen, lengths = chosen[:count], lengths[:count]
     parts = []
-    for group in batches.groups(lengths, rows, buckets):
+    for group in batches.groups(lengths, rows * devices, buckets):
         tokens_nP = passages.tokens(chosen[group.positions], group.bucket)
         batch = batches.padded(tokens_nP, rows * devices)
         found = np.asarray(states(batch), np.float32)[: len(group.positions)]

@@ -20,6 +20,11 @@ from glimmer_jax.memory.source import Passages, read_source
 
 logger = logging.getLogger(__name__)
 
+_GO_ON = (
+    "Run with the former settings, accept it with ACCEPT_OTHER_PROGRAM = True (both are recorded), or "
+    "build into another folder."
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Todo:
@@ -120,7 +125,7 @@ def check_record(
     check_identity(where, record.identity, recipe.identity)
     _check_layout(where, record.layout, layout)
     if not accept_other_program:
-        check_program(where, record.program, recipe.program)
+        check_program(where, record.program, recipe.program, _GO_ON)
 
 
 def check_manifest(kvstore: ts.KvStore, identity: Identity, count: int) -> None:
@@ -131,6 +136,7 @@ def check_manifest(kvstore: ts.KvStore, identity: Identity, count: int) -> None:
     """
     data = folder.read_file(kvstore, manifest.MANIFEST)
     if data is None:
+        versions.check_unchanged(kvstore, None)
         return
     where = f"{kvstore.url}{manifest.MANIFEST}"
     try:
@@ -153,14 +159,12 @@ def check_manifest(kvstore: ts.KvStore, identity: Identity, count: int) -> None:
         )
 
 
-def check_program(where: str, stored: Program, now: Program) -> None:
-    """Refuses to mix what two programs have computed."""
+def check_program(where: str, stored: Program, now: Program, way_out: str) -> None:
+    """Refuses to mix what two programs have computed; `way_out` follows what is wrong."""
     if stored != now:
         raise ValueError(
             f"{where} was built by the program ({describe(stored)}), and this is "
-            f"({describe(now)}). The memory would differ in its last bits. Run with the former "
-            "settings, accept it with accept_other_program=True (both are recorded), or build into "
-            "another folder."
+            f"({describe(now)}). The memory would differ in its last bits. {way_out}"
         )
 
 

@@ -45,12 +45,16 @@ def read_manifest(kvstore: ts.KvStore, version: int | None = None) -> Manifest:
     )
 
 
-def check_unchanged(kvstore: ts.KvStore, damage: DamagedStore) -> None:
-    """Returns where the build may write a damaged manifest anew, since the store was never changed.
+def check_unchanged(kvstore: ts.KvStore, damage: DamagedStore | None) -> None:
+    """Returns where the build may write the manifest anew, since the store was never changed.
+
+    Args:
+      damage: of the manifest; None where it is missing.
 
     Raises DamagedStore where earlier manifests are kept, with the newest version that is whole: to build
     again would bring back what was withdrawn since, and lose what was appended.
     """
+    state = "missing" if damage is None else "damaged"
     kept = folder.list_files(kvstore, "versions/")
     for name in reversed(kept):
         data = folder.read_file(kvstore, name)
@@ -60,14 +64,14 @@ def check_unchanged(kvstore: ts.KvStore, damage: DamagedStore) -> None:
         except DamagedStore:
             continue
         raise DamagedStore(
-            f"{kvstore.url}{MANIFEST} is damaged, and the store has been changed since it was built. "
+            f"{kvstore.url}{MANIFEST} is {state}, and the store has been changed since it was built. "
             f"Version {whole.version} is whole: read it with VERSION = {whole.version}, or go back to "
             f"it by copying {name} over {MANIFEST} and make the last change again with --run_mode=memory."
         ) from damage
     if kept:
         raise DamagedStore(
-            f"{kvstore.url}{MANIFEST} is damaged, and so is every earlier one in versions/. Put one of "
-            "them back from a copy, or build into another folder."
+            f"{kvstore.url}{MANIFEST} is {state}, and every earlier one in versions/ is damaged. Put one "
+            "of them back from a copy, or build into another folder."
         ) from damage
 
 

@@ -13,9 +13,8 @@ from glimmer_jax.modes.recipe import check_model
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.passages import Passages
 from glimmer_jax.product_quantisation import ProductQuantisation
-from glimmer_jax.weights import parameters
+from glimmer_jax.weights import parameters, params_file
 from glimmer_jax.weights.model_config import describe
-from glimmer_jax.weights.params_file import save_params_file
 
 
 def learn_codebooks(
@@ -43,7 +42,7 @@ def learn_codebooks(
       sample_tokens: that the codebooks are learnt from; as many again, at most, are tried on.
       iterations: of k-means.
       seed: of the sample and of the start of k-means.
-      mesh: devices.
+      mesh: devices of this process.
       vocabulary: that of the model.
 
     Raises:
@@ -53,6 +52,7 @@ def learn_codebooks(
     checks.required(
         CHECKPOINT_PATH=checkpoint_path, PASSAGES_DIR=passages_dir, OUTPUT_PATH=output_path
     )
+    params_file.check_name(output_path)
     check_model(model)
     codec = codecs.get(model.config.memory_codec)
     if not isinstance(codec, ProductQuantisation):
@@ -65,7 +65,8 @@ def learn_codebooks(
         dataclasses.replace(model.config, memory_codec="f32", train_codebooks=False)
     )
     host_params = parameters.load(checkpoint_path, plain, vocabulary.fingerprint)
-    devices = make_mesh(mesh)
+    # Every process does the same on its own devices, and the first one writes.
+    devices = make_mesh(mesh, jax.local_devices())
     params = parameters.place(host_params, plain, devices)
     sample = codebooks.sample_states(
         encoder.bind_states(plain.memory_states, params, devices),
@@ -82,7 +83,9 @@ def learn_codebooks(
     lost = codebooks.relative_error(codec, books, sample[cut:])
     if jax.process_index() == 0:
         tree = {**host_params, "memory_codebooks": books}
-        save_params_file(output_path, tree, describe(model.config, vocabulary.fingerprint))
+        params_file.save_params_file(
+            output_path, tree, describe(model.config, vocabulary.fingerprint)
+        )
         print(
             f"Wrote {output_path}: codebooks of {codec.name} from {cut} tokens; relative error "
             f"{lost:.4f} on {len(sample) - cut} others."

@@ -143,12 +143,12 @@ def memory(
         return inspect(MemoryStore.open(str(memory_dir)))
 
     def withdraw_passages() -> Any:
-        checks.required(IDS=list(ids) or None)
-        change.withdraw(str(memory_dir), ids)
+        wanted = _several("IDS", ids, int)
+        change.withdraw(str(memory_dir), wanted)
         return inspect(MemoryStore.open(str(memory_dir)))
 
     def merge_stores() -> Any:
-        merge.merge(list(parts), str(memory_dir))
+        merge.merge(_several("PARTS", parts, str), str(memory_dir))
         return inspect(MemoryStore.open(str(memory_dir)))
 
     run: dict[str, Callable[[], Any]] = {
@@ -161,3 +161,12 @@ def memory(
         "merge": merge_stores,
     }
     print(json.dumps(run[action](), indent=1))
+
+
+def _several(name: str, values: Any, kind: type) -> list[Any]:
+    """A list from the command line; raises ValueError for none, and for one that is no list."""
+    if isinstance(values, str | int) or not all(isinstance(value, kind) for value in values):
+        example = [0, 1] if kind is int else ["one", "another"]
+        raise ValueError(f"{name} is a list, for example --gin.{name}={example!r}; got {values!r}.")
+    checks.required(**{name: list(values) or None})
+    return list(values)

@@ -28,7 +28,7 @@ from jax.experimental import multihost_utils
 
 from glimmer_jax.training.state import TrainState
 from glimmer_jax.weights.checksums import has_sidecar, verify_sidecar, write_sidecar
-from glimmer_jax.weights.steps import best_step, read_metadata, restore_item
+from glimmer_jax.weights.steps import best_step, read_metadata, restore_item, write_metadata
 
 _DELETED, _UNFINISHED, _DAMAGED = "deleted", "unfinished", "damaged"
 _logger = logging.getLogger(__name__)
@@ -159,6 +159,19 @@ class Checkpoints:
         for one in old:
             del self._scores[one]
         self._pending = step, self._worker.submit(self._finish, step, old)
+
+    def add_dev_metrics(self, step: int, dev_metrics: dict[str, float]) -> None:
+        """Writes dev metrics into a finished step that was saved without.
+
+        Killed in here, the step counts as damaged, and a run goes on from the one before it.
+        """
+        self.wait()
+        self._scores[step] = self._score(dev_metrics)
+        if jax.process_index() == 0:
+            write_metadata(
+                self.directory / str(step), {**self.metadata(step), "dev_metrics": dev_metrics}
+            )
+            write_sidecar(self.directory / str(step))
 
     def wait(self) -> None:
         """Returns when the last save is complete on disk; raises what it failed with."""

@@ -121,7 +121,20 @@ def train(
         state, source = start_state(checkpoints, optimizer, mesh, fresh_params, initial_params)
         step = int(state.step)
         print_once(f"Training from step {step} to {config.total_steps}, from {source}.")
+        if not config.eval_every:
+            evaluate = None
         if step >= config.total_steps:
+            if evaluate and not checkpoints.metadata(step)["dev_metrics"]:
+                # The last evaluation was interrupted.
+                with _Log(model_dir / "train", step, config) as log:
+                    try:
+                        dev_metrics = evaluate(state, watcher.poll)
+                    except Interrupted:
+                        raise Preempted(
+                            f"Stopped evaluating step {step}, which is saved."
+                        ) from None
+                    log.write_dev(step, dev_metrics)
+                checkpoints.add_dev_metrics(step, dev_metrics)
             return state
         if on_start is not None:
             on_start(state)
@@ -145,7 +158,7 @@ def train(
 
                 last = step == config.total_steps
                 dev_metrics = None
-                if evaluate and config.eval_every and (last or step % config.eval_every == 0):
+                if evaluate and (last or step % config.eval_every == 0):
                     log.flush()
                     # Interrupted, the step is saved without dev metrics.
                     with contextlib.suppress(Interrupted), log.goodput.lost():
@@ -164,7 +177,8 @@ def train(
                         lock.check()
                     with log.goodput.lost():
                         checkpoints.save(state, dev_metrics)
-                if stopping and not last:
+                interrupted = last and evaluate is not None and dev_metrics is None
+                if interrupted or (stopping and not last):
                     checkpoints.wait()
                     raise Preempted(f"Stopped at step {step} of {config.total_steps}, saved.")
         checkpoints.wait()

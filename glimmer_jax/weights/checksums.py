@@ -22,7 +22,7 @@ def write_sidecar(folder: Any) -> None:
     # Renamed into place: a sidecar is there with all its lines or not at all.
     partial = folder / f"{SIDECAR}.partial"
     partial.write_text(json.dumps({"sha256": digests}, indent=1, sort_keys=True))
-    partial.rename(folder / SIDECAR)
+    partial.replace(folder / SIDECAR)
 
 
 def has_sidecar(folder: Any) -> bool:

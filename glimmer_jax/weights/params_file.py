@@ -34,7 +34,7 @@ def save_params_file(path: Any, params: dict[str, Any], config: dict[str, Any]) 
     Raises:
       ValueError: another ending.
     """
-    path = _checked(path)
+    path = check_name(path)
     flat = flax.traverse_util.flatten_dict(jax.tree.map(np.asarray, params), sep="/")
     # safetensors writes the buffer as it lies in memory.
     # Vectors stay as they are: they are small, and the score head lies close to 1, where bfloat16
@@ -64,7 +64,7 @@ def load_params_file(path: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
       ValueError: a file is missing, damaged, or not of one pair.
     """
-    path = _checked(path)
+    path = check_name(path)
     config_path = path.with_suffix(".json")
     for wanted in (path, config_path):
         if not wanted.exists():
@@ -94,7 +94,8 @@ def _unfinished(path: epath.Path) -> epath.Path:
     return path.with_name(f"{path.name}.unfinished-{os.getpid()}")
 
 
-def _checked(path: Any) -> epath.Path:
+def check_name(path: Any) -> epath.Path:
+    """The path, if it is called as a parameter file must be; raises ValueError otherwise."""
     path = epath.Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"A parameter file is called NAME.safetensors, got {path}.")

@@ -1,6 +1,7 @@
 """Reading checkpoints: finding a step, its metadata, its arrays, or its parameters alone."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,6 +73,15 @@ def read_metadata(folder: Any) -> dict[str, Any]:
     with _checkpointer() as checkpointer:
         args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
         return checkpointer.restore(epath.Path(folder), args=args).metadata
+
+
+def write_metadata(folder: Any, metadata: dict[str, Any]) -> None:
+    """Replaces the JSON saved with a step; its checksums must be written anew."""
+    # Where Orbax's JsonSave puts the item `metadata`.
+    file = epath.Path(folder) / "metadata" / "metadata"
+    partial = file.with_name("metadata.partial")
+    partial.write_text(json.dumps(metadata))
+    partial.replace(file)
 
 
 def restore_params(folder: Any) -> dict[str, Any]:

@@ -97,3 +97,22 @@ def test_many_processes_train_build_and_evaluate_as_one(mini, tmp_path, count):
     assert found[0][0] == found[1][0]
     assert found[0][1] == found[1][1]
     assert found[0][2] == found[1][2]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_learn_the_codebooks_of_one(mini, tmp_path):
+    run = {**TINY, "MODEL_DIR": str(tmp_path / "run"), "TASK_FEATURE_LENGTHS": LENGTHS}
+    run |= {"PASSAGES_DIR": str(mini / "passages"), "DATA_DIR": str(mini / "retrieved")}
+    run |= {"MIXTURE_OR_TASK_NAME": "kilt_fever", "TRAIN_STEPS": 1, "BATCH_SIZE": 8}
+    run |= {"EVAL_EVERY": 0, "BEST_METRIC": None}
+    launch(1, 1, "train", *GLIMMER, "runs/finetune", "data/kilt", **run)
+    books = {**TINY, "MAX_PASSAGE_TOKENS": 32, "BATCH_SIZE": 2, "ITERATIONS": 2}
+    books |= {"CHECKPOINT_PATH": str(tmp_path / "run"), "PASSAGES_DIR": run["PASSAGES_DIR"]}
+    found = []
+    for processes in (1, 2):
+        path = str(tmp_path / f"{processes}.safetensors")
+        settings = {**books, "OUTPUT_PATH": path, "MEMORY_CODEC": "pq"}
+        launch(processes, 1, "codebooks", *GLIMMER, "runs/codebooks", **settings)
+        found.append(load(path).params)
+    jax.tree.map(np.testing.assert_array_equal, *found)

@@ -104,8 +104,26 @@ def test_a_damaged_manifest_of_a_changed_store_is_not_written_anew(tiny, tmp_pat
         store.rows(whole.ids[[3]])
     for kept in (path / "versions").iterdir():
         kept.write_bytes(kept.read_bytes()[:-9])
-    with pytest.raises(manifest.DamagedStore, match="so is every earlier one in versions/"):
+    for state, spoil in (("damaged", lambda: None), ("missing", (path / manifest.MANIFEST).unlink)):
+        spoil()
+        wanted = f"is {state}, and every earlier one in versions/ is damaged"
+        with pytest.raises(manifest.DamagedStore, match=wanted):
+            tiny.build_tiny(path)
+
+
+@pytest.mark.fault
+def test_a_changed_store_without_its_manifest_is_not_built_anew(tiny, tmp_path):
+    path, whole = tmp_path / "s", tiny.TinyPassages()
+    tiny.build_tiny(path)
+    change.withdraw(path, whole.ids[[3]].tolist())
+    (path / manifest.MANIFEST).unlink()
+    with pytest.raises(manifest.DamagedStore, match="is missing, and .* Version 1 is whole"):
         tiny.build_tiny(path)
+    # One that was only built is only finished again.
+    other = tmp_path / "t"
+    tiny.build_tiny(other)
+    (other / manifest.MANIFEST).unlink()
+    assert tiny.build_tiny(other).skipped == 4
 
 
 def test_changed_text_is_refused_or_replaced(tiny, copied_store):

@@ -94,7 +94,8 @@ def run(mode, *gin_files, **macros):
 
 def build(checkpoint, passages, memory, **macros):
     given = dict(CHECKPOINT_PATH=checkpoint, PASSAGES_DIR=passages, MEMORY_DIR=str(memory))
-    return _arguments("build_memory", *GLIMMER, "runs/build_memory", **given, **SIZES, **macros)
+    macros = {**given, **SIZES, **macros}
+    return _arguments("build_memory", *GLIMMER, "runs/build_memory", **macros)
 
 
 @pytest.mark.parametrize("codec", ["bf16", "pq"])
@@ -117,6 +118,12 @@ def test_a_memory_is_built_appended_to_repaired_withdrawn_from_and_merged(
     assert command_line.main(build(checkpoint, some, memory, MEMORY_CODEC=codec)) == 0
     job = dict(CHECKPOINT_PATH=checkpoint, PASSAGES_DIR=every, MEMORY_DIR=str(memory), **macros)
     model = ("runs/memory", *GLIMMER)
+    capsys.readouterr()
+    other = {"MEMORY_CODEC": codec, "BATCH_SIZE": 2 * SIZES["BATCH_SIZE"]}
+    assert command_line.main(build(checkpoint, some, memory, **other)) == 2
+    assert "accept it with ACCEPT_OTHER_PROGRAM = True" in capsys.readouterr().err
+    other["ACCEPT_OTHER_PROGRAM"] = True
+    assert command_line.main(build(checkpoint, some, memory, **other)) == 0
 
     capsys.readouterr()
     assert run("memory", *model, ACTION="append", **job) == 0
@@ -137,6 +144,18 @@ def test_a_memory_is_built_appended_to_repaired_withdrawn_from_and_merged(
     made = build(checkpoint, str(tmp_path / "more"), more, MEMORY_CODEC=codec)
     assert command_line.main(made) == 0
     whole = tmp_path / "whole"
+    capsys.readouterr()
+    for action, wrong, message in (
+        ("withdraw", {"IDS": 3}, r"IDS is a list, for example --gin.IDS=[0, 1]; got 3."),
+        ("withdraw", {"IDS": []}, "This mode needs IDS"),
+        (
+            "merge",
+            {"PARTS": str(more)},
+            "PARTS is a list, for example --gin.PARTS=['one', 'another']",
+        ),
+    ):
+        assert run("memory", "runs/memory", ACTION=action, MEMORY_DIR=str(whole), **wrong) == 2
+        assert message in capsys.readouterr().err
     parts = [str(memory), str(more)]
     assert run("memory", "runs/memory", ACTION="merge", MEMORY_DIR=str(whole), PARTS=parts) == 0
     store = MemoryStore.open(whole)

@@ -190,6 +190,30 @@ def test_sigterm_during_an_evaluation_cuts_it_short_and_saves(tmp_path, capfd):
         assert checkpoints.latest_step() == 2
 
 
+def test_a_last_evaluation_that_was_cut_short_is_made_up_for(tmp_path):
+    calls = itertools.count()
+
+    def evaluate(state, poll):
+        if next(calls) < 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            poll()
+        return {"exact_match": 0.5}
+
+    settings = dict(total_steps=3, eval_every=5, best_metric="exact_match")
+    with pytest.raises(Preempted, match="Stopped at step 3 of 3, saved"):
+        train_toy(tmp_path, evaluate=evaluate, **settings)
+    with pytest.raises(Preempted, match="Stopped evaluating step 3, which is saved"):
+        train_toy(tmp_path, evaluate=evaluate, **settings)
+    for _ in range(2):
+        train_toy(tmp_path, evaluate=evaluate, **settings)
+        with Checkpoints(tmp_path / "checkpoints", best_metric="exact_match") as checkpoints:
+            assert checkpoints.best_step() == 3
+            assert checkpoints.metadata(3)["dev_metrics"] == {"exact_match": 0.5}
+    assert next(calls) == 3
+    dev = [line for line in log_lines(tmp_path) if "dev/exact_match" in line]
+    assert [line["step"] for line in dev] == [3]
+
+
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
     def make_batches(step):
         with pytest.raises(ValueError, match=f"being written by process {os.getpid()} on"):
