@@ -53,6 +53,9 @@ AXIS_RULES: Mapping[str, tuple[str, ...]] = {
 # In place of a dimension's name in `constrain`: as the arrays that it is made of lie.
 FREE = PartitionSpec.UNCONSTRAINED
 
+# Ids serve lookups and reports on the host; the model never sees them.
+HOST_ONLY = ("passage_ids",)
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
@@ -266,3 +269,43 @@ def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same value on every device; for scalars and random keys."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def put_batch(batch: dict[str, Any], mesh: Mesh, num_microbatches: int = 1) -> dict[str, Any]:
+    """This process's rows of a batch -> global arrays, rows and passages spread over the mesh.
+
+    Args:
+      batch: arrays of the rows `own_rows`, whole in every other dimension.
+      mesh: the devices.
+      num_microbatches: into which the rows must divide, too.
+
+    Raises:
+      ValueError: the rows do not divide evenly over devices and microbatches.
+    """
+    batch = {name: value for name, value in batch.items() if name not in HOST_ONLY}
+    ways = parts(mesh.shape, axes.BATCH)
+    # Rows of the whole batch for each one here.
+    scale = ways // len(own_rows(mesh, ways))
+    rows = {np.shape(leaf)[0] * scale for leaf in jax.tree.leaves(batch)}
+    if len(rows) != 1 or min(rows) % (ways * num_microbatches):
+        shapes = {name: np.shape(value) for name, value in batch.items() if hasattr(value, "shape")}
+        raise ValueError(
+            f"A batch must have one number of rows, a multiple of {ways * num_microbatches} "
+            f"(devices that share it x microbatches = {ways} x {num_microbatches}); got {shapes}. "
+            "Change BATCH_SIZE, the mesh or num_microbatches."
+        )
+    own = own_rows(mesh, rows.pop())
+
+    def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        leaf = np.asarray(leaf)
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # JAX's types allow for it; its callers do not
+            first, last, _ = index[0].indices(len(own) * scale)
+            here = int(np.searchsorted(own, first))
+            return leaf[(slice(here, here + last - first), *index[1:])]
+
+        shape = (len(own) * scale, *leaf.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return jax.tree.map(put, batch, batch_shardings(batch, mesh))

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 
-def glimmer(mode: str, gin_file: str, **macros: Any) -> None:
+def glimmer(mode: str, gin_file: str, *, devices: int | None = None, **macros: Any) -> None:
     """Runs `glimmer --run_mode=<mode>` with gin/examples/<gin_file>.gin and macros on top.
+
+    `devices` is the number of virtual devices of a CPU; None is one a core, at most two.
 
     Ends this process with the command's exit code where that is not 0.
     """
@@ -19,19 +21,21 @@ def glimmer(mode: str, gin_file: str, **macros: Any) -> None:
         command.append(f"--gin.{name}={value!r}")
     print(f"\n$ glimmer {shlex.join(command)}", flush=True)
     done = subprocess.run(
-        [sys.executable, "-m", "glimmer_jax.main", *command], check=False, env=cpu_environment()
+        [sys.executable, "-m", "glimmer_jax.main", *command],
+        check=False,
+        env=cpu_environment(devices),
     )
     if done.returncode:
         sys.exit(done.returncode)
 
 
-def cpu_environment() -> dict[str, str]:
+def cpu_environment(devices: int | None = None) -> dict[str, str]:
     """This process's environment, with what makes a tiny model fast on a CPU; other devices ignore it.
 
     One virtual device a core, because small operations use one core each. And memory that the C
     library keeps between steps, in huge pages: fresh pages are a quarter of a tiny model's step.
     """
-    devices = 2 if (os.cpu_count() or 1) > 1 else 1
+    devices = devices or (2 if (os.cpu_count() or 1) > 1 else 1)
     keep = "1000000000000"
     added = {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",

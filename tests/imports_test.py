@@ -18,7 +18,7 @@ ROOT = PACKAGE.parent
 LAYERS = (
     ("axes", "text", "lengths"),
     ("json_lines", "kilt", "preemption", "lock", "distributed", "shipped", "paths")
-    + ("quiet", "last_words", "kilt_files", "kilt_parquet", "parquet", "triviaqa"),
+    + ("folder", "quiet", "last_words", "kilt_files", "kilt_parquet", "parquet", "triviaqa"),
     ("corpus",),
     ("partitioning",),
     ("product_quantisation",),
@@ -143,9 +143,8 @@ import jax, numpy as np
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.models.t5 import T5Config
-from glimmer_jax.partitioning import MeshConfig, make_mesh
+from glimmer_jax.partitioning import MeshConfig, make_mesh, put_batch
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
-from glimmer_jax.training.prefetch import put_batch
 from glimmer_jax.training.state import init_state, state_shardings
 from glimmer_jax.training.step import jit_train_step, make_train_step
 

@@ -15,8 +15,6 @@ from glimmer_jax.data.pydocs import Page, stable_hash
 MIN_WORDS, MAX_WORDS = 5, 6
 # Words of a claim about a docstring at most: subject and claim fit into a question's tokens.
 CLAIM_WORDS = 8
-# Clauses asked of a sentence at most.
-PER_SENTENCE = 3
 # The clauses of the commonest words are taken, up to this many nats of chance.
 JITTER = 1.0
 
@@ -95,8 +93,15 @@ def _in_order(words: list[str], text: list[str], limit: int) -> bool:
     return False
 
 
-def common_clauses(page: Page, index: ClauseIndex, count: int) -> list[tuple[int, str]]:
-    """At most `count` questions of a page as (chunk, clause), each held by that passage alone."""
+def common_clauses(
+    page: Page, index: ClauseIndex, count: int, per_sentence: int
+) -> list[tuple[int, str]]:
+    """Questions of a page as (chunk, clause), each held by that passage alone.
+
+    Args:
+      count: at most as many, those of the commonest words.
+      per_sentence: at most as many of one sentence.
+    """
     parts = name_parts(page.name)
     fragments = []
     for chunk, found in enumerate(page.chunks):
@@ -119,7 +124,7 @@ def common_clauses(page: Page, index: ClauseIndex, count: int) -> list[tuple[int
         if len(chosen) == count:
             break
         text = " ".join(clause)
-        if used[chunk, number] == PER_SENTENCE or text in chosen:
+        if used[chunk, number] == per_sentence or text in chosen:
             continue
         if index.holders(clause, span) == {(page.name, chunk)}:
             used[chunk, number] += 1

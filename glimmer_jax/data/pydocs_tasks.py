@@ -9,7 +9,9 @@ from typing import Any
 from glimmer_jax.data import pydocs, pydocs_clauses, pydocs_signatures
 
 TASKS = ("which_function", "slot_filling", "fact_verification")
-QUESTIONS_PER_PAGE = 4
+# Which function: questions of a page, and of one sentence, at most. Of training pages more are asked:
+# what comes again and again is learnt by heart.
+QUESTIONS = {"train": (32, 8), "dev": (4, 3), "test": (4, 3)}
 
 Example = dict[str, Any]
 
@@ -41,7 +43,7 @@ def which_function(pages: tuple[pydocs.Page, ...]) -> list[tuple[str, Example]]:
     for page in pages:
         if page.documented.kind not in ("function", "class", "property"):
             continue
-        clauses = pydocs_clauses.common_clauses(page, index, QUESTIONS_PER_PAGE)
+        clauses = pydocs_clauses.common_clauses(page, index, *QUESTIONS[page.split])
         for number, (chunk, clause) in enumerate(clauses):
             made.append(_example("which_function", page, number, clause, page.name, chunk))
     return made

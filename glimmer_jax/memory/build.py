@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from glimmer_jax import codecs
+from glimmer_jax import codecs, folder
 from glimmer_jax.lock import WriterLock
-from glimmer_jax.memory import codec_error, folder, manifest, resume
+from glimmer_jax.memory import codec_error, manifest, resume
 from glimmer_jax.memory.builders import Builders, wait_for_records
 from glimmer_jax.memory.compute import Job, Recipe
 from glimmer_jax.memory.encoder import States

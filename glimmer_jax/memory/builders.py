@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import tensorstore as ts
 
-from glimmer_jax.memory import folder, resume
+from glimmer_jax import folder
+from glimmer_jax.memory import resume
 from glimmer_jax.memory.compute import Recipe
 from glimmer_jax.memory.identity import Layout
 from glimmer_jax.memory.manifest import Record

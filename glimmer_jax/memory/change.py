@@ -12,8 +12,9 @@ from collections.abc import Iterable
 import numpy as np
 import tensorstore as ts
 
+from glimmer_jax import folder
 from glimmer_jax.lock import WriterLock
-from glimmer_jax.memory import build, folder, resume, shard, versions
+from glimmer_jax.memory import build, resume, shard, versions
 from glimmer_jax.memory.compute import Job, Recipe
 from glimmer_jax.memory.identity import Layout, check_identity, check_passages
 from glimmer_jax.memory.manifest import LOCK, Manifest, Shard, shard_folder

@@ -25,7 +25,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from glimmer_jax.memory import folder
+from glimmer_jax import folder
 from glimmer_jax.memory.identity import Identity, Layout, Program
 
 FORMAT_VERSION = 2

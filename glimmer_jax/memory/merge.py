@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 import tensorstore as ts
 
+from glimmer_jax import folder
 from glimmer_jax.lock import WriterLock
-from glimmer_jax.memory import folder, manifest, resume
+from glimmer_jax.memory import manifest, resume
 from glimmer_jax.memory.identity import check_identity
 from glimmer_jax.memory.manifest import LOCK, Manifest, Record, Shard, shard_folder
 from glimmer_jax.memory.store import MemoryStore

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 import numpy as np
 import tensorstore as ts
 
-from glimmer_jax.memory import folder, manifest, shard, versions
+from glimmer_jax import folder
+from glimmer_jax.memory import manifest, shard, versions
 from glimmer_jax.memory.compute import Recipe
 from glimmer_jax.memory.identity import Identity, Layout, Program, check_identity, describe
 from glimmer_jax.memory.manifest import Record

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from glimmer_jax.memory import folder
+from glimmer_jax import folder
 from glimmer_jax.memory.manifest import DamagedStore
 from glimmer_jax.memory.source import Source
 

@@ -12,8 +12,8 @@ from typing import Literal
 import numpy as np
 import tensorstore as ts
 
-from glimmer_jax import codecs
-from glimmer_jax.memory import folder, identity, manifest, shard, versions
+from glimmer_jax import codecs, folder
+from glimmer_jax.memory import identity, manifest, shard, versions
 from glimmer_jax.memory.manifest import DamagedStore, Manifest, Shard
 
 # How many shards' files are opened at a time.

@@ -5,7 +5,8 @@ import hashlib
 import numpy as np
 import tensorstore as ts
 
-from glimmer_jax.memory import folder, manifest, shard
+from glimmer_jax import folder
+from glimmer_jax.memory import manifest, shard
 from glimmer_jax.memory.manifest import Record, Shard
 from glimmer_jax.memory.store import MemoryStore
 

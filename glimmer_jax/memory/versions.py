@@ -6,7 +6,7 @@ A reader therefore sees the store before the change or after it, and can go back
 
 import tensorstore as ts
 
-from glimmer_jax.memory import folder
+from glimmer_jax import folder
 from glimmer_jax.memory.manifest import MANIFEST, DamagedStore, Manifest
 
 

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator
 
 import tensorstore as ts
 
-from glimmer_jax.memory import folder, manifest, shard
+from glimmer_jax import folder
+from glimmer_jax.memory import manifest, shard
 from glimmer_jax.memory.compute import Content, Job
 from glimmer_jax.memory.identity import Layout
 from glimmer_jax.memory.manifest import Record

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from glimmer_jax import folder
 from glimmer_jax.lock import WriterLock
-from glimmer_jax.memory import folder, manifest, shard
+from glimmer_jax.memory import manifest, shard
 from glimmer_jax.memory.builders import Builders
 from glimmer_jax.memory.progress import Progress
 from glimmer_jax.memory.resume import Todo, cut

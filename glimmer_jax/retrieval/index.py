@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 import numpy as np
 import tensorstore as ts
 
-from glimmer_jax.memory import folder, manifest, shard
+from glimmer_jax import folder
+from glimmer_jax.memory import manifest, shard
 
 FORMAT_VERSION = 1
 LOCK = "index.lock"

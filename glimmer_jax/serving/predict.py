@@ -12,8 +12,7 @@ from jax.sharding import Mesh
 from glimmer_jax.memory.lookup import Lookup
 from glimmer_jax.memory.read_ahead import ReadAhead
 from glimmer_jax.models.model import GlimmerModel
-from glimmer_jax.partitioning import own_rows
-from glimmer_jax.training.prefetch import put_batch
+from glimmer_jax.partitioning import own_rows, put_batch
 
 Batch = dict[str, Any]
 _MEMORY = ("passage_memory", "passage_lengths")

@@ -9,8 +9,8 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
+from glimmer_jax.folder import open_folder
 from glimmer_jax.lock import WriterLock
-from glimmer_jax.memory.folder import open_folder
 from glimmer_jax.preemption import Interrupted, Preempted, Watcher
 from glimmer_jax.training.checkpoint import Checkpoints
 from glimmer_jax.training.metrics import (
@@ -123,6 +123,7 @@ def train(
         print_once(f"Training from step {step} to {config.total_steps}, from {source}.")
         if not config.eval_every:
             evaluate = None
+        dev_metrics: dict[str, float] | None
         if step >= config.total_steps:
             if evaluate and not checkpoints.metadata(step)["dev_metrics"]:
                 # The last evaluation was interrupted.

@@ -10,8 +10,8 @@ import numpy as np
 import safetensors.numpy
 import tensorstore as ts
 
+from glimmer_jax import folder
 from glimmer_jax.json_lines import parse_line
-from glimmer_jax.memory import folder
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.weights import huggingface_names as names
 from glimmer_jax.weights import t5_names

@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorstore as ts
 
-from glimmer_jax.memory import folder
+from glimmer_jax import folder
 from glimmer_jax.weights.raw import exists
 
 METADATA = "_METADATA"

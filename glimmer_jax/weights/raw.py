@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorstore as ts
 
-from glimmer_jax.memory import folder
+from glimmer_jax import folder
 
 _BLOCK = 128  # rows and columns read from a disk at once
 _BLOCK_BYTES = 1 << 23  # asked of a bucket at once

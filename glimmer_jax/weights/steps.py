@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from glimmer_jax.memory.folder import open_folder
+from glimmer_jax.folder import open_folder
 from glimmer_jax.weights.checksums import has_sidecar, verify_sidecar
 from glimmer_jax.weights.orbax_arrays import open_arrays
 

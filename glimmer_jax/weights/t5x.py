@@ -22,7 +22,7 @@ import flax.traverse_util
 import numpy as np
 import tensorstore as ts
 
-from glimmer_jax.memory import folder
+from glimmer_jax import folder
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.t5 import T5Config
 from glimmer_jax.weights import t5_names

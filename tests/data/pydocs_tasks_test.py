@@ -53,8 +53,8 @@ def test_questions_of_a_page_do_not_depend_on_other_pages_order():
     index = pydocs_clauses.ClauseIndex(some)
     turned = pydocs_clauses.ClauseIndex(some[::-1])
     for page in some:
-        first = pydocs_clauses.common_clauses(page, index, 4)
-        assert first == pydocs_clauses.common_clauses(page, turned, 4)
+        first = pydocs_clauses.common_clauses(page, index, 4, 3)
+        assert first == pydocs_clauses.common_clauses(page, turned, 4, 3)
 
 
 def test_slots_are_filled_from_the_first_passage(pydocs_examples):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from fake_gcs import FakeGcs
 
-from glimmer_jax.memory import folder, lookup
+from glimmer_jax import folder
+from glimmer_jax.memory import lookup
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.memory.verify import verify
 

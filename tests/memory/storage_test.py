@@ -6,7 +6,8 @@ import threading
 import numpy as np
 import pytest
 
-from glimmer_jax.memory import folder, manifest, shard
+from glimmer_jax import folder
+from glimmer_jax.memory import manifest, shard
 from glimmer_jax.memory.store import DamagedStore, MemoryStore
 from glimmer_jax.memory.verify import verify
 

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from kill_at import kill_at
 
-from glimmer_jax.memory import build, change, encoder, folder, shard
+from glimmer_jax import folder
+from glimmer_jax.memory import build, change, encoder, shard
 from glimmer_jax.memory.compute import Recipe
 from glimmer_jax.memory.identity import Identity, Layout, Program
 from glimmer_jax.preemption import Preempted

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 
-from glimmer_jax.memory import folder
+from glimmer_jax import folder
 from glimmer_jax.passages import Passages
 from glimmer_jax.retrieval.build_index import build_index
 from tests.retrieval import tiny_gtr

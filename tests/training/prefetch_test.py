@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from glimmer_jax import partitioning
-from glimmer_jax.partitioning import MeshConfig, make_mesh
-from glimmer_jax.training.prefetch import Prefetch, put_batch
+from glimmer_jax.partitioning import MeshConfig, make_mesh, put_batch
+from glimmer_jax.training.prefetch import Prefetch
 from tests.training.toy_model import batch_at, batches_from
 
 

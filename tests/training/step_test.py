@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glimmer_jax.partitioning import MeshConfig, make_mesh
+from glimmer_jax.partitioning import MeshConfig, make_mesh, put_batch
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
-from glimmer_jax.training.prefetch import put_batch
 from glimmer_jax.training.state import init_state, state_from_params, state_shardings
 from glimmer_jax.training.step import accumulate, jit_train_step, make_train_step
 from tests.training.toy_model import ToyModel, batch_at

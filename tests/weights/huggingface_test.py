@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from glimmer_jax.memory.folder import open_folder
+from glimmer_jax.folder import open_folder
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.models.recut import recut
 from glimmer_jax.weights import huggingface, parameters
