@@ -124,7 +124,7 @@ def metrics(run: Path) -> list[dict[str, float]]:
 
 
 def after(output: Path, name: str) -> list[dict[str, float]]:
-    """What a model logged after the start: its practice and then its fine-tuning, in one count of steps."""
+    """What a model logged after the start: practice, then fine-tuning, in one count of steps."""
     practice, own = metrics(output / f"{name}_practice"), metrics(output / name)
     if name != "glimmer":  # It scores nothing now: recall is the retriever's.
         own = [{key: row[key] for key in row if key != "train/recall_at_1"} for row in own]
