@@ -18,11 +18,20 @@ LENGTHS: dict[str, Any] = {"inputs": 36, "targets": 32, "passages": (10, 80)}
 def write_data(data: Path) -> None:
     """The built-in corpus and its questions with passages, where they are not there."""
     if not (data / "passages").exists():
-        corpus = {"CORPUS_DIR": data / "corpus", "PASSAGES_DIR": data / "passages"}
-        glimmer("passages", "pydocs_passages", **corpus)
+        glimmer(
+            "passages",
+            "pydocs_passages",
+            CORPUS_DIR=data / "corpus",
+            PASSAGES_DIR=data / "passages",
+        )
     if not (data / "retrieved").exists():
-        files = {"QUESTIONS": f"{data}/corpus/questions/*.jsonl", "DATA_DIR": data / "retrieved"}
-        glimmer("retrieve", "pydocs_retrieve", PASSAGES_DIR=data / "passages", **files)
+        glimmer(
+            "retrieve",
+            "pydocs_retrieve",
+            PASSAGES_DIR=data / "passages",
+            QUESTIONS=f"{data}/corpus/questions/*.jsonl",
+            DATA_DIR=data / "retrieved",
+        )
 
 
 class Questions:

@@ -57,7 +57,7 @@ STAGES: dict[str, dict[str, Any]] = {
 # From the start's end each model goes its own way, over the same examples in as many steps. First it
 # practises its own cut with supervised scores, from which it learns to match: FiD and LUMEN, which use
 # no scores, put the head off afterwards.
-PRACTICE = {**RENAMED, "TRAIN_STEPS": 600, "TASK_FEATURE_LENGTHS": lengths(5)}
+PRACTICE: dict[str, Any] = {**RENAMED, "TRAIN_STEPS": 600, "TASK_FEATURE_LENGTHS": lengths(5)}
 CUTS: dict[str, dict[str, Any]] = {
     "glimmer": {"LEARNING_RATE": 0.006},
     # The start had GLIMMER's cut, where six of seven layers see memory or score as well.
@@ -85,8 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     chain = [first_stage(args.output)]
     for name, changes in STAGES.items():
         chain.append(args.output / name)
-        start = {"INITIAL_CHECKPOINT_PATH": chain[-2]}
-        glimmer("train", "pydocs_start_train", MODEL_DIR=chain[-1], **start, **changes)
+        own = {**changes, "INITIAL_CHECKPOINT_PATH": chain[-2]}
+        glimmer("train", "pydocs_start_train", MODEL_DIR=chain[-1], **own)
     for name, cut in CUTS.items():
         practice, run = args.output / f"{name}_practice", args.output / name
         own = {**PRACTICE, **cut, "INITIAL_CHECKPOINT_PATH": chain[-1]}

@@ -19,7 +19,7 @@ from glimmer_jax.memory.builders import Builders, wait_for_records
 from glimmer_jax.memory.compute import Job, Recipe
 from glimmer_jax.memory.encoder import States
 from glimmer_jax.memory.identity import Layout
-from glimmer_jax.memory.manifest import Manifest, Shard
+from glimmer_jax.memory.manifest import Manifest, Record, Shard
 from glimmer_jax.memory.progress import Progress
 from glimmer_jax.memory.source import Passages
 from glimmer_jax.memory.write import write_shards
@@ -97,9 +97,11 @@ def build_memory(
         found = None
         if first:
             others = [item for item in shards if item.name not in records]
-            records |= wait_for_records(
-                kvstore, others, recipe, layout, accept_other_program, builders, watcher
-            )
+
+            def read(item: resume.Todo) -> Record | None:
+                return resume.read_own(kvstore, item.name, recipe, layout, accept_other_program)
+
+            records |= wait_for_records(others, read, builders, watcher)
             found = Manifest.of(
                 recipe.identity,
                 [Shard.of(item.name, records[item.name]) for item in shards],

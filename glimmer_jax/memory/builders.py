@@ -6,17 +6,16 @@ folder that all of them see. Shards do not know who made them, so the bytes are 
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import tensorstore as ts
 
 from glimmer_jax import folder
-from glimmer_jax.memory import resume
-from glimmer_jax.memory.compute import Recipe
-from glimmer_jax.memory.identity import Layout
-from glimmer_jax.memory.manifest import Record
 from glimmer_jax.memory.resume import Todo
 from glimmer_jax.preemption import Preempted, Watcher
+
+RecordT = TypeVar("RecordT")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,36 +45,32 @@ class Builders:
 
 
 def wait_for_records(
-    kvstore: ts.KvStore,
     shards: Sequence[Todo],
-    recipe: Recipe,
-    layout: Layout,
-    accept_other_program: bool,
+    read: Callable[[Todo], RecordT | None],
     builders: Builders,
     watcher: Watcher,
     poll_seconds: float = 5.0,
-) -> dict[str, Record]:
-    """The records of `shards`, as soon as the other builders have written them all.
+) -> dict[str, RecordT]:
+    """Records of shards that other builders make, by name, as soon as all are there.
+
+    Args:
+      read: gives the record of a finished shard, and raises ValueError for one of another job.
 
     Raises:
-      ValueError: a record belongs to another build.
       Preempted: asked to stop, or no shard was finished for `wait_seconds`.
     """
-    records: dict[str, Record] = {}
+    records: dict[str, RecordT] = {}
     last = time.monotonic()
-    while missing := [item.name for item in shards if item.name not in records]:
-        for name in missing:
-            record = resume.read_record(kvstore, name)
-            if record is not None:
-                resume.check_record(kvstore, name, record, recipe, layout, accept_other_program)
-                records[name] = record
-                last = time.monotonic()
-        if len(records) == len(shards):
-            break
+    while True:
+        for item in shards:
+            if item.name not in records and (record := read(item)) is not None:
+                records[item.name], last = record, time.monotonic()
+        missing = [item.name for item in shards if item.name not in records]
+        if not missing:
+            return records
         if watcher.requested or time.monotonic() - last >= builders.wait_seconds:
             raise Preempted(
-                f"{len(shards) - len(records)} shards of other builders are missing, the first "
-                f"{missing[0]}. Start the builders again; all of them go on where they were."
+                f"{len(missing)} shards of other builders are missing, the first {missing[0]}. Start "
+                "all builders again; they go on where they were."
             )
         time.sleep(min(poll_seconds, builders.wait_seconds))
-    return records

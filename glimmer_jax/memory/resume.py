@@ -83,11 +83,10 @@ def plan(
         here = folder.subfolder(kvstore, manifest.shard_folder(item.name))
         where = f"{here.url}{manifest.RECORD}"
         try:
-            record = read_record(kvstore, item.name)
+            record = read_own(kvstore, item.name, recipe, layout, accept_other_program)
             if record is None:
                 todo.append(item)
                 continue
-            check_record(kvstore, item.name, record, recipe, layout, accept_other_program)
             _check_source(where, record, item, passages, recipe.identity.max_length)
         except ValueError as refused:
             if not abandoned:
@@ -113,20 +112,19 @@ def read_record(kvstore: ts.KvStore, name: str) -> Record | None:
     return None if data is None else Record.from_bytes(data, f"{here.url}{manifest.RECORD}")
 
 
-def check_record(
-    kvstore: ts.KvStore,
-    name: str,
-    record: Record,
-    recipe: Recipe,
-    layout: Layout,
-    accept_other_program: bool,
-) -> None:
-    """Refuses a shard that another job has made."""
+def read_own(
+    kvstore: ts.KvStore, name: str, recipe: Recipe, layout: Layout, accept_other_program: bool
+) -> Record | None:
+    """The record of a finished shard of this job, or None. Raises ValueError for one of another."""
+    record = read_record(kvstore, name)
+    if record is None:
+        return None
     where = f"{kvstore.url}{manifest.shard_folder(name)}/{manifest.RECORD}"
     check_identity(where, record.identity, recipe.identity)
     _check_layout(where, record.layout, layout)
     if not accept_other_program:
         check_program(where, record.program, recipe.program, _GO_ON)
+    return record
 
 
 def check_manifest(kvstore: ts.KvStore, identity: Identity, count: int) -> None:

@@ -7,10 +7,10 @@ first shard without record, and ends with the same bytes for the same program an
 
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +20,7 @@ import tensorstore as ts
 from glimmer_jax import folder
 from glimmer_jax.lock import WriterLock
 from glimmer_jax.memory import manifest, shard
-from glimmer_jax.memory.builders import Builders
+from glimmer_jax.memory.builders import Builders, wait_for_records
 from glimmer_jax.memory.progress import Progress
 from glimmer_jax.memory.resume import Todo, cut
 from glimmer_jax.passages import Passages
@@ -100,7 +100,8 @@ def build_index(
         records |= dict(job.run(todo))
         progress.finish()
         others = [item for item in shards if item.name not in records]
-        records |= _wait(kvstore, others, identity, builders, watcher)
+        read = functools.partial(_read_own, kvstore, identity)
+        records |= wait_for_records(others, read, builders, watcher)
         made = Manifest.of({item.name: records[item.name] for item in shards})
         if builders.index == 0:
             folder.write_file(kvstore, manifest.MANIFEST, made.to_bytes())
@@ -113,7 +114,7 @@ def _plan(
     """Shards to make, and the records of those that are finished."""
     todo, finished = [], {}
     for item in shards:
-        record = _read_own(kvstore, item, identity)
+        record = _read_own(kvstore, identity, item)
         here = folder.subfolder(kvstore, manifest.shard_folder(item.name))
         if record is None:
             todo.append(item)
@@ -125,7 +126,7 @@ def _plan(
     return todo, finished
 
 
-def _read_own(kvstore: ts.KvStore, item: Todo, identity: Identity) -> Record | None:
+def _read_own(kvstore: ts.KvStore, identity: Identity, item: Todo) -> Record | None:
     """The record of a finished shard of this job. Raises ValueError for one of another."""
     record = index.read_record(kvstore, item.name)
     if record is None:
@@ -138,32 +139,6 @@ def _read_own(kvstore: ts.KvStore, item: Todo, identity: Identity) -> Record | N
             "to a new folder."
         )
     return record
-
-
-def _wait(
-    kvstore: ts.KvStore,
-    shards: Sequence[Todo],
-    identity: Identity,
-    builders: Builders,
-    watcher: Watcher,
-    poll_seconds: float = 5.0,
-) -> dict[str, Record]:
-    """Records of the shards that other builders make, as soon as all are there."""
-    records: dict[str, Record] = {}
-    last = time.monotonic()
-    while len(records) < len(shards):
-        for item in shards:
-            if item.name not in records and (record := _read_own(kvstore, item, identity)):
-                records[item.name], last = record, time.monotonic()
-        missing = [item.name for item in shards if item.name not in records]
-        if missing and (watcher.requested or time.monotonic() - last >= builders.wait_seconds):
-            raise Preempted(
-                f"{len(missing)} shards of other processes are missing, the first {missing[0]}. Start "
-                "all of them again; they go on where they were."
-            )
-        if missing:
-            time.sleep(min(poll_seconds, builders.wait_seconds))
-    return records
 
 
 @dataclasses.dataclass(frozen=True)

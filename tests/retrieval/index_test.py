@@ -141,9 +141,7 @@ def test_another_encoder_and_other_passages_are_refused_with_both_named(
 
 def test_several_processes_make_one_index(encoder, passages, finished, tmp_path):
     impatient = [Builders(i, 2, wait_seconds=0.0) for i in range(2)]
-    with pytest.raises(
-        Preempted, match="2 shards of other processes are missing, the first 000000"
-    ):
+    with pytest.raises(Preempted, match="2 shards of other builders are missing, the first 000000"):
         build_index(tmp_path, passages, encoder, shard_passages=3, builders=impatient[1])
     build_index(tmp_path, passages, encoder, shard_passages=3, builders=impatient[0])
     assert files_of(tmp_path) == files_of(finished)
