@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from glimmer_jax.data.pydocs_tasks import TASKS
 from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.passages import Passages
 from launch.command import glimmer
 
-TASKS = ("which_function", "slot_filling", "fact_verification")
 LENGTHS: dict[str, Any] = {"inputs": 36, "targets": 32, "passages": (10, 80)}
 
 

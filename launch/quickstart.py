@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from glimmer_jax.data import scoring
+from glimmer_jax.data.pydocs_tasks import TASKS
 from glimmer_jax.json_lines import read_json_lines, write_json_lines
 from glimmer_jax.passages import Passages
 from glimmer_jax.shipped import CHECKPOINTS
@@ -22,7 +23,6 @@ from launch import report
 from launch.command import glimmer
 
 MODELS = ("fid", "lumen", "glimmer")
-TASKS = ("which_function", "slot_filling", "fact_verification")
 NUM_ANSWERS = 4
 # Parameters that each model begins with; how they were made: glimmer_jax/checkpoints.
 SHIPPED = {name: CHECKPOINTS / f"pydocs_{name}.safetensors" for name in MODELS}

@@ -11,10 +11,10 @@ import pytest
 
 from glimmer_jax import main as command_line
 from glimmer_jax import shipped
+from glimmer_jax.data.pydocs_tasks import TASKS
 
 ROOT = pathlib.Path(shipped.root())
 ABLATIONS = sorted(path.stem for path in (ROOT / "gin" / "ablations").glob("*.gin"))
-TASKS = ("which_function", "slot_filling", "fact_verification")
 
 # The examples at a size that compiles in seconds.
 TINY = [

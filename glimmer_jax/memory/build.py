@@ -50,7 +50,6 @@ def build_memory(
     passages_fingerprint: str,
     layout: Layout = Layout(shard_passages=1024, chunk_tokens=64),
     reference: States | None = None,
-    error_sample: int = 128,
     accept_other_program: bool = False,
     builders: Builders = Builders(),
     watcher: Watcher | None = None,
@@ -67,7 +66,6 @@ def build_memory(
       passages_fingerprint: of `passages`, recorded; see `fingerprint.passages_fingerprint`.
       layout: about two shards are in RAM at a time.
       reference: the encoder in float32, to measure the error of what is stored.
-      error_sample: passages to measure on.
       accept_other_program: keep finished shards that another program made, and record both.
       builders: who this is, where several build one store at a time.
       watcher: where a request to stop is noticed; default: SIGTERM, if in the main thread.
@@ -89,7 +87,7 @@ def build_memory(
         plan = resume.plan(kvstore, passages, mine, recipe, layout, accept_other_program)
         first, lost = builders.index == 0, None
         if reference is not None and first:
-            lost = measure_error(recipe, reference, passages, error_sample)
+            lost = measure_error(recipe, reference, passages)
         progress = Progress(plan.remaining_passages(), on_progress, progress_seconds, floor=floor)
         job = Job(recipe, passages, watcher, progress)
         records = {**plan.finished, **dict(write_shards(kvstore, plan.todo, job, layout))}
@@ -114,7 +112,7 @@ def build_memory(
 
 
 def measure_error(
-    recipe: Recipe, reference: States, passages: Passages, sample: int
+    recipe: Recipe, reference: States, passages: Passages, sample: int = 128
 ) -> dict[str, float] | None:
     """What the recipe's codec and numerics lose against `reference`, on a sample."""
     codec = codecs.get(recipe.identity.codec)

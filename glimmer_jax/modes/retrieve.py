@@ -28,6 +28,8 @@ from glimmer_jax.retrieval.recall import format_report
 from glimmer_jax.retrieval.retriever import Retriever
 from glimmer_jax.triviaqa import read_questions
 
+# Files of this split see passages of this split alone, where passages have one.
+TRAIN = "train"
 RETRIEVERS = ("bm25", "dense", "hybrid")
 
 Report = dict[str, dict[str, float]]
@@ -42,7 +44,6 @@ def retrieve(
     bm25: Bm25Config = Bm25Config(),
     dense: DenseConfig = DenseConfig(),
     dense_weight: float = 0.5,
-    train_split: str = "train",
     triviaqa: str | None = None,
     question_words: int | None = None,
 ) -> dict[str, Report]:
@@ -62,7 +63,6 @@ def retrieve(
       bm25: settings of BM25.
       dense: encoder and index of dense retrieval.
       dense_weight: of dense scores in `hybrid`, from 0 to 1.
-      train_split: files of this split see passages of this split only, where passages have one.
       triviaqa: pattern of TriviaQA's own files, whose questions KILT's files name by id.
       question_words: words kept of long entity-linking and dialogue inputs, in the written files too;
         None for all.
@@ -96,9 +96,9 @@ def retrieve(
     report: dict[str, Report] = {"passages": {}, "pages": {}}
     for name, paths in files.items():
         stem, chosen = Path(name).stem, everything
-        if stem.endswith(f"-{train_split}"):
+        if stem.endswith(f"-{TRAIN}"):
             if training is None:
-                training = _of_split(everything, train_split)
+                training = _of_split(everything, TRAIN)
             chosen = training
         _say(f"{', '.join(str(path) for path in paths)}: {counts[name]} questions")
         asked = read_task(name, paths, by_id, question_words)

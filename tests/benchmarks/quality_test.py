@@ -7,9 +7,10 @@ import pytest
 pytest.importorskip("seqio")
 
 from benchmarks import codec_quality, fast_modes
-from benchmarks.questions import LENGTHS, TASKS
+from benchmarks.questions import LENGTHS
 from glimmer_jax import shipped
 from glimmer_jax.data import retrieved
+from glimmer_jax.data.pydocs_tasks import TASKS
 from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.passages import write_passages
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from glimmer_jax.data.pydocs_tasks import TASKS
 from glimmer_jax.json_lines import write_json_lines
 from launch import quickstart, report
 
@@ -31,7 +32,7 @@ def example(task, number, gold_rank):
 def found(tmp_path):
     """Six questions a task; BM25 is right on three, GLIMMER on five, FiD and LUMEN on four."""
     right = {"fid": 4, "lumen": 4, "glimmer": 5}
-    for task in quickstart.TASKS:
+    for task in TASKS:
         examples = [example(task, i, gold_rank=int(i >= 3)) for i in range(6)]
         write_json_lines(tmp_path / f"{task}-test.jsonl", examples)
         for name, count in right.items():
