@@ -13,6 +13,7 @@ is the same tokens everywhere (GLIMMER, arXiv 2306.10231, section 3).
 """
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import json
@@ -83,6 +84,7 @@ def write_passages(
     working = target.parent / f".{target.name}.writing-{os.getpid()}"
     shutil.rmtree(working, ignore_errors=True)
     working.mkdir()
+    alive = _claim(working)
     try:
         dtype = np.dtype(np.uint16 if vocab_size <= 65536 else np.int32)
         counts = _write_arrays(working, records, encode, max_length, vocab_size, eos_id, dtype)
@@ -107,6 +109,14 @@ def write_passages(
     except BaseException:
         shutil.rmtree(working, ignore_errors=True)
         raise
+    finally:
+        if alive is not None:
+            os.close(alive)
+    # Now that the new folder is in its place, what killed writers left is of no use.
+    for left in target.parent.glob(f".{target.name}.writing-*"):
+        if (claim := _claim(left)) is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(claim)
     return manifest
 
 
@@ -184,6 +194,17 @@ class _Npy:
         self._file.seek(0)
         self._file.write(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
         self._file.close()
+
+
+def _claim(folder: Path) -> int | None:
+    """A descriptor that keeps others off the folder until it is closed; None if another has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _move_into_place(working: Path, target: Path) -> None:

@@ -1,4 +1,6 @@
+import fcntl
 import json
+import os
 import tracemalloc
 
 import numpy as np
@@ -127,6 +129,27 @@ def test_a_folder_is_replaced_only_when_asked(folder):
     write(folder, RECORDS[:1], overwrite=True)
     assert len(Passages.open(folder)) == 1
     assert [one.name for one in folder.parent.iterdir()] == ["passages"]
+
+
+def test_what_killed_writers_left_goes_and_what_others_write_stays(tmp_path):
+    killed, alive, other = (
+        tmp_path / name for name in (".p.writing-1-old", ".p.writing-2", ".pp.writing-3")
+    )
+    for left in (killed, alive, other):
+        left.mkdir()
+        (left / "tokens.npy").write_bytes(b"half")
+    descriptor = os.open(alive, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(ValueError, match="is given twice"):
+            write(tmp_path / "p", RECORDS[:1] * 2)
+        # Nothing goes before something new is in its place.
+        assert killed.exists()
+        write(tmp_path / "p")
+    finally:
+        os.close(descriptor)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([alive.name, other.name, "p"])
+    Passages.open(tmp_path / "p").verify()
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
