@@ -112,14 +112,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         )
     # Auto axes: the compiler propagates shardings, and `constrain` pins them where it matters.
     types = (AxisType.Auto,) * len(MESH_AXES)
+
+    def grid(axes: Sequence[str], devices: Sequence[Any]) -> np.ndarray:
+        shape = tuple(sizes[axis] for axis in axes)
+        # Split, where a TPU's torus has fewer or longer sides than the mesh has axes.
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+
     if len(slices) == 1:
-        shape = tuple(sizes.values())
-        return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=types)
-    inside = tuple(size for axis, size in sizes.items() if axis != "slice")
-    grids = [
-        mesh_utils.create_device_mesh(inside, slices[index], allow_split_physical_axes=True)
-        for index in sorted(slices)
-    ]
+        return Mesh(grid(MESH_AXES, devices), MESH_AXES, axis_types=types)
+    grids = [grid(MESH_AXES[1:], slices[index]) for index in sorted(slices)]
     return Mesh(np.stack(grids), MESH_AXES, axis_types=types)
 
 

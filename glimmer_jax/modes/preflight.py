@@ -4,9 +4,9 @@ What is compiled is the job's own step with the job's own settings. Paths and ta
 since shapes are enough.
 """
 
+import bisect
 import dataclasses
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,6 @@ UNBOUND = {
     "CHECKPOINT_PATH": "''",
     "MEMORY_DIR": "None",
 }
-# Other settings that are compiled, at most, where the given ones do not fit.
-MAX_TRIES = 6
 
 
 def preflight(
@@ -162,16 +160,16 @@ def _with_nearest(
     place: chips.Topology,
     devices: list[Any],
 ) -> Report:
-    tried = 0
-    for macros, changed in _bounded(changes(job, settings, config, len(devices))):
-        tried += 1
+    others = list(changes(job, settings, config, len(devices)))
+    tried: list[int] = []
+
+    def fits(index: int) -> bool:
+        macros, changed = others[index]
+        tried.append(index)
         print(f"does not fit; trying {macros} ...", flush=True)
-        if examine(job, changed, place, devices).fits:
-            return dataclasses.replace(report, nearest=(macros,), tried=tried)
-    return dataclasses.replace(report, tried=tried)
+        return examine(job, changed, place, devices).fits
 
-
-def _bounded(found: Iterator[Any]) -> list[Any]:
-    """Few enough to compile: the first ones, and the one that goes furthest."""
-    every = list(found)
-    return every if len(every) <= MAX_TRIES else [*every[: MAX_TRIES - 1], every[-1]]
+    # Each needs less than the one before it, so the first that fits is found by halving.
+    first = bisect.bisect_left(range(len(others)), True, key=fits)
+    nearest = tuple(macros for macros, _ in others[first : first + 1])
+    return dataclasses.replace(report, nearest=nearest, tried=len(tried))

@@ -14,7 +14,11 @@ from glimmer_jax.preflight.programs import Program
 from glimmer_jax.preflight.report import Traffic
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_NO_ROOM = re.compile(r"[Uu]sed ([0-9.]+)([KMGT]?) of ([0-9.]+)([KMGT]?) hbm")
+_NO_ROOM = re.compile(r"[Uu]sed ([0-9.]+)([KMGT]?) of [0-9.]+[KMGT]? hbm")
+# Said early, where what is computed in between alone is too much.
+_NO_ROOM_BETWEEN = re.compile(
+    r"HLO temporaries \(([0-9.]+)([KMGT]?)\) exceeds available HBM \([0-9.]+[KMGT]?\)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +42,7 @@ def compile_program(program: Program, mesh: Mesh) -> Compiled:
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            why = no_room(str(error))
+            why = no_room(str(error), sum(given.values()))
             if why is None:
                 raise
             used, words = why
@@ -65,13 +69,17 @@ def flops_of(program: Program, mesh: Mesh) -> int:
     return count_flops(jaxpr, program.while_trips)
 
 
-def no_room(message: str) -> tuple[int, str] | None:
-    """Bytes that a program would need, and the compiler's words; None for any other error."""
-    found = _NO_ROOM.search(message)
-    if found is None:
-        return None
-    used, unit = found.group(1), found.group(2)
-    return round(float(used) * _UNITS[unit]), found.group(0)
+def no_room(message: str, given: int) -> tuple[int, str] | None:
+    """Bytes that a program would need, and the compiler's words; None for any other error.
+
+    Args:
+      given: bytes of the arguments, which some messages leave out.
+    """
+    for words, besides in ((_NO_ROOM, 0), (_NO_ROOM_BETWEEN, given)):
+        if (found := words.search(message)) is not None:
+            used, unit = found.groups()
+            return round(float(used) * _UNITS[unit]) + besides, found.group(0)
+    return None
 
 
 def traffic(text: str, mesh: Mesh) -> tuple[dict[str, Traffic], int]:

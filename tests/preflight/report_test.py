@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from glimmer_jax.models.cost import question_cost
+from glimmer_jax.modes import preflight as mode
 from glimmer_jax.modes.preflight import mesh_for
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.preflight import chips, compiling, nearest, programs
@@ -140,9 +141,37 @@ def test_the_compilers_refusal_says_how_much_it_would_need():
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
         "hbm. Used 41.50G of 15.75G hbm. Exceeded hbm capacity by 25.75G."
     )
-    used, words = compiling.no_room(message)
+    used, words = compiling.no_room(message, given=7)
     assert used == round(41.5 * 2**30) and words == "Used 41.50G of 15.75G hbm"
-    assert compiling.no_room("INTERNAL: something else") is None
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+        "(532.51G) exceeds available HBM (15.75G)."
+    )
+    used, words = compiling.no_room(message, given=7)
+    assert used == round(532.51 * 2**30) + 7 and words.startswith(
+        "HLO temporaries (532.51G) exceeds"
+    )
+    assert compiling.no_room("INTERNAL: something else", given=7) is None
+
+
+@pytest.mark.parametrize(("pieces", "tried"), [(1, 4), (4, 4), (16, 4), (99, 4)])
+def test_the_nearest_settings_that_fit_are_found_in_few_compilations(monkeypatch, pieces, tried):
+    compiled = []
+
+    def examine(job, settings, place, devices):
+        compiled.append(settings["loop_config"].num_microbatches)
+        return dataclasses.replace(REPORT, fits=compiled[-1] >= pieces)
+
+    monkeypatch.setattr(mode, "examine", examine)
+    settings = {**SETTINGS, "batch_size": 32}
+    given = ("train", settings, MeshConfig(1, 1), None, [None])
+    found = mode._with_nearest(REPORT, *given)
+    assert found.tried == len(compiled) <= tried
+    if pieces == 99:
+        assert found.nearest == ()
+    else:
+        (nearest_one,) = found.nearest
+        assert nearest_one.get("NUM_MICROBATCHES", 1) == pieces
 
 
 REPORT = Report(
