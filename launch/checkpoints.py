@@ -9,6 +9,7 @@ Writes `glimmer_jax/checkpoints/pydocs_<model>.safetensors`, and the learning cu
 """
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,23 +55,43 @@ STAGES: dict[str, dict[str, Any]] = {
         "TASK_FEATURE_LENGTHS": lengths(5),
     },
 }
-# From the start's end each model goes its own way, over the same examples in as many steps. First it
-# practises its own cut with supervised scores, from which it learns to match: FiD and LUMEN, which use
-# no scores, put the head off afterwards.
-PRACTICE: dict[str, Any] = {**RENAMED, "TRAIN_STEPS": 600, "TASK_FEATURE_LENGTHS": lengths(5)}
-CUTS: dict[str, dict[str, Any]] = {
-    "glimmer": {"LEARNING_RATE": 0.006},
-    # The start had GLIMMER's cut, where six of seven layers see memory or score as well.
-    "fid": {"ALPHA": 1.0, "BETA": 0.857},
-    "lumen": {"FREEZE_MEMORY": True, "SHARE_QUESTION_ENCODER": False, "LEARNING_RATE": 0.003},
-}
-# Then its own loss, on all ten passages that questions come with.
+# From the start's end each model goes its own way, over the same examples in as many steps. First all ten
+# passages that questions come with, by each model's own loss.
 FINETUNE = {
     "TRAIN_STEPS": 300,
     "WARMUP_STEPS": 20,
-    "LEARNING_RATE": 0.001,
     "LOG_EVERY": 25,
     "TASK_FEATURE_LENGTHS": lengths(10),
+}
+# Then five, twice, with supervised scores, from which a cut learns to match. FiD and LUMEN, which use no
+# scores, put the head off at the end. Memory stays frozen for LUMEN.
+PRACTICE: dict[str, Any] = {
+    **RENAMED,
+    "TRAIN_STEPS": 600,
+    "LOG_EVERY": 25,
+    "TASK_FEATURE_LENGTHS": lengths(5),
+}
+FROZEN = {"FREEZE_MEMORY": True, "SHARE_QUESTION_ENCODER": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class Own:
+    """How a model goes on from the start."""
+
+    rates: tuple[float, ...]  # of its fine-tuning, and of each practice
+    gin_file: str  # of its practice
+    cut: dict[str, Any]  # in that file
+
+
+# The start had GLIMMER's cut, which forgets least at a lower rate; FiD's is the furthest from it.
+MODELS = {
+    "glimmer": Own((0.001, 0.006, 0.006), "pydocs_glimmer_train", {"NUM_KEPT": 3}),
+    "lumen": Own(
+        (0.005, 0.003, 0.003),
+        "pydocs_glimmer_train",
+        {"NUM_KEPT": None, "DISTILLATION_WEIGHT": 0.0, **FROZEN},
+    ),
+    "fid": Own((0.005, 0.01, 0.006), "pydocs_start_train", {"ALPHA": 1.0, "BETA": 0.857}),
 }
 
 
@@ -82,21 +103,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not Path("data/pydocs/retrieved").is_dir():
         glimmer("passages", "pydocs_passages", OVERWRITE=True)
         glimmer("retrieve", "pydocs_retrieve")
+    curves: dict[str, list[dict[str, float]]] = {}
     chain = [first_stage(args.output)]
     for name, changes in STAGES.items():
         chain.append(args.output / name)
-        own = {**changes, "INITIAL_CHECKPOINT_PATH": chain[-2]}
-        glimmer("train", "pydocs_start_train", MODEL_DIR=chain[-1], **own)
-    for name, cut in CUTS.items():
-        practice, run = args.output / f"{name}_practice", args.output / name
-        own = {**PRACTICE, **cut, "INITIAL_CHECKPOINT_PATH": chain[-1]}
-        glimmer("train", "pydocs_start_train", MODEL_DIR=practice, **own)
-        own = {**FINETUNE, "INITIAL_CHECKPOINT_PATH": practice}
-        glimmer("train", f"pydocs_{name}_train", MODEL_DIR=run, **own)
+        given = {**changes, "INITIAL_CHECKPOINT_PATH": chain[-2]}
+        glimmer("train", "pydocs_start_train", MODEL_DIR=chain[-1], **given)
+    for name, own in MODELS.items():
+        runs = [args.output / name]
+        given = {**FINETUNE, "LEARNING_RATE": own.rates[0], "INITIAL_CHECKPOINT_PATH": chain[-1]}
+        glimmer("train", f"pydocs_{name}_train", MODEL_DIR=runs[0], **given)
+        for number, rate in enumerate(own.rates[1:], 1):
+            runs.append(args.output / f"{name}_practice{number}")
+            given = {**PRACTICE, **own.cut, "LEARNING_RATE": rate}
+            given["INITIAL_CHECKPOINT_PATH"] = runs[-2]
+            glimmer("train", own.gin_file, MODEL_DIR=runs[-1], **given)
         shipped = CHECKPOINTS / f"pydocs_{name}.safetensors"
-        glimmer("export", f"pydocs_{name}_export", CHECKPOINT_PATH=run, OUTPUT_PATH=shipped)
+        glimmer("export", f"pydocs_{name}_export", CHECKPOINT_PATH=runs[-1], OUTPUT_PATH=shipped)
+        curves[name] = in_a_row(runs)
     start_curves = {run.name: metrics(run) for run in chain}
-    curves = {name: after(args.output, name) for name in CUTS}
     plot(start_curves, curves, CHECKPOINTS / "learning_curves.png")
 
 
@@ -123,12 +148,13 @@ def metrics(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def after(output: Path, name: str) -> list[dict[str, float]]:
-    """What a model logged after the start: practice, then fine-tuning, in one count of steps."""
-    practice, own = metrics(output / f"{name}_practice"), metrics(output / name)
-    if name != "glimmer":  # It scores nothing now: recall is the retriever's.
-        own = [{key: row[key] for key in row if key != "train/recall_at_1"} for row in own]
-    return [*practice, *({**row, "step": row["step"] + PRACTICE["TRAIN_STEPS"]} for row in own)]
+def in_a_row(runs: Sequence[Path]) -> list[dict[str, float]]:
+    """What runs logged, one after another, in one count of steps."""
+    rows: list[dict[str, float]] = []
+    for run in runs:
+        first = rows[-1]["step"] if rows else 0
+        rows += [{**row, "step": row["step"] + first} for row in metrics(run)]
+    return rows
 
 
 def plot(
