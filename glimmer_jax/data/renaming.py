@@ -2,8 +2,8 @@
 
 A small model given the real titles of a few thousand pages learns them by heart and reads nothing.
 Here every part of a qualified name (`json`, `dumps`) is exchanged, for this example alone, for another
-one, often a blend of two: in the titles, wherever it stands as a word in the passages, in the question
-and in the answer.
+one or a piece of the vocabulary, often a blend of two: in the titles, wherever it stands as a word in
+the passages, in the question and in the answer.
 Siblings stay siblings, a text still speaks of its own title, and what is left to learn is to read.
 """
 
@@ -68,7 +68,10 @@ class RenamedQuestions:
         self._vocabulary = vocabulary
         self._seed = seed
         titles = {record["title"] for record in records.values()}
-        self._parts = sorted({part for title in titles for part in title.split(".")})
+        parts = {part for title in titles for part in title.split(".")}
+        # And every piece of the vocabulary: titles never seen begin with pieces that no training title
+        # has, and what was never copied is miscopied.
+        self._parts = sorted(parts | set(vocabulary.words()))
 
     def example(self, index: int) -> dict[str, Any]:
         """One question.

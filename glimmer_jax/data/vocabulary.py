@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,6 +90,12 @@ class Vocabulary:
         if not 0 <= index < self.extra_ids:
             raise ValueError(f"Sentinels go from 0 to {self.extra_ids - 1}, got {index}.")
         return self.vocab_size - 1 - index
+
+    def words(self) -> list[str]:
+        """Pieces of two or more letters, digits and underscores, without the mark of a word's start."""
+        pieces = map(self.processor.IdToPiece, range(self.processor.GetPieceSize()))
+        bare = {piece.removeprefix("\u2581") for piece in pieces}
+        return sorted(piece for piece in bare if re.fullmatch(r"\w{2,}", piece))
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without end token."""
