@@ -63,14 +63,14 @@ FINETUNE = {
     "LOG_EVERY": 25,
     "TASK_FEATURE_LENGTHS": lengths(10),
 }
-# Then five, with supervised scores, from which a cut learns to match. FiD and LUMEN, which use no
+# Then five, twice, with supervised scores, from which a cut learns to match. FiD and LUMEN, which use no
 # scores, put the head off at the end. Memory stays frozen for LUMEN.
 PRACTICE: dict[str, Any] = {
     **RENAMED,
-    "TRAIN_STEPS": 600,
     "LOG_EVERY": 25,
     "TASK_FEATURE_LENGTHS": lengths(5),
 }
+PRACTICE_STEPS = (600, 500)
 FROZEN = {"FREEZE_MEMORY": True, "SHARE_QUESTION_ENCODER": False}
 
 
@@ -78,20 +78,20 @@ FROZEN = {"FREEZE_MEMORY": True, "SHARE_QUESTION_ENCODER": False}
 class Own:
     """How a model goes on from the start."""
 
-    rates: tuple[float, float]  # of its fine-tuning, and of its practice
+    rates: tuple[float, float, float]  # of its fine-tuning, and of each practice
     gin_file: str  # of its practice
     cut: dict[str, Any]  # in that file
 
 
 # The start had GLIMMER's cut, which forgets least at a lower rate; FiD's is the furthest from it.
 MODELS = {
-    "glimmer": Own((0.001, 0.006), "pydocs_glimmer_train", {"NUM_KEPT": 3}),
+    "glimmer": Own((0.001, 0.006, 0.006), "pydocs_glimmer_train", {"NUM_KEPT": 3}),
     "lumen": Own(
-        (0.005, 0.003),
+        (0.005, 0.003, 0.003),
         "pydocs_glimmer_train",
         {"NUM_KEPT": None, "DISTILLATION_WEIGHT": 0.0, **FROZEN},
     ),
-    "fid": Own((0.005, 0.01), "pydocs_start_train", {"ALPHA": 1.0, "BETA": 0.857}),
+    "fid": Own((0.005, 0.01, 0.006), "pydocs_start_train", {"ALPHA": 1.0, "BETA": 0.857}),
 }
 
 
@@ -110,12 +110,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         given = {**changes, "INITIAL_CHECKPOINT_PATH": chain[-2]}
         glimmer("train", "pydocs_start_train", MODEL_DIR=chain[-1], **given)
     for name, own in MODELS.items():
-        runs = [args.output / name, args.output / f"{name}_practice"]
+        runs = [args.output / name]
         given = {**FINETUNE, "LEARNING_RATE": own.rates[0], "INITIAL_CHECKPOINT_PATH": chain[-1]}
         glimmer("train", f"pydocs_{name}_train", MODEL_DIR=runs[0], **given)
-        given = {**PRACTICE, **own.cut, "LEARNING_RATE": own.rates[1]}
-        given["INITIAL_CHECKPOINT_PATH"] = runs[0]
-        glimmer("train", own.gin_file, MODEL_DIR=runs[1], **given)
+        for steps, rate in zip(PRACTICE_STEPS, own.rates[1:], strict=True):
+            given = {**PRACTICE, **own.cut, "TRAIN_STEPS": steps, "LEARNING_RATE": rate}
+            given["INITIAL_CHECKPOINT_PATH"] = runs[-1]
+            runs.append(args.output / f"{name}_practice{len(runs)}")
+            glimmer("train", own.gin_file, MODEL_DIR=runs[-1], **given)
         shipped = CHECKPOINTS / f"pydocs_{name}.safetensors"
         glimmer("export", f"pydocs_{name}_export", CHECKPOINT_PATH=runs[-1], OUTPUT_PATH=shipped)
         curves[name] = in_a_row(runs)
