@@ -44,6 +44,13 @@ def test_the_answer_is_the_new_title_of_the_gold_passage():
     assert len(seen) > 10
 
 
+def test_answers_begin_with_pieces_that_no_title_has():
+    made = questions(which=[line("text number zero", "os.path.join", "os.path.join")])
+    first = {VOCABULARY.encode(read(made.example(index))[1])[1] for index in range(200)}
+    own = {VOCABULARY.encode(name)[1] for name in NAMES}
+    assert len(first - own) > 50
+
+
 def test_a_text_speaks_of_its_own_title_still():
     records = {**RECORDS, 0: {"title": "os.path.join", "text": "join(a) Use join, not joined."}}
     asked = [line("text", "os.path.join", "os.path.join")]

@@ -29,6 +29,15 @@ def test_names_are_cut_at_dots_underscores_and_brackets(vocabulary):
     assert "12" not in pieces
 
 
+def test_its_words_are_pieces_that_names_can_be_made_of(vocabulary):
+    words = vocabulary.words()
+    assert "mailbox" in words and len(words) == len(set(words)) > 500
+    assert all(word.isidentifier() or word[0].isdigit() for word in words)
+    # As a part of a name each is cut into few pieces, mostly one.
+    alone = [len(vocabulary.encode(f"x.{word}")) - len(vocabulary.encode("x.")) for word in words]
+    assert sum(n == 1 for n in alone) > len(words) / 2
+
+
 def test_special_ids_are_t5s(vocabulary):
     assert (vocabulary.pad_id, vocabulary.eos_id, vocabulary.processor.unk_id()) == (0, 1, 2)
     assert vocabulary.processor.bos_id() == -1
