@@ -144,6 +144,7 @@ def memory(
 
     def withdraw_passages() -> Any:
         wanted = _several("IDS", ids, int)
+        checks.required(IDS=wanted or None)
         change.withdraw(str(memory_dir), wanted)
         return inspect(MemoryStore.open(str(memory_dir)))
 
@@ -164,9 +165,8 @@ def memory(
 
 
 def _several(name: str, values: Any, kind: type) -> list[Any]:
-    """A list from the command line; raises ValueError for none, and for one that is no list."""
+    """A list from the command line; raises ValueError for what is none."""
     if isinstance(values, str | int) or not all(isinstance(value, kind) for value in values):
         example = [0, 1] if kind is int else ["one", "another"]
         raise ValueError(f"{name} is a list, for example --gin.{name}={example!r}; got {values!r}.")
-    checks.required(**{name: list(values) or None})
     return list(values)
