@@ -112,6 +112,8 @@ def _preflight(flags: argparse.Namespace) -> Any:
 
     # The compiler for the slice runs on this machine's CPU; its own accelerators are not looked at.
     jax.config.update("jax_platforms", "cpu")
+    # A program for a slice that is not there can be kept between runs, and cannot be read again.
+    jax.config.update("jax_enable_compilation_cache", False)
     from glimmer_jax import configuration
     from glimmer_jax.modes import preflight
 

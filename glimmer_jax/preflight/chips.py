@@ -85,6 +85,9 @@ def devices(topology: Topology) -> list[Any]:
     """
     # The compiler would look for the TPU machine it runs on, for minutes.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # And would complain of what it did not find there; a topology asks for neither.
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
     # And would take the machine's TPU for itself alone; here, many may compile side by side.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
