@@ -10,7 +10,7 @@ from typing import Any
 
 TRIES = 5
 SIDE = {True: 2048, False: 8192}  # of the square matrices, on a CPU and elsewhere
-BYTES = {True: 256 << 20, False: 2 << 30}  # read, more than any cache holds
+BYTES = 256 << 20  # read, more than any cache holds
 
 
 def best_seconds(run: Callable[[], Any]) -> float:
@@ -30,7 +30,7 @@ def jax_peaks(dtype: str) -> dict[str, float]:
     import jax.numpy as jnp
 
     on_cpu = jax.default_backend() == "cpu"
-    side, count = SIDE[on_cpu], BYTES[on_cpu] // 4
+    side, count = SIDE[on_cpu], BYTES // 4
     result = jnp.float32 if on_cpu else jnp.dtype(dtype)
     x = jnp.ones((side, side), dtype)
     numbers = jnp.ones(count, jnp.float32)
@@ -49,7 +49,7 @@ def torch_peaks(dtype: str, device: str) -> dict[str, float]:
     import torch
 
     on_cpu = device == "cpu"
-    side, count = SIDE[on_cpu], BYTES[on_cpu] // 4
+    side, count = SIDE[on_cpu], BYTES // 4
     x = torch.ones((side, side), dtype=getattr(torch, dtype), device=device)
     numbers = torch.ones(count, device=device)
     wait = (lambda: None) if on_cpu else torch.cuda.synchronize

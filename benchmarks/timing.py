@@ -73,6 +73,12 @@ def measure(
     for worker in workers:
         prepared.append(worker.ask("prepare", passages))
         say(f"  {worker.system} {worker.dtype} is ready for {passages} passages")
+    if len({ready["device"] == "cpu" for ready in prepared}) > 1:
+        devices = {f"{w.system}: {ready['device']}" for w, ready in zip(workers, prepared, strict=True)}
+        raise RuntimeError(
+            f"JAX and PyTorch work on different kinds of device ({', '.join(sorted(devices))}), which is "
+            "no comparison. Install both for the same one, or leave some out with --systems."
+        )
     made: list[list[dict[str, Any]]] = [[] for _ in workers]
     for _ in range(runs * ROUNDS_FOR_ONE):
         missing = [i for i, done in enumerate(made) if len(_quiet(done)) < runs]

@@ -140,6 +140,11 @@ class TorchFid:
     def peaks(self) -> dict[str, float]:
         return peaks.torch_peaks(self._dtype, self.device)
 
+    def forget_peak(self) -> None:
+        """What was at most in use before an answer is not the answer's."""
+        if self.device == "cuda":
+            self._torch.cuda.reset_peak_memory_stats()
+
     def peak_bytes(self) -> int | None:
         """Of the device's memory; None on a CPU."""
         return self._torch.cuda.max_memory_allocated() if self.device == "cuda" else None

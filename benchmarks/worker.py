@@ -53,6 +53,7 @@ def _prepare(worker: Any, passages: int) -> dict[str, Any]:
 
 def _answer(worker: Any, passages: int) -> dict[str, Any]:
     _forget_peak()
+    worker.forget_peak()
     busy, cpu, start = _busy_seconds(), time.process_time(), time.perf_counter()
     tokens = worker.answer(passages)
     seconds = time.perf_counter() - start
@@ -61,8 +62,8 @@ def _answer(worker: Any, passages: int) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "cpu_seconds": cpu,
-        # Ours of all that the machine's cores did in the meantime.
-        "cpu_share": min(cpu / busy, 1.0) if busy > 0 else 1.0,
+        # Ours of all that the machine's cores did in the meantime; who works elsewhere leaves them idle.
+        "cpu_share": min(cpu / busy, 1.0) if busy > 0 and on_device is None else 1.0,
         "peak_bytes": _peak_rss() if on_device is None else on_device,
         "tokens": [int(token) for token in tokens],
     }

@@ -4,7 +4,15 @@ A launcher on one machine gives every process the address of the first, their nu
 place. TPU pods, GKE and Slurm describe all that in the environment, and JAX reads it there.
 """
 
+import os
+import sys
+import threading
+
 import jax
+
+# Seconds that a process which is done waits for the others: a builder may be days ahead of the slowest.
+# One that dies meanwhile is missed after `silence`.
+_FAREWELL = 7 * 24 * 3600
 
 
 def join(
@@ -33,7 +41,9 @@ def join(
     if all(value is None for value in told):
         if detect:
             jax.distributed.initialize(
-                initialization_timeout=timeout, heartbeat_timeout_seconds=silence
+                initialization_timeout=timeout,
+                heartbeat_timeout_seconds=silence,
+                shutdown_timeout_seconds=_FAREWELL,
             )
         return
     if detect or coordinator_address is None or num_processes is None or process_id is None:
@@ -58,4 +68,28 @@ def join(
         process_id,
         initialization_timeout=timeout,
         heartbeat_timeout_seconds=silence,
+        shutdown_timeout_seconds=_FAREWELL,
     )
+
+
+def leave_soon(code: int, seconds: float = 60.0) -> None:
+    """Ends this process with `code` even where the others do not come to the end with it.
+
+    A process that fails by itself would wait for the others, and they for it. Where no job was joined it
+    does nothing.
+
+    Args:
+      code: of exit.
+      seconds: for the others to fail with it, as all do over the same bad input.
+    """
+    if not jax.distributed.is_initialized():
+        return
+
+    def leave() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    timer = threading.Timer(seconds, leave)
+    timer.daemon = True
+    timer.start()

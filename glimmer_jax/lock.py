@@ -15,6 +15,7 @@ import pathlib
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import tensorstore as ts
@@ -31,17 +32,25 @@ class WriterLock:
       ValueError: on entry, if another writer holds it; its process and host are named.
     """
 
-    def __init__(self, kvstore: ts.KvStore, name: str, lease_seconds: float = LEASE_SECONDS):
+    def __init__(
+        self,
+        kvstore: ts.KvStore,
+        name: str,
+        lease_seconds: float = LEASE_SECONDS,
+        about: Mapping[str, Any] | None = None,
+    ):
         """Does not take the lock yet.
 
         Args:
           kvstore: of the folder.
           name: of the lock's file in it.
           lease_seconds: how long the file may stay untouched before its holder counts as dead.
+          about: what else the file says of its holder, see `about`; JSON.
         """
         self._kvstore = kvstore
         self._name = name
         self._lease = lease_seconds
+        self._about = dict(about or {})
         self._me: dict[str, Any] = {}
         self._generation = b""
         self._lost = False
@@ -57,6 +66,7 @@ class WriterLock:
             "process_start": _process_start(os.getpid()),
             "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "lease_seconds": self._lease,
+            "about": self._about,
             "beat": 0,
         }
         # Only if nothing has happened to the file since we looked at it.
@@ -103,6 +113,19 @@ class WriterLock:
                 f"renewed it for {self._lease:.0f} s. Nothing more is written from here."
             )
 
+    def about(self) -> dict[str, Any] | None:
+        """What the lock's file says of its holder, living or dead; None where there is no file."""
+        found = self._read()
+        return None if found.state == "missing" else _describe(found)[0].get("about", {})
+
+    def remove_if_dead(self) -> None:
+        """Leaves no file of a dead holder. Raises ValueError, as on entry, where it is alive."""
+        generation = self._wait_for_the_dead()
+        try:
+            self._kvstore.write(self._name, None, if_equal=generation).result()
+        except ValueError as error:
+            raise self._unreachable(error) from error
+
     def _wait_for_the_dead(self) -> Any:
         """The generation to replace; raises if a living writer holds the lock."""
         found = self._read()
@@ -132,7 +155,7 @@ class WriterLock:
                 f"{self._kvstore.url} is being written by {who}. One writer at a time: wait for it, "
                 "stop it, or choose another folder."
             )
-        _logger.warning("%s is dead; taking %s over.", who, self._name)
+        _logger.warning("%s is dead; its %s counts no longer.", who, self._name)
         return found.stamp.generation
 
     def _read(self) -> Any:

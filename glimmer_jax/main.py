@@ -190,7 +190,16 @@ def run() -> None:
         from glimmer_jax.quiet import filter_stderr
 
         filter_stderr()
-    sys.exit(main())
+    from glimmer_jax.distributed import leave_soon
+
+    try:
+        code = main()
+    except BaseException:
+        leave_soon(1)
+        raise
+    if code:
+        leave_soon(code)
+    sys.exit(code)
 
 
 def _integers(text: str) -> list[int]:

@@ -47,6 +47,18 @@ def leave_at_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+def stop_together(count: int) -> None:
+    """Raises `Preempted` in all processes of a job at one `count`, soon after SIGTERM came to any of them.
+
+    For loops that save nothing; a process alone is stopped by `leave_at_sigterm`.
+
+    Args:
+      count: grows from call to call, and is the same in all processes.
+    """
+    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(count):
+        raise Preempted("Stopped by SIGTERM between two batches. Run the same command again.")
+
+
 class Watcher:
     """Context that turns SIGTERM into a flag; restores the previous handler on leaving.
 

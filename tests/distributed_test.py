@@ -1,12 +1,20 @@
 """Joining a job: what is told, what is missing, and when nothing is asked. Real jobs: tests/launch."""
 
+import subprocess
+import sys
+
 import jax
 import pytest
 
 from glimmer_jax import main as command_line
 from glimmer_jax.distributed import join
+from launch.local import free_port
 
-TIMES = {"initialization_timeout": 300, "heartbeat_timeout_seconds": 100}
+TIMES = {
+    "initialization_timeout": 300,
+    "heartbeat_timeout_seconds": 100,
+    "shutdown_timeout_seconds": 7 * 24 * 3600,
+}
 
 
 @pytest.fixture
@@ -54,3 +62,36 @@ def test_the_command_line_joins_before_it_runs(joined, capfd):
     assert joined[0][0] == ("h:1", 3, 1)
     assert command_line.main(["--process_id=1"]) == 2
     assert "glimmer: A job of many processes needs" in capfd.readouterr().err
+
+
+JOB = """
+import sys
+from glimmer_jax.last_words import work_in_child
+work_in_child(42)
+from glimmer_jax.distributed import join, leave_soon
+address, me, seconds, who_fails = sys.argv[1], *map(int, sys.argv[2:])
+join(False, address, 2, me, silence=10)
+from jax.experimental import multihost_utils
+if who_fails in (me, 2):
+    leave_soon(2, seconds)
+    sys.exit(2)
+multihost_utils.sync_global_devices("never")
+"""
+
+
+@pytest.mark.fault
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("who_fails", "seconds", "codes"), [(2, 60, [2, 2]), (1, 2, [42, 2])], ids=["all", "one"]
+)
+def test_who_fails_alone_ends_with_its_own_code_and_does_not_wait(who_fails, seconds, codes):
+    address = f"127.0.0.1:{free_port()}"
+    started = [
+        subprocess.Popen([sys.executable, "-c", JOB, address, *map(str, (me, seconds, who_fails))])
+        for me in range(2)
+    ]
+    try:
+        assert [process.wait(120) for process in started] == codes
+    finally:
+        for process in started:
+            process.kill()

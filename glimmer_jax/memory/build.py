@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from glimmer_jax import codecs, folder
-from glimmer_jax.lock import WriterLock
 from glimmer_jax.memory import codec_error, manifest, resume
 from glimmer_jax.memory.builders import Builders, wait_for_records
 from glimmer_jax.memory.compute import Job, Recipe
@@ -64,7 +63,7 @@ def build_memory(
       passages: the corpus; row i becomes row i of the store.
       path: a local folder, a TensorStore URL or spec; created if missing.
       passages_fingerprint: of `passages`, recorded; see `fingerprint.passages_fingerprint`.
-      layout: about two shards are in RAM at a time.
+      layout: two shards are in RAM at a time, the one that is written some three times.
       reference: the encoder in float32, to measure the error of what is stored.
       accept_other_program: keep finished shards that another program made, and record both.
       builders: who this is, where several build one store at a time.
@@ -82,22 +81,24 @@ def build_memory(
     shards = resume.cut(np.arange(len(passages)), layout.shard_passages)
     kvstore = folder.open_folder(path)
     mine = builders.own(shards)
-    with WriterLock(builders.lock_folder(kvstore), manifest.LOCK), watcher or Watcher() as watcher:
+    with builders.lock(kvstore, manifest.LOCK) as lock, watcher or Watcher() as watcher:
         resume.check_manifest(kvstore, recipe.identity, len(shards))
-        plan = resume.plan(kvstore, passages, mine, recipe, layout, accept_other_program)
+        plan = resume.plan(kvstore, passages, mine, recipe, layout, accept_other_program, watcher)
         first, lost = builders.index == 0, None
         if reference is not None and first:
             lost = measure_error(recipe, reference, passages)
         progress = Progress(plan.remaining_passages(), on_progress, progress_seconds, floor=floor)
         job = Job(recipe, passages, watcher, progress)
-        records = {**plan.finished, **dict(write_shards(kvstore, plan.todo, job, layout))}
+        records = {**plan.finished, **dict(write_shards(kvstore, plan.todo, job, layout, lock))}
         rates = progress.finish()  # before others are waited for
         found = None
         if first:
             others = [item for item in shards if item.name not in records]
 
             def read(item: resume.Todo) -> Record | None:
-                return resume.read_own(kvstore, item.name, recipe, layout, accept_other_program)
+                return resume.read_whole(
+                    kvstore, item, passages, recipe, layout, accept_other_program
+                )
 
             records |= wait_for_records(others, read, builders, watcher)
             found = Manifest.of(
@@ -107,6 +108,7 @@ def build_memory(
                 passages_fingerprints=[passages_fingerprint],
                 codec_error=lost,
             )
+            lock.check()
             folder.write_file(kvstore, manifest.MANIFEST, found.to_bytes())
     return Report(found, len(plan.todo), len(plan.finished), **rates)
 

@@ -4,18 +4,21 @@ Which builder makes which shard follows from its number alone, so they need no m
 folder that all of them see. Shards do not know who made them, so the bytes are those of one builder.
 """
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import tensorstore as ts
 
 from glimmer_jax import folder
+from glimmer_jax.lock import WriterLock
 from glimmer_jax.memory.resume import Todo
 from glimmer_jax.preemption import Preempted, Watcher
 
 RecordT = TypeVar("RecordT")
+_FOLDER = "builders/"  # of the locks of all but the first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +40,28 @@ class Builders:
         """The shards that this builder makes."""
         return list(shards[self.index :: self.count])
 
-    def lock_folder(self, kvstore: ts.KvStore) -> ts.KvStore:
-        """Where this builder's lock is; the first builder's is the store's own."""
-        if self.index == 0:
-            return kvstore
-        return folder.subfolder(kvstore, f"builders/{self.index:05d}-of-{self.count:05d}")
+    @contextlib.contextmanager
+    def lock(self, kvstore: ts.KvStore, name: str) -> Iterator[WriterLock]:
+        """Holds this builder's lock `name`; the first builder's is the store's own.
+
+        Raises:
+          ValueError: another process is this builder, or a living one writes here that is none of
+            these: builders of another number share the shards out in another way.
+        """
+        mine = f"{self._folder}{name}"
+        with WriterLock(kvstore, mine, about={"builders": self.count}) as lock:
+            # After it is held, so that of two that start at once at least one sees the other.
+            for other in [name, *folder.list_files(kvstore, _FOLDER)]:
+                if other == mine or not f"/{other}".endswith(f"/{name}"):
+                    continue
+                held = WriterLock(kvstore, other)
+                if (about := held.about()) is not None and about.get("builders") != self.count:
+                    held.remove_if_dead()
+            yield lock
+
+    @property
+    def _folder(self) -> str:
+        return "" if self.index == 0 else f"{_FOLDER}{self.index:05d}-of-{self.count:05d}/"
 
 
 def wait_for_records(
@@ -63,6 +83,8 @@ def wait_for_records(
     last = time.monotonic()
     while True:
         for item in shards:
+            if watcher.requested:
+                break
             if item.name not in records and (record := read(item)) is not None:
                 records[item.name], last = record, time.monotonic()
         missing = [item.name for item in shards if item.name not in records]

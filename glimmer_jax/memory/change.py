@@ -17,18 +17,19 @@ from glimmer_jax.lock import WriterLock
 from glimmer_jax.memory import build, resume, shard, versions
 from glimmer_jax.memory.compute import Job, Recipe
 from glimmer_jax.memory.identity import Layout, check_identity, check_passages
-from glimmer_jax.memory.manifest import LOCK, Manifest, Shard, shard_folder
+from glimmer_jax.memory.manifest import LOCK, RECORD, Manifest, Shard, shard_folder
 from glimmer_jax.memory.progress import Progress
 from glimmer_jax.memory.source import Passages, read_source
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.memory.verify import check_shard
 from glimmer_jax.memory.write import write, write_shards
-from glimmer_jax.preemption import Watcher
+from glimmer_jax.preemption import Preempted, Watcher
 
 logger = logging.getLogger(__name__)
 
 # Passages whose texts are compared at a time: bounds RAM.
 _COMPARE_ROWS = 4096
+_GO_ON = "Append with the former settings, or accept it with ACCEPT_OTHER_PROGRAM = True."
 _SAME_BYTES = "Repair it with the former settings, on the same kind of device."
 
 
@@ -40,13 +41,18 @@ class Difference:
     changed: np.ndarray  # rows of the folder whose ids the store has with another text
 
 
-def compare(store: MemoryStore, passages: Passages) -> Difference:
-    """Compares every passage, by its text and not by its id alone."""
+def compare(store: MemoryStore, passages: Passages, watcher: Watcher) -> Difference:
+    """Compares every passage, by its text and not by its id alone.
+
+    Raises Preempted where it is asked to stop.
+    """
     rows = store.rows(passages.ids, "mask")
     digests = store.digests()
     changed: list[int] = []
     known = np.flatnonzero(rows >= 0)
     for start in range(0, len(known), _COMPARE_ROWS):
+        if watcher.requested:
+            raise Preempted("Stopped before anything was changed. Run the same command again.")
         some = known[start : start + _COMPARE_ROWS]
         now = read_source(passages, some, store.manifest.identity.max_length).digests
         changed += some[now != digests[rows[some]]].tolist()
@@ -61,32 +67,37 @@ def append(
     passages_fingerprint: str,
     layout: Layout = Layout(shard_passages=1024, chunk_tokens=64),
     replace: bool = False,
+    accept_other_program: bool = False,
     watcher: Watcher | None = None,
 ) -> Manifest:
     """Adds the passages that the store does not have yet.
 
     Args:
-      recipe: how to encode; it must be the store's own, but for its program.
+      recipe: how to encode; it must be the store's own.
       passages: the corpus as it is now; passages that the store has are compared and skipped.
       path: the store.
       passages_fingerprint: of `passages`; recorded, since the store now covers them.
       layout: of the new shards.
       replace: withdraw passages whose text has changed and add them anew, and take back those
         that were withdrawn.
+      accept_other_program: add what another program than the store's own computes; both are recorded.
       watcher: where a request to stop is noticed.
 
     Raises:
-      ValueError: the store was made by another encoder, vocabulary or codec, or texts of known ids
-        have changed and `replace` is False.
+      ValueError: the store was made by another encoder, vocabulary, codec or program, or texts of
+        known ids have changed and `replace` is False.
       Preempted: asked to stop; finished shards are kept.
     """
     build.check_ids(passages.ids)
     kvstore = folder.open_folder(path)
-    with WriterLock(kvstore, LOCK), watcher or Watcher() as watcher:
+    with WriterLock(kvstore, LOCK) as lock, watcher or Watcher() as watcher:
         store = MemoryStore.open(path)
         old = store.manifest
-        check_identity(f"{kvstore.url}manifest.json", old.identity, recipe.identity)
-        found = compare(store, passages)
+        where = f"{kvstore.url}manifest.json"
+        check_identity(where, old.identity, recipe.identity)
+        if old.programs and recipe.program not in old.programs and not accept_other_program:
+            resume.check_program(where, old.programs[-1], recipe.program, _GO_ON)
+        found = compare(store, passages, watcher)
         if found.changed.size and not replace:
             ids = passages.ids[found.changed]
             raise ValueError(
@@ -100,10 +111,17 @@ def append(
             rows = rows[~np.isin(passages.ids[rows], store.ids)]
         shards = resume.cut(rows, layout.shard_passages, _first_free(old))
         plan = resume.plan(
-            kvstore, passages, shards, recipe, layout, accept_other_program=False, abandoned=True
+            kvstore,
+            passages,
+            shards,
+            recipe,
+            layout,
+            accept_other_program=False,
+            watcher=watcher,
+            abandoned=True,
         )
         job = Job(recipe, passages, watcher, Progress(plan.remaining_passages(), None, 10.0))
-        records = {**plan.finished, **dict(write_shards(kvstore, plan.todo, job, layout))}
+        records = {**plan.finished, **dict(write_shards(kvstore, plan.todo, job, layout, lock))}
         gone = store.rows(passages.ids[found.changed])
         new = Manifest.of(
             old.identity,
@@ -113,7 +131,7 @@ def append(
             codec_error=old.codec_error,
             withdrawn=[*old.withdrawn, *gone.tolist()],
         )
-        return _put(kvstore, old, new)
+        return _put(kvstore, old, new, lock)
 
 
 def withdraw(path: folder.Path, ids: Iterable[int]) -> Manifest:
@@ -125,7 +143,7 @@ def withdraw(path: folder.Path, ids: Iterable[int]) -> Manifest:
       ValueError: an id is not in the store, or withdrawn already.
     """
     kvstore = folder.open_folder(path)
-    with WriterLock(kvstore, LOCK):
+    with WriterLock(kvstore, LOCK) as lock:
         store = MemoryStore.open(path)
         old = store.manifest
         rows = store.rows(np.unique(np.fromiter(ids, np.int64)))
@@ -137,7 +155,7 @@ def withdraw(path: folder.Path, ids: Iterable[int]) -> Manifest:
             codec_error=old.codec_error,
             withdrawn=[*old.withdrawn, *rows[rows >= 0].tolist()],
         )
-        return _put(kvstore, old, new)
+        return _put(kvstore, old, new, lock)
 
 
 def repair(
@@ -159,7 +177,7 @@ def repair(
       ValueError: encoder, program or passages are not those that the store was made with.
     """
     kvstore = folder.open_folder(path)
-    with WriterLock(kvstore, LOCK), watcher or Watcher() as watcher:
+    with WriterLock(kvstore, LOCK) as lock, watcher or Watcher() as watcher:
         found = versions.read_manifest(kvstore)
         where = f"{kvstore.url}manifest.json"
         check_identity(where, found.identity, recipe.identity)
@@ -169,38 +187,83 @@ def repair(
             logger.info("rebuilding shard %s", entry.name)
             name, stored = f"shard {entry.name} of {where}", entry.program
             resume.check_program(name, stored, recipe.program, _SAME_BYTES)
-            _rebuild(kvstore, entry, recipe, passages, watcher)
+            _rebuild(kvstore, found, entry, Job(recipe, passages, watcher, _progress(entry)), lock)
     return [entry.name for entry in damaged]
 
 
+def _progress(entry: Shard) -> Progress:
+    return Progress(entry.passages, None, 10.0)
+
+
 def _rebuild(
-    kvstore: ts.KvStore, entry: Shard, recipe: Recipe, passages: Passages, watcher: Watcher
+    kvstore: ts.KvStore, found: Manifest, entry: Shard, job: Job, lock: WriterLock
 ) -> None:
-    job = Job(recipe, passages, watcher, Progress(entry.passages, None, 10.0))
-    (content,) = job.compute([(entry.name, _rows_of(kvstore, entry, passages))])
+    rows = _rows_of(kvstore, found, entry, job.passages)
+    (content,) = job.compute([(entry.name, rows)])
     # In RAM first: what is there is not touched unless it is replaced by what was there.
     scratch = ts.KvStore.open("memory://").result()
-    record = write(scratch, content, job, entry.layout)
+    record = write(scratch, content, job, entry.layout, None)
     if Shard.of(entry.name, record).record_sha256 != entry.record_sha256:
         raise _not_the_same(entry)
-    write(kvstore, content, job, entry.layout)
+    # Written over file by file and never removed: stopped in between, what was whole still is.
+    made, here = (folder.subfolder(kv, shard_folder(entry.name)) for kv in (scratch, kvstore))
+    for name in (*record.files, RECORD):
+        data = folder.read_file(made, name)
+        assert data is not None
+        lock.check()
+        folder.write_file(here, name, data)
 
 
-def _rows_of(kvstore: ts.KvStore, entry: Shard, passages: Passages) -> np.ndarray:
+def _rows_of(kvstore: ts.KvStore, found: Manifest, entry: Shard, passages: Passages) -> np.ndarray:
     """Rows of the passages folder that a damaged shard was made from."""
-    here = folder.subfolder(kvstore, shard_folder(entry.name))
-    try:
-        ids = shard.open_array(here, shard.IDS, ts.Context()).result().read().result()
-    except ValueError as error:
-        if not folder.is_damage(error):
-            raise folder.unreachable(here.url, error) from error
-        # The ids are lost, too. In a store that was only ever built, a row is a row.
-        ids = passages.ids[entry.first_row : entry.first_row + entry.passages]
+    ids = _ids_of(kvstore, entry)
+    if ids is None:
+        return _rows_without_ids(kvstore, found, entry, passages)
     order = np.argsort(passages.ids, kind="stable")
     at = np.minimum(np.searchsorted(passages.ids, ids, sorter=order), len(passages) - 1)
     rows = order[at]
     if len(ids) != entry.passages or (passages.ids[rows] != ids).any():
         raise _not_the_same(entry)
+    return rows
+
+
+def _ids_of(kvstore: ts.KvStore, entry: Shard) -> np.ndarray | None:
+    """The ids of a shard; None where they are damaged, too."""
+    here = folder.subfolder(kvstore, shard_folder(entry.name))
+    try:
+        return shard.open_array(here, shard.IDS, ts.Context()).result().read().result()
+    except ValueError as error:
+        if not folder.is_damage(error):
+            raise folder.unreachable(here.url, error) from error
+        return None
+
+
+def _rows_without_ids(
+    kvstore: ts.KvStore, found: Manifest, entry: Shard, passages: Passages
+) -> np.ndarray:
+    """Rows of the passages folder that no whole shard has, as many as the shard has, in order.
+
+    In a store that was only ever built those are its own rows; so they are where passages were added
+    to the folder's end, or to a store that was merged from parts of it.
+    """
+    known = {one.name: _ids_of(kvstore, one) for one in found.shards}
+    others = [ids for ids in known.values() if ids is not None]
+    missing = np.flatnonzero(
+        ~np.isin(passages.ids, np.concatenate([*others, np.empty(0, np.int64)]))
+    )
+    # Of several shards without ids, those that come first take the first rows.
+    start = 0
+    for one in found.shards:
+        if one.name == entry.name:
+            break
+        start += one.passages if known[one.name] is None else 0
+    rows = missing[start : start + entry.passages]
+    if len(rows) != entry.passages:
+        raise ValueError(
+            f"The ids of shard {entry.name} are damaged, and the passages folder has {len(missing)} "
+            "passages that no whole shard has: which of them it held cannot be told. Copy the shard's "
+            "folder `ids` back from elsewhere, or build the memory again."
+        )
     return rows
 
 
@@ -218,10 +281,10 @@ def _first_free(found: Manifest) -> int:
     return max(numbers, default=-1) + 1
 
 
-def _put(kvstore: ts.KvStore, old: Manifest, new: Manifest) -> Manifest:
+def _put(kvstore: ts.KvStore, old: Manifest, new: Manifest, lock: WriterLock) -> Manifest:
     same = dataclasses.replace(new, version=old.version) == old
     if same:
         logger.info("nothing to change: version %d has it all", old.version)
         return old
-    versions.replace_manifest(kvstore, old, new)
+    versions.replace_manifest(kvstore, old, new, lock)
     return new

@@ -11,8 +11,8 @@
 A shard knows neither its name nor its place and needs no other shard, so shards are built, checked,
 rebuilt, added and copied to other stores one by one, by any number of processes; only the manifest
 puts them in order. Checksums form a chain: the manifest holds the SHA-256 of each record and of
-itself, a record those of its files. Neither holds a time, a host or a path, so the same build gives
-the same bytes.
+itself, a record those of its files and of itself. Neither holds a time, a host or a path, so the same
+build gives the same bytes.
 
 A finished store is changed by writing a new manifest, never by changing shards that the old one
 names: whoever has opened a version reads that version to its end.
@@ -28,12 +28,17 @@ from typing import Any
 from glimmer_jax import folder
 from glimmer_jax.memory.identity import Identity, Layout, Program
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 RECORD = "shard.json"
 LOCK = "build.lock"  # held by the one writer; see `glimmer_jax.lock`
 
 _SHARD_NAME = re.compile(r"[0-9a-z][0-9a-z_-]*")
+_BUILD_MANIFEST = "Run the same build_memory command again to write it anew."
+_BUILD_SHARD = (
+    "Repair the shard with --run_mode=memory --action=repair, or run the same build_memory command "
+    "again; it builds that shard alone."
+)
 _FILE_NAME = re.compile(r"[0-9a-z_]+/(zarr\.json|c(/[0-9]+)+)")
 
 
@@ -56,14 +61,18 @@ class Record:
     files: dict[str, tuple[int, str]]  # path inside the shard -> bytes, SHA-256
 
     def to_bytes(self) -> bytes:
-        return folder.dump_json({"format_version": FORMAT_VERSION, **dataclasses.asdict(self)})
+        value = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        return folder.dump_json({**value, "sha256": _self_checksum(value)})
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> "Record":
-        """Raises DamagedStore if this is not a record of this format."""
-        with _Reading(where):
+        """Raises:
+        ValueError: written by another version of the format.
+        DamagedStore: the bytes are not those that were written, or make no sense.
+        """
+        with _Reading(where, _BUILD_SHARD):
             value = json.loads(data)
-            _check_version(value, where)
+            _check_self(value, where, _BUILD_SHARD)
             value["identity"] = Identity(**value["identity"])
             value["program"] = Program(**value["program"])
             value["layout"] = Layout(**value["layout"])
@@ -186,15 +195,9 @@ class Manifest:
         ValueError: written by another version of the format.
         DamagedStore: the bytes are not those that were written, or make no sense.
         """
-        with _Reading(where):
+        with _Reading(where, _BUILD_MANIFEST):
             value = json.loads(data)
-            version = _check_version(value, where)
-            checksum = value.pop("sha256")
-            if checksum != _self_checksum({"format_version": version, **value}):
-                raise DamagedStore(
-                    f"{where} has been changed since it was written: its checksum differs. "
-                    "Run the same build_memory command again to write it anew."
-                )
+            _check_self(value, where, _BUILD_MANIFEST)
             value["identity"] = Identity(**value["identity"])
             value["passages_fingerprints"] = tuple(value["passages_fingerprints"])
             value["withdrawn"] = tuple(value["withdrawn"])
@@ -249,8 +252,8 @@ def _does_not_fit(where: str, name: Any) -> DamagedStore:
 class _Reading:
     """Turns what parsing raises on nonsense into a DamagedStore that names the file."""
 
-    def __init__(self, where: str):
-        self.where = where
+    def __init__(self, where: str, way_out: str):
+        self.where, self.way_out = where, way_out
 
     def __enter__(self):
         return self
@@ -258,18 +261,24 @@ class _Reading:
     def __exit__(self, kind, error, traceback):
         nonsense = (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError)
         if isinstance(error, nonsense):
-            raise DamagedStore(f"{self.where} cannot be read: {error!r}.") from error
+            words = f"{self.where} cannot be read: {error!r}. {self.way_out}"
+            raise DamagedStore(words) from error
         return False
 
 
-def _check_version(value: dict[str, Any], where: str) -> int:
+def _check_self(value: dict[str, Any], where: str, way_out: str) -> None:
+    """Takes version and checksum out of `value`, and compares them."""
     version = value.pop("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{where} has format version {version}; this program reads version {FORMAT_VERSION}. "
             "Build the memory again, or use the version of glimmer_jax that wrote it."
         )
-    return version
+    checksum = value.pop("sha256")
+    if checksum != _self_checksum({"format_version": version, **value}):
+        raise DamagedStore(
+            f"{where} has been changed since it was written: its checksum differs. {way_out}"
+        )
 
 
 def _check_counts(where: str, **counts: Any) -> None:

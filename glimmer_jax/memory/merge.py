@@ -8,7 +8,7 @@ import tensorstore as ts
 
 from glimmer_jax import folder
 from glimmer_jax.lock import WriterLock
-from glimmer_jax.memory import manifest, resume
+from glimmer_jax.memory import manifest, resume, shard, versions
 from glimmer_jax.memory.identity import check_identity
 from glimmer_jax.memory.manifest import LOCK, Manifest, Record, Shard, shard_folder
 from glimmer_jax.memory.store import MemoryStore
@@ -36,7 +36,7 @@ def merge(parts: Sequence[folder.Path], path: folder.Path) -> Manifest:
         check_identity(str(store.path), store.manifest.identity, first.identity)
     _check_ids(stores)
     kvstore = folder.open_folder(path)
-    with WriterLock(kvstore, LOCK):
+    with WriterLock(kvstore, LOCK) as lock:
         if folder.read_file(kvstore, manifest.MANIFEST) is not None:
             raise ValueError(
                 f"There is a finished memory store at {path} already. Merge into another folder."
@@ -49,6 +49,7 @@ def merge(parts: Sequence[folder.Path], path: folder.Path) -> Manifest:
             row += len(store)
             for entry in store.manifest.shards:
                 name = resume.shard_name(len(shards))
+                lock.check()
                 shards.append(_copy(store.kvstore, entry, kvstore, name))
         errors = [store.manifest.codec_error for store in stores]
         found = Manifest.of(
@@ -68,6 +69,8 @@ def merge(parts: Sequence[folder.Path], path: folder.Path) -> Manifest:
             ),
             withdrawn=withdrawn,
         )
+        lock.check()
+        versions.keep_manifest(kvstore, found)
         folder.write_file(kvstore, manifest.MANIFEST, found.to_bytes())
     return found
 
@@ -88,9 +91,9 @@ def _copy(source: ts.KvStore, entry: Shard, target: ts.KvStore, name: str) -> Sh
     there = folder.subfolder(target, shard_folder(name))
     data = _read(here, manifest.RECORD, entry.record_sha256, entry.name)
     placed = Shard.of(name, Record.from_bytes(data, f"{here.url}{manifest.RECORD}"))
-    if folder.read_file(there, manifest.RECORD) == data:
-        return placed
     files = Record.from_bytes(data, f"{here.url}{manifest.RECORD}").files
+    if folder.read_file(there, manifest.RECORD) == data and not shard.check_files(there, files):
+        return placed
     for file, (_, sha256) in files.items():
         folder.write_file(there, file, _read(here, file, sha256, entry.name))
     folder.write_file(there, manifest.RECORD, data)

@@ -18,6 +18,7 @@ from glimmer_jax.memory.compute import Recipe
 from glimmer_jax.memory.identity import Identity, Layout, Program, check_identity, describe
 from glimmer_jax.memory.manifest import Record
 from glimmer_jax.memory.source import Passages, read_source
+from glimmer_jax.preemption import Preempted, Watcher
 
 logger = logging.getLogger(__name__)
 
@@ -66,37 +67,33 @@ def plan(
     recipe: Recipe,
     layout: Layout,
     accept_other_program: bool,
+    watcher: Watcher,
     abandoned: bool = False,
 ) -> Plan:
     """Looks at every one of `shards`.
 
     Args:
+      watcher: where a request to stop is noticed.
       abandoned: no manifest names these; one that is of another job or of other passages was left by a
         change that stopped, and is built anew.
 
     Raises:
       ValueError: what is there belongs to another job or to other passages.
       OSError: the storage did not answer.
+      Preempted: asked to stop.
     """
     todo, finished = [], {}
     for item in shards:
-        here = folder.subfolder(kvstore, manifest.shard_folder(item.name))
-        where = f"{here.url}{manifest.RECORD}"
+        if watcher.requested:
+            raise Preempted("Stopped before anything was built. Run the same command again.")
         try:
-            record = read_own(kvstore, item.name, recipe, layout, accept_other_program)
-            if record is None:
-                todo.append(item)
-                continue
-            _check_source(where, record, item, passages, recipe.identity.max_length)
+            record = read_whole(kvstore, item, passages, recipe, layout, accept_other_program)
         except ValueError as refused:
             if not abandoned:
                 raise
             logger.warning("building shard %s anew: %s", item.name, refused)
-            todo.append(item)
-            continue
-        problems = shard.check_sizes(here, record.files)
-        if problems:
-            logger.warning("building shard %s again: %s", item.name, "; ".join(problems))
+            record = None
+        if record is None:
             todo.append(item)
         else:
             finished[item.name] = record
@@ -112,18 +109,36 @@ def read_record(kvstore: ts.KvStore, name: str) -> Record | None:
     return None if data is None else Record.from_bytes(data, f"{here.url}{manifest.RECORD}")
 
 
-def read_own(
-    kvstore: ts.KvStore, name: str, recipe: Recipe, layout: Layout, accept_other_program: bool
+def read_whole(
+    kvstore: ts.KvStore,
+    item: Todo,
+    passages: Passages,
+    recipe: Recipe,
+    layout: Layout,
+    accept_other_program: bool,
 ) -> Record | None:
-    """The record of a finished shard of this job, or None. Raises ValueError for one of another."""
-    record = read_record(kvstore, name)
+    """The record of a shard of this job that is there and whole; None where it is to be built.
+
+    Raises ValueError for one of another job or of other passages.
+    """
+    here = folder.subfolder(kvstore, manifest.shard_folder(item.name))
+    where = f"{here.url}{manifest.RECORD}"
+    try:
+        record = read_record(kvstore, item.name)
+    except manifest.DamagedStore as damage:
+        logger.warning("shard %s is built again: %s", item.name, damage)
+        return None
     if record is None:
         return None
-    where = f"{kvstore.url}{manifest.shard_folder(name)}/{manifest.RECORD}"
     check_identity(where, record.identity, recipe.identity)
     _check_layout(where, record.layout, layout)
     if not accept_other_program:
         check_program(where, record.program, recipe.program, _GO_ON)
+    _check_source(where, record, item, passages, recipe.identity.max_length)
+    problems = shard.check_sizes(here, record.files)
+    if problems:
+        logger.warning("shard %s is built again: %s", item.name, "; ".join(problems))
+        return None
     return record
 
 

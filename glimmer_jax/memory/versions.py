@@ -7,6 +7,7 @@ A reader therefore sees the store before the change or after it, and can go back
 import tensorstore as ts
 
 from glimmer_jax import folder
+from glimmer_jax.lock import WriterLock
 from glimmer_jax.memory.manifest import MANIFEST, DamagedStore, Manifest
 
 
@@ -46,7 +47,7 @@ def read_manifest(kvstore: ts.KvStore, version: int | None = None) -> Manifest:
 
 
 def check_unchanged(kvstore: ts.KvStore, damage: DamagedStore | None) -> None:
-    """Returns where the build may write the manifest anew, since the store was never changed.
+    """Returns where the build may write the manifest anew, since it alone has made the store.
 
     Args:
       damage: of the manifest; None where it is missing.
@@ -64,9 +65,10 @@ def check_unchanged(kvstore: ts.KvStore, damage: DamagedStore | None) -> None:
         except DamagedStore:
             continue
         raise DamagedStore(
-            f"{kvstore.url}{MANIFEST} is {state}, and the store has been changed since it was built. "
-            f"Version {whole.version} is whole: read it with VERSION = {whole.version}, or go back to "
-            f"it by copying {name} over {MANIFEST} and make the last change again with --run_mode=memory."
+            f"{kvstore.url}{MANIFEST} is {state}, and the store was merged, or changed since it was "
+            f"built. Version {whole.version} is whole: read it with VERSION = {whole.version}, or go "
+            f"back to it by copying {name} over {MANIFEST}, and make changes that came later again "
+            "with --run_mode=memory."
         ) from damage
     if kept:
         raise DamagedStore(
@@ -75,8 +77,17 @@ def check_unchanged(kvstore: ts.KvStore, damage: DamagedStore | None) -> None:
         ) from damage
 
 
-def replace_manifest(kvstore: ts.KvStore, old: Manifest, new: Manifest) -> None:
-    """Makes `new` the store's newest version; the caller holds the store's lock."""
+def keep_manifest(kvstore: ts.KvStore, found: Manifest) -> None:
+    """Keeps a copy of a manifest under its number: a build does not make such a store anew."""
+    folder.write_file(kvstore, _kept(found.version), found.to_bytes())
+
+
+def replace_manifest(kvstore: ts.KvStore, old: Manifest, new: Manifest, lock: WriterLock) -> None:
+    """Makes `new` the store's newest version.
+
+    Raises ValueError where the store's lock is lost; nothing is written then.
+    """
     assert new.version == old.version + 1
-    folder.write_file(kvstore, _kept(old.version), old.to_bytes())
+    lock.check()
+    keep_manifest(kvstore, old)
     folder.write_file(kvstore, MANIFEST, new.to_bytes())

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 import tensorstore as ts
 
 from glimmer_jax import folder
+from glimmer_jax.lock import WriterLock
 from glimmer_jax.memory import manifest, shard
 from glimmer_jax.memory.compute import Content, Job
 from glimmer_jax.memory.identity import Layout
@@ -14,9 +15,12 @@ from glimmer_jax.memory.resume import Todo
 
 
 def write_shards(
-    kvstore: ts.KvStore, todo: Iterable[Todo], job: Job, layout: Layout
+    kvstore: ts.KvStore, todo: Iterable[Todo], job: Job, layout: Layout, lock: WriterLock
 ) -> Iterator[tuple[str, Record]]:
-    """Builds shards one by one; gives the name and record of each when it is there for good."""
+    """Builds shards one by one; gives the name and record of each when it is there for good.
+
+    Raises ValueError before it writes anything more where the lock is lost.
+    """
     with concurrent.futures.ThreadPoolExecutor(1, "memory-writer") as writer:
         # At most one shard waits to be written, so that RAM is bounded.
         name, writing = "", None
@@ -24,7 +28,7 @@ def write_shards(
             if writing is not None:
                 yield name, _finish(writing, job)
             name = content.name
-            writing = writer.submit(write, kvstore, content, job, layout)
+            writing = writer.submit(write, kvstore, content, job, layout, lock)
         if writing is not None:
             yield name, _finish(writing, job)
 
@@ -35,8 +39,12 @@ def _finish(writing: concurrent.futures.Future[Record], job: Job) -> Record:
     return record
 
 
-def write(kvstore: ts.KvStore, content: Content, job: Job, layout: Layout) -> Record:
+def write(
+    kvstore: ts.KvStore, content: Content, job: Job, layout: Layout, lock: WriterLock | None
+) -> Record:
     """Arrays first, then the record that makes them count."""
+    if lock is not None:
+        lock.check()
     here = folder.subfolder(kvstore, manifest.shard_folder(content.name))
     source = content.source
     files = shard.write_arrays(
@@ -53,5 +61,7 @@ def write(kvstore: ts.KvStore, content: Content, job: Job, layout: Layout) -> Re
         source_sha256=source.sha256,
         files=files,
     )
+    if lock is not None:
+        lock.check()
     folder.write_file(here, manifest.RECORD, record.to_bytes())
     return record

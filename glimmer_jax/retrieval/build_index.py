@@ -91,12 +91,12 @@ def build_index(
             return Index(kvstore, found)
     shards = cut(np.arange(len(passages)), shard_passages)
     mine = builders.own(shards)
-    with WriterLock(builders.lock_folder(kvstore), index.LOCK), watcher or Watcher() as watcher:
+    with builders.lock(kvstore, index.LOCK) as lock, watcher or Watcher() as watcher:
         todo, records = _plan(kvstore, mine, identity)
         if records:
             logger.info("%d of %d shards of the index are already there", len(records), len(mine))
         progress = Progress(sum(len(item.rows) for item in todo), None, progress_seconds, "index")
-        job = _Job(kvstore, passages, encoder, identity, watcher, progress)
+        job = _Job(kvstore, passages, encoder, identity, watcher, progress, lock)
         records |= dict(job.run(todo))
         progress.finish()
         others = [item for item in shards if item.name not in records]
@@ -104,6 +104,7 @@ def build_index(
         records |= wait_for_records(others, read, builders, watcher)
         made = Manifest.of({item.name: records[item.name] for item in shards})
         if builders.index == 0:
+            lock.check()
             folder.write_file(kvstore, manifest.MANIFEST, made.to_bytes())
     return Index(kvstore, made)
 
@@ -151,6 +152,7 @@ class _Job:
     identity: Identity
     watcher: Watcher
     progress: Progress
+    lock: WriterLock
 
     def run(self, todo: Sequence[Todo]) -> Iterator[tuple[str, Record]]:
         """Makes shards one by one; gives the name and record of each that is there for good."""
@@ -195,6 +197,7 @@ class _Job:
 
     def _write(self, name: str, vectors: np.ndarray, truncated: int) -> Record:
         """Vectors first, then the record that makes them count."""
+        self.lock.check()
         here = folder.subfolder(self.kvstore, manifest.shard_folder(name))
         try:
             # What an earlier attempt may have left.
@@ -208,6 +211,7 @@ class _Job:
             files[path] = (len(data), hashlib.sha256(data).hexdigest())
         program = dataclasses.asdict(self.encoder.program)
         record = Record(self.identity, program, len(vectors), truncated, files)
+        self.lock.check()
         folder.write_file(here, manifest.RECORD, record.to_bytes())
         self.progress.wrote(record.size)
         return record

@@ -8,6 +8,7 @@
 Modes `eval` and `infer` are thin around it; docs/serving.md says more.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.passages import Passages
+from glimmer_jax.preemption import stop_together
 from glimmer_jax.retrieval.bm25 import Bm25, Bm25Config
 from glimmer_jax.serving import prepare
 from glimmer_jax.serving.candidates import add_candidates, encode_candidates
@@ -65,6 +67,7 @@ class Predictor:
         self._lookup = lookup
         self._params = params
         self._vocabulary = vocabulary
+        self._number = itertools.count()  # of the batches
         self._predict = Predict(model, mesh, lookup, seed)
         self._bm25 = bm25
         self._index: Bm25 | None = None
@@ -149,7 +152,10 @@ class Predictor:
         """Answers of a numpy batch: int32 tokens `[B, T]`, and per row what the model returns.
 
         The batch has `passage_tokens`, or `passage_ids` where passages are read as memory.
+
+        Raises `Preempted` in a job of many processes that was asked to stop.
         """
+        stop_together(next(self._number))
         return self._predict(self._params, batch)
 
     def prefetch(self, batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -8,6 +8,7 @@ A run's folder holds one folder for each step:
     <directory>/<step>/checksums.json written last; a step without it does not count
     <directory>/unfinished/<step>     what a killed writer left of the newest step; never read
     <directory>/damaged/<step>        a newest step that no longer is what was written; never read
+    <directory>/deleted/<step>        an empty file: the step is being deleted, and no longer counts
 
 One writer at a time may open it: hold the run's lock (`lock.WriterLock`) meanwhile. Saving copies to
 the host and returns; a thread waits for the files, writes the checksums, and removes what need not
@@ -80,17 +81,12 @@ class Checkpoints:
         self._keep_latest = keep_latest
         self._best_metric = best_metric
         self._best_is_max = best_is_max
+        self._finish_deletions()
         self._put_unfinished_aside()
         self._verified = self._put_damaged_aside()
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(
-                create=True,
-                cleanup_tmp_directories=True,
-                # Steps are renamed away before they are deleted: killed in between, Orbax would
-                # otherwise list a half-deleted step as a good one.
-                todelete_subdir=_DELETED,
-            ),
+            options=ocp.CheckpointManagerOptions(create=True, cleanup_tmp_directories=True),
         )
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
@@ -234,9 +230,31 @@ class Checkpoints:
         self._manager.wait_until_finished()
         if jax.process_index() == 0:
             write_sidecar(self.directory / str(step))
-        for one in old:
-            self._manager.delete(one)
-        self._empty_deleted()
+            # Not by the manager: all its processes meet when it deletes, by a collective that would come
+            # between those of the training step, in another order on each.
+            for one in old:
+                self._delete(one)
+
+    def _delete(self, step: int) -> None:
+        """Removes a step. Killed in here, the next start goes on with it: a bucket renames no folder."""
+        marker = self.directory / _DELETED / str(step)
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+        folder = self.directory / str(step)
+        if folder.exists():
+            folder.rmtree()
+        marker.unlink()
+
+    def _finish_deletions(self) -> None:
+        deleted = self.directory / _DELETED
+        if jax.process_index() == 0 and deleted.exists():
+            for marker in sorted(deleted.iterdir()):
+                if marker.name.isdigit() and not marker.is_dir():
+                    self._delete(int(marker.name))
+            deleted.rmtree()
+        # Nobody looks at the steps before.
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("deleted steps")
 
     def _put_unfinished_aside(self) -> None:
         """Nothing without checksums is read, and nothing of it is deleted."""
@@ -299,8 +317,3 @@ class Checkpoints:
     def _step_folders(self) -> list[int]:
         folders = self.directory.iterdir() if self.directory.exists() else ()
         return sorted(int(folder.name) for folder in folders if folder.name.isdigit())
-
-    def _empty_deleted(self) -> None:
-        deleted = self.directory / _DELETED
-        if jax.process_index() == 0 and deleted.exists():
-            deleted.rmtree()

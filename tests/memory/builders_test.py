@@ -1,10 +1,17 @@
 """Many builders, one store: the bytes of one builder, whoever comes first."""
 
 import concurrent.futures
+import os
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
+from glimmer_jax import folder
+from glimmer_jax.lock import WriterLock
+from glimmer_jax.memory import change, manifest
 from glimmer_jax.memory.builders import Builders
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.preemption import Preempted
@@ -50,3 +57,66 @@ def test_shards_of_another_build_are_refused(tiny, tmp_path):
 def test_builders_count_from_zero(index, count):
     with pytest.raises(ValueError, match="from 0 to BUILDER_COUNT - 1; got BUILDER_INDEX="):
         Builders(index, count)
+
+
+def test_builders_of_two_corpora_make_no_store(tiny, tmp_path):
+    path, other = tmp_path / "s", tiny.TinyPassages()
+    other.all_tokens[7] = other.all_tokens[7] + 1  # of shard 1
+    tiny.build_tiny(path, other, builders=Builders(1, 2))
+    with pytest.raises(ValueError, match="000001/shard.json was made from other passages"):
+        tiny.build_tiny(path, builders=Builders(0, 2))
+    assert not (path / manifest.MANIFEST).exists()
+
+
+@pytest.mark.parametrize("first, second", [((0, 1), (1, 2)), ((1, 2), (0, 1)), ((1, 3), (1, 2))])
+def test_builders_of_another_number_are_refused_while_one_lives(tiny, tmp_path, first, second):
+    path = tmp_path / "s"
+    with Builders(*first).lock(folder.open_folder(path), manifest.LOCK):
+        with pytest.raises(ValueError, match=f"is being written by process {os.getpid()} on"):
+            tiny.build_tiny(path, builders=Builders(*second, wait_seconds=0.0))
+        assert not list(path.glob("shards/*"))
+    # When they are gone, any number may go on.
+    for index in reversed(range(second[1])):
+        tiny.build_tiny(path, builders=Builders(index, second[1]))
+    assert MemoryStore.open(path).manifest.num_passages == 23
+
+
+@pytest.mark.fault
+def test_what_dead_builders_of_another_number_left_is_in_nobodys_way(
+    tiny, tiny_store, tmp_path, folder_bytes
+):
+    path = tmp_path / "s"
+    dead = f"""
+import os, signal, sys
+from glimmer_jax import folder
+from glimmer_jax.memory.builders import Builders
+with Builders(1, 2).lock(folder.open_folder({str(path)!r}), "build.lock"):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", dead]).returncode == -signal.SIGKILL
+    assert list(path.glob("builders/*/build.lock"))
+    for index in (2, 1, 0):
+        tiny.build_tiny(path, builders=Builders(index, 3))
+    assert folder_bytes(path) == folder_bytes(tiny_store)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("job", ["build", "append", "withdraw"])
+def test_who_has_lost_the_lock_writes_nothing_more(tiny, tmp_path, monkeypatch, job):
+    path, whole = tmp_path / "s", tiny.TinyPassages()
+    if job != "build":
+        tiny.build_tiny(path, tiny.part(range(9)))
+    before = {f: f.read_bytes() for f in path.rglob("*") if f.is_file()}
+
+    def lost(self):
+        raise ValueError("build.lock was taken over by another process")
+
+    monkeypatch.setattr(WriterLock, "check", lost)
+    work = {
+        "build": lambda: tiny.build_tiny(path),
+        "append": lambda: tiny.append_tiny(path, whole),
+        "withdraw": lambda: change.withdraw(path, whole.ids[[3]].tolist()),
+    }
+    with pytest.raises(ValueError, match="was taken over by"):
+        work[job]()
+    assert {f: f.read_bytes() for f in path.rglob("*") if f.is_file()} == before

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
+from glimmer_jax import folder
 from glimmer_jax.memory import change, encoder, inspect, manifest, merge, plan
 from glimmer_jax.memory.identity import Layout
 from glimmer_jax.memory.store import MemoryStore
@@ -196,6 +197,23 @@ def test_merge_equals_the_parts_and_can_be_run_again(tiny, tmp_path, folder_byte
 
 
 @pytest.mark.fault
+@pytest.mark.fault
+def test_a_damaged_manifest_of_a_merged_store_is_not_built_anew(tiny, tmp_path, folder_bytes):
+    parts = [tmp_path / "a", tmp_path / "b"]
+    for path, rows in zip(parts, (range(12), range(12, 23)), strict=True):
+        tiny.build_tiny(path, tiny.part(rows))
+    path = tmp_path / "m"
+    merge.merge(parts, path)
+    before = folder_bytes(path)
+    file = path / manifest.MANIFEST
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(manifest.DamagedStore, match="the store was merged, or changed"):
+        tiny.build_tiny(path, tiny.part(range(12)))
+    # The way out that the message names.
+    shutil.copy(path / "versions" / "000001.json", file)
+    assert folder_bytes(path) == before and verify(MemoryStore.open(path)) == []
+
+
 def test_parts_that_do_not_fit_are_refused(tiny, tiny_store, copied_store, tmp_path):
     with pytest.raises(ValueError, match="23 passage ids are in more than one"):
         merge.merge([tiny_store, copied_store], tmp_path / "m")
@@ -253,6 +271,103 @@ def test_repair_finds_appended_passages_by_id(tiny, tmp_path, folder_bytes):
         (path / "shards" / name / "states" / "c" / "0" / "0").unlink()
     rebuilt = change.repair(tiny.recipe(), whole, path, passages_fingerprint="sha256:p2")
     assert rebuilt == ["000000", "000003"] and folder_bytes(path) == before
+
+
+@pytest.mark.fault
+def test_ids_that_are_lost_are_those_that_no_other_shard_has(tiny, tmp_path, folder_bytes):
+    path, whole = tmp_path / "s", tiny.TinyPassages()
+    tiny.build_tiny(path, tiny.part(range(12, 23)))
+    tiny.append_tiny(path, whole)
+    before = folder_bytes(path)
+    # One that was built, and the two that were added.
+    for names in (["000001"], ["000002", "000003"]):
+        for name in names:
+            ids = path / "shards" / name / "ids" / "c" / "0"
+            ids.write_bytes(ids.read_bytes()[:-1] + b"!")
+        with pytest.raises(manifest.DamagedStore):
+            MemoryStore.open(path)
+        rebuilt = change.repair(tiny.recipe(), whole, path, passages_fingerprint="sha256:p2")
+        assert rebuilt == names and folder_bytes(path) == before
+    for name in ("000000", "000002"):
+        shutil.rmtree(path / "shards" / name / "ids")
+    more = tiny.TinyPassages(count=30)
+    with pytest.raises(ValueError, match="Shard 000000 came out with other bytes"):
+        change.repair(tiny.recipe(), more, path, passages_fingerprint="sha256:p2")
+    less = tiny.part(range(8, 23))
+    with pytest.raises(ValueError, match="which of them it held cannot be told"):
+        change.repair(tiny.recipe(), less, path, passages_fingerprint="sha256:p2")
+
+
+@pytest.mark.fault
+def test_repair_that_was_stopped_has_removed_nothing(tiny, tmp_path, folder_bytes, monkeypatch):
+    path, whole = tmp_path / "s", tiny.TinyPassages()
+    tiny.build_tiny(path, tiny.part(range(12, 23)))
+    tiny.append_tiny(path, whole)
+    before = folder_bytes(path)
+    (path / "shards" / "000003" / "states" / "c" / "0" / "0").unlink()
+    damaged, write_file = folder_bytes(path), folder.write_file
+    left = 3
+
+    def full(kvstore, key, data):
+        nonlocal left
+        if "memory://" not in kvstore.url:
+            left -= 1
+            if left < 0:
+                raise OSError("no room")
+        write_file(kvstore, key, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "write_file", full)
+        with pytest.raises(OSError, match="no room"):
+            change.repair(tiny.recipe(), whole, path, passages_fingerprint="sha256:p2")
+    assert damaged.items() <= folder_bytes(path).items()
+    change.repair(tiny.recipe(), whole, path, passages_fingerprint="sha256:p2")
+    assert folder_bytes(path) == before
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("damage", ["key", "digit", "cut"])
+def test_a_damaged_record_is_built_again_and_not_believed(
+    tiny, tiny_store, copied_store, folder_bytes, damage
+):
+    (copied_store / manifest.MANIFEST).unlink()
+    file = copied_store / "shards" / "000001" / "shard.json"
+    text = file.read_text()
+    if damage == "key":
+        text = text.replace('"passages"', '"passagez"')
+    elif damage == "digit":
+        at = text.index('"source_sha256": "') + 20
+        text = text[:at] + ("0" if text[at] != "0" else "1") + text[at + 1 :]
+    else:
+        text = text[:-9]
+    file.write_text(text)
+    report = tiny.build_tiny(copied_store)
+    assert (report.built, report.skipped) == (1, 3)
+    assert folder_bytes(copied_store) == folder_bytes(tiny_store)
+
+
+def test_appended_passages_are_those_of_one_build_and_of_one_program(tiny, tiny_store, tmp_path):
+    path, whole = tmp_path / "s", tiny.TinyPassages()
+    tiny.build_tiny(path, tiny.part(range(9)))
+
+    def append(**kwargs):
+        return change.append(
+            tiny.recipe(rows=8),
+            whole,
+            path,
+            passages_fingerprint="sha256:p2",
+            layout=Layout(6, 4),
+            **kwargs,
+        )
+
+    with pytest.raises(ValueError, match="program .rows=4.*this is .rows=8.*ACCEPT_OTHER_PROGRAM"):
+        append()
+    assert MemoryStore.open(path).manifest.version == 1
+    assert len(append(accept_other_program=True).programs) == 2
+    store, built = MemoryStore.open(path), MemoryStore.open(tiny_store)
+    for ours, theirs in zip(_memory(store, whole.ids), _memory(built, whole.ids), strict=True):
+        # The tiny encoder knows nothing of the passages beside a passage, so not a bit differs.
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_a_passage_is_found_by_id_and_by_title(tiny, copied_store):

@@ -9,6 +9,7 @@ import threading
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.training.checkpoint import Checkpoints, steps_to_keep
@@ -174,6 +175,28 @@ def test_what_a_killed_writer_left_is_put_aside_and_kept(damaged, state, caplog)
         assert "was not finished" in caplog.text
         assert largest_file(damaged / "unfinished" / aside / "params").stat().st_size > 0
         (damaged / "4" / SIDECAR).unlink(missing_ok=True)
+
+
+def test_a_deletion_that_was_cut_short_is_finished_at_the_next_start(damaged, state, monkeypatch):
+    removed = []
+
+    def cut_short(self):
+        # As a bucket's, one object after the other; the checksums are among the first.
+        (self / SIDECAR).unlink()
+        removed.append(self.name)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(epath.Path, "rmtree", cut_short)
+        patch.setattr(type(epath.Path(damaged)), "rmtree", cut_short)
+        checkpoints = Checkpoints(damaged, keep_latest=1)
+        checkpoints.save(at_step(state, 6))
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.close()
+    assert removed == ["2"] and (damaged / "2").is_dir()
+    with Checkpoints(damaged, keep_latest=2) as checkpoints:
+        assert checkpoints.steps() == [4, 6]
+    assert not (damaged / "2").exists() and not (damaged / "deleted").exists()
 
 
 def test_a_copy_without_checksums_is_refused_and_left_as_it_is(damaged):
