@@ -33,6 +33,7 @@ from glimmer_jax.text import passage_text
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+_ASIDE = "-old"
 MANIFEST = "manifest.json"
 FILES = ("tokens.npy", "offsets.npy", "ids.npy", "passages.jsonl", "text_offsets.npy")
 EOS_ID = 1
@@ -79,6 +80,7 @@ def write_passages(
     target = paths.local("PASSAGES_DIR", path)
     if max_length < 2:
         raise ValueError(f"max_length must be 2 or more, a token and the end, got {max_length}.")
+    _put_back(target)
     check_absent(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     working = target.parent / f".{target.name}.writing-{os.getpid()}"
@@ -103,8 +105,9 @@ def write_passages(
         }
         with (working / MANIFEST).open("w", encoding="utf-8") as file:
             json.dump(manifest, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
+        # On disk before the folder has its name, or a power cut could leave the name without the bytes.
+        for part in (*FILES, MANIFEST, "."):
+            _sync(working / part)
         _move_into_place(working, target)
     except BaseException:
         shutil.rmtree(working, ignore_errors=True)
@@ -207,14 +210,40 @@ def _claim(folder: Path) -> int | None:
     return descriptor
 
 
+def _sync(path: Path) -> None:
+    """What was written to a file, or the names in a folder, is on disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _move_into_place(working: Path, target: Path) -> None:
+    aside = working.with_name(working.name + _ASIDE)
     if target.exists():
-        aside = working.with_name(working.name + "-old")
+        # Killed before the next line, the old folder has lost its name: see `_put_back`.
         os.replace(target, aside)
-        os.replace(working, target)
-        shutil.rmtree(aside)
-    else:
-        os.replace(working, target)
+    os.replace(working, target)
+    _sync(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _put_back(target: Path) -> None:
+    """Gives a folder its name again that a killed writer had moved aside, and not yet replaced."""
+    if target.exists() or not target.parent.is_dir():
+        return
+    for aside in sorted(target.parent.glob(f".{target.name}.writing-*{_ASIDE}")):
+        if not (aside / MANIFEST).is_file():
+            continue
+        working = aside.with_name(aside.name.removesuffix(_ASIDE))
+        claim = _claim(working) if working.exists() else -1
+        if claim is None:
+            return  # its writer lives, and is about to put the new folder there
+        os.replace(aside, target)
+        if claim >= 0:
+            os.close(claim)
+        return
 
 
 def _sha256(path: Path) -> str:
@@ -241,6 +270,7 @@ class Passages:
         made with another vocabulary.
         """
         folder = paths.local("PASSAGES_DIR", path)
+        _put_back(folder)
         if not folder.is_dir():
             raise ValueError(
                 f"No passages folder {folder}. Write one with --run_mode=passages, or check the "

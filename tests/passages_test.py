@@ -131,6 +131,49 @@ def test_a_folder_is_replaced_only_when_asked(folder):
     assert [one.name for one in folder.parent.iterdir()] == ["passages"]
 
 
+@pytest.mark.fault
+def test_what_a_writer_moved_aside_and_never_replaced_gets_its_name_back(folder):
+    aside = folder.parent / f".{folder.name}.writing-1-old"
+    for start in (lambda: Passages.open(folder).verify(), lambda: write(folder, overwrite=True)):
+        # Of a writer that is dead: what it was writing is locked by nobody.
+        (folder.parent / f".{folder.name}.writing-1").mkdir(exist_ok=True)
+        os.replace(folder, aside)
+        start()
+        assert folder.is_dir() and not aside.exists()
+    # One that lives is in between for a moment.
+    writing = folder.parent / f".{folder.name}.writing-1"
+    writing.mkdir(exist_ok=True)
+    os.replace(folder, aside)
+    descriptor = os.open(writing, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(ValueError, match="No passages folder"):
+            Passages.open(folder)
+    finally:
+        os.close(descriptor)
+    assert len(Passages.open(folder)) == len(RECORDS)
+
+
+def test_files_are_on_disk_before_the_folder_has_its_name(tmp_path, monkeypatch):
+    done = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor):
+        done.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def renamed(source, target):
+        done.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    write(tmp_path / "p")
+    before = done[: done.index("rename")]
+    assert {"tokens.npy", "offsets.npy", "ids.npy", "passages.jsonl", "manifest.json"} < set(before)
+    assert done[-1] == tmp_path.name
+
+
 def test_what_killed_writers_left_goes_and_what_others_write_stays(tmp_path):
     killed, alive, other = (
         tmp_path / name for name in (".p.writing-1-old", ".p.writing-2", ".pp.writing-3")

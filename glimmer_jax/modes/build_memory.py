@@ -54,7 +54,8 @@ def build_memory(
       builder_count: how many there are; the first also writes the manifest.
 
     Raises:
-      ValueError: missing settings, files that do not belong together, or a model without memory.
+      ValueError: missing settings, files that are damaged or do not belong together, or a model
+        without memory.
     """
     checks.required(
         CHECKPOINT_PATH=checkpoint_path, PASSAGES_DIR=passages_dir, MEMORY_DIR=memory_dir
@@ -65,6 +66,8 @@ def build_memory(
     )
     check_model(model)
     corpus = Passages.open(passages_dir, vocabulary.fingerprint)
+    # Every byte, once: memory of changed tokens would be taken for that of the right ones.
+    corpus.verify()
     recipe, reference = make_recipe(
         model, checkpoint_path, vocabulary.fingerprint, mesh, max_length, batch_size
     )

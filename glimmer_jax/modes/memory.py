@@ -37,6 +37,7 @@ def memory(
     version: int | None = None,
     verify_shards: int | None = None,
     replace: bool = False,
+    accept_other_program: bool = False,
     ids: Sequence[int] = (),
     parts: Sequence[str] = (),
     mesh: MeshConfig = MeshConfig(),
@@ -62,6 +63,7 @@ def memory(
       version: for inspect and verify; an earlier version of the store.
       verify_shards: for verify; read as many shards, evenly spaced, not all.
       replace: for append; take passages whose text has changed, or that were withdrawn.
+      accept_other_program: for append; add what another program than the store's own computes.
       ids: for withdraw.
       parts: for merge; stores.
       mesh: devices.
@@ -85,6 +87,7 @@ def memory(
         checks.required(CHECKPOINT_PATH=checkpoint_path, PASSAGES_DIR=passages_dir)
         assert model is not None
         corpus = Passages.open(str(passages_dir), vocabulary.fingerprint)
+        corpus.verify()
         made, _ = make_recipe(
             model, str(checkpoint_path), vocabulary.fingerprint, mesh, max_length, batch_size
         )
@@ -139,12 +142,17 @@ def memory(
             passages_fingerprint=passages_fingerprint(corpus.manifest),
             layout=layout,
             replace=replace,
+            accept_other_program=accept_other_program,
         )
         return inspect(MemoryStore.open(str(memory_dir)))
 
     def withdraw_passages() -> Any:
         wanted = _several("IDS", ids, int)
         checks.required(IDS=wanted or None)
+        if not 0 <= min(wanted) <= max(wanted) < 2**63:
+            raise ValueError(
+                f"IDS are passage ids, from 0 to 2**63 - 1; got {min(wanted)} to {max(wanted)}."
+            )
         change.withdraw(str(memory_dir), wanted)
         return inspect(MemoryStore.open(str(memory_dir)))
 

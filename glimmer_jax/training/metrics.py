@@ -3,7 +3,9 @@
 import contextlib
 import json
 import math
+import pathlib
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
@@ -57,7 +59,8 @@ class Skips:
     """Steps whose loss or gradient was not finite, which have changed nothing.
 
     One comes from an unlucky batch now and then; many in a row come from parameters that are beyond
-    help, and the run ends.
+    help, and the run ends. Counted, like goodput, since this process began: what a run skipped before it
+    was started again is in its earlier lines of the log.
     """
 
     def __init__(self, at_most: int):
@@ -123,37 +126,44 @@ class Goodput:
 
 
 class MetricWriter:
-    """Writes scalars to `metrics.jsonl`, and to TensorBoard in a local folder; only process 0 does.
+    """Writes scalars to `metrics.jsonl` and to TensorBoard; only process 0 does.
 
     Started again at a step, it forgets what a killed run logged after that step. In a bucket, where
-    nothing can be appended, the log is written anew each time.
+    nothing can be appended, the log is written anew each time, and so is TensorBoard's file, which may
+    lack the newest numbers until the next ones come.
     """
 
     def __init__(self, directory: Any, start_step: int = 0):
         self._tensorboard: Any = None
         self._file: TextIO | None = None
+        # Where TensorBoard's file, which its library writes to a local disk alone, is copied from.
+        self._copied: tempfile.TemporaryDirectory[str] | None = None
         if jax.process_index() != 0:
             return
-        path = epath.Path(directory)
-        path.mkdir(parents=True, exist_ok=True)
-        self._log = path / "metrics.jsonl"
+        self._path = epath.Path(directory)
+        self._path.mkdir(parents=True, exist_ok=True)
+        self._log = self._path / "metrics.jsonl"
         self._lines: list[str] = []
         if self._log.exists():
             lines = self._log.read_text().splitlines()
             self._lines = [line for line in lines if _logged_step(line) <= start_step]
-            partial = path / "metrics.jsonl.partial"
+            partial = self._path / "metrics.jsonl.partial"
             partial.write_text(_text(self._lines))
             partial.replace(self._log)
         if "://" in str(directory):
-            print_once(
-                f"TensorBoard's files need a local MODEL_DIR; all numbers are in {self._log}."
-            )
-            return
+            self._copied = tempfile.TemporaryDirectory(prefix="glimmer-tensorboard-")
+        else:
+            self._file = self._log.open("a")
         # Here, because it imports torch wherever torch is installed, which takes seconds.
         import tensorboardX
 
-        self._tensorboard = tensorboardX.SummaryWriter(str(path), purge_step=start_step + 1)
-        self._file = self._log.open("a")
+        local = str(self._path) if self._copied is None else self._copied.name
+        self._tensorboard = tensorboardX.SummaryWriter(
+            local,
+            purge_step=start_step + 1,
+            # Its names are of the second: a copy must not replace that of an earlier life.
+            filename_suffix=f".{start_step}",
+        )
 
     def write(self, step: int, scalars: Mapping[str, float], prefix: str) -> None:
         """Logs `prefix/name` for each scalar at a step."""
@@ -161,19 +171,31 @@ class MetricWriter:
             return
         named = {f"{prefix}/{name}": float(value) for name, value in scalars.items()}
         line = json.dumps({"step": step, **named})
-        if self._file is None:
-            self._lines.append(line)
-            self._log.write_text(_text(self._lines))
-            return
-        self._file.write(f"{line}\n")
-        self._file.flush()
         for name, value in named.items():
             self._tensorboard.add_scalar(name, value, step)
+        if self._file is not None:
+            self._file.write(f"{line}\n")
+            self._file.flush()
+            return
+        self._lines.append(line)
+        self._log.write_text(_text(self._lines))
+        self._tensorboard.flush()
+        self._copy()
 
     def close(self) -> None:
-        if self._file is not None:
+        if self._tensorboard is not None:
             self._tensorboard.close()
+        if self._file is not None:
             self._file.close()
+        if self._copied is not None:
+            self._copy()
+            self._copied.cleanup()
+
+    def _copy(self) -> None:
+        # What a thread of the library has still to write comes with the next copy, or the last.
+        assert self._copied is not None
+        for file in pathlib.Path(self._copied.name).iterdir():
+            (self._path / file.name).write_bytes(file.read_bytes())
 
 
 def _text(lines: list[str]) -> str:

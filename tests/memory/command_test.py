@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -98,6 +99,26 @@ def build(checkpoint, passages, memory, **macros):
     return _arguments("build_memory", *GLIMMER, "runs/build_memory", **macros)
 
 
+@pytest.mark.fault
+def test_damaged_passages_are_never_encoded(files, tmp_path, capsys):
+    checkpoint, some, _ = files
+    folder = shutil.copytree(some, tmp_path / "p")
+    tokens = bytearray((folder / "tokens.npy").read_bytes())
+    tokens[-3] ^= 1
+    (folder / "tokens.npy").write_bytes(tokens)
+    memory = tmp_path / "m"
+    assert command_line.main(build(checkpoint, str(folder), memory)) == 2
+    assert "tokens.npy is damaged: wanted sha256" in capsys.readouterr().err
+    assert not memory.exists()
+    assert command_line.main(build(checkpoint, some, memory)) == 0
+    job = dict(
+        CHECKPOINT_PATH=checkpoint, PASSAGES_DIR=str(folder), MEMORY_DIR=str(memory), **SIZES
+    )
+    for action in ("append", "repair"):
+        assert run("memory", "runs/memory", *GLIMMER, ACTION=action, **job) == 2
+        assert "tokens.npy is damaged: wanted sha256" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("codec", ["bf16", "pq"])
 def test_a_memory_is_built_appended_to_repaired_withdrawn_from_and_merged(
     files, tmp_path, folder_bytes, codec, capsys
@@ -148,6 +169,8 @@ def test_a_memory_is_built_appended_to_repaired_withdrawn_from_and_merged(
     for action, wrong, message in (
         ("withdraw", {"IDS": 3}, r"IDS is a list, for example --gin.IDS=[0, 1]; got 3."),
         ("withdraw", {"IDS": []}, "This mode needs IDS"),
+        ("withdraw", {"IDS": [-1]}, "IDS are passage ids, from 0 to 2**63 - 1; got -1 to -1"),
+        ("withdraw", {"IDS": [0, 2**63]}, "got 0 to 9223372036854775808"),
         (
             "merge",
             {"PARTS": str(more)},

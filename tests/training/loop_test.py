@@ -5,12 +5,14 @@ import json
 import os
 import pathlib
 import signal
+import struct
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
 
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.preemption import Preempted, Watcher
@@ -261,7 +263,18 @@ def test_a_restarted_log_forgets_later_steps_and_half_lines(tmp_path):
     assert lines == [{"step": 2, "a": 1}, {"step": 4, "train/loss": 0.5}]
 
 
-def test_in_a_bucket_the_log_is_written_without_tensorboard(tmp_path, monkeypatch, capfd):
+def read_events(path):
+    """TensorBoard's events: records of a length, its checksum, the bytes, and theirs."""
+    data = path.read_bytes()
+    while data:
+        (size,) = struct.unpack_from("<Q", data)
+        yield event_pb2.Event.FromString(data[12 : 12 + size])
+        data = data[16 + size :]
+
+
+def test_in_a_bucket_the_log_is_written_anew_and_tensorboards_files_are_copied(
+    tmp_path, monkeypatch
+):
     # Another scheme than a file's; what stands behind it is a folder here.
     bucket = lambda path: tmp_path / path.removeprefix("gs://")  # noqa: E731
     monkeypatch.setattr(metrics.epath, "Path", bucket)
@@ -271,8 +284,15 @@ def test_in_a_bucket_the_log_is_written_without_tensorboard(tmp_path, monkeypatc
         writer.close()
     lines = (tmp_path / "b" / "train" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 4]
-    assert "TensorBoard's files need a local MODEL_DIR" in capfd.readouterr().err
-    assert [path.name for path in (tmp_path / "b" / "train").iterdir()] == ["metrics.jsonl"]
+    events = sorted((tmp_path / "b" / "train").glob("events.out.tfevents.*"))
+    found = [
+        (event.step, value.tag, round(value.simple_value, 3))
+        for path in events
+        for event in read_events(path)
+        for value in event.summary.value
+    ]
+    assert found == [(1, "train/loss", 0.5), (4, "train/loss", 0.4)]
+    assert len(list((tmp_path / "b" / "train").iterdir())) == 1 + len(events)
 
 
 def test_means_leave_out_what_has_no_weight():
