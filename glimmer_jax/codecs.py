@@ -40,6 +40,10 @@ class Codec(Protocol):
         """Shapes of the float32 arrays that the codec learns from an encoder's states; or none."""
         ...
 
+    def encode_cost(self, emb_dim: int) -> int:
+        """Multiply-adds of matrix products that encoding takes, for one token."""
+        ...
+
     def encode(self, states: jax.Array, codebooks: Arrays | None = None) -> dict[str, jax.Array]:
         """States `[..., D]`, any float dtype -> stored arrays `[..., *trailing]`."""
         ...
@@ -54,6 +58,9 @@ class _WithoutCodebooks:
 
     def codebook_specs(self, emb_dim: int) -> dict[str, tuple[int, ...]]:
         return {}
+
+    def encode_cost(self, emb_dim: int) -> int:
+        return 0
 
 
 @dataclasses.dataclass(frozen=True)

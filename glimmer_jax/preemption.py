@@ -48,7 +48,7 @@ def leave_at_sigterm() -> Iterator[None]:
 
 
 def stop_together(count: int) -> None:
-    """Raises `Preempted` in all processes of a job at one `count`, soon after SIGTERM came to any of them.
+    """Raises `Preempted` in all processes of a job at one `count`, soon after SIGTERM came to one.
 
     For loops that save nothing; a process alone is stopped by `leave_at_sigterm`.
 

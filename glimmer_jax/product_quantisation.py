@@ -21,8 +21,9 @@ import numpy as np
 
 Arrays = Mapping[str, jax.Array]
 
-# Centroids that a token is compared with at a time: bounds memory for books of 65,536.
+# Centroids that points are compared with at a time, and points at a time: a GiB for any of both.
 _BLOCK = 4096
+_POINTS = 65536
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,10 @@ class ProductQuantisation:
             "mean": (emb_dim,),
         }
 
+    def encode_cost(self, emb_dim: int) -> int:
+        """Multiply-adds a token: to turn it, and to compare each subspace with all its centroids."""
+        return emb_dim * emb_dim + self.num_codes * emb_dim
+
     def project(self, states: jax.Array, codebooks: Arrays) -> jax.Array:
         """States `[..., D]` -> float32 `[..., G, S]`, as the centroids see them."""
         even = (jnp.asarray(states, jnp.float32) - _like(states, codebooks["mean"])) / _like(
@@ -95,6 +100,15 @@ class ProductQuantisation:
 
 def nearest(points_NS: jax.Array, centroids_CS: jax.Array) -> jax.Array:
     """int32 `[N]`, the nearest centroid of each point; the first of equals."""
+    count = len(points_NS)
+    if count <= _POINTS:
+        return _nearest(points_NS, centroids_CS)
+    padded = jnp.pad(points_NS, ((0, -count % _POINTS), (0, 0)))
+    blocks = padded.reshape(-1, _POINTS, points_NS.shape[-1])
+    return jax.lax.map(lambda some: _nearest(some, centroids_CS), blocks).reshape(-1)[:count]
+
+
+def _nearest(points_NS: jax.Array, centroids_CS: jax.Array) -> jax.Array:
     num_codes, size = centroids_CS.shape
     block = min(num_codes, _BLOCK)
 

@@ -1,13 +1,16 @@
 """Product quantisation against numpy, beside outliers, and with its gradients."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glimmer_jax import codecs
+from glimmer_jax import codecs, product_quantisation
+from glimmer_jax.memory import codebooks
+from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.product_quantisation import nearest
 
 SMALL = dataclasses.replace(codecs.get("pq"), bits=4)
@@ -98,3 +101,35 @@ def test_straight_through_has_the_gradient_of_the_identity_and_of_the_chosen_cen
     for part, codes in zip(parts, np.asarray(arrays["codes"]).reshape(-1, 2), strict=True):
         wanted[np.arange(2), codes] += part
     np.testing.assert_allclose(to_centroids, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_many_points_are_searched_in_blocks(monkeypatch):
+    monkeypatch.setattr(product_quantisation, "_POINTS", 16)
+    rng = np.random.default_rng(0)
+    points, centroids = (rng.normal(size=(n, 4)).astype(np.float32) for n in (16 * 3 + 5, 40))
+    wanted = np.square(points[:, None] - centroids).sum(-1).argmin(-1)
+    np.testing.assert_array_equal(jax.jit(nearest)(points, centroids), wanted)
+    # No array of all points and all centroids.
+    sizes = re.findall(
+        r"f32\[(\d+),(\d+)\]", jax.jit(nearest).lower(points, centroids).as_text("hlo")
+    )
+    assert max(int(a) * int(b) for a, b in sizes) < 53 * 40
+
+
+def test_sixteen_bits_of_sixteen_channels_as_in_the_paper():
+    codec = codecs.get("pq16")
+    rng = np.random.default_rng(0)
+    states = rng.normal(size=(2**16 + 300, 16)).astype(np.float32)
+    mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    books = codebooks.learn(codec, states, mesh, iterations=0)  # drawn states: k-means takes long
+    assert books["centroids"].shape == (1, 2**16, 16)
+    arrays = codec.encode(states[-100:], books)
+    assert arrays["codes"].dtype == np.uint16 and arrays["codes"].shape == (100, 1)
+    assert arrays["codes"].max() > 255
+    # As many bytes a token as 8-bit codes of 8 channels, and less is lost of states that it has not seen.
+    unseen = rng.normal(size=(200, 16)).astype(np.float32)
+    small = codecs.get("pq")
+    others = codebooks.learn(small, states[:4096], mesh, iterations=10)
+    lost = codebooks.relative_error(codec, books, unseen)
+    assert lost < codebooks.relative_error(small, others, unseen)
+    assert codec.encode_cost(768) == (2**16 + 768) * 768

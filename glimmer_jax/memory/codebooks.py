@@ -20,6 +20,7 @@ from glimmer_jax.memory.source import Passages
 from glimmer_jax.product_quantisation import ProductQuantisation, nearest
 
 Codebooks = dict[str, np.ndarray]
+_ERROR_ROWS = 65536  # at a time: bounds RAM for samples of millions
 
 
 def sample_states(
@@ -176,5 +177,10 @@ def _kmeans(
 def relative_error(codec: Codec, books: Codebooks | None, states_ND: np.ndarray) -> float:
     """Root mean square of what the codec loses of these states, over that of the states."""
     kept = jax.jit(lambda x, books: codec.decode(codec.encode(x, books), jnp.float32, books))
-    lost = np.asarray(kept(states_ND, books), np.float64) - states_ND
-    return float(np.sqrt(np.square(lost).sum() / np.square(states_ND, dtype=np.float64).sum()))
+    lost = whole = 0.0
+    for start in range(0, len(states_ND), _ERROR_ROWS):
+        some = np.asarray(states_ND[start : start + _ERROR_ROWS], np.float64)
+        back = np.asarray(kept(states_ND[start : start + _ERROR_ROWS], books), np.float64)
+        lost += np.square(back - some).sum()
+        whole += np.square(some).sum()
+    return float(np.sqrt(lost / whole))

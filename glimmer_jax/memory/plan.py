@@ -45,7 +45,8 @@ def plan(
             f"{config.memory_layers}, {passages} passages of {tokens} tokens, {device_tflops} "
             "TFLOP/s. Set NUM_PASSAGES or PASSAGES_DIR, PASSAGE_TOKENS and DEVICE_TFLOPS."
         )
-    specs = codecs.get(config.memory_codec).array_specs(config.t5.emb_dim)
+    codec = codecs.get(config.memory_codec)
+    specs = codec.array_specs(config.t5.emb_dim)
     token = sum(int(np.prod(trailing)) * dtype.itemsize for trailing, dtype in specs.values())
     shards = -(-passages // layout.shard_passages)
     chunks = passages * tokens / layout.chunk_tokens * len(specs)
@@ -53,7 +54,8 @@ def plan(
     arrays = shards * (_INDEX_ARRAYS + len(specs))
     size = passages * (tokens * token + _INDEX_BYTES) + chunks * _CHUNK_BYTES
     # The paper counts a multiply-add as one.
-    operations = 2 * cost.precompute * passages * tokens
+    token_cost = cost.precompute + codec.encode_cost(config.t5.emb_dim)
+    operations = 2 * token_cost * passages * tokens
     return {
         "passages": passages,
         "tokens": int(passages * tokens),
