@@ -14,6 +14,11 @@ from typing import Any
 
 import tensorstore as ts
 
+# TensorStore sets no limit to how long a bucket may keep it waiting. A request that brings less than a
+# byte a second for this many seconds is given up by curl then, and made again by TensorStore.
+os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "60")
+os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
+
 Path = str | os.PathLike | Mapping[str, Any]
 
 # TensorStore raises ValueError for every status and puts its code first. These codes speak of the

@@ -1,4 +1,4 @@
-"""Plays a `Machines` plan: create, wait, ship, run; again where machines were lost; delete."""
+"""Plays a `Machines` plan: look, create, wait, ship, run; again where machines were lost; delete."""
 
 from glimmer_jax.main import BAD_INPUT, START_AGAIN
 from launch.plans import Machines, shell
@@ -21,7 +21,18 @@ def play(plan: Machines, interrupts: Interrupts, poll: float = POLL) -> int:
     Returns:
       The job's exit code; 42 if it was preempted more often than the plan allows; gcloud's where
       that fails; 1 if a finished job's machines could not be deleted.
+
+    Raises:
+      ValueError: there are machines of that name. They belong to another run, and stay.
     """
+    # Only here: all that has the name later on is ours, and is deleted.
+    print(f"launch: the name {plan.name} is free where the next answer is NOT_FOUND", flush=True)
+    if (state := read(plan.describe)) is not None:
+        raise ValueError(
+            f"--name must be free, and there is a {plan.name} already, in state {state}. Choose "
+            "another --name; or, if no run needs it, delete it by hand and launch again: "
+            f"{shell(plan.delete)}"
+        )
     for left in range(plan.recreate, -1, -1):
         code, lost = _life(plan, interrupts, poll)
         if interrupts.count:

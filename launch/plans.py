@@ -44,8 +44,9 @@ class Submission:
 class Machines:
     """Machines that are made for a job, and deleted after it, whatever happened."""
 
+    name: str
     create: Argv
-    describe: Argv  # prints the state
+    describe: Argv  # prints the state; fails where there is no machine of the name
     ready: str  # the state in which it can be used
     waiting: tuple[str, ...]  # states on the way there; in every other one it is gone
     ship: tuple[Argv, ...]  # code and environment
@@ -55,6 +56,7 @@ class Machines:
 
     def text(self) -> str:
         return (
+            f"# fails, or the name is taken and nothing is done\n{lines(self.describe)}"
             f"# create; lost machines are made again, {self.recreate} times at most\n"
             f"{lines(self.create)}"
             f"# until it prints {self.ready}, while it prints {', '.join(self.waiting)}\n"

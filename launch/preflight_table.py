@@ -112,7 +112,13 @@ def measure(job: str, model: str, size: str, topology: str, changes: dict[str, A
         if report["fits"] or not report["nearest"] or settings:
             return found
         changes = {**changes, **report["nearest"][0]}
-        settings = " " + " ".join(f"`{k}={v}`" for k, v in report["nearest"][0].items())
+        settings = " " + " ".join(f"`{k}={v}`" for k, v in changed(report).items())
+
+
+def changed(report: dict[str, Any]) -> dict[str, Any]:
+    """What the nearest setting that fits changes; preflight's own mesh is in a column of its own."""
+    chosen = report["mesh_flags"].items()
+    return {k: v for k, v in report["nearest"][0].items() if (k, v) not in chosen}
 
 
 def key(line: str) -> tuple[str, ...]:

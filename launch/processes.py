@@ -12,7 +12,9 @@ from types import FrameType, TracebackType
 
 from launch.plans import Argv, shell
 
-GRACE = 60.0  # seconds that the other processes of a job get after the first has failed
+# Seconds that the other processes of a job get after the first has failed. JAX misses a silent one
+# after 100, and ends the others with a line that names it: they need longer than that.
+GRACE = 180.0
 POLL = 0.05  # seconds
 # Set for a launcher that another one started: it stops when its input ends. See `obey_input`.
 TIED = "GLIMMER_LAUNCH_TIED"

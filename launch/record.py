@@ -99,25 +99,28 @@ def output(flags: argparse.Namespace) -> str | None:
     Args:
       flags: glimmer's, parsed.
     """
-    macro = OUTPUTS.get(flags.run_mode)
-    found = None
-    for binding in flags.gin_bindings:
-        name, _, value = binding.partition("=")
-        if name.strip() == macro:
-            found = _literal(value)  # as in gin, the last one counts
-    return found
+    text = _bound(flags)
+    return None if text is None else _literal(text)
 
 
 def require_bucket(flags: argparse.Namespace) -> None:
-    """Refuses a run whose output would be lost with the machine.
+    """Refuses a run whose output would be lost with the machine, or may be.
 
     Raises:
-      ValueError: the output is a path on the machine.
+      ValueError: the output is a path on the machine, or the command line does not name it.
     """
-    path = output(flags)
-    if path is not None and "://" not in path:
+    text, path, macro = _bound(flags), output(flags), OUTPUTS.get(flags.run_mode)
+    if macro is None or (text is not None and text.strip() == "None"):
+        return  # Nothing is written.
+    if path is None:
         raise ValueError(
-            f"{OUTPUTS[flags.run_mode]}={path!r} would be deleted together with the machine; it must "
+            f"The launcher must see on the command line where --run_mode={flags.run_mode} writes, "
+            f"since the machine is deleted afterwards, and got {macro}={text or 'nothing'}; it looks "
+            f"into no --gin_file. Add --gin.{macro}=\"'gs://BUCKET/RUN'\"."
+        )
+    if "://" not in path:
+        raise ValueError(
+            f"{macro}={path!r} would be deleted together with the machine; it must "
             "be in a bucket such as gs://BUCKET/RUN."
         )
 
@@ -133,7 +136,7 @@ def record_path(flags: argparse.Namespace) -> epath.Path:
 
 
 def write(code: Code, argv: Sequence[str], flags: Sequence[str], plan: str) -> epath.Path:
-    """Writes `launch.json`, and the diff beside it; an earlier record is set aside, not lost.
+    """Writes `launch.json` whole, and the diff beside it; an earlier record is set aside, not lost.
 
     Args:
       code: what runs.
@@ -146,11 +149,11 @@ def write(code: Code, argv: Sequence[str], flags: Sequence[str], plan: str) -> e
     """
     path = record_path(parse_flags(flags))
     path.parent.mkdir(parents=True, exist_ok=True)
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%fZ")
     if path.exists():
-        earlier = json.loads(path.read_text())
-        path.rename(path.parent / f"{path.stem}.{earlier['time']}.json")
+        _set_aside(path, now)
     record = {
-        "time": datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%fZ"),
+        "time": now,
         "argv": list(argv),
         "commit": code.commit,
         "diff_sha256": code.diff_sha256,
@@ -158,8 +161,33 @@ def write(code: Code, argv: Sequence[str], flags: Sequence[str], plan: str) -> e
     }
     if code.diff_sha256 is not None:
         (path.parent / f"launch.{code.diff_sha256[:16]}.diff").write_bytes(code.diff)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    # Whole or not at all, and beside it, where alone it can be renamed at once.
+    part = path.parent / f"{path.name}.partial"
+    part.write_text(json.dumps(record, indent=2) + "\n")
+    part.replace(path)
     return path
+
+
+def _set_aside(path: epath.Path, now: str) -> None:
+    """Renames the record of an earlier launch after its time; one that cannot be read, after ours."""
+    try:
+        time = json.loads(path.read_text())["time"]
+    except (ValueError, KeyError, TypeError):
+        aside = path.parent / f"{path.stem}.damaged.{now}.json"
+        print(f"launch: {path} is damaged; it is kept as {aside}", flush=True)
+    else:
+        aside = path.parent / f"{path.stem}.{time}.json"
+    path.rename(aside)
+
+
+def _bound(flags: argparse.Namespace) -> str | None:
+    """What the command line binds to the macro with the output, as Python; None where it does not."""
+    macro, found = OUTPUTS.get(flags.run_mode), None
+    for binding in flags.gin_bindings:
+        name, _, value = binding.partition("=")
+        if name.strip() == macro:
+            found = value  # as in gin, the last one counts
+    return found
 
 
 def _literal(text: str) -> str | None:

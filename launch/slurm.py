@@ -8,8 +8,10 @@ import shlex
 from collections.abc import Sequence
 
 from launch.plans import Submission, check_at_least, check_name, check_words, glimmer, shell
+from launch.processes import GRACE
 
 FINAL_SAVE = 120  # seconds between SIGTERM and the time limit
+RESTARTS = 10  # of a job, after which one whose process was killed is not started again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +67,14 @@ def script(slurm: Slurm, flags: Sequence[str], folder: str, python: str, code: s
 {head}#SBATCH --requeue
 # Code: {code}
 cd {shlex.quote(folder)} || exit 2
-# The others follow a process that ended within a minute, or are ended.
-srun --wait=60 {shell(glimmer(python, flags))}
+# The others follow a process that ended, or are ended after so many seconds.
+srun --wait={GRACE:.0f} {shell(glimmer(python, flags))}
 code=$?
-# 42: stopped at the time limit or for another job, and saved.
-if [ "$code" -eq 42 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+# srun gives the highest code of all processes. 42: stopped at the time limit or for another job, and
+# saved. 128 and more: one was killed, for its memory or with its node, and may be once more.
+if [ "$code" -eq 42 ] ||
+  {{ [ "$code" -ge 128 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {RESTARTS} ]; }}; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
 exit "$code"
 """

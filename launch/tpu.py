@@ -16,6 +16,9 @@ SETUP = (
     "python3 -m uv pip install --quiet --python .venv -c constraints.txt -e '.[tpu]'"
 )
 FOLDER = "glimmer"  # in the home folder of every worker
+# Of ssh and scp, which else hang for ever where a worker vanishes without closing the connection. Behind
+# the person's own flags, because the first value counts.
+KEEP_ALIVE = ("-oServerAliveInterval=30", "-oServerAliveCountMax=4")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +113,7 @@ def _machines(
 
     kind = (f"--accelerator-type={tpu.accelerator_type}", *create)
     return Machines(
+        name=tpu.name,
         create=gcloud("create", *kind, *(("--spot",) if tpu.spot else ()), *tpu.create_flags),
         describe=gcloud("describe", f"--format=value({state})"),
         ready=ready,
@@ -125,7 +129,7 @@ def _ship(tpu: Tpu, archive: str) -> tuple[Argv, ...]:
     to = ("gcloud", "compute", "tpus", "tpu-vm", "scp", archive, f"{tpu.name}:{FOLDER}.tar.gz")
     unpack = f"mkdir -p {FOLDER} && tar -xzf {FOLDER}.tar.gz -C {FOLDER} && cd {FOLDER}"
     return (
-        (*to, *tpu.place, "--worker=all", *tpu.ssh_flags),
+        (*to, *tpu.place, "--worker=all", *tpu.ssh_flags, *_keep_alive("scp")),
         _ssh(tpu, f"{unpack} && {tpu.setup}"),
     )
 
@@ -139,4 +143,8 @@ def _run(tpu: Tpu, flags: Sequence[str]) -> Argv:
 
 def _ssh(tpu: Tpu, command: str) -> Argv:
     ssh = ("gcloud", "compute", "tpus", "tpu-vm", "ssh", tpu.name, *tpu.place, "--worker=all")
-    return (*ssh, *tpu.ssh_flags, f"--command={command}")
+    return (*ssh, *tpu.ssh_flags, *_keep_alive("ssh"), f"--command={command}")
+
+
+def _keep_alive(program: str) -> Argv:
+    return tuple(f"--{program}-flag={flag}" for flag in KEEP_ALIVE)

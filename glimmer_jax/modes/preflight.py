@@ -17,7 +17,7 @@ from glimmer_jax.modes import checks
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.preflight import chips
 from glimmer_jax.preflight.compiling import Compiled, compile_program, flops_of
-from glimmer_jax.preflight.nearest import changes, with_remat
+from glimmer_jax.preflight.nearest import changes, macros_of, with_remat
 from glimmer_jax.preflight.programs import JOBS, Settings
 from glimmer_jax.preflight.report import Report
 
@@ -57,6 +57,7 @@ def preflight(
     devices = chips.devices(place)
     config = mesh_for(job, settings, len(devices))
     report = examine(job, {**settings, "mesh": config}, place, devices)
+    report = dataclasses.replace(report, mesh_flags=mesh_flags(job, settings, config))
     if not report.fits:
         report = _with_nearest(report, job, settings, config, place, devices)
     print(report.text(), flush=True)
@@ -72,12 +73,25 @@ def mesh_for(job: str, settings: Settings, count: int) -> MeshConfig:
     given: MeshConfig = settings["mesh"]
     if job == "build_memory":
         return MeshConfig()
-    if dataclasses.replace(given, slice=1) != MeshConfig():
+    if not _left_open(given):
         return given.filled(count)
     slices = max(given.slice, 1)
     fsdp, batch = count // slices, settings["batch_size"] // slices
     passages = fsdp // batch if fsdp > batch and batch and fsdp % batch == 0 else 1
     return MeshConfig(data=1, fsdp=fsdp // passages, passages=passages, slice=slices)
+
+
+def mesh_flags(job: str, settings: Settings, chosen: MeshConfig) -> dict[str, int]:
+    """Gin macros that give the job the mesh chosen here; none where the gin files give one."""
+    if job == "build_memory" or not _left_open(settings["mesh"]):
+        return {}
+    # gin/mesh.gin would put all devices on `data`, with whole parameters on each.
+    return macros_of(MeshConfig(), chosen)
+
+
+def _left_open(given: MeshConfig) -> bool:
+    """Whether no axis within a slice has a size."""
+    return dataclasses.replace(given, slice=1) == MeshConfig()
 
 
 def examine(job: str, settings: Settings, place: chips.Topology, devices: list[Any]) -> Report:
@@ -171,5 +185,6 @@ def _with_nearest(
 
     # Each needs less than the one before it, so the first that fits is found by halving.
     first = bisect.bisect_left(range(len(others)), True, key=fits)
-    nearest = tuple(macros for macros, _ in others[first : first + 1])
+    # What a change says of the mesh counts more than the choice it started from.
+    nearest = tuple(report.mesh_flags | macros for macros, _ in others[first : first + 1])
     return dataclasses.replace(report, nearest=nearest, tried=len(tried))

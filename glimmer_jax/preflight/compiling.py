@@ -83,7 +83,10 @@ def no_room(message: str, given: int) -> tuple[int, str] | None:
 
 
 def traffic(text: str, mesh: Mesh) -> tuple[dict[str, Traffic], int]:
-    """Collectives of a program by kind, and the bytes of those that span slices."""
+    """Collectives of a program by kind, and the bytes of those that span slices.
+
+    What hosts carry between slices is a kind of its own, `through-hosts`.
+    """
     index: Any = np.indices(mesh.devices.shape).reshape(len(mesh.axis_names), -1)
     slices = index[mesh.axis_names.index("slice")]
     totals: dict[str, list[int]] = {}
@@ -93,4 +96,8 @@ def traffic(text: str, mesh: Mesh) -> tuple[dict[str, Traffic], int]:
         count, size = totals.get(one.kind, (0, 0))
         totals[one.kind] = [count + one.times, size + moved]
         between += moved if one.joins(slices) else 0
+    carried, size = hlo.from_other_slices(text)
+    if carried:
+        totals["through-hosts"] = [carried, size]
+        between += size
     return {kind: Traffic(*both) for kind, both in sorted(totals.items())}, between

@@ -30,6 +30,8 @@ _IOTA = re.compile(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\
 _AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 _LISTED = re.compile(r"replica_groups=\{(\{[0-9,{} ]*\})\}")
 _PAIRS = re.compile(r"source_target_pairs=\{(\{[0-9,{} ]*\})\}")
+# Who carries an array between slices, by the attribute of the transfer.
+_FROM_SLICES = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +87,21 @@ def collectives(text: str) -> list[Collective]:
         size, groups = _size(run.instruction), _groups(run.instruction.rest)
         found.append(Collective(kind, size, groups, run.times, run.in_loop))
     return found
+
+
+def from_other_slices(text: str) -> tuple[int, int]:
+    """How often in a call, and bytes, a host hands to a device what came from other slices.
+
+    In a TPU program of several slices collectives stay within one; between slices the hosts carry the
+    arrays, and the device sees transfers from and to its host.
+    """
+    count = size = 0
+    for run in _runs(text):
+        if run.instruction.kind == "recv" and _FROM_SLICES in run.instruction.rest:
+            count += run.times
+            # Behind the array stands a number of the transfer.
+            size += run.times * round(_array_bytes(run.instruction.result)[0])
+    return count, size
 
 
 def estimated_cycles(text: str) -> int:
@@ -172,10 +189,7 @@ def _parse(text: str) -> tuple[str, _Computations]:
 
 
 def _size(instruction: _Instruction) -> int:
-    arrays = [
-        math.prod(int(n) for n in dims.split(",") if n) * _item_bytes(dtype)
-        for dtype, dims in _ARRAY.findall(instruction.result)
-    ]
+    arrays = _array_bytes(instruction.result)
     kind = instruction.kind
     if kind == "collective-permute-start":
         arrays = arrays[:1]  # operand, result, and two counters
@@ -186,6 +200,14 @@ def _size(instruction: _Instruction) -> int:
         groups = _groups(instruction.rest)
         size *= len(groups[0]) if groups else 1
     return round(size)
+
+
+def _array_bytes(text: str) -> list[float]:
+    """Of each array that is named in `text`."""
+    return [
+        math.prod(int(n) for n in dims.split(",") if n) * _item_bytes(dtype)
+        for dtype, dims in _ARRAY.findall(text)
+    ]
 
 
 def _item_bytes(dtype: str) -> float:

@@ -40,6 +40,15 @@ def with_remat(model: GlimmerModel, policy: str) -> GlimmerModel:
     return GlimmerModel(config, model.loss, model.decode, eos_id=model.eos_id)
 
 
+def macros_of(now: MeshConfig, mesh: MeshConfig) -> dict[str, int]:
+    """Gin macros that make `mesh` of `now`; sizes above 1 are named in any case, and `data`."""
+    return {
+        f"MESH_{axis.upper()}": size
+        for axis, size in mesh.sizes().items()
+        if axis == "data" or size > 1 or size != now.sizes()[axis]
+    }
+
+
 def _training(settings: Settings, mesh: MeshConfig) -> Iterator[Change]:
     model, loop = settings["model"], settings["loop_config"]
     now = model.config.t5.remat_policy
@@ -78,5 +87,4 @@ def _wider(mesh: MeshConfig, model: GlimmerModel) -> Iterator[tuple[dict[str, An
     while fsdp % 2 == 0 and heads % (width * 2) == 0:
         fsdp, width = fsdp // 2, width * 2
         wider = dataclasses.replace(mesh, fsdp=fsdp, model=width)
-        sizes = {f"MESH_{axis.upper()}": size for axis, size in wider.sizes().items() if size > 1}
-        yield {"MESH_DATA": wider.data} | sizes, wider
+        yield macros_of(mesh, wider), wider

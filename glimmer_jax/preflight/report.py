@@ -38,6 +38,8 @@ class Report:
     # The compiler's cycles and the network's seconds, one after the other; None where it gives none.
     estimated_step_seconds: float | None
     model_flop_utilisation: float | None  # at that time
+    # Gin macros that give the job this mesh; none where its gin files do.
+    mesh_flags: dict[str, int] = dataclasses.field(default_factory=dict)
     why_not: str | None = None  # the compiler's words where it does not fit
     nearest: tuple[dict[str, Any], ...] = ()  # settings that fit, where this one does not
     tried: int = 0  # other settings that were compiled to find them
@@ -54,8 +56,12 @@ class Report:
         lines = [
             f"{self.job} on {where}: {verdict}.",
             f"{self.chips} chips, {self.hosts} hosts, mesh {mesh}, batch {self.batch_size}",
-            f"bytes a chip, of {_gib(self.hbm_bytes_per_chip)} HBM:",
         ]
+        if self.mesh_flags:
+            # Without them the job would take another mesh, with whole parameters on each chip.
+            action = "run it with" if self.fits else "that mesh is"
+            lines.append(f"no mesh was given; {action}: {_settings(self.mesh_flags)}")
+        lines.append(f"bytes a chip, of {_gib(self.hbm_bytes_per_chip)} HBM:")
         lines += [f"  {kind:14} {_gib(size)}" for kind, size in self.bytes_per_chip.items()]
         lines.append(
             f"a step: {self.flops_per_step / 1e12:.4g} TFLOP on all chips, "
@@ -67,7 +73,10 @@ class Report:
         if self.collectives:
             lines.append(f"  {_seconds(self.network_seconds)} at the links' peak")
         if self.slices > 1:
-            lines.append(f"  between slices {_gib(self.bytes_between_slices)} to a device")
+            lines.append(
+                f"  between slices {_gib(self.bytes_between_slices)} to a device, for which none of "
+                "these times allows"
+            )
         if self.estimated_step_seconds is not None:
             lines.append(
                 f"the compiler expects {_seconds(self.estimated_step_seconds)}, "

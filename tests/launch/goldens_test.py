@@ -5,6 +5,7 @@ After a wanted change, look at the printed difference and rewrite the goldens:
     GLIMMER_REWRITE_GOLDENS=1 python -m pytest tests/launch/goldens_test.py
 """
 
+import inspect
 import os
 import pathlib
 import shlex
@@ -14,7 +15,8 @@ import sys
 import pytest
 
 import launch.__main__ as command_line
-from launch import jobset, local, record
+from glimmer_jax import distributed
+from launch import jobset, local, processes, record, slurm
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 CODE = record.Code("c0ffee" * 6 + "c0de", "7ree" * 10, b"diff")
@@ -143,6 +145,61 @@ def test_output_on_a_machine_that_is_deleted_is_refused(monkeypatch):
             plan(OPTIONS[name], monkeypatch, flags)
 
 
+@pytest.mark.parametrize("bindings", [[], ["--gin.MODEL_DIR=%HERE"]])
+def test_output_that_only_a_gin_file_names_is_refused(monkeypatch, bindings):
+    flags = ["--run_mode=train", "--gin_file=mine.gin", *bindings]
+    for name in ("tpu_vm", "queued_resource", "jobset"):
+        with pytest.raises(ValueError, match=r"Add --gin\.MODEL_DIR=\"'gs://BUCKET/RUN'\""):
+            plan(OPTIONS[name], monkeypatch, flags)
+    plan(OPTIONS["local"], monkeypatch, flags)
+
+
+def test_where_nothing_is_written_no_bucket_is_asked_for(monkeypatch):
+    for flags in (["--run_mode=score"], ["--run_mode=eval", "--gin.OUTPUT_DIR=None"]):
+        for name in ("tpu_vm", "queued_resource", "jobset"):
+            plan(OPTIONS[name], monkeypatch, flags)
+
+
 def test_an_installed_package_cannot_be_shipped():
     with pytest.raises(ValueError, match="needs a git checkout"):
         record.archive_path(record.Code(None, None, b""))
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"),
+    [
+        (0, "", False),
+        (1, "", False),
+        (2, "", False),
+        (42, "", True),
+        (42, "500", True),
+        (137, "", True),
+        (137, str(slurm.RESTARTS - 1), True),
+        (137, str(slurm.RESTARTS), False),
+    ],
+)
+def test_slurm_starts_again_what_saved_or_was_killed(tmp_path, code, restarts, requeued):
+    asked = slurm.Slurm("run1")
+    text = slurm.script(asked, FLAGS, str(tmp_path), "python", "code")
+    stub = f'srun() {{ return {code}; }}; scontrol() {{ echo "$@"; }}; export SLURM_JOB_ID=7'
+    environment = {**os.environ, "SLURM_RESTART_COUNT": restarts}
+    done = subprocess.run(
+        ["bash", "-c", f"{stub}\n{text}"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == code and not done.stderr
+    assert done.stdout == ("requeue 7\n" if requeued else "")
+
+
+def test_the_others_of_a_job_live_until_jax_has_missed_one():
+    silence = inspect.signature(distributed.join).parameters["silence"].default
+    assert silence + 50 < processes.GRACE
+    text = slurm.script(slurm.Slurm("run1"), FLAGS, "/", "python", "code")
+    assert f"srun --wait={processes.GRACE:.0f} " in text
+
+
+def test_a_worker_that_vanishes_does_not_hold_ssh_for_ever(monkeypatch):
+    made = plan(OPTIONS["tpu_vm"], monkeypatch)
+    for argv in (*made.ship, made.run):
+        program = argv[4]
+        for option in ("ServerAliveInterval=30", "ServerAliveCountMax=4"):
+            assert f"--{program}-flag=-o{option}" in argv

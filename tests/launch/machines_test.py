@@ -171,6 +171,17 @@ def test_where_there_is_no_room_gclouds_exit_code_is_passed_on(gcloud):
     assert verbs(gcloud) == ["create", "delete"]
 
 
+@pytest.mark.parametrize("target", ["tpu_vm", "queued_resource"])
+def test_the_machines_of_another_run_are_left_alone(gcloud, capfd, target):
+    (gcloud / "taken").write_text("READY\n")
+    assert go(target) == 2
+    assert [line.split()[3] for line in (gcloud / "log").read_text().splitlines()] == ["describe"]
+    said = capfd.readouterr().err
+    assert "there is a run1 already, in state READY. Choose another --name" in said
+    group = {"tpu_vm": "tpu-vm", "queued_resource": "queued-resources"}[target]
+    assert f"gcloud compute tpus {group} delete run1 --zone=z --quiet" in said
+
+
 def test_machines_that_could_not_be_deleted_are_named(gcloud, capfd):
     life(gcloud, 1, '[ "$verb" = delete ] && exit 1')
     assert go() == 1

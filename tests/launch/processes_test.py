@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -220,3 +221,50 @@ def test_four_processes_train_as_one_and_go_on_after_one_was_stopped(tmp_path, m
     want, got = ([line["train/loss"] for line in lines] for lines in both)
     assert want[-1] < 0.9 * want[0]
     np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+@pytest.mark.fault
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("told", [0, 1])
+def test_sigterm_to_one_process_saves_the_same_step_in_all(tmp_path, monkeypatch, capfd, told):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    run, steps = tmp_path / "run", 2000
+    logged = run / "train" / "metrics.jsonl"
+    # Each by a launcher of its own, which says how it ended.
+    commands = joined(2, run, steps, job="-m tests.launch.training_job")
+    with start("-c", DRIVER, commands[0]) as first, start("-c", DRIVER, commands[1]) as second:
+        # Past the checkpoint of step 5.
+        wait_for(
+            lambda: (
+                (logged.exists() and len(logged.read_text().splitlines()) > 6)
+                or first.poll()
+                or second.poll()
+            ),
+            400,
+        )
+        os.kill(int((run / f"pid{told}").read_text()), signal.SIGTERM)
+        assert (first.wait(120), second.wait(120)) == (42, 42)
+    said = re.findall(rf"Stopped at step (\d+) of {steps}, saved", capfd.readouterr().err)
+    assert len(said) == 2 and said[0] == said[1]
+    assert (run / "checkpoints" / said[0] / "checksums.json").is_file()
+
+
+@pytest.mark.fault
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other_soon_and_is_named(tmp_path, capfd, victim):
+    commands, reports = joined(2, tmp_path, 200, 6), [tmp_path / "0", tmp_path / "1"]
+    with start("-c", DRIVER, commands[0]) as first, start("-c", DRIVER, commands[1]) as second:
+        drivers = (first, second)
+        wait_for(lambda: all(p.exists() for p in reports) or first.poll() or second.poll(), 400)
+        pids = [int(path.read_text().split()[-1]) for path in reports]
+        os.kill(pids[victim], signal.SIGKILL)
+        killed = time.monotonic()
+        assert drivers[victim].wait(60) == 137
+        assert drivers[1 - victim].wait(60) == 42
+    # JAX's patience, here of six seconds, and a while to abort.
+    assert time.monotonic() - killed < 40
+    assert f"glimmer: Process {victim} of the job no longer answers" in capfd.readouterr().err
+    assert not any(alive(pid) for pid in pids)

@@ -93,3 +93,34 @@ def test_a_second_launch_keeps_the_record_of_the_first(tmp_path):
     assert kept["commit"] == "c" * 40
     assert kept["diff_sha256"] == code.diff_sha256
     assert (run / f"launch.{code.diff_sha256[:16]}.diff").read_bytes() == b"a diff"
+
+
+def test_a_record_that_was_cut_short_is_kept_and_bars_no_launch(tmp_path, capfd):
+    run = tmp_path / "run"
+    run.mkdir()
+    flags = ["--run_mode=train", f"--gin.MODEL_DIR={str(run)!r}"]
+    code = record.Code("c" * 40, "d" * 40, b"")
+    for text in ('{"time": "2026', "[]", "{}"):
+        (run / "launch.json").write_text(text)
+        record.write(code, ["local"], flags, "")
+        assert json.loads((run / "launch.json").read_text())["argv"] == ["local"]
+        assert "launch.json is damaged; it is kept as " in capfd.readouterr().out
+        assert text in [path.read_text() for path in run.glob("launch.damaged.*.json")]
+
+
+def test_a_record_appears_whole(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    flags = ["--run_mode=train", f"--gin.MODEL_DIR={str(run)!r}"]
+    code = record.Code("c" * 40, "d" * 40, b"")
+    replace, renamed = type(record.epath.Path(run)).replace, []
+
+    def seen(self, target):
+        renamed.append(target)
+        assert not (run / "launch.json").exists()
+        assert json.loads(self.read_text())["argv"] == ["local"]
+        return replace(self, target)
+
+    monkeypatch.setattr(type(record.epath.Path(run)), "replace", seen)
+    record.write(code, ["local"], flags, "")
+    assert renamed == [run / "launch.json"]
+    assert [path.name for path in run.iterdir()] == ["launch.json"]

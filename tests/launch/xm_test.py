@@ -12,6 +12,8 @@ import time
 import pytest
 
 from launch import sweep, xm
+from tests import mini_kilt
+from tests.kilt_road_test import GLIMMER, LENGTHS, TINY
 
 ROOT = pathlib.Path(__file__).parents[2]
 needs_xmanager = pytest.mark.skipif(
@@ -23,7 +25,9 @@ needs_xmanager = pytest.mark.skipif(
 def home(tmp_path, monkeypatch):
     """XManager keeps its list of experiments in the home folder."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    # XManager may be on the path that the tests were given.
+    path = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
     monkeypatch.chdir(tmp_path)
     line = {
         "id": 1,
@@ -53,6 +57,47 @@ def test_each_unit_gets_its_value_and_its_folder(home):
         assert f"--gin.MAX_PASSAGE_TOKENS={tokens}" in kept["argv"]
         assert (home / "passages" / str(number)).is_dir()
     assert (home / "passages.launch.json").is_file()
+
+
+def bindings(**macros):
+    return [f"--gin.{name}={value!r}" for name, value in macros.items()]
+
+
+def glimmer(mode, **macros):
+    flags = [f"--run_mode={mode}", f"--gin_file=gin/runs/{mode}.gin", *bindings(**macros)]
+    subprocess.run([sys.executable, "-m", "glimmer_jax.main", *flags], check=True)
+
+
+@needs_xmanager
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_sweep_trains_each_unit_with_its_seed(home, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+    mini_kilt.write(home)
+    passages = {"PASSAGES_DIR": "passages"}
+    corpus = {"CORPUS": "kilt_knowledgesource.json", "CORPUS_FORMAT": "kilt"}
+    glimmer("passages", **corpus, **passages, PASSAGE_WORDS=mini_kilt.PASSAGE_WORDS)
+    retrieved = {**passages, "DATA_DIR": "retrieved"}
+    asked = {"QUESTIONS": "questions/fever-*-kilt.jsonl", "QUESTION_WORDS": 12}
+    glimmer("retrieve", **asked, **retrieved, NUM_PASSAGES=3)
+
+    steps = {"TRAIN_STEPS": 2, "BATCH_SIZE": 8, "LOG_EVERY": 1, "EVAL_EVERY": 0}
+    task = {"MIXTURE_OR_TASK_NAME": "kilt_fever", "TASK_FEATURE_LENGTHS": LENGTHS}
+    files = [f"--gin_file=gin/{name}.gin" for name in (*GLIMMER, "runs/finetune", "data/kilt")]
+    run = {**TINY, **task, **retrieved, **steps, "BEST_METRIC": None, "MODEL_DIR": "runs"}
+    own = ["xm", "--sweep=SEED=[0, 1]", "--parallel=2", "local", "--", "--run_mode=train"]
+    argv = [sys.executable, "-m", "launch", *own, *files, *bindings(**run)]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = []
+    for unit, seed in ((1, 0), (2, 1)):
+        folder = home / "runs" / str(unit)
+        assert f"--gin.SEED={seed}" in json.loads((folder / "launch.json").read_text())["argv"]
+        assert (folder / "checkpoints" / "2" / "checksums.json").is_file()
+        logged = (folder / "train" / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in logged] == [1, 2]
+        losses.append([json.loads(line)["train/loss"] for line in logged])
+    assert losses[0] != losses[1]
 
 
 @needs_xmanager

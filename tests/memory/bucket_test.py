@@ -1,5 +1,9 @@
 """A store in a bucket: TensorStore's own gcs driver against a small server that misbehaves."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from fake_gcs import FakeGcs
@@ -92,6 +96,30 @@ def test_a_bucket_that_stumbles_is_asked_again(tiny, bucket, kind):
     assert made.num_passages == 23 and len(store) == 9
     stumble()
     assert verify(MemoryStore.open(path)) == [] and bucket.hit == 3
+
+
+STALLED = """
+import os
+from glimmer_jax import folder
+kvstore = folder.open_folder("gs://bucket/stalled/")
+folder.write_file(kvstore, "a", b"1")
+print(folder.read_file(kvstore, "a"), os.environ["TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES"])
+"""
+
+
+@pytest.mark.fault
+def test_a_bucket_that_takes_a_request_and_never_answers_is_asked_again(bucket):
+    with bucket.lock:
+        bucket.faults.extend(["stall"] * 2)
+        bucket.hit = 0
+    # A process of its own: the variables are read once.
+    patient = {**os.environ, "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", STALLED], env=patient, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "b'1' 1\n", done.stderr
+    assert bucket.hit == 2
+    assert os.environ["TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS"] == "60"
 
 
 @pytest.mark.fault

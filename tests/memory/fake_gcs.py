@@ -19,7 +19,8 @@ class FakeGcs:
     Attributes:
       objects: name -> (generation, bytes).
       faults: what befalls the next requests, one each: a status, "reset" (nothing is done), "lost"
-        (done, and no answer), or seconds to wait.
+        (done, and no answer), "stall" (nothing is done, and the connection stays open), or seconds to
+        wait.
       requests: methods and paths so far.
     """
 
@@ -30,6 +31,7 @@ class FakeGcs:
         self.requests: list[str] = []
         self.hit = 0  # requests that a fault befell
         self.lock = threading.Lock()
+        self.closing = threading.Event()
         self._generation = 0
         handler = type("Handler", (_Handler,), {"gcs": self})
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -41,6 +43,7 @@ class FakeGcs:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def close(self) -> None:
+        self.closing.set()
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -111,7 +114,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             fault = self.gcs.faults.pop(0) if self.gcs.faults else None
             self.gcs.hit += fault is not None
         self._is_lost = fault == "lost"
-        if fault == "reset":
+        if fault == "stall":
+            self.gcs.closing.wait(60)
+        if fault in ("reset", "stall"):
             self.close_connection = True
             self.connection.close()
             return "", None

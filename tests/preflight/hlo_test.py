@@ -6,7 +6,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from glimmer_jax.partitioning import MeshConfig, make_mesh
-from glimmer_jax.preflight import hlo
+from glimmer_jax.preflight import compiling, hlo
+from glimmer_jax.preflight.report import Traffic
 
 TEXT = """HloModule jit_step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}, num_partitions=8
 
@@ -52,13 +53,20 @@ ENTRY %main.1 (x: f32[8]) -> f32[8] {
   %reduced = (f32[8]{0}, f32[2]{0}) all-reduce(%x, %y), replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add
   %started = ((f32[4]{0}), (f32[8]{0})) all-gather-start(%z), replica_groups={}, dimensions={0}
   %summed = bf16[4,8]{1,0} fusion(%w), kind=kCustom, calls=%all-reduce-scatter.7
+  %handed = (f32[2,8,128]{2,1,0:T(8,128)}, u32[], token[]) recv(%after), channel_id=2, MEGASCALE
+  %handed-done = (f32[2,8,128]{2,1,0:T(8,128)}, token[]) recv-done(%handed), channel_id=2, MEGASCALE
+  %fed = (f32[64]{0}, u32[], token[]) recv(%after), channel_id=3, is_host_transfer=true
   %decoded = (s32[], bf16[4]) while(%t), condition=%condition.2, body=%body.2
   %fused = f32[8]{0} fusion(%x), kind=kLoop, calls=%inner, backend_config={"estimated_cycles":"7"}
   ROOT %out = f32[8]{0} copy(%x)
 }
-""".replace("PAIRS", "source_target_pairs={{0,1},{1,0}}").replace(
-    "LAYERS", '{"known_trip_count":{"n":"3"}}'
-)
+"""
+for word, attribute in (
+    ("PAIRS", "source_target_pairs={{0,1},{1,0}}"),
+    ("LAYERS", '{"known_trip_count":{"n":"3"}}'),
+    ("MEGASCALE", 'attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}'),
+):
+    TEXT = TEXT.replace(word, attribute)
 
 
 def test_collectives_have_kind_size_groups_and_number_of_runs():
@@ -91,6 +99,13 @@ def test_groups_join_devices_that_differ():
     ways = np.array([0, 0, 1, 1, 0, 0, 1, 1])
     joins = {(one.kind, one.in_loop): one.joins(ways) for one in hlo.collectives(TEXT)}
     assert joins["all-gather", True] is False and joins["reduce-scatter", True] is True
+
+
+def test_what_hosts_hand_over_came_from_other_slices():
+    # An array that is there once, and none that a host makes by itself.
+    assert hlo.from_other_slices(TEXT) == (1, 2 * 8 * 128 * 4)
+    found, between = compiling.traffic(TEXT, make_mesh(MeshConfig(data=8)))
+    assert found["through-hosts"] == Traffic(1, 8192) and between == 8192
 
 
 def test_cycles_of_loops_are_counted_each_time():

@@ -47,6 +47,7 @@ def test_a_training_step_is_compiled_for_a_slice_that_is_not_there(tmp_path, cap
     code, report = preflight(tmp_path, "--topology=v5e:2x2", *run)
     assert code == 0 and report["fits"] is True
     assert (report["chips"], report["hosts"], report["mesh"]["fsdp"]) == (4, 1, 4)
+    assert report["mesh_flags"] == {"MESH_DATA": 1, "MESH_FSDP": 4}
     kinds = report["bytes_per_chip"]
     assert {"parameters", "optimiser", "activations", "memory_table", "total"} <= set(kinds)
     assert kinds["total"] < report["hbm_bytes_per_chip"] == 16 * 2**30
@@ -56,8 +57,27 @@ def test_a_training_step_is_compiled_for_a_slice_that_is_not_there(tmp_path, cap
     assert report["estimated_step_seconds"] is None or report["estimated_step_seconds"] > 0
     said = capfd.readouterr()
     assert "train on v5e:2x2: fits." in said.out
+    assert "run it with: --gin.MESH_DATA=1 --gin.MESH_FSDP=4\n" in said.out
     # Of a machine without a TPU nobody wants to be told.
     assert "TPU" not in said.err
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "slices", "chips", "devices"),
+    [("v5e:2x2", 2, 8, 8), ("v4:2x2x1", 1, 4, 4), ("tpu7x:2x2x1", 1, 4, 8)],
+)
+def test_other_slices_have_a_compiler_too(tmp_path, capfd, topology, slices, chips, devices):
+    run = ("--gin_file=gin/runs/finetune.gin", "--gin.BATCH_SIZE=8")
+    code, report = preflight(tmp_path, f"--topology={topology}", *run, f"--gin.MESH_SLICE={slices}")
+    assert code == 0 and report["fits"] is True
+    assert (report["slices"], report["chips"]) == (slices, chips)
+    assert report["mesh"]["fsdp"] * slices == devices
+    assert report["bytes_per_chip"]["total"] < report["hbm_bytes_per_chip"]
+    # Each slice has whole parameters, so that gradients cross the network between them.
+    assert (report["bytes_between_slices"] > 0) == (slices > 1)
+    assert ("none of these times allows" in capfd.readouterr().out) == (slices > 1)
 
 
 @needs_compiler

@@ -16,6 +16,7 @@ from glimmer_jax.preflight.flops import count_flops
 from glimmer_jax.preflight.report import Report, Traffic
 from glimmer_jax.training.loop import TrainConfig
 from glimmer_jax.training.optimizer import OptimizerConfig
+from launch import preflight_table
 from tests.models import tiny
 
 LENGTHS = {"inputs": 4, "targets": 5, "passages": (8, 6)}
@@ -118,6 +119,45 @@ def test_without_a_mesh_all_chips_are_on_fsdp_and_what_is_more_than_the_batch_on
     assert mesh_for("build_memory", SETTINGS, 8) == MeshConfig()
 
 
+def test_a_mesh_that_was_chosen_is_given_as_flags_of_the_job():
+    two = {**SETTINGS, "mesh": MeshConfig(slice=2)}
+    for job, settings, count, flags in (
+        ("train", SETTINGS, 8, {"MESH_DATA": 1, "MESH_FSDP": 8}),
+        ("infer", SETTINGS, 32, {"MESH_DATA": 1, "MESH_FSDP": 8, "MESH_PASSAGES": 4}),
+        ("train", two, 8, {"MESH_DATA": 1, "MESH_FSDP": 4, "MESH_SLICE": 2}),
+    ):
+        chosen = mesh_for(job, settings, count)
+        assert mode.mesh_flags(job, settings, chosen) == flags
+        # Whoever gives them gets that mesh, and is not told of it again.
+        sizes = {name.removeprefix("MESH_").lower(): size for name, size in flags.items()}
+        given = {**settings, "mesh": MeshConfig(**sizes)}
+        assert mesh_for(job, given, count) == chosen
+        assert mode.mesh_flags(job, given, chosen) == {}
+    assert mode.mesh_flags("build_memory", SETTINGS, MeshConfig()) == {}
+
+
+def test_flags_of_the_mesh_are_part_of_the_nearest_settings(monkeypatch):
+    def fits_from(first):
+        def examine(job, settings, place, devices):
+            return dataclasses.replace(REPORT, fits=first(settings))
+
+        monkeypatch.setattr(mode, "examine", examine)
+        flags = {"MESH_DATA": 1, "MESH_FSDP": 2}
+        report = dataclasses.replace(REPORT, mesh_flags=flags)
+        given = ("train", SETTINGS, MeshConfig(1, 2), None, [None] * 2)
+        return dataclasses.asdict(mode._with_nearest(report, *given))
+
+    found = fits_from(lambda settings: True)
+    assert found["nearest"] == ({"MESH_DATA": 1, "MESH_FSDP": 2, "REMAT_POLICY": "minimal"},)
+    # The table has a column for the mesh.
+    assert preflight_table.changed(found) == {"REMAT_POLICY": "minimal"}
+    found = fits_from(lambda settings: settings["mesh"].model == 2)
+    (wider,) = found["nearest"]
+    assert (wider["MESH_DATA"], wider["MESH_FSDP"], wider["MESH_MODEL"]) == (1, 1, 2)
+    assert preflight_table.changed(found)["MESH_MODEL"] == 2
+    assert "MESH_DATA" not in preflight_table.changed(found)
+
+
 def test_nearest_settings_go_from_recomputing_to_parts_to_tensor_parallelism():
     found = [macros for macros, _ in nearest.changes("train", SETTINGS, MeshConfig(1, 4), 4)]
     assert found[:3] == [
@@ -206,5 +246,12 @@ def test_the_report_is_json_and_words():
     assert text.startswith("train on v5e:4x4: DOES NOT FIT.")
     assert "--gin.REMAT_POLICY='full' --gin.NUM_MICROBATCHES=2" in text
     assert "32% of the peak" in text and "mesh fsdp 16, batch 128" in text
+    assert "no mesh was given" not in text
     none = dataclasses.replace(REPORT, nearest=())
     assert "none of 3 other settings fits" in none.text()
+    flags = dataclasses.replace(REPORT, mesh_flags={"MESH_DATA": 1, "MESH_FSDP": 16})
+    words = "--gin.MESH_DATA=1 --gin.MESH_FSDP=16\n"
+    assert f"no mesh was given; that mesh is: {words}" in flags.text()
+    fits = dataclasses.replace(flags, fits=True, slices=2)
+    assert f"no mesh was given; run it with: {words}" in fits.text()
+    assert "between slices" in fits.text() and "none of these times allows" in fits.text()

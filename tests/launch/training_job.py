@@ -1,0 +1,28 @@
+"""The toy's training as a job of many processes that ends as glimmer does when it is asked to stop.
+
+Flags as those of `tests.training.toy_job`; the number of each process is in MODEL_DIR.
+"""
+
+import os
+import pathlib
+import sys
+
+from glimmer_jax.last_words import work_in_child
+from glimmer_jax.main import START_AGAIN, parse_flags
+
+flags = parse_flags(sys.argv[1:])
+work_in_child(START_AGAIN)
+
+from glimmer_jax.distributed import join
+from glimmer_jax.preemption import Preempted
+from tests.training import toy_job
+
+model_dir, steps = pathlib.Path(flags.gin_bindings[0]), int(flags.gin_bindings[1])
+model_dir.mkdir(exist_ok=True)
+(model_dir / f"pid{flags.process_id}").write_text(str(os.getpid()))
+join(False, flags.coordinator_address, flags.num_processes, flags.process_id, 200, silence=6)
+try:
+    toy_job.run(model_dir, steps, pause=0.1)
+except Preempted as error:
+    print(f"glimmer: {error}", file=sys.stderr)
+    sys.exit(START_AGAIN)
