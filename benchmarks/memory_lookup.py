@@ -24,12 +24,14 @@ import numpy as np
 
 from benchmarks.memory import ROWS, RandomPassages
 from glimmer_jax import codecs
+from glimmer_jax.memory import table
 from glimmer_jax.memory.build import build_memory
 from glimmer_jax.memory.compute import Recipe
 from glimmer_jax.memory.identity import Identity, Layout, Program
 from glimmer_jax.memory.lookup import DiskLookup
 from glimmer_jax.memory.manifest import shard_folder
 from glimmer_jax.memory.store import MemoryStore
+from glimmer_jax.partitioning import MeshConfig, make_mesh
 
 LAYOUT = Layout(shard_passages=1024, chunk_tokens=64)
 THREADS = 16
@@ -102,7 +104,8 @@ def measure(
     Returns:
       `{codec, reader, state, rows_per_s, mb_per_s}`; bytes are those of the chunks on disk for all
       readers. `cold`: the system's page cache has been told to drop the files. `warm`: they are in it.
-      `cached`: the lookup alone, rows that its store has just read.
+      `cached`: the lookup alone, rows that its store has just read. `loaded`: all rows onto the devices,
+      once, from a cold disk.
     """
     draw = np.random.default_rng(1)
     store = MemoryStore.open(path)
@@ -128,7 +131,17 @@ def measure(
         again(rows[0][None])
         once = _timed(functools.partial(again, rows[0][None]))
         seconds.setdefault(("lookup", "cached"), []).append(once * batches)
+    _drop(files)
+    mesh = make_mesh(MeshConfig(), jax.devices())
+    load = _timed(lambda: jax.block_until_ready(table.load(MemoryStore.open(path), mesh).pages))
     size = statistics.median(sizes)
+    whole = {
+        "codec": codec,
+        "reader": "mesh table",
+        "state": "loaded",
+        "rows_per_s": len(store) / load,
+        "mb_per_s": store.manifest.num_bytes / load / 1e6,
+    }
     return [
         {
             "codec": codec,
@@ -138,7 +151,7 @@ def measure(
             "mb_per_s": size / statistics.median(times) / 1e6,
         }
         for (name, state), times in seconds.items()
-    ]
+    ] + [whole]
 
 
 def _look_up(path: Path, length: int, batches: np.ndarray) -> None:

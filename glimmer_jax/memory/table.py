@@ -18,7 +18,7 @@ from glimmer_jax.memory.store import MemoryStore
 
 PAGE_TOKENS = 16
 
-# Rows read at a time while a table is loaded: bounds the host's RAM.
+# Rows read at a time while a table is loaded. The part of a device is put together in the host's RAM.
 _LOAD_ROWS = 256
 
 

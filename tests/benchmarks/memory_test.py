@@ -31,7 +31,7 @@ def test_every_codec_reader_and_state_has_a_figure(tmp_path):
     memory_lookup.main([*small.split(), "--folder", str(tmp_path), "--json", str(out)])
     found = json.loads(out.read_text())
     states = {(row["reader"], row["state"]) for row in found if row["codec"] == "pq"}
-    assert len(found) == 21 and len(states) == 7
+    assert len(found) == 24 and len(states) == 8
     assert all(row["rows_per_s"] > 0 and row["mb_per_s"] > 0 for row in found)
 
 
