@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from glimmer_jax import axes
 from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.models.glimmer import Batch
 from glimmer_jax.models.model import GlimmerModel, Params
@@ -117,6 +118,15 @@ def _with_clu_metrics(loss: jax.Array, sums: Mapping[str, Any]) -> tuple[jax.Arr
     }
     averages["loss"] = metrics.Average(total=loss, count=jnp.ones((), jnp.float32))
     return loss, averages
+
+
+def factor_rules() -> Any:
+    """`logical_factor_rules` for T5X's Adafactor: its own, and our names that it does not know."""
+    from t5x import adafactor
+
+    # As our own Adafactor has them: the moments of codebooks are kept whole.
+    ours = dict.fromkeys((axes.CODEBOOK, axes.CODE, axes.CODE_CHANNEL), adafactor.FactorDim.NONE)
+    return {**adafactor.standard_logical_factor_rules(), **ours}
 
 
 def partitioner(mesh: MeshConfig = MeshConfig()) -> Any:

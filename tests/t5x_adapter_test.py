@@ -1,5 +1,6 @@
 """T5X's contract, held without T5X: names, signatures, axes, metrics; and with it where it is there."""
 
+import dataclasses
 import inspect
 import warnings
 
@@ -11,7 +12,7 @@ from flax.core import unfreeze
 from flax.linen.partitioning import get_axis_names
 
 from glimmer_jax.models.model import GlimmerModel
-from glimmer_jax.t5x_adapter import T5XModel
+from glimmer_jax.t5x_adapter import T5XModel, factor_rules
 from tests.models import tiny
 
 # `t5x.models.BaseModel`: methods and their arguments, in order. T5X looks for `rng` by name.
@@ -23,10 +24,12 @@ CONTRACT = {
     "predict_batch_with_aux": ("params", "batch", "rng"),
     "score_batch": ("params", "batch", "return_intermediates"),
 }
-# Of `t5x.adafactor.standard_logical_factor_rules`.
-FACTORED = {"vocab", "embed", "mlp", "heads", "kv", "joined_kv", "relpos_buckets", "layers"}
+# Of `t5x.adafactor.standard_logical_factor_rules`, and what `factor_rules` adds to them.
+STANDARD = {"vocab", "embed", "mlp", "heads", "kv", "joined_kv", "relpos_buckets", "layers"}
+FACTORED = STANDARD | {"codebook", "code", "code_channel"}
 LENGTHS = {"inputs": tiny.Q, "targets": tiny.T, "passages": (tiny.K, tiny.P)}
-FAMILY = {"fid": tiny.FID, "lumen": tiny.FROZEN, "glimmer": tiny.GLIMMER}
+CODEBOOKS = dataclasses.replace(tiny.GLIMMER, memory_codec="pq", train_codebooks=True)
+FAMILY = {"fid": tiny.FID, "lumen": tiny.FROZEN, "glimmer": tiny.GLIMMER, "codebooks": CODEBOOKS}
 
 
 class Vocabulary:
@@ -129,4 +132,19 @@ def test_t5x_itself_has_the_contract_held_here():
     for method, wanted in CONTRACT.items():
         names = tuple(inspect.signature(getattr(models.BaseModel, method)).parameters)[1:]
         assert names == wanted, method
-    assert set(adafactor.standard_logical_factor_rules()) >= FACTORED
+    assert set(adafactor.standard_logical_factor_rules()) >= STANDARD
+    assert set(factor_rules()) >= FACTORED
+
+
+@pytest.mark.parametrize("config", FAMILY.values(), ids=FAMILY)
+def test_t5xs_adafactor_has_a_state_for_every_parameter(config):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adafactor = pytest.importorskip("t5x.adafactor")
+    shapes = {name: x.shape for name, x in tiny.batch().items()}
+    init = adapter(config).get_initial_variables
+    variables = jax.eval_shape(lambda: init(rng=jax.random.key(0), input_shapes=shapes))
+    optimizer = adafactor.Adafactor(1e-3, logical_factor_rules=factor_rules())
+    optimizer.set_param_axes(unfreeze(get_axis_names(variables["params_axes"])))
+    state = jax.eval_shape(optimizer.init_state, variables["params"])
+    assert len(jax.tree.leaves(state.param_states)) >= len(jax.tree.leaves(variables["params"]))

@@ -1,5 +1,6 @@
 """T5X's own train, eval and infer, from our gin files, over the whole road; skipped without T5X."""
 
+import functools
 import json
 import shutil
 import sys
@@ -11,7 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from glimmer_jax import shipped
+from glimmer_jax import shipped, t5x_adapter
+from glimmer_jax.data.pydocs_tasks import TASKS
 from tests.main_test import data, work  # noqa: F401 (fixture)
 from tests.models import tiny
 
@@ -24,11 +26,13 @@ with warnings.catch_warnings():
     from t5x import gin_utils
 
 from glimmer_jax.models.glimmer import GlimmerConfig
-from glimmer_jax.modes.evaluate import evaluate
+from glimmer_jax.modes import evaluate as evaluate_mode
 from glimmer_jax.modes.export import export
-from glimmer_jax.partitioning import MeshConfig
+from glimmer_jax.partitioning import MeshConfig, make_mesh
+from glimmer_jax.serving import predictor
 from glimmer_jax.weights import t5_names
 from glimmer_jax.weights.load import load
+from glimmer_jax.weights.t5x import save_tree
 from tests.weights.t5x_test import write
 
 # T5X warns, and promotes ranks, as it likes.
@@ -52,15 +56,19 @@ SETTINGS = {
     "MIXTURE_OR_TASK_NAME": "pydocs",
     "MIXTURE_OR_TASK_MODULE": "tasks.pydocs",
     "TASK_FEATURE_LENGTHS": LENGTHS,
-    "MESH_DATA": 2,
-    "MESH_FSDP": 2,
-    "MESH_MODEL": 2,
+}
+# Number of devices -> the mesh over as many.
+MESHES = {
+    1: MeshConfig(data=1),
+    4: MeshConfig(data=1, fsdp=2, model=2),
+    8: MeshConfig(data=2, fsdp=2, model=2),
 }
 CUTS = {
     "fid": {},
     "lumen": {"ALPHA": 0.67},
     "glimmer": {"ALPHA": 0.67, "BETA": 0.5, "NUM_KEPT": 2},
 }
+RUNS = [(model, count) for model in CUTS for count in (1, 4)] + [("glimmer", 8)]
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +86,18 @@ def t5x_process(monkeypatch, work):  # noqa: F811
     jax.config.update("jax_disallow_mesh_context_manager", False)
     gin.exit_interactive_mode()
     gin.clear_config(clear_constants=True)
+
+
+@pytest.fixture
+def devices(monkeypatch, request):
+    """The mesh is over the first so many devices, T5X's and ours."""
+    count = request.param
+    over_some = functools.partial(make_mesh, devices=jax.devices()[:count])
+    for module in (t5x_adapter, evaluate_mode, predictor):
+        monkeypatch.setattr(module, "make_mesh", over_some)
+    for axis, size in MESHES[count].sizes().items():
+        monkeypatch.setitem(SETTINGS, f"MESH_{axis.upper()}", size)
+    return count
 
 
 def configure(work, model, run, **settings):  # noqa: F811
@@ -130,8 +150,8 @@ def train(work, model, start, model_dir, steps):  # noqa: F811
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("model", CUTS)
-def test_train_resume_eval_and_infer_of_t5x_drive_our_models(work, tmp_path, model):  # noqa: F811
+@pytest.mark.parametrize("model, devices", RUNS, indirect=["devices"])
+def test_train_resume_eval_and_infer_of_t5x_drive_our_models(work, tmp_path, model, devices):  # noqa: F811
     ours, start = start_of(work, model, tmp_path)
     trained = train(work, model, start, tmp_path / "a", 5)
     began = read(start)
@@ -146,7 +166,7 @@ def test_train_resume_eval_and_infer_of_t5x_drive_our_models(work, tmp_path, mod
     tiny.assert_trees_equal(train(work, model, start, tmp_path / "b", 5), trained)
 
     checkpoint = str(tmp_path / "a" / "checkpoint_5")
-    wanted = evaluate(
+    wanted = evaluate_mode.evaluate(
         ours,
         checkpoint,
         "pydocs",
@@ -155,7 +175,7 @@ def test_train_resume_eval_and_infer_of_t5x_drive_our_models(work, tmp_path, mod
         passages_dir=data(work)["PASSAGES_DIR"],
         mixture_or_task_module="tasks.pydocs",
         output_dir=str(tmp_path / "ours"),
-        mesh=MeshConfig(2, 2, 2),
+        mesh=MESHES[devices],
     )
     configure(
         work,
@@ -166,9 +186,13 @@ def test_train_resume_eval_and_infer_of_t5x_drive_our_models(work, tmp_path, mod
         BATCH_SIZE=8,
     )
     run(t5x.eval.evaluate)
-    for path in (tmp_path / "eval" / "inference_eval").glob("*-metrics.jsonl"):
+    metrics = sorted((tmp_path / "eval" / "inference_eval").glob("*-metrics.jsonl"))
+    wanted_files = sorted(f"pydocs_{task}-metrics.jsonl" for task in TASKS)
+    assert [path.name for path in metrics] == wanted_files
+    for path in metrics:
         task = path.name.removesuffix("-metrics.jsonl")
         got = json.loads(path.read_text().splitlines()[-1])
+        assert len(got) > 1
         for name in got.keys() - {"step"}:
             assert got[name] == pytest.approx(wanted[f"{task}/{name}"]), (task, name)
 
@@ -182,7 +206,7 @@ def test_train_resume_eval_and_infer_of_t5x_drive_our_models(work, tmp_path, mod
     )
     run(t5x.infer.infer)
     written = sorted((tmp_path / "infer").glob("pydocs_*-predict_with_aux.jsonl-00000-of-00001"))
-    assert len(written) == 3
+    assert len(written) == len(TASKS)
     for path in written:
         task = path.name.split("-")[0]
         mine = (tmp_path / "ours" / f"predictions-{task}.jsonl").read_text().splitlines()
@@ -190,3 +214,20 @@ def test_train_resume_eval_and_infer_of_t5x_drive_our_models(work, tmp_path, mod
             theirs, own = json.loads(theirs), json.loads(own)
             assert theirs["prediction"] == own["prediction"]
             np.testing.assert_allclose(theirs["aux"]["scores"], own["score"], rtol=1e-5)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("devices", [4], indirect=True)
+def test_t5x_trains_codebooks(work, tmp_path, monkeypatch, devices):  # noqa: F811
+    for name, value in {"MEMORY_CODEC": "pq", "TRAIN_CODEBOOKS": True}.items():
+        monkeypatch.setitem(SETTINGS, name, value)
+    start = tmp_path / "checkpoint_0"
+    configure(
+        work, "glimmer", "finetune", MODEL_DIR="m", TRAIN_STEPS=1, INITIAL_CHECKPOINT_PATH="c"
+    )
+    ours = gin.get_configurable("glimmer_jax.models.model.GlimmerModel")()
+    save_tree(start, tiny.params(ours.config), ours.config, {})
+    began = read(start)["memory_codebooks"]
+    trained = train(work, "glimmer", start, tmp_path / "a", 3)["memory_codebooks"]
+    still = {name for name, array in trained.items() if (array == began[name]).all()}
+    assert still == {"basis", "mean", "scale"}

@@ -9,7 +9,6 @@
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -45,8 +44,8 @@ def lay_out(model: GlimmerModel, params: Params, rows: int, platform: str) -> Pa
 
     Args:
       model: from `looped`.
-      params: its parameters, JAX arrays. Each is let go when its successor is there, if the caller does
-        not hold it.
+      params: its parameters, JAX arrays in dicts, which are emptied: each array is let go when its
+        successor is there, so that no second copy of all is held.
       rows: tokens that a step of decoding multiplies: questions times beams.
       platform: JAX's name for the devices' kind.
     """
@@ -59,9 +58,9 @@ def lay_out(model: GlimmerModel, params: Params, rows: int, platform: str) -> Pa
 def _lay_out(params: Params, t5: T5Config, by_rows: bool, path: tuple[str, ...]) -> Params:
     out: Params = {}
     for name in list(params):
-        leaf = params[name]
-        if isinstance(leaf, Mapping):
-            out[name] = _lay_out(dict(leaf), t5, by_rows, (*path, name))
+        leaf = params.pop(name)
+        if isinstance(leaf, dict):
+            out[name] = _lay_out(leaf, t5, by_rows, (*path, name))
         elif name == "kernel" and leaf.ndim == 2:
             kernel = leaf.astype(_multiplied(t5, path))
             one_token = path[0] == "decoder" and not _of_passages(path)

@@ -22,6 +22,10 @@ from glimmer_jax.weights.raw import exists, open_array
 _CONFIG, _TORCH, _FLAX = "config.json", "model.safetensors", "flax_model.msgpack"
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _INDEX = ".index.json"
+NO_PICKLES = (
+    "Pickled weights (.bin, .pt, .pth, .pkl) are not read, because reading them runs code: save the "
+    "model with safe_serialization=True where it came from."
+)
 _FILE_BYTES = 5_000_000_000  # of one file when writing; their own limit
 # The type of a divided encoder's folder, which transformers does not know, and where its setting is.
 _DIVIDED, _SETTING = "glimmer", "glimmer_jax"
@@ -205,8 +209,7 @@ def open_tensors(path: Any, kvstore: ts.KvStore) -> Tensors:
     present = [file for file in _PICKLED if exists(kvstore, file)]
     raise ValueError(
         f"{path} has {_CONFIG} and neither {_TORCH} nor {_FLAX}, nor an index of several; it has "
-        f"{present or 'no weights'}. Pickled weights (.bin, .pt) are not read, because reading them "
-        "runs code: save the model with safe_serialization=True where it came from."
+        f"{present or 'no weights'}. {NO_PICKLES}"
     )
 
 

@@ -9,6 +9,8 @@ from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.weights import huggingface, params_file, steps, t5x
 from glimmer_jax.weights.model_config import config_from
 
+_PICKLED = (".bin", ".pt", ".pth", ".pkl")
+
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
@@ -45,12 +47,14 @@ def load(path: Any) -> Loaded:
 
     Raises:
       OSError: the storage did not answer, or refused.
-      ValueError: none of these, damaged, or of another version.
+      ValueError: none of these, a file out of a folder, damaged, or of another version.
     """
     text = os.fspath(path)
     if text.endswith(".safetensors"):
         params, metadata = params_file.load_params_file(text)
         what = f"{path}, a parameter file"
+    elif os.path.isfile(text):
+        raise _not_the_folder(text)
     else:
         folder = open_folder(text)
         for public in (huggingface, t5x):
@@ -61,3 +65,12 @@ def load(path: Any) -> Loaded:
         what = f"step {step.folder.name} of {step.folder.parent}, {step.why}"
     config = config_from(metadata, path)
     return Loaded(params, config, metadata.get("vocabulary_fingerprint"), what)
+
+
+def _not_the_folder(file: str) -> ValueError:
+    if os.path.splitext(file)[1] in _PICKLED:
+        return ValueError(f"{file} is pickled. {huggingface.NO_PICKLES}")
+    return ValueError(
+        f"{file} is a file, and of those only NAME.safetensors of --run_mode=export is a checkpoint by "
+        f"itself. Give its folder, {os.path.dirname(file) or '.'}."
+    )

@@ -11,6 +11,7 @@ import tensorstore as ts
 
 from glimmer_jax import folder
 from glimmer_jax.weights.raw import exists
+from glimmer_jax.weights.zarr_arrays import opened
 
 METADATA = "_METADATA"
 
@@ -23,7 +24,7 @@ def open_arrays(kvstore: ts.KvStore, prefix: tuple[str, ...] = ()) -> dict[str, 
       prefix: keys of the tree.
 
     Raises:
-      ValueError: nothing lies below `prefix`, or an array is missing.
+      ValueError: nothing lies below `prefix`, or arrays are missing, all of which are named.
     """
     data = folder.read_file(kvstore, METADATA)
     if data is None:
@@ -42,7 +43,7 @@ def open_arrays(kvstore: ts.KvStore, prefix: tuple[str, ...] = ()) -> dict[str, 
     in_one_file = exists(kvstore, "manifest.ocdbt")
     context = ts.Context()
     base: Any = kvstore.spec().to_json()
-    opened = {}
+    futures = {}
     for path in wanted:
         name = ".".join(path)
         inside = (
@@ -50,22 +51,11 @@ def open_arrays(kvstore: ts.KvStore, prefix: tuple[str, ...] = ()) -> dict[str, 
             if in_one_file
             else folder.subfolder(kvstore, name).spec().to_json()
         )
-        opened["/".join(path[len(prefix) :])] = ts.open(
+        futures["/".join(path[len(prefix) :])] = ts.open(
             # A missing chunk would read as zeros.
             {"driver": driver, "kvstore": inside, "fill_missing_data_reads": False},
             context=context,
             open=True,
             read=True,
         )
-    return {name: _result(kvstore, name, future) for name, future in opened.items()}
-
-
-def _result(kvstore: ts.KvStore, name: str, future: ts.Future) -> ts.TensorStore:
-    try:
-        return future.result()
-    except ValueError as error:
-        if not folder.is_damage(error):
-            raise folder.unreachable(kvstore.url, error) from error
-        raise ValueError(
-            f"{kvstore.url} lacks the array {name}, which its {METADATA} names. Fetch it again."
-        ) from error
+    return opened(kvstore.url, METADATA, futures)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from glimmer_jax import partitioning
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.models.recut import recut
+from glimmer_jax.weights import t5_names
 from glimmer_jax.weights.load import Loaded
 from glimmer_jax.weights.load import load as load_weights
 
@@ -45,29 +46,25 @@ def fit(
     if loaded.config is not None:
         params = recut(params, loaded.config, model.config)
     shapes, _ = model.abstract_variables()
-    wanted = jax.tree.map(lambda leaf: tuple(leaf.shape), shapes)
-    got = jax.tree.map(lambda leaf: tuple(leaf.shape), params)
-    if wanted != got and loaded.config is None:
+    problems = t5_names.differences(_flat_shapes(shapes), _flat_shapes(params))
+    listed = f"{len(problems)} parameters differ: {'; '.join(problems)}"
+    if problems and loaded.config is None:
         raise ValueError(
             f"Checkpoint {path} does not say which model it holds, and its parameters are not those "
-            f"of the model given, which has {_first_difference(wanted, got)}. Give the gin files that "
-            "it was trained with; --run_mode=export with those writes a file of which any cut is made."
+            f"of the model given; {listed}. Give the gin files that it was trained with; "
+            "--run_mode=export with those writes a file of which any cut is made."
         )
-    if wanted != got:
+    if problems:
         raise ValueError(
-            f"The parameters of {path} do not have the shapes that their model_config promises. "
+            f"The parameters of {path} are not those that their model_config promises; {listed}. "
             "Fetch or write the checkpoint again."
         )
     return params
 
 
-def _first_difference(wanted: Any, got: Any) -> str:
-    flat_wanted, flat_got = (
-        flax.traverse_util.flatten_dict(tree, sep="/") for tree in (wanted, got)
-    )
-    names = sorted(flat_wanted.keys() | flat_got.keys())
-    name = next(name for name in names if flat_wanted.get(name) != flat_got.get(name))
-    return f"{name} {flat_wanted.get(name, 'not')} where the checkpoint has {flat_got.get(name, 'none')}"
+def _flat_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    flat = flax.traverse_util.flatten_dict(tree, sep="/")
+    return {name: tuple(leaf.shape) for name, leaf in flat.items()}
 
 
 def place(params: Any, model: GlimmerModel, mesh: Mesh) -> Any:

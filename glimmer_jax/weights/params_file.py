@@ -68,7 +68,10 @@ def load_params_file(path: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     config_path = path.with_suffix(".json")
     for wanted in (path, config_path):
         if not wanted.exists():
-            raise ValueError(f"{wanted} is missing; parameters need both {path} and {config_path}.")
+            raise ValueError(
+                f"{wanted} is missing; parameters need both {path} and {config_path}. Fetch both; if "
+                f"it is a model of Hugging Face, give its folder, {path.parent}."
+            )
     data = path.read_bytes()
     config = parse_line(config_path.read_bytes(), str(config_path))
     if config.pop("sha256", None) != hashlib.sha256(data).hexdigest():

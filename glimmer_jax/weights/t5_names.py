@@ -66,12 +66,8 @@ def flat_from(params: Mapping[str, Any]) -> dict[str, Any]:
     return {_public(name, tree): leaf for name, leaf in _flat(tree).items()}
 
 
-def check(path: Any, wanted: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
-    """Compares names and shapes, both in the file's own terms.
-
-    Raises:
-      ValueError: parameters are missing, extra or misshapen; all of them are named.
-    """
+def differences(wanted: Mapping[str, Shape], found: Mapping[str, Shape]) -> list[str]:
+    """In words, each parameter that is missing, extra or misshapen, by its name."""
     missing = [f"{name} {list(wanted[name])} is missing" for name in wanted if name not in found]
     extra = [f"{name} {list(found[name])} is not wanted" for name in found if name not in wanted]
     misshapen = [
@@ -79,7 +75,16 @@ def check(path: Any, wanted: Mapping[str, Shape], found: Mapping[str, Shape]) ->
         for name, shape in wanted.items()
         if name in found and tuple(found[name]) != tuple(shape)
     ]
-    if problems := sorted(missing + extra + misshapen):
+    return sorted(missing + extra + misshapen)
+
+
+def check(path: Any, wanted: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
+    """Compares names and shapes, both in the file's own terms.
+
+    Raises:
+      ValueError: parameters are missing, extra or misshapen; all of them are named.
+    """
+    if problems := differences(wanted, found):
         raise ValueError(
             f"The weights in {path} are not those of a model of the sizes they claim; "
             f"{len(problems)} parameters differ: {'; '.join(problems)}. Give the folder of a T5, "

@@ -29,6 +29,7 @@ from glimmer_jax.weights import t5_names
 from glimmer_jax.weights.model_config import config_from
 from glimmer_jax.weights.orbax_arrays import METADATA, open_arrays
 from glimmer_jax.weights.raw import exists
+from glimmer_jax.weights.zarr_arrays import opened
 
 _FILE, _ORBAX = "checkpoint", "state"
 _SETTING = "glimmer_jax"  # beside T5X's own keys; T5X does not look at it
@@ -170,13 +171,13 @@ def _write(kvstore: ts.KvStore, name: str, array: np.ndarray) -> dict[str, Any]:
     spec = {"driver": "zarr", "dtype": array.dtype.name, "metadata": metadata}
     here = folder.subfolder(kvstore, name)
     # A chunk of zeros is written, because a missing one is an error when it is read.
-    opened = ts.open(
+    future = ts.open(
         {**spec, "store_data_equal_to_fill_value": True},
         kvstore=here,
         create=True,
         delete_existing=True,
     )
-    opened.result().write(array).result()
+    future.result().write(array).result()
     # T5X's own form: it puts its folder in front of the path.
     return {**spec, "kvstore": {"driver": "file", "path": name}}
 
@@ -187,41 +188,43 @@ def _folder_of(name: str) -> str:
 
 def _arrays(path: Any, kvstore: ts.KvStore) -> tuple[dict[str, Any], Mapping[str, Any]]:
     """Numpy arrays and opened TensorStores by name; what `save` has written of the setting."""
-    content = flax.serialization.msgpack_restore(folder.read_file(kvstore, _FILE) or b"\x80")
-    if "optimizer" not in content or "target" not in content["optimizer"]:
+    content = _content(path, folder.read_file(kvstore, _FILE) or b"\x80")
+    if "target" not in content.get("optimizer", {}):
         raise ValueError(
             f"{path}/{_FILE} holds {sorted(content)} and no optimizer/target: it is not a T5X "
             "checkpoint of the form that public T5 weights have."
         )
     is_leaf = lambda _, value: isinstance(value, dict) and "driver" in value  # noqa: E731
     flat = flax.traverse_util.flatten_dict(content["optimizer"]["target"], sep="/", is_leaf=is_leaf)
-    specs = {name: spec for name, spec in flat.items() if isinstance(spec, dict)}
-    opened = {name: _open(kvstore, spec) for name, spec in specs.items()}
-    flat |= {name: _opened(path, specs[name], future) for name, future in opened.items()}
+    places = {name: _array_folder(spec) for name, spec in flat.items() if isinstance(spec, dict)}
+    arrays = opened(path, _FILE, {place: _open(kvstore, place) for place in places.values()})
+    flat |= {name: arrays[place] for name, place in places.items()}
     return flat, json.loads(content.get(_SETTING, "{}"))
 
 
-def _open(kvstore: ts.KvStore, spec: Mapping[str, Any]) -> ts.Future:
+def _content(path: Any, data: bytes) -> dict[str, Any]:
+    try:
+        content = flax.serialization.msgpack_restore(data)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds {type(content).__name__} and no names")
+    except (ValueError, TypeError, LookupError) as error:
+        raise ValueError(
+            f"{path}/{_FILE} is no T5X checkpoint, or is damaged: {error}. TensorFlow's form, which "
+            "has a text file of that name, is not read; give the folder of a T5X checkpoint, or fetch "
+            "the file again."
+        ) from error
+    return content
+
+
+def _open(kvstore: ts.KvStore, place: str) -> ts.Future:
     return ts.open(
         # A missing chunk would read as zeros.
         {"driver": "zarr", "fill_missing_data_reads": False},
         # The array lies beside the file, wherever it was when its specification was written.
-        kvstore=folder.subfolder(kvstore, _array_folder(spec)),
+        kvstore=folder.subfolder(kvstore, place),
         open=True,
         read=True,
     )
-
-
-def _opened(path: Any, spec: Mapping[str, Any], future: ts.Future) -> ts.TensorStore:
-    try:
-        return future.result()
-    except ValueError as error:
-        if not folder.is_damage(error):
-            raise folder.unreachable(str(path), error) from error
-        raise ValueError(
-            f"{path} lacks the array {_array_folder(spec)}, which its file {_FILE} names. Fetch it "
-            "again."
-        ) from error
 
 
 def _array_folder(spec: Mapping[str, Any]) -> str:

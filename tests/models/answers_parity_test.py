@@ -5,6 +5,7 @@ The golden holds what PyTorch generated, for where there is none. To rewrite it:
     GLIMMER_REWRITE_GOLDENS=1 python -m pytest tests/models/answers_parity_test.py
 """
 
+import dataclasses
 import os
 import pathlib
 
@@ -17,6 +18,12 @@ from tests.models import tiny
 from tests.models.torch_t5 import build
 
 GOLDEN = pathlib.Path(__file__).parent / "goldens" / "answers.npz"
+KINDS = {
+    "v1.1": tiny.FID,
+    "v1.0": dataclasses.replace(
+        tiny.FID, t5=dataclasses.replace(tiny.T5, mlp_activations=("relu",), tie_output=True)
+    ),
+}
 PROMPTS, LONGEST, LENGTH = 100, 20, 10
 # Without a penalty: Hugging Face's is another function of the length than T5X's.
 SEARCHES = {
@@ -28,12 +35,17 @@ SEARCHES = {
 }
 
 
-def params():
+def params(kind):
     """With an end token so likely that answers end at all lengths."""
-    made = tiny.params(tiny.FID, seed=7)
-    kernel = made["decoder"]["logits_dense"]["kernel"].copy()
-    kernel[:, 1] *= 1.5
-    made["decoder"]["logits_dense"]["kernel"] = kernel
+    made = tiny.params(KINDS[kind], seed=7)
+    decoder, embedding = made["decoder"], made["token_embedder"]["embedding"]
+    if KINDS[kind].t5.tie_output:
+        # Were it as large as what the layers add, every token would be followed by itself.
+        embedding *= 0.2
+        embedding[1] *= 1.5
+        decoder["decoder_norm"]["scale"] *= 4.0
+    else:
+        decoder["logits_dense"]["kernel"][:, 1] *= 1.5
     return made
 
 
@@ -45,10 +57,11 @@ def prompts():
     return tokens
 
 
-@pytest.fixture(scope="module")
-def generate():
-    """search -> PyTorch's answers, int32 `[100, 10]`."""
-    torch, model = build(params())
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request):
+    """(kind, search -> PyTorch's answers, int32 `[100, 10]`)."""
+    kind = request.param
+    torch, model = build(params(kind), KINDS[kind])
     tokens = torch.tensor(prompts().astype(np.int64))
 
     def run(search):
@@ -67,31 +80,33 @@ def generate():
         behind = np.cumsum(out == 1, axis=1) - (out == 1) > 0
         return np.pad(np.where(behind, 0, out), ((0, 0), (0, LENGTH - out.shape[1])))
 
-    return run
+    return kind, run
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("search", SEARCHES)
-def test_the_golden_is_what_torch_generates(generate, search):
-    answers = generate(search)
+def test_the_golden_is_what_torch_generates(pair, search):
+    kind, generate = pair
+    answers, name = generate(search), f"{kind} {search}"
     if os.environ.get("GLIMMER_REWRITE_GOLDENS") == "1":
         stored = dict(np.load(GOLDEN)) if GOLDEN.exists() else {}
-        np.savez_compressed(GOLDEN, **{**stored, search: answers.astype(np.uint8)})
-    np.testing.assert_array_equal(np.load(GOLDEN)[search], answers)
+        np.savez_compressed(GOLDEN, **{**stored, name: answers.astype(np.uint8)})
+    np.testing.assert_array_equal(np.load(GOLDEN)[name], answers)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("search", SEARCHES)
-def test_answers_are_those_of_torch_token_for_token(search):
+def test_answers_are_those_of_torch_token_for_token(search, kind):
     tokens = prompts()
     batch = {
         "question_tokens": tokens[:, :4],
         "passage_tokens": tokens[:, None, 4:],
         "decoder_input_tokens": np.zeros((PROMPTS, LENGTH), np.int32),
     }
-    model = GlimmerModel(tiny.FID, decode=SEARCHES[search][0])
+    model = GlimmerModel(KINDS[kind], decode=SEARCHES[search][0])
     predict = jax.jit(model.predict_batch, compiler_options=tiny.QUICK)
-    want = np.load(GOLDEN)[search]
-    np.testing.assert_array_equal(predict(params(), batch), want)
+    want = np.load(GOLDEN)[f"{kind} {search}"]
+    np.testing.assert_array_equal(predict(params(kind), batch), want)
     # Not all alike: answers of every length, and many tokens.
     assert len(set((want > 0).sum(1))) > LENGTH // 2
     assert len(np.unique(want)) > tiny.V // 2

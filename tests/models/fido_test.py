@@ -18,6 +18,21 @@ T5 = dataclasses.replace(
 )
 FIDO = dataclasses.replace(tiny.GLIMMER, t5=T5)
 LOOPED = dataclasses.replace(FIDO, t5=dataclasses.replace(T5, scan_layers=False))
+# Deeper than the encoder, and wider in everything.
+LARGE = dataclasses.replace(
+    tiny.GLIMMER,
+    t5=dataclasses.replace(
+        T5,
+        num_decoder_layers=6,
+        decoder_num_heads=8,
+        decoder_head_dim=6,
+        decoder_mlp_dim=48,
+    ),
+)
+LARGE_LOOPED = dataclasses.replace(LARGE, t5=dataclasses.replace(LARGE.t5, scan_layers=False))
+PAIRS = pytest.mark.parametrize(
+    "scanned, looped", [(FIDO, LOOPED), (LARGE, LARGE_LOOPED)], ids=["small", "large"]
+)
 ROWS = 3
 
 
@@ -46,19 +61,32 @@ def test_stacking_blocks_and_back_changes_nothing():
     tiny.assert_trees_equal(stack_layers(unstack_layers(params)), params)
 
 
-def test_scanned_equals_looped():
-    params, batch = tiny.params(FIDO), tiny.batch(rows=ROWS)
-    scanned = tiny.forward(FIDO)(params, batch)[0]
-    looped = tiny.forward(LOOPED)(unstack_layers(params), batch)[0]
-    np.testing.assert_allclose(scanned, looped, atol=1e-5)
+def test_a_decoder_may_be_larger_than_its_encoder():
+    params = unstack_layers(tiny.params(LARGE))
+    t5, decoder = LARGE.t5, params["decoder"]
+    assert t5.num_decoder_layers > t5.num_encoder_layers and "layers_5" in decoder
+    of_decoder, of_encoder = decoder["layers_5"], params["live_encoder"]["live_b"]["layers_0"]
+    assert of_decoder["self_attention"]["query"]["kernel"].shape == (t5.emb_dim, 8 * 6)
+    assert of_encoder["attention"]["query"]["kernel"].shape == (t5.emb_dim, 4 * 4)
+    assert of_decoder["mlp"]["wo"]["kernel"].shape == (48, t5.emb_dim)
+    assert of_encoder["mlp"]["wo"]["kernel"].shape == (32, t5.emb_dim)
 
 
-@pytest.mark.parametrize("config", [FIDO, LOOPED], ids=["scanned", "looped"])
-def test_cached_decoding_equals_the_full_forward_pass(config):
-    params = tiny.params(FIDO)
-    params_here = params if config is FIDO else unstack_layers(params)
+@PAIRS
+def test_scanned_equals_looped(scanned, looped):
+    params, batch = tiny.params(scanned), tiny.batch(rows=ROWS)
+    one = tiny.forward(scanned)(params, batch)[0]
+    other = tiny.forward(looped)(unstack_layers(params), batch)[0]
+    np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@PAIRS
+@pytest.mark.parametrize("is_scanned", [True, False], ids=["scanned", "looped"])
+def test_cached_decoding_equals_the_full_forward_pass(scanned, looped, is_scanned):
+    params = tiny.params(scanned)
+    here = (scanned, params) if is_scanned else (looped, unstack_layers(params))
     tiny.assert_cached_decoding_equals(
-        lambda batch: tiny.forward(FIDO)(params, batch)[0], config, params_here, rows=ROWS
+        lambda batch: tiny.forward(scanned)(params, batch)[0], *here, rows=ROWS
     )
 
 

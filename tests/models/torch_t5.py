@@ -1,4 +1,4 @@
-"""Hugging Face's PyTorch T5 v1.1 with the parameters of our tiny FiD."""
+"""Hugging Face's PyTorch T5, v1.1 or 1.0, with the parameters of our tiny FiD."""
 
 import warnings
 
@@ -15,7 +15,10 @@ def torch_state(params, config: GlimmerConfig):
     looped = unstack_layers(params)
     embedders = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
     out = {f"{name}.weight": params["token_embedder"]["embedding"] for name in embedders}
-    out["lm_head.weight"] = params["decoder"]["logits_dense"]["kernel"].T
+    if config.t5.tie_output:
+        out["lm_head.weight"] = params["token_embedder"]["embedding"]
+    else:
+        out["lm_head.weight"] = params["decoder"]["logits_dense"]["kernel"].T
 
     def attention(name, tree):
         for ours, theirs in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
@@ -37,9 +40,8 @@ def torch_state(params, config: GlimmerConfig):
                 out[f"{block}.{j}.layer_norm.weight"] = layer[norm_name]["scale"]
             j = len(parts)
             out[f"{block}.{j}.layer_norm.weight"] = layer["pre_mlp_layer_norm"]["scale"]
-            for wi in ("wi_0", "wi_1", "wo"):
-                weight = layer["mlp"][wi]["kernel"].T
-                out[f"{block}.{j}.DenseReluDense.{wi}.weight"] = weight
+            for projection, tree in layer["mlp"].items():
+                out[f"{block}.{j}.DenseReluDense.{projection}.weight"] = tree["kernel"].T
 
     live, decoder = looped["live_encoder"], looped["decoder"]
     encoder_layers = [live["live_b"][f"layers_{i}"] for i in range(config.t5.num_encoder_layers)]
@@ -65,17 +67,19 @@ def settings(t5, **more):
     )
 
 
-def build(params):
-    """(torch, the model); skips where there is no PyTorch."""
+def build(params, config: GlimmerConfig = tiny.FID):
+    """(torch, the model with the parameters of `config`); skips where there is no PyTorch."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # theirs, not ours
         torch = pytest.importorskip("torch")
         transformers = pytest.importorskip("transformers")
-        t5 = tiny.T5
-        config = settings(t5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
-        model = transformers.T5ForConditionalGeneration(config).eval()
-    # transformers 5 ties the output layer to the embedding until a checkpoint says otherwise.
-    model.lm_head.weight = torch.nn.Parameter(torch.zeros(t5.vocab_size, t5.emb_dim))
-    state = {k: torch.tensor(np.array(v)) for k, v in torch_state(params, tiny.FID).items()}
+        t5 = config.t5
+        feed_forward = {("gelu", "linear"): "gated-gelu", ("relu",): "relu"}[t5.mlp_activations]
+        theirs = settings(t5, feed_forward_proj=feed_forward, tie_word_embeddings=t5.tie_output)
+        model = transformers.T5ForConditionalGeneration(theirs).eval()
+    if not t5.tie_output:
+        # transformers 5 ties the output layer to the embedding until a checkpoint says otherwise.
+        model.lm_head.weight = torch.nn.Parameter(torch.zeros(t5.vocab_size, t5.emb_dim))
+    state = {k: torch.tensor(np.array(v)) for k, v in torch_state(params, config).items()}
     model.load_state_dict(state, strict=True)
     return torch, model

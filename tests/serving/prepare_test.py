@@ -1,6 +1,8 @@
 """Parameters laid out for serving: other forms of the same numbers, the same answers."""
 
 import dataclasses
+import gc
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +87,16 @@ def test_kernels_of_single_tokens_lie_row_by_row_in_the_dtype_of_the_product():
     for name in ("encoder_decoder_attention/key", "encoder_decoder_attention/value"):
         assert found[f"decoder/layers_0/{name}/kernel"].dtype == jnp.bfloat16
     assert found["live_encoder/live_a/layers_0/mlp/wi_0/kernel"].dtype == jnp.bfloat16
+
+
+def test_an_array_is_let_go_when_its_successor_is_there():
+    made, params = looped(model_of("operands"))
+    given = jax.tree.map(jnp.asarray, params)
+    kernel = weakref.ref(given["decoder"]["layers_0"]["mlp"]["wi_0"]["kernel"])
+    found = prepare.lay_out(made, given, 1, "cpu")
+    assert "rows" in found["decoder"]["layers_0"]["mlp"]["wi_0"]
+    gc.collect()
+    assert not given and kernel() is None
 
 
 def test_several_questions_at_a_time_and_float32_keep_their_kernels():

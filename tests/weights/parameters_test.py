@@ -15,6 +15,7 @@ from glimmer_jax.models.t5 import T5Config
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.weights import huggingface, parameters, raw, t5x
 from glimmer_jax.weights.model_config import describe
+from glimmer_jax.weights.params_file import save_params_file
 from tests.models import tiny
 
 # Large enough for blocks and chunks to matter: 8 million parameters.
@@ -109,3 +110,17 @@ def test_replicas_on_one_host_read_once(tmp_path):
     got = parameters.put({"a": leaf}, {"a": partitioning.replicated(mesh)})["a"]
     assert len(reads) == 1 and len(got.addressable_shards) == 8
     assert {shard.data.shape for shard in got.addressable_shards} == {(8, 4)}
+
+
+def test_parameters_that_are_not_those_of_their_setting_are_all_named(tmp_path):
+    made = tiny.params(tiny.FID)
+    del made["decoder"]["decoder_norm"]
+    made["extra"] = np.ones(3, np.float32)
+    made["live_encoder"]["encoder_norm"]["scale"] = np.ones(8, np.float32)
+    save_params_file(tmp_path / "fid.safetensors", made, describe(tiny.FID, "v"))
+    message = (
+        r"model_config promises; 3 parameters differ: decoder/decoder_norm/scale \[16\] is missing; "
+        r"extra \[3\] is not wanted; live_encoder/encoder_norm/scale has shape \[8\] and not \[16\]\."
+    )
+    with pytest.raises(ValueError, match=message):
+        parameters.load(tmp_path / "fid.safetensors", GlimmerModel(tiny.FID), "v")

@@ -91,8 +91,26 @@ def test_what_is_missing_or_misshapen_is_named(tmp_path):
     message = r"layers_1/pre_mlp_layer_norm/scale \[16\] is missing; encoder/encoder_norm/scale has"
     with pytest.raises(ValueError, match=message):
         load(tmp_path)
-    shutil.rmtree(tmp_path / "target.token_embedder.embedding")
-    with pytest.raises(ValueError, match="lacks the array target.token_embedder.embedding"):
+
+
+@pytest.mark.parametrize("form", ["legacy", "Orbax"])
+def test_all_arrays_that_are_missing_are_named(tmp_path, form):
+    names = ["decoder/layers_1/mlp/wo/kernel", "token_embedder/embedding"]
+    flat = t5_names.flat_from(tiny.params(tiny.FID))
+    if form == "legacy":
+        write(tmp_path, flat)
+        lost = [f"target.{name}".replace("/", ".") for name in names]
+        folder, file = tmp_path, "checkpoint"
+    else:
+        tree = {"target": flax.traverse_util.unflatten_dict(flat, sep="/")}
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+            checkpointer.save(tmp_path / "state", args=ocp.args.PyTreeSave(tree))
+        lost = names
+        folder, file = tmp_path / "state", "_METADATA"
+    for name in names:
+        shutil.rmtree(folder / f"target.{name}".replace("/", "."))
+    message = rf"lacks 2 arrays that its file {file} names: {lost[0]}, {lost[1]}\. Fetch them again"
+    with pytest.raises(ValueError, match=message):
         load(tmp_path)
 
 
@@ -217,9 +235,23 @@ def test_what_t5x_trained_must_be_read_as_the_model_that_it_is(tmp_path):
     write_orbax(tmp_path, {"target": tiny.params(tiny.LUMEN), "state": {"step": np.int32(3)}})
     read = parameters.load(tmp_path, GlimmerModel(tiny.LUMEN), "v")
     tiny.assert_trees_equal(read, tiny.params(tiny.LUMEN))
-    message = r"does not say which model.*has live_encoder/live_a/.* where the checkpoint has none"
-    with pytest.raises(ValueError, match=message):
+    wanted, found = (
+        {
+            (name, leaf.shape)
+            for name, leaf in flax.traverse_util.flatten_dict(
+                tiny.abstract(config)[0], sep="/"
+            ).items()
+        }
+        for config in (tiny.GLIMMER, tiny.LUMEN)
+    )
+    differing = {name for name, _ in wanted ^ found}
+    message = (
+        rf"does not say which model.*; {len(differing)} parameters differ: .*Give the gin files"
+    )
+    with pytest.raises(ValueError, match=message) as caught:
         parameters.load(tmp_path, GlimmerModel(tiny.GLIMMER), "v")
+    assert len(differing) > 2
+    assert set(re.findall(r"(\S+/\S+) (?:\[|has shape)", str(caught.value))) == differing
 
 
 def test_only_new_folders_under_t5xs_names_get_a_tree_of_ours(tmp_path):
