@@ -74,7 +74,9 @@ def measure(
         prepared.append(worker.ask("prepare", passages))
         say(f"  {worker.system} {worker.dtype} is ready for {passages} passages")
     if len({ready["device"] == "cpu" for ready in prepared}) > 1:
-        devices = {f"{w.system}: {ready['device']}" for w, ready in zip(workers, prepared, strict=True)}
+        devices = {
+            f"{w.system}: {ready['device']}" for w, ready in zip(workers, prepared, strict=True)
+        }
         raise RuntimeError(
             f"JAX and PyTorch work on different kinds of device ({', '.join(sorted(devices))}), which is "
             "no comparison. Install both for the same one, or leave some out with --systems."

@@ -325,6 +325,8 @@ class Passages:
 
     def verify(self) -> None:
         """Reads every file and compares checksums. Raises ValueError naming the damaged one."""
+        size = sum(wanted["bytes"] for wanted in self.manifest["files"].values())
+        logger.info("reading %s once against its checksums, %.3f GB", self.path, size / 1e9)
         for name, wanted in self.manifest["files"].items():
             got = _sha256(self.path / name)
             if got != wanted["sha256"]:

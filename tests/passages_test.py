@@ -49,6 +49,14 @@ def test_what_was_written_is_read(folder):
     assert passages.manifest["num_truncated"] == 2 and passages.manifest["source"] == "three lines"
 
 
+def test_what_reads_every_byte_says_so(folder, caplog):
+    passages = Passages.open(folder)
+    assert not caplog.records
+    with caplog.at_level("INFO", "glimmer_jax.passages"):
+        passages.verify()
+    assert "passages once against its checksums, 0.00" in caplog.text
+
+
 def test_absent_passages_are_all_padding(folder):
     passages = Passages.open(folder)
     rows = passages.rows(np.array([[3, -1], [-1, 41]]))

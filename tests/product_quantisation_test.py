@@ -114,6 +114,13 @@ def test_many_points_are_searched_in_blocks(monkeypatch):
         r"f32\[(\d+),(\d+)\]", jax.jit(nearest).lower(points, centroids).as_text("hlo")
     )
     assert max(int(a) * int(b) for a, b in sizes) < 53 * 40
+    # Each device in blocks of its own; the last block of each is filled up.
+    mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    rows = jax.sharding.PartitionSpec(mesh.axis_names)
+    spread = jax.shard_map(
+        nearest, mesh=mesh, in_specs=(rows, jax.sharding.PartitionSpec()), out_specs=rows
+    )
+    np.testing.assert_array_equal(jax.jit(spread)(points[:52], centroids), wanted[:52])
 
 
 def test_sixteen_bits_of_sixteen_channels_as_in_the_paper():

@@ -3,9 +3,12 @@
 Each channel is brought to mean 0 and size 1; the principal directions are dealt out to the subspaces so
 that each gets as much to say (Ge et al., 2013, "Optimized Product Quantization", section 3.2); then
 k-means finds the centroids of every subspace, each device summing over its own part of the sample.
+
+A sample of N tokens takes 4 N D bytes of the host's RAM, and as much again spread over the devices: 31 GB
+each for ten million tokens of 768 channels. Everything else is small beside it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +23,7 @@ from glimmer_jax.memory.source import Passages
 from glimmer_jax.product_quantisation import ProductQuantisation, nearest
 
 Codebooks = dict[str, np.ndarray]
-_ERROR_ROWS = 65536  # at a time: bounds RAM for samples of millions
+_ROWS = 16384  # of a sample at a time: bounds RAM for samples of millions
 
 
 def sample_states(
@@ -48,13 +51,20 @@ def sample_states(
     lengths = np.minimum(passages.lengths(chosen), buckets[-1])
     count = int(np.searchsorted(np.cumsum(lengths, dtype=np.int64), tokens)) + 1
     chosen, lengths = chosen[:count], lengths[:count]
-    parts = []
+    # Made once the channels are known, and whole: parts to be joined at the end would take twice the RAM.
+    sample: np.ndarray | None = None
+    filled = 0
     for group in batches.groups(lengths, rows * devices, buckets):
         tokens_nP = passages.tokens(chosen[group.positions], group.bucket)
         batch = batches.padded(tokens_nP, rows * devices)
         found = np.asarray(states(batch), np.float32)[: len(group.positions)]
-        parts.append(found[np.arange(group.bucket) < lengths[group.positions][:, None]])
-    return np.concatenate(parts)[:tokens]
+        real = found[np.arange(group.bucket) < lengths[group.positions][:, None]]
+        if sample is None:
+            sample = np.empty((int(lengths.sum(dtype=np.int64)), real.shape[-1]), np.float32)
+        sample[filled : filled + len(real)] = real
+        filled += len(real)
+    assert sample is not None
+    return sample[:tokens]
 
 
 def learn(
@@ -83,13 +93,15 @@ def learn(
             f"Codebooks of {codec.num_codes} codes need a sample of at least as many tokens, and this "
             f"has {count}. Raise SAMPLE_TOKENS, give more passages, or choose a codec of fewer codes."
         )
-    if not np.isfinite(states_ND).all():
+    # NaN or infinity anywhere is in the sums; numpy would warn of infinities that cancel.
+    with np.errstate(invalid="ignore"):
+        mean = sum(some.sum(0, dtype=np.float64) for some in _pieces(states_ND)) / count
+    if not np.isfinite(mean).all():
         raise ValueError(
             "The memory encoder gave NaN or infinity for passages of the sample. Check the checkpoint "
             "(did its training diverge?) and the activation dtype."
         )
-    mean = states_ND.mean(0, dtype=np.float64)
-    size = states_ND.std(0, dtype=np.float64)
+    size = np.sqrt(sum(np.square(some - mean).sum(0) for some in _pieces(states_ND)) / count)
     # A channel that is always the same needs no code.
     scale = np.where(size > 0, size, 1.0)
     books: Codebooks = {
@@ -97,21 +109,49 @@ def learn(
         "scale": scale.astype(np.float32),
         "basis": np.eye(emb_dim, dtype=np.float32),
     }
-    rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    padded = np.zeros((-(-count // mesh.size) * mesh.size, emb_dim), np.float32)
-    padded[:count] = (states_ND - books["mean"]) / books["scale"]
-    even_ND = jax.device_put(padded, rows)
+    even_ND, weights = _spread(states_ND, books, mesh)
     products = jax.jit(lambda x: jnp.matmul(x.T, x, precision="highest"))(even_ND)
     books["basis"] = even_basis(np.asarray(products, np.float64) / count, codec.channels)
 
-    weights = jax.device_put((np.arange(len(padded)) < count).astype(np.float32), rows)
     draw = np.random.default_rng(seed)
-    turned = (padded[:count] @ books["basis"]).reshape(count, -1, codec.channels)
-    start, spare = (
-        turned[draw.permutation(count)[: codec.num_codes]].swapaxes(0, 1).copy() for _ in range(2)
-    )
+
+    def drawn() -> np.ndarray:
+        some = states_ND[draw.permutation(count)[: codec.num_codes]]
+        turned = ((some - books["mean"]) / books["scale"]) @ books["basis"]
+        return turned.reshape(len(some), -1, codec.channels).swapaxes(0, 1).copy()
+
+    start, spare = drawn(), drawn()
     centroids = _kmeans(even_ND, weights, books["basis"], start, spare, iterations, mesh)
     return {"centroids": np.asarray(centroids), **books}
+
+
+def _pieces(states_ND: np.ndarray) -> Iterator[np.ndarray]:
+    """The states, `_ROWS` at a time."""
+    return (states_ND[first : first + _ROWS] for first in range(0, len(states_ND), _ROWS))
+
+
+def _spread(states_ND: np.ndarray, books: Codebooks, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
+    """The states with channels of mean 0 and size 1, over all devices, and a weight for each.
+
+    Filled up to equal parts with states of weight 0. Made for one device after the other: the host never
+    holds them all a second time.
+    """
+    count, emb_dim = states_ND.shape
+    share = -(-count // mesh.size)
+    rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    shape = (share * mesh.size, emb_dim)
+    parts = []
+    for device, index in rows.addressable_devices_indices_map(shape).items():
+        assert index is not None
+        first = index[0].start or 0
+        part = np.zeros((share, emb_dim), np.float32)
+        some = states_ND[first : first + share]
+        np.subtract(some, books["mean"], out=part[: len(some)])
+        part[: len(some)] /= books["scale"]
+        parts.append(jax.device_put(part, device).block_until_ready())
+    even_ND = jax.make_array_from_single_device_arrays(shape, rows, parts)
+    weights = jax.device_put((np.arange(shape[0]) < count).astype(np.float32), rows)
+    return even_ND, weights
 
 
 def even_basis(covariance_DD: np.ndarray, channels: int) -> np.ndarray:
@@ -146,12 +186,11 @@ def _kmeans(
     num_codes, channels = start_GCS.shape[1:]
     axes = mesh.axis_names
 
-    def on_device(even_ND, weights_N, basis, start_GCS, spare_GCS):
-        turned = jnp.matmul(even_ND, basis, precision="highest")
-        points_GNS = turned.reshape(len(even_ND), -1, channels).swapaxes(0, 1)
-
+    def on_device(even_ND, weights_N, basis_GDS, start_GCS, spare_GCS):
         def subspace(given: tuple[Any, Any, Any]):
-            points_NS, start_CS, spare_CS = given
+            basis_DS, start_CS, spare_CS = given
+            # Turned here and not before: a device has room for its part of the sample once.
+            points_NS = jnp.matmul(even_ND, basis_DS, precision="highest")
 
             def iterate(step, centroids_CS):
                 codes_N = nearest(points_NS, centroids_CS)
@@ -163,14 +202,15 @@ def _kmeans(
 
             return jax.lax.fori_loop(0, iterations, iterate, start_CS)
 
-        return jax.lax.map(subspace, (points_GNS, start_GCS, spare_GCS))
+        return jax.lax.map(subspace, (basis_GDS, start_GCS, spare_GCS))
 
     rows, whole = PartitionSpec(axes), PartitionSpec()
     run = jax.shard_map(
         on_device, mesh=mesh, in_specs=(rows, rows, whole, whole, whole), out_specs=whole
     )
     everywhere = NamedSharding(mesh, whole)
-    given = jax.device_put((basis_DD, start_GCS, spare_GCS), everywhere)
+    basis_GDS = basis_DD.reshape(len(basis_DD), -1, channels).swapaxes(0, 1)
+    given = jax.device_put((basis_GDS, start_GCS, spare_GCS), everywhere)
     return jax.jit(run)(even_ND, weights_N, *given)
 
 
@@ -178,9 +218,9 @@ def relative_error(codec: Codec, books: Codebooks | None, states_ND: np.ndarray)
     """Root mean square of what the codec loses of these states, over that of the states."""
     kept = jax.jit(lambda x, books: codec.decode(codec.encode(x, books), jnp.float32, books))
     lost = whole = 0.0
-    for start in range(0, len(states_ND), _ERROR_ROWS):
-        some = np.asarray(states_ND[start : start + _ERROR_ROWS], np.float64)
-        back = np.asarray(kept(states_ND[start : start + _ERROR_ROWS], books), np.float64)
+    for piece in _pieces(states_ND):
+        some = np.asarray(piece, np.float64)
+        back = np.asarray(kept(piece, books), np.float64)
         lost += np.square(back - some).sum()
         whole += np.square(some).sum()
     return float(np.sqrt(lost / whole))

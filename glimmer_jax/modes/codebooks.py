@@ -16,6 +16,9 @@ from glimmer_jax.product_quantisation import ProductQuantisation
 from glimmer_jax.weights import parameters, params_file
 from glimmer_jax.weights.model_config import describe
 
+# Tokens that the codebooks are tried on, at most: as many as they are learnt from would double the RAM.
+_TRIED_TOKENS = 131072
+
 
 def learn_codebooks(
     model: GlimmerModel,
@@ -39,7 +42,8 @@ def learn_codebooks(
       output_path: a file `NAME.safetensors`; to train from, to build memory with, to read it.
       max_length: P, tokens of a passage.
       batch_size: passages a device encodes at once.
-      sample_tokens: that the codebooks are learnt from; as many again, at most, are tried on.
+      sample_tokens: that the codebooks are learnt from, 4 D bytes of RAM each; they are tried on as many
+        others, 131,072 at most.
       iterations: of k-means.
       seed: of the sample and of the start of k-means.
       mesh: devices of this process.
@@ -71,14 +75,14 @@ def learn_codebooks(
     sample = codebooks.sample_states(
         encoder.bind_states(plain.memory_states, params, devices),
         corpus,
-        tokens=2 * sample_tokens,
+        tokens=sample_tokens + min(sample_tokens, _TRIED_TOKENS),
         rows=batch_size,
         buckets=batches.default_buckets(max_length),
         devices=devices.size,
         seed=seed,
     )
-    # At most half is for learning; what is left shows what other passages lose.
-    cut = min(sample_tokens, len(sample) * 9 // 10)
+    # A small corpus may give fewer than were asked for; some are left to show what other passages lose.
+    cut = min(sample_tokens, len(sample) - min(_TRIED_TOKENS, -(-len(sample) // 10)))
     books = codebooks.learn(codec, sample[:cut], devices, iterations, seed)
     lost = codebooks.relative_error(codec, books, sample[cut:])
     if jax.process_index() == 0:

@@ -100,6 +100,8 @@ def test_a_bucket_that_stumbles_is_asked_again(tiny, bucket, kind):
 
 STALLED = """
 import os
+import tensorstore
+os.environ["TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS"] = "1"
 from glimmer_jax import folder
 kvstore = folder.open_folder("gs://bucket/stalled/")
 folder.write_file(kvstore, "a", b"1")
@@ -112,10 +114,10 @@ def test_a_bucket_that_takes_a_request_and_never_answers_is_asked_again(bucket):
     with bucket.lock:
         bucket.faults.extend(["stall"] * 2)
         bucket.hit = 0
-    # A process of its own: the variables are read once.
-    patient = {**os.environ, "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "1"}
+    # A process of its own, as nothing was set outside: the variables are read with the first request.
+    bare = {k: v for k, v in os.environ.items() if "CURL_LOW_SPEED" not in k}
     done = subprocess.run(
-        [sys.executable, "-c", STALLED], env=patient, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", STALLED], env=bare, capture_output=True, text=True, timeout=60
     )
     assert done.stdout == "b'1' 1\n", done.stderr
     assert bucket.hit == 2

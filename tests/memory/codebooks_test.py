@@ -1,6 +1,7 @@
 """Codebooks: learnt on a mesh, and carried by the model through store, lookup and training."""
 
 import dataclasses
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +103,42 @@ def test_a_sample_is_of_real_tokens(tiny):
     assert every.shape == (passages.lengths(range(23)).sum(), 8)
     some = codebooks.sample_states(tiny.encode_states, passages, tokens=30, **settings)
     assert some.shape == (30, 8)
+
+
+def test_a_sample_is_held_once_beside_what_the_devices_hold(monkeypatch, tiny):
+    monkeypatch.setattr(codebooks, "_ROWS", 1024)
+    states = np.random.default_rng(0).normal(size=(200_000, 32)).astype(np.float32)
+
+    def peak(function):
+        tracemalloc.start()
+        result = function()
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most / states.nbytes, result
+
+    # CPU devices: their part is numpy's too.
+    learnt, books = peak(lambda: codebooks.learn(SMALL, states, _mesh(4), iterations=1))
+    assert learnt < 1.6
+    tried, lost = peak(lambda: codebooks.relative_error(SMALL, books, states))
+    assert tried < 0.6 and 0 < lost < 1
+
+    passages = tiny.TinyPassages(count=6)
+    passages.all_tokens = [np.arange(2, 14, dtype=np.int32)] * 6
+    wide = np.zeros((1, 12, 400_000), np.float32)
+    sampled, sample = peak(
+        lambda: codebooks.sample_states(
+            lambda tokens: wide, passages, tokens=72, rows=1, buckets=(12,), devices=1
+        )
+    )
+    # The sample, and one call's states twice while they are picked from.
+    assert sampled * states.nbytes < sample.nbytes + 3 * wide.nbytes
+
+
+def test_infinities_of_both_signs_are_refused_without_a_warning():
+    states = np.ones((20, 16), np.float32)
+    states[3, 2], states[4, 2] = np.inf, -np.inf
+    with pytest.raises(ValueError, match="NaN or infinity for passages of the sample"):
+        codebooks.learn(SMALL, states, _mesh(2))
 
 
 def _books(codec, emb_dim):

@@ -19,6 +19,7 @@ from glimmer_jax.memory.verify import verify
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.models.t5 import T5Config
+from glimmer_jax.modes import codebooks
 from glimmer_jax.passages import write_passages
 from glimmer_jax.weights.model_config import describe
 from glimmer_jax.weights.params_file import save_params_file
@@ -117,6 +118,17 @@ def test_damaged_passages_are_never_encoded(files, tmp_path, capsys):
     for action in ("append", "repair"):
         assert run("memory", "runs/memory", *GLIMMER, ACTION=action, **job) == 2
         assert "tokens.npy is damaged: wanted sha256" in capsys.readouterr().err
+
+
+def test_codebooks_are_tried_on_a_bounded_number_of_tokens(files, tmp_path, monkeypatch, capsys):
+    checkpoint, _, every = files
+    monkeypatch.setattr(codebooks, "_TRIED_TOKENS", 20)
+    job = {k: v for k, v in SIZES.items() if k != "SHARD_PASSAGES"}
+    job |= dict(CHECKPOINT_PATH=checkpoint, PASSAGES_DIR=every, ITERATIONS=1, SAMPLE_TOKENS=300)
+    job |= dict(MEMORY_CODEC="pq", OUTPUT_PATH=str(tmp_path / "pq.safetensors"))
+    assert run("codebooks", *GLIMMER, "runs/codebooks", **job) == 0
+    said = capsys.readouterr().out
+    assert "from 300 tokens" in said and "on 20 others" in said
 
 
 @pytest.mark.parametrize("codec", ["bf16", "pq"])

@@ -40,7 +40,13 @@ def test_plan_prints_sizes_and_hours_before_anything_runs(capsys):
     assert planned["bytes"] == pytest.approx(200e6 * 804, rel=0.05)
     # 8 layers of 4 D^2 + 3 D F, two operations each, at 100 TFLOP/s.
     layer = 4 * 768 * 768 + 3 * 768 * 2048
-    assert planned["device_hours"] == pytest.approx(2 * 8 * layer * 200e6 / 1e14 / 3600, rel=0.01)
+    hours = 2 * 200e6 / 1e14 / 3600
+    assert planned["device_hours"] == pytest.approx(8 * layer * hours, rel=0.001)
+    # pq16's codes cost most of it: the turn, and 65,536 centroids in each subspace.
+    gin.clear_config()
+    assert run("plan", *model, NUM_PASSAGES=1_000_000, MEMORY_CODEC="pq16") == 0
+    codes = (65536 + 768) * 768
+    assert printed(capsys)["device_hours"] == pytest.approx((8 * layer + codes) * hours, rel=0.001)
 
 
 def test_stores_are_inspected_verified_withdrawn_from_and_merged(
