@@ -20,7 +20,9 @@ _ENDED = "JAX distributed service detected fatal errors"
 _SILENT = re.compile(
     r"stopped sending heartbeats\):\n((?:[\d, ]+\n)+)|Task (\d+) heartbeat timeout"
 )
-_UNREACHED = re.compile("DEADLINE_EXCEEDED|Socket closed|failed to connect")
+_UNREACHED = re.compile(
+    "Failed to send RPC to coordination service|DEADLINE_EXCEEDED|Socket closed|failed to connect"
+)
 _AGAIN = "Start the job again: it goes on from what it has saved."
 _LINES = 1000  # of the child's last words that are looked at; an abort has some 30 of them
 _PR_SET_PDEATHSIG = 1  # of prctl(2)

@@ -43,6 +43,12 @@ print(os.getpid(), flush=True)
             "Process 0 of the job no longer answers",
         ),
         ('grpc_message:"Socket closed"\n' + FATAL, "Process 0 of the job no longer answers"),
+        (
+            FATAL
+            + "UNAVAILABLE: Failed to send RPC to coordination service. Either the leader task\n"
+            ':UNKNOWN:Error received from peer  {grpc_message:"recvmsg:Connection reset by peer"}\n',
+            "Process 0 of the job no longer answers",
+        ),
         (FATAL + "INTERNAL: something else", "Another process of the job no longer answers"),
         (
             FATAL

@@ -63,7 +63,7 @@ def build_memory(
       passages: the corpus; row i becomes row i of the store.
       path: a local folder, a TensorStore URL or spec; created if missing.
       passages_fingerprint: of `passages`, recorded; see `fingerprint.passages_fingerprint`.
-      layout: two shards are in RAM at a time, the one that is written some three times.
+      layout: two shards are in RAM at a time, the one that is written some four times.
       reference: the encoder in float32, to measure the error of what is stored.
       accept_other_program: keep finished shards that another program made, and record both.
       builders: who this is, where several build one store at a time.

@@ -51,18 +51,18 @@ def sample_states(
     lengths = np.minimum(passages.lengths(chosen), buckets[-1])
     count = int(np.searchsorted(np.cumsum(lengths, dtype=np.int64), tokens)) + 1
     chosen, lengths = chosen[:count], lengths[:count]
+    # In the order of the draw, for whoever takes a part of it: groups have the shortest passages first.
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths
     # Made once the channels are known, and whole: parts to be joined at the end would take twice the RAM.
     sample: np.ndarray | None = None
-    filled = 0
     for group in batches.groups(lengths, rows * devices, buckets):
         tokens_nP = passages.tokens(chosen[group.positions], group.bucket)
         batch = batches.padded(tokens_nP, rows * devices)
         found = np.asarray(states(batch), np.float32)[: len(group.positions)]
-        real = found[np.arange(group.bucket) < lengths[group.positions][:, None]]
+        real = np.arange(group.bucket) < lengths[group.positions][:, None]
         if sample is None:
-            sample = np.empty((int(lengths.sum(dtype=np.int64)), real.shape[-1]), np.float32)
-        sample[filled : filled + len(real)] = real
-        filled += len(real)
+            sample = np.empty((int(lengths.sum(dtype=np.int64)), found.shape[-1]), np.float32)
+        sample[(starts[group.positions][:, None] + np.arange(group.bucket))[real]] = found[real]
     assert sample is not None
     return sample[:tokens]
 

@@ -20,7 +20,7 @@ ARGUMENTS = ["--size", "tiny", "--question", "4", "--passage", "12", "--answer",
 @pytest.fixture(autouse=True)
 def _small_peaks(monkeypatch):
     monkeypatch.setattr(peaks, "SIDE", {True: 16})
-    monkeypatch.setattr(peaks, "BYTES", {True: 1 << 10})
+    monkeypatch.setattr(peaks, "BYTES", 1 << 10)
 
 
 def test_the_script_writes_a_row_for_each_size_and_prints_them(tmp_path, capfd):
@@ -88,13 +88,15 @@ class Scripted:
 
     system, dtype = "fid", "float32"
 
-    def __init__(self, shares):
+    def __init__(self, shares, device="cpu"):
         self.shares = iter(shares)
+        self.device = device
         self.runs = 0
 
     def ask(self, do, passages):
         if do == "prepare":
-            return {"flops": 10, "floor_seconds": 0.5, "peak_flops_per_second": 100.0}
+            ready = {"flops": 10, "floor_seconds": 0.5, "peak_flops_per_second": 100.0}
+            return {**ready, "device": self.device}
         self.runs += 1
         share = next(self.shares)
         return {"seconds": 1 / share, "cpu_seconds": 1, "cpu_share": share, "peak_bytes": self.runs}
@@ -113,6 +115,13 @@ def test_a_machine_that_is_never_quiet_gives_its_least_disturbed_runs_and_says_s
     (row,) = timing.measure([worker], 3, 1, lambda line: None)
     assert row["median_seconds"] == 1 / 0.8 and row["undisturbed_runs"] == 0
     assert "disturbed" in table.render([row])
+
+
+def test_different_kinds_of_device_are_not_compared():
+    workers = [Scripted([1.0]), Scripted([1.0], "NVIDIA")]
+    with pytest.raises(RuntimeError, match="different kinds of device .fid: NVIDIA, fid: cpu"):
+        timing.measure(workers, 3, 1, lambda line: None)
+    assert [worker.runs for worker in workers] == [0, 0]
 
 
 def test_tables_compare_with_pytorch_at_the_same_number_of_passages():

@@ -103,6 +103,12 @@ def test_a_sample_is_of_real_tokens(tiny):
     assert every.shape == (passages.lengths(range(23)).sum(), 8)
     some = codebooks.sample_states(tiny.encode_states, passages, tokens=30, **settings)
     assert some.shape == (30, 8)
+    # Passages in the order of the draw, not by length: a part of the sample is a sample.
+    drawn = np.random.default_rng(0).permutation(23)
+    whole = [np.asarray(tiny.encode_states(passages.tokens([row], 12)))[0] for row in drawn]
+    sizes = passages.lengths(drawn)
+    wanted = np.concatenate([one[:size] for one, size in zip(whole, sizes, strict=True)])
+    np.testing.assert_allclose(every, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_a_sample_is_held_once_beside_what_the_devices_hold(monkeypatch, tiny):
