@@ -187,12 +187,9 @@ def repair(
             logger.info("rebuilding shard %s", entry.name)
             name, stored = f"shard {entry.name} of {where}", entry.program
             resume.check_program(name, stored, recipe.program, _SAME_BYTES)
-            _rebuild(kvstore, found, entry, Job(recipe, passages, watcher, _progress(entry)), lock)
+            job = Job(recipe, passages, watcher, Progress(entry.passages, None, 10.0))
+            _rebuild(kvstore, found, entry, job, lock)
     return [entry.name for entry in damaged]
-
-
-def _progress(entry: Shard) -> Progress:
-    return Progress(entry.passages, None, 10.0)
 
 
 def _rebuild(
