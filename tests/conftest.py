@@ -1,9 +1,12 @@
-"""Eight virtual CPU devices, warnings are errors (pyproject.toml), rank promotion raises."""
+"""Eight virtual CPU devices, warnings are errors (pyproject.toml), rank promotion raises.
+
+`GLIMMER_TEST_PLATFORM=cuda` puts the tests of `gpu_test.py` on the GPUs of this machine.
+"""
 
 import os
 
 # Before jax is imported by anybody.
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = os.environ.get("GLIMMER_TEST_PLATFORM", "cpu")
 # Tests run tiny programs a few times: compiling them is the cost, and without optimisation it halves.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")

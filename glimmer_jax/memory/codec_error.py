@@ -15,7 +15,7 @@ from glimmer_jax.models.model import GlimmerModel
 
 def exact_states(model: GlimmerModel) -> StatesFunction:
     """The model's `memory_states` in float32 throughout: activations, operands and products."""
-    t5 = dataclasses.replace(model.config.t5, dtype="float32", matmul_dtype=None)
+    t5 = dataclasses.replace(model.config.t5, dtype="float32", matmul_dtype=None, attention="plain")
     exact = GlimmerModel(dataclasses.replace(model.config, t5=t5))
 
     def states(params, tokens):

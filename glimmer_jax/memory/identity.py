@@ -26,6 +26,7 @@ class Program:
     matmul_dtype: str | None  # of the operands of projections, where it is not `dtype`
     backend: str  # cpu, gpu or tpu
     jax_version: str
+    attention: str = "plain"  # manifests that do not say were written before there was another
 
     def __post_init__(self):
         object.__setattr__(self, "buckets", tuple(self.buckets))

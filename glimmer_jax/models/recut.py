@@ -19,7 +19,7 @@ from glimmer_jax.models.stacking import stack_layers, unstack_layers
 Params = dict[str, Any]
 
 # T5 settings that change neither the parameters nor, beyond rounding, what they compute.
-NUMERICS = ("dropout_rate", "dtype", "matmul_dtype", "remat_policy")
+NUMERICS = ("dropout_rate", "dtype", "matmul_dtype", "remat_policy", "attention")
 # Settings of the family that decide which parameters there are and what they are called.
 STRUCTURE = (
     "memory_layers",

@@ -60,6 +60,7 @@ class T5Config:
     matmul_dtype: str | None = None  # of the operands of projections alone; results keep `dtype`
     scan_layers: bool = True
     remat_policy: str = "none"  # none, minimal or full
+    attention: str = "plain"  # of the encoder: plain, or cudnn for a GPU's fused kernel
     relpos_buckets: int = 32
     relpos_max_distance: int = 128
     # FiDO (arXiv 2212.08153): a decoder that reads less often and may be larger than the encoder.
@@ -84,6 +85,14 @@ class T5Config:
             raise ValueError(
                 f"remat_policy must be one of none, {', '.join(REMAT_POLICIES)}; "
                 f"got {self.remat_policy!r}."
+            )
+        if self.attention not in ("plain", "cudnn"):
+            raise ValueError(f"attention must be 'plain' or 'cudnn', got {self.attention!r}.")
+        if self.attention == "cudnn" and (self.dtype != "bfloat16" or self.head_dim % 8):
+            raise ValueError(
+                "attention='cudnn' computes in bfloat16, with heads of a multiple of 8 channels; got "
+                f"dtype={self.dtype!r} and head_dim={self.head_dim}. Set DTYPE='bfloat16', or "
+                "ATTENTION='plain'."
             )
         for name in ("kv_heads", "num_heads", "head_dim", "mlp_dim"):
             value = getattr(self, f"decoder_{name}")
@@ -134,7 +143,7 @@ class T5Config:
         return None if self.matmul_dtype is None else jnp.dtype(self.matmul_dtype)
 
 
-def attention(sizes: Sizes, config: T5Config) -> Attention:
+def attention(sizes: Sizes, config: T5Config, fused: bool = False) -> Attention:
     """The attention of one half of the model."""
     return Attention(
         emb_dim=config.emb_dim,
@@ -144,6 +153,7 @@ def attention(sizes: Sizes, config: T5Config) -> Attention:
         dropout_rate=config.dropout_rate,
         dtype=jnp.dtype(config.dtype),
         operands=config.operands,
+        fused=fused,
     )
 
 
@@ -170,7 +180,8 @@ class EncoderLayer(nn.Module):
     def setup(self):
         dtype = jnp.dtype(self.config.dtype)
         self.pre_attention_layer_norm = RMSNorm(dtype)
-        self.attention = attention(self.config.encoder_sizes, self.config)
+        fused = self.config.attention == "cudnn"
+        self.attention = attention(self.config.encoder_sizes, self.config, fused)
         self.pre_mlp_layer_norm = RMSNorm(dtype)
         self.mlp = mlp(self.config.encoder_sizes, self.config)
         self.dropout = Dropout(self.config.dropout_rate)

@@ -56,6 +56,7 @@ def make_recipe(
             matmul_dtype=t5.matmul_dtype,
             backend=jax.default_backend(),
             jax_version=jax.__version__,
+            attention=t5.attention,
         ),
         devices.size,
         params.get("memory_codebooks"),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from glimmer_jax import axes
+from glimmer_jax.nn import fused_attention
 from glimmer_jax.nn.layers import Dense, Dropout, activation_names
 from glimmer_jax.partitioning import constrain
 
@@ -72,6 +73,7 @@ class Attention(nn.Module):
     dropout_rate: float
     dtype: Any
     operands: Any = None  # of the projections, where that is less than `dtype`
+    fused: bool = False  # cuDNN's kernel where a sequence attends to itself, see `fused_attention`
 
     def setup(self):
         joined = self.num_heads * self.head_dim
@@ -138,7 +140,25 @@ class Attention(nn.Module):
         mask: jax.Array,
         bias: jax.Array | None = None,
     ) -> jax.Array:
-        """Queries `[..., X, D]` against keys and values `[..., Y, G, C]` -> `[..., X, D]`."""
+        """Queries `[..., X, D]` against keys and values `[..., Y, G, C]` -> `[..., X, D]`.
+
+        With `fused`, queries are those of the keys' own sequence, the mask is one of keys,
+        `[..., 1, 1, Y]`, and there is a bias.
+        """
         query = self._split_heads(self.query(x), self.num_heads)
-        out = attend(query, *keys_values, mask, bias, self.dropout)
+        if self.fused:
+            key, value = keys_values
+            value = self._dropped(value)
+            out = fused_attention.attend(query, key, value, mask[..., 0, 0, :], bias)
+        else:
+            out = attend(query, *keys_values, mask, bias, self.dropout)
         return self.out(out.reshape(*out.shape[:-2], -1))
+
+    def _dropped(self, value: jax.Array) -> jax.Array:
+        """Values `[..., Y, H, C]` under what dropout makes of the weights.
+
+        It draws once for all queries of a head: to drop a weight is to drop that head's value.
+        """
+        *lead, length, heads, _ = value.shape
+        kept = self.dropout(jnp.ones((*lead, heads, 1, length)))
+        return (value * jnp.moveaxis(kept, -1, -3)).astype(value.dtype)

@@ -1,5 +1,6 @@
 """Parameters as one file: half the size of float32, and damage is noticed."""
 
+import dataclasses
 import json
 
 import jax
@@ -35,6 +36,10 @@ def test_settings_of_another_version_are_refused_and_missing_ones_have_defaults(
     described = describe(tiny.FID, "v")
     del described["model_config"]["t5"]["relpos_buckets"]
     assert config_from(described, "here") == tiny.FID
+    # Trained on a GPU, read anywhere.
+    t5 = dataclasses.replace(tiny.T5, dtype="bfloat16", head_dim=8)
+    on_gpu = dataclasses.replace(tiny.FID, t5=dataclasses.replace(t5, attention="cudnn"))
+    assert config_from(describe(on_gpu, "v"), "here").t5 == t5
     described["model_config"]["hashing"] = True
     with pytest.raises(ValueError, match=r"here has model settings .* not know: \['hashing'\]"):
         config_from(described, "here")
