@@ -99,8 +99,8 @@ def operative_config() -> str:
     return gin.operative_config_str()
 
 
-def first_line(error: BaseException) -> str:
-    """An error's message on one line, without the places that gin adds below it."""
+def first_line(error: object) -> str:
+    """A message, or that of an error, on one line, without the places that gin adds below it."""
     text = str(error).strip() or type(error).__name__
     text = re.split(r"\n\s*(?:In (?:call to configurable|binding|file|bindings)|\n)", text)[0]
     return " ".join(text.split())

@@ -136,30 +136,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = parse_flags(sys.argv[1:] if argv is None else argv)
     from glimmer_jax.configuration import first_line
     from glimmer_jax.distributed import join
-    from glimmer_jax.preemption import Preempted, leave_at_sigterm
-    from glimmer_jax.training.metrics import NonFiniteError
+    from glimmer_jax.preemption import leave_at_sigterm
 
     try:
         join(flags.distributed, flags.coordinator_address, flags.num_processes, flags.process_id)
         with leave_at_sigterm():
             run_mode(flags)
-    except Preempted as error:
-        print(f"glimmer: {first_line(error)}", file=sys.stderr)
-        return START_AGAIN
-    except (ValueError, FileNotFoundError, NonFiniteError) as error:
-        if not _is_ours(error):
+    except Exception as error:
+        if (verdict := _verdict(error)) is None:
             raise
+        said, code = verdict
         if flags.debug:
             traceback.print_exc()
-        print(f"glimmer: {first_line(error)}", file=sys.stderr)
-        return BAD_INPUT
-    except OSError as error:
-        # Storage that did not answer says so in our words; what the system raises has a number.
-        if error.errno is not None:
-            raise
-        print(f"glimmer: {first_line(error)}", file=sys.stderr)
-        return START_AGAIN
+        print(f"glimmer: {first_line(said)}", file=sys.stderr)
+        return code
     return DONE
+
+
+def _verdict(error: Exception) -> tuple[object, int] | None:
+    """What to say of an error, and the exit code; None for a bug."""
+    from glimmer_jax import storage_errors
+    from glimmer_jax.preemption import Preempted
+    from glimmer_jax.training.metrics import NonFiniteError
+
+    if isinstance(error, Preempted):
+        return error, START_AGAIN
+    if isinstance(error, (ValueError, FileNotFoundError, NonFiniteError)) and _is_ours(error):
+        return error, BAD_INPUT
+    # Storage that did not answer says so in our words; what the system raises has a number.
+    if isinstance(error, OSError) and error.errno is None:
+        return error, START_AGAIN
+    if (storage := storage_errors.explain(error)) is not None:
+        said, later = storage
+        return said, START_AGAIN if later else BAD_INPUT
+    return None
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -1,5 +1,6 @@
 """The command line, from corpus to answers on a tiny model; bad input ends with one line."""
 
+import errno
 import json
 import os
 import pathlib
@@ -7,6 +8,7 @@ import subprocess
 import sys
 
 import gin
+import jax
 import pytest
 
 from glimmer_jax import main as command_line
@@ -411,6 +413,72 @@ def test_storage_that_does_not_answer_asks_to_be_started_again(monkeypatch, caps
     monkeypatch.setattr(command_line, "run_mode", broken)
     assert command_line.main(["--run_mode=score"]) == 42
     assert "did not answer" in capsys.readouterr().err
+
+
+def full_disk():
+    """As Orbax raises it: the first error is known by its number, which the second has not."""
+    try:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    except OSError as error:
+        raise RuntimeError("the save failed") from error
+
+
+def library(kind, message):
+    def raise_it():
+        # Of no module of ours.
+        exec("raise kind(message)", {"__name__": "library", "kind": kind, "message": message})
+
+    return raise_it
+
+
+def connection_reset():
+    raise OSError(errno.ECONNRESET, "by peer")
+
+
+class UnavailableError(Exception):
+    """Named as TensorFlow's."""
+
+
+@pytest.mark.parametrize(
+    "broken, code, said",
+    [
+        (
+            full_disk,
+            2,
+            "The storage is full: [Errno 28] No space left on device. What was finished",
+        ),
+        (
+            library(ValueError, "RESOURCE_EXHAUSTED: writing 'a': No space left on device"),
+            2,
+            "Make room, and run the same command again",
+        ),
+        (
+            library(ValueError, "UNAVAILABLE: Error writing gs://bucket/run/7: 503"),
+            42,
+            "The storage did not answer: UNAVAILABLE: Error writing gs://bucket/run/7",
+        ),
+        (library(UnavailableError, "libcurl code 6"), 42, "libcurl code 6"),
+        (connection_reset, 42, "The storage did not answer: [Errno 104] by peer"),
+        (
+            library(ValueError, "PERMISSION_DENIED: gs://bucket/run: 403"),
+            2,
+            "The storage refused: PERMISSION_DENIED: gs://bucket/run: 403 Check permissions",
+        ),
+    ],
+)
+def test_storage_that_fails_in_a_library_is_told_from_a_bug(
+    monkeypatch, capsys, broken, code, said
+):
+    monkeypatch.setattr(command_line, "run_mode", lambda _: broken())
+    assert command_line.main(["--run_mode=score"]) == code
+    assert said in capsys.readouterr().err
+
+
+def test_what_a_device_lacks_is_not_the_storages(monkeypatch):
+    broken = library(jax.errors.JaxRuntimeError, "UNAVAILABLE: the device is lost")
+    monkeypatch.setattr(command_line, "run_mode", lambda _: broken())
+    with pytest.raises(jax.errors.JaxRuntimeError, match="the device is lost"):
+        command_line.main(["--run_mode=score"])
 
 
 def test_sigterm_before_training_starts_asks_to_be_started_again(monkeypatch, capsys):

@@ -15,8 +15,8 @@ import jax
 from glimmer_jax.lengths import Lengths
 from glimmer_jax.modes import checks
 from glimmer_jax.partitioning import MeshConfig, make_mesh
-from glimmer_jax.preflight import chips
-from glimmer_jax.preflight.compiling import Compiled, compile_program, flops_of
+from glimmer_jax.preflight import chips, programs
+from glimmer_jax.preflight.compiling import Compiled, after_lookup, compile_program, flops_of
 from glimmer_jax.preflight.nearest import changes, macros_of, with_remat
 from glimmer_jax.preflight.programs import JOBS, Settings
 from glimmer_jax.preflight.report import Report
@@ -106,6 +106,10 @@ def examine(job: str, settings: Settings, place: chips.Topology, devices: list[A
         checks.passages_divide(lengths, mesh)
     program = JOBS[job](settings, mesh)
     compiled = compile_program(program, mesh)
+    if (lookup := programs.lookup(settings, mesh)) is not None:
+        found = compile_program(lookup, mesh)
+        memory = programs.bytes_on_device(program.kinds["batch"]["passage_memory"])
+        compiled = after_lookup(found, compiled, memory)
     model_flops = compiled.flops
     if job == "train" and model.config.t5.remat_policy != "none":
         plain = {**settings, "model": with_remat(model, "none")}
@@ -123,18 +127,15 @@ def _report(
     model_flops: int,
 ) -> Report:
     chip = place.chip
-    # Kept on the devices beside the program, which gets its rows.
-    table = 0
-    if settings.get("memory_dir") is not None:
-        table = settings.get("memory_bytes_per_device") or 0
     bytes_per_chip = {kind: size * chip.devices for kind, size in compiled.bytes_per_device.items()}
-    total = bytes_per_chip.pop("total") + table * chip.devices
+    total = bytes_per_chip.pop("total")
     optimiser = bytes_per_chip.pop("optimiser", 0)
+    table = bytes_per_chip.pop("memory_table", 0)
     bytes_per_chip = {
         "parameters": bytes_per_chip.pop("parameters"),
         "optimiser": optimiser,
         **bytes_per_chip,
-        "memory_table": table * chip.devices,
+        "memory_table": table,
         "total": total,
     }
     peak = chip.peak_flops * place.chips

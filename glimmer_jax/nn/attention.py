@@ -147,6 +147,7 @@ class Attention(nn.Module):
         """
         query = self._split_heads(self.query(x), self.num_heads)
         if self.fused:
+            assert bias is not None
             key, value = keys_values
             value = self._dropped(value)
             out = fused_attention.attend(query, key, value, mask[..., 0, 0, :], bias)

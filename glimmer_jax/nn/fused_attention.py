@@ -1,5 +1,7 @@
 """Self-attention by cuDNN's fused kernel, with T5's position bias: no logit reaches a GPU's memory."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
@@ -15,7 +17,7 @@ def attend(
     value: jax.Array,
     key_mask: jax.Array,
     bias: jax.Array,
-    implementation: str = "cudnn",
+    implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
     """`nn.attention.attend` for a sequence that attends to itself, in bfloat16.
 

@@ -62,6 +62,32 @@ def compile_program(program: Program, mesh: Mesh) -> Compiled:
     )
 
 
+def after_lookup(lookup: Compiled, step: Compiled, memory: int) -> Compiled:
+    """The step with the lookup that runs before it, as one: what both send, and the larger need.
+
+    Args:
+      memory: bytes on a device of what the lookup finds, which is a part of the step's batch.
+    """
+    kinds = dict(step.bytes_per_device)
+    table = kinds["memory_table"] = lookup.bytes_per_device["memory_table"]
+    more = lookup.bytes_per_device["activations"] - memory - kinds["activations"]
+    if more > 0:
+        kinds["activations"] += more
+    kinds["total"] += table + max(more, 0)
+    traffic = dict(step.traffic)
+    for kind, one in lookup.traffic.items():
+        other = traffic.get(kind, Traffic(0, 0))
+        traffic[kind] = Traffic(one.count + other.count, one.bytes + other.bytes)
+    return dataclasses.replace(
+        step,
+        bytes_per_device=kinds,
+        traffic=traffic,
+        between_slices=step.between_slices + lookup.between_slices,
+        cycles=step.cycles and step.cycles + lookup.cycles,
+        why_not=step.why_not or lookup.why_not,
+    )
+
+
 def flops_of(program: Program, mesh: Mesh) -> int:
     """Floating-point operations of one step's matrix products, on all devices."""
     with jax.set_mesh(mesh):

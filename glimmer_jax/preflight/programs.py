@@ -1,17 +1,19 @@
 """The program that each job runs on its devices, with shapes in place of arrays."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from glimmer_jax import partitioning
+from glimmer_jax import axes, partitioning
 from glimmer_jax.lengths import Lengths, check_lengths
-from glimmer_jax.memory import encoder
+from glimmer_jax.memory import encoder, table
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.serving import prepare
 from glimmer_jax.serving.predict import predict_step
@@ -88,6 +90,33 @@ def build_memory(settings: Settings, mesh: Mesh) -> Program:
     tokens = jax.ShapeDtypeStruct((rows, settings["max_length"]), jnp.int32, sharding=spread)
     step = encoder.encode_step(model.memory_states, mesh, model.config.memory_codec)
     return Program(step, (params, tokens), {"parameters": params, "batch": tokens})
+
+
+def lookup(settings: Settings, mesh: Mesh) -> Program | None:
+    """A batch's passages out of a table that fills what it may; None for a job without one."""
+    room = settings.get("memory_bytes_per_device") or 0
+    if settings.get("memory_dir") is None or not room:
+        return None
+    model = settings["model"]
+    lengths = check_lengths(settings["task_feature_lengths"])
+    specs = model.memory_specs()
+    token = sum(
+        math.prod(trailing) * np.dtype(dtype).itemsize for trailing, dtype in specs.values()
+    )
+    pages = max(room // (table.PAGE_TOKENS * token), 1) * mesh.size
+    rows = max(pages * table.PAGE_TOKENS // lengths.passage, 1)
+    spread = NamedSharding(mesh, partitioning.spec((axes.MEMORY_ROWS,)))
+    whole = partitioning.replicated(mesh)
+    number: Any = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=whole)
+    page: dict[str, Any] = {
+        name: jax.ShapeDtypeStruct((pages, table.PAGE_TOKENS, *trailing), dtype, sharding=spread)
+        for name, (trailing, dtype) in specs.items()
+    }
+    memory = table.Table(page, number, number)
+    wanted = (settings["batch_size"], lengths.passages)
+    function = jax.jit(functools.partial(table.lookup, length=lengths.passage, mesh=mesh))
+    arguments = (memory, jax.ShapeDtypeStruct(wanted, jnp.int32, sharding=whole))
+    return Program(function, arguments, {"memory_table": memory})
 
 
 JOBS: dict[str, Callable[[Settings, Mesh], Program]] = {
