@@ -8,6 +8,9 @@ POLL = 20.0  # seconds between two looks at the state
 # At shipping, since workers refuse connections for a while after they say they are ready; and at asking
 # for the state, since one failed question must not give the machines away.
 ATTEMPTS = 3
+# gcloud's error where there is no machine of the name. All its others (login, permissions, a wrong
+# zone, the network) say nothing of the machine.
+NOT_FOUND = "NOT_FOUND:"
 
 
 def play(plan: Machines, interrupts: Interrupts, poll: float = POLL) -> int:
@@ -23,16 +26,24 @@ def play(plan: Machines, interrupts: Interrupts, poll: float = POLL) -> int:
       that fails; 1 if a finished job's machines could not be deleted.
 
     Raises:
-      ValueError: there are machines of that name. They belong to another run, and stay.
+      ValueError: there are machines of that name, which belong to another run and stay; or gcloud
+        does not say whether there are.
     """
     # Only here: all that has the name later on is ours, and is deleted.
-    print(f"launch: the name {plan.name} is free where the next answer is NOT_FOUND", flush=True)
-    if (state := read(plan.describe)) is not None:
+    answer = read(plan.describe)
+    if not answer.code:
         raise ValueError(
-            f"--name must be free, and there is a {plan.name} already, in state {state}. Choose "
-            "another --name; or, if no run needs it, delete it by hand and launch again: "
+            f"--name must be free, and there is a {plan.name} already, in state {answer.text}. "
+            "Choose another --name; or, if no run needs it, delete it by hand and launch again: "
             f"{shell(plan.delete)}"
         )
+    if NOT_FOUND not in answer.errors:
+        raise ValueError(
+            f"--name must be free, and gcloud does not say whether there is a {plan.name}: "
+            f"{answer.errors or f'exit code {answer.code}'}\nNothing was made or deleted. Mend the "
+            "login (gcloud auth login), --zone, --project or your permissions, and launch again."
+        )
+    print(f"launch: {NOT_FOUND} the name {plan.name} is free", flush=True)
     for left in range(plan.recreate, -1, -1):
         code, lost = _life(plan, interrupts, poll)
         if interrupts.count:
@@ -79,11 +90,14 @@ def _work(plan: Machines, interrupts: Interrupts, poll: float) -> tuple[int, boo
 
 
 def _state(plan: Machines, interrupts: Interrupts, poll: float) -> str | None:
-    """What gcloud calls it; None where that cannot be learnt in several attempts."""
+    """What gcloud calls it; None where it is gone, or gives no answer in several attempts."""
     for attempt in range(ATTEMPTS):
         if attempt:
             interrupts.sleep(poll)
-        state = read(plan.describe)
-        if state is not None or interrupts.count:
-            return state
+        answer = read(plan.describe)
+        # A state that is not set is printed as nothing, and no answer either.
+        if not answer.code and answer.text:
+            return answer.text
+        if NOT_FOUND in answer.errors or interrupts.count:
+            break
     return None

@@ -56,7 +56,8 @@ class Machines:
 
     def text(self) -> str:
         return (
-            f"# fails, or the name is taken and nothing is done\n{lines(self.describe)}"
+            f"# must say NOT_FOUND: else the name is not free, and nothing is done\n"
+            f"{lines(self.describe)}"
             f"# create; lost machines are made again, {self.recreate} times at most\n"
             f"{lines(self.create)}"
             f"# until it prints {self.ready}, while it prints {', '.join(self.waiting)}\n"

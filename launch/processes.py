@@ -1,14 +1,17 @@
 """Runs commands as one job: streams what they say, passes signals on, leaves nothing behind."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from types import FrameType, TracebackType
+from typing import Any
 
 from launch.plans import Argv, shell
 
@@ -18,6 +21,15 @@ GRACE = 180.0
 POLL = 0.05  # seconds
 # Set for a launcher that another one started: it stops when its input ends. See `obey_input`.
 TIED = "GLIMMER_LAUNCH_TIED"
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """How a command ended, as shells report it, and what it printed, stripped."""
+
+    code: int
+    text: str
+    errors: str
 
 
 class Interrupts:
@@ -105,21 +117,26 @@ def run_again(argv: Argv, interrupts: Interrupts, *, attempts: int, pause: float
     return code
 
 
-def read(argv: Argv) -> str | None:
-    """What a command prints, stripped; None if it fails, or is silent for two minutes."""
-    try:
-        done = subprocess.run(
-            argv,
-            check=False,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            timeout=120,
-        )
-    except subprocess.TimeoutExpired:
-        return None
-    return None if done.returncode else done.stdout.strip()
+def read(argv: Argv, seconds: float = 120.0) -> Answer:
+    """What a command answers; what it says on stderr is shown. After so long it is killed."""
+    with subprocess.Popen(
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            text, errors = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            # With what it has started, which holds our pipes open.
+            _send([process], signal.SIGKILL)
+            text, errors = process.communicate()
+            errors += f"{argv[0]} gave no answer within {seconds:g} s\n"
+    sys.stderr.write(errors)
+    sys.stderr.flush()
+    return Answer(_failure([process]), text.strip(), errors.strip())
 
 
 def obey_input() -> None:
@@ -135,9 +152,7 @@ def obey_input() -> None:
     threading.Thread(target=watch, name="input", daemon=True).start()
 
 
-def _wait(
-    processes: Sequence[subprocess.Popen[bytes]], interrupts: Interrupts, grace: float
-) -> int:
+def _wait(processes: Sequence[subprocess.Popen[Any]], interrupts: Interrupts, grace: float) -> int:
     heard, code, deadline = 0, 0, float("inf")
     while running := [process for process in processes if process.poll() is None]:
         if interrupts.count > heard:
@@ -154,13 +169,13 @@ def _wait(
     return code or _failure(processes)
 
 
-def _failure(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+def _failure(processes: Sequence[subprocess.Popen[Any]]) -> int:
     """Exit code of the first that ended badly, as shells report it; 0 if there is none."""
     codes = [process.returncode for process in processes if process.returncode]
     return 0 if not codes else codes[0] if codes[0] > 0 else 128 - codes[0]
 
 
-def _send(processes: Sequence[subprocess.Popen[bytes]], number: signal.Signals) -> None:
+def _send(processes: Sequence[subprocess.Popen[Any]], number: signal.Signals) -> None:
     for process in processes:
         with contextlib.suppress(ProcessLookupError):  # The whole group has ended.
             os.killpg(process.pid, number)

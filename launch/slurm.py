@@ -11,7 +11,14 @@ from launch.plans import Submission, check_at_least, check_name, check_words, gl
 from launch.processes import GRACE
 
 FINAL_SAVE = 120  # seconds between SIGTERM and the time limit
-RESTARTS = 10  # of a job, after which one whose process was killed is not started again
+# In a row, of lives that were killed or short; then the job is not started again. A longer one that
+# ends with 42 has come further, and does not count.
+RESTARTS = 10
+SHORT = 600  # seconds
+# Runs a process. srun gives the highest code of all: so bad input (2) goes above everything, and a
+# crash (1) above the 42 of those that it took along. SIGTERM reaches this shell too, which waits
+# all the same.
+CODES = """trap : TERM; "$@"; code=$?; case $code in 1) exit 100;; 2) exit 255;; esac; exit $code"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,18 +70,29 @@ def script(slurm: Slurm, flags: Sequence[str], folder: str, python: str, code: s
         "open-mode": "append",
     }
     head = "".join(f"#SBATCH --{k}={v}\n" for k, v in options.items() if v is not None)
+    process = ("bash", "-c", CODES, "glimmer", *glimmer(python, flags))
     return f"""#!/bin/bash
 {head}#SBATCH --requeue
 # Code: {code}
 cd {shlex.quote(folder)} || exit 2
 # The others follow a process that ended, or are ended after so many seconds.
-srun --wait={GRACE:.0f} {shell(glimmer(python, flags))}
+srun --wait={GRACE:.0f} {shell(process)}
 code=$?
-# srun gives the highest code of all processes. 42: stopped at the time limit or for another job, and
-# saved. 128 and more: one was killed, for its memory or with its node, and may be once more.
-if [ "$code" -eq 42 ] ||
-  {{ [ "$code" -ge 128 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {RESTARTS} ]; }}; then
-  scontrol requeue "$SLURM_JOB_ID"
+case $code in 100) code=1 ;; 255) code=2 ;; esac
+# 42: stopped at the time limit or for another job, and saved. 128 and more: a process was killed,
+# for its memory or with its node, and may be once more. Each cut-short life is a line of a file.
+short="{slurm.name}-$SLURM_JOB_ID.short"
+if [ "$code" -ge 128 ] || {{ [ "$code" -eq 42 ] && [ "$SECONDS" -lt {SHORT} ]; }}; then
+  echo "$code" >> "$short"
+else
+  rm -f "$short"
+fi
+if [ "$code" -eq 42 ] || [ "$code" -ge 128 ]; then
+  if [ ! -e "$short" ] || [ "$(wc -l < "$short")" -le {RESTARTS} ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+  else
+    echo "launch: cut short {RESTARTS + 1} times in a row, not started again: $short"
+  fi
 fi
 exit "$code"
 """

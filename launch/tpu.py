@@ -74,7 +74,7 @@ def tpu_vm(tpu: Tpu, flags: Sequence[str], archive: str) -> Machines:
         create=(f"--version={tpu.version}",),
         state="state",
         ready="READY",
-        waiting=("CREATING", "STARTING", "RESTARTING", "REPAIRING"),
+        waiting=("CREATING", "STARTING", "RESTARTING", "REIMAGING", "REPAIRING", "UNHIDING"),
     )
 
 

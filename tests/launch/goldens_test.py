@@ -9,8 +9,10 @@ import inspect
 import os
 import pathlib
 import shlex
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -165,29 +167,91 @@ def test_an_installed_package_cannot_be_shipped():
         record.archive_path(record.Code(None, None, b""))
 
 
+# Ends as $CODE says. After it, srun's: one process for each of $CODES, and the highest code of all.
+PROCESS = """#!/bin/sh
+[ "$CODE" -lt 128 ] || kill -$((CODE - 128)) $$
+exit "$CODE"
+"""
+SRUN = """
+export CODE
+srun() {
+  shift
+  highest=0
+  for CODE in $CODES; do
+    "$@"
+    code=$?
+    [ "$code" -le "$highest" ] || highest=$code
+  done
+  return "$highest"
+}
+scontrol() { echo "$@"; }
+"""
+
+
+def slurm_life(folder, codes, seconds=0):
+    """How a script ends whose processes end with `codes` after so long, and what it prints."""
+    python = folder / "python"
+    python.write_text(PROCESS)
+    python.chmod(0o755)
+    text = slurm.script(slurm.Slurm("run1"), FLAGS, str(folder), str(python), "code")
+    environment = {
+        **os.environ,
+        "CODES": str(codes),
+        "SLURM_JOB_ID": "7",
+        "SLURM_RESTART_COUNT": "500",
+    }
+    done = subprocess.run(
+        ["bash", "-c", f"{SRUN}SECONDS={seconds}\n{text}"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stdout
+
+
 @pytest.mark.parametrize(
-    ("code", "restarts", "requeued"),
+    ("codes", "code", "requeued"),
     [
-        (0, "", False),
-        (1, "", False),
-        (2, "", False),
-        (42, "", True),
-        (42, "500", True),
-        (137, "", True),
-        (137, str(slurm.RESTARTS - 1), True),
-        (137, str(slurm.RESTARTS), False),
+        ("0 0", 0, False),
+        ("1", 1, False),
+        ("42 1 42", 1, False),
+        ("42 2 42", 2, False),
+        ("137 1 2 42", 2, False),
+        ("42 42", 42, True),
+        ("0 42", 42, True),
+        ("42 137 1", 137, True),
     ],
 )
-def test_slurm_starts_again_what_saved_or_was_killed(tmp_path, code, restarts, requeued):
-    asked = slurm.Slurm("run1")
-    text = slurm.script(asked, FLAGS, str(tmp_path), "python", "code")
-    stub = f'srun() {{ return {code}; }}; scontrol() {{ echo "$@"; }}; export SLURM_JOB_ID=7'
-    environment = {**os.environ, "SLURM_RESTART_COUNT": restarts}
-    done = subprocess.run(
-        ["bash", "-c", f"{stub}\n{text}"], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == code and not done.stderr
-    assert done.stdout == ("requeue 7\n" if requeued else "")
+def test_slurm_starts_again_what_saved_or_was_killed(tmp_path, codes, code, requeued):
+    assert slurm_life(tmp_path, codes) == (code, "requeue 7\n" if requeued else "")
+
+
+@pytest.mark.parametrize(("code", "seconds"), [(42, 0), (137, 0), (137, 10 * slurm.SHORT)])
+def test_slurm_gives_up_after_many_cut_short_lives_in_a_row(tmp_path, monkeypatch, code, seconds):
+    monkeypatch.setattr(slurm, "RESTARTS", 2)
+    again = "requeue 7\n"
+    for _ in range(2):
+        assert slurm_life(tmp_path, code, seconds) == (code, again)
+    # One that came further.
+    assert slurm_life(tmp_path, 42, slurm.SHORT) == (42, again)
+    for _ in range(2):
+        assert slurm_life(tmp_path, code, seconds) == (code, again)
+    last, said = slurm_life(tmp_path, code, seconds)
+    assert last == code and "cut short 3 times in a row, not started again" in said
+    assert again not in said
+    assert slurm_life(tmp_path, 0) == (0, "")
+    assert not (tmp_path / "run1-7.short").exists()
+
+
+def test_a_process_under_slurm_has_its_time_to_save(tmp_path):
+    saves = f"trap 'sleep 0.3; exit 42' TERM; touch {tmp_path}/up; while :; do sleep 0.05; done"
+    wrapped = ["bash", "-c", slurm.CODES, "glimmer", "sh", "-c", saves]
+    with subprocess.Popen(wrapped, start_new_session=True) as process:
+        while not (tmp_path / "up").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(30) == 42
 
 
 def test_the_others_of_a_job_live_until_jax_has_missed_one():

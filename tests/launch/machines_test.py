@@ -1,6 +1,5 @@
 """A TPU's whole life through the real runner: create, preempt, create again, delete. No cloud."""
 
-import functools
 import json
 import os
 import pathlib
@@ -13,47 +12,15 @@ import time
 import pytest
 
 import launch.__main__ as command_line
-from launch import lifecycle, local, plans, record, tpu
+from launch import local, plans, record, tpu
 
 HERE = pathlib.Path(__file__).parent
 OPTIONS = ["--name=run1", "--zone=z", "--accelerator_type=v5p-8", "--version=v2-alpha-tpuv5"]
 FLAGS = ["--run_mode=score", "--gin.QUESTIONS='it''s $HOME; \"a b\"'"]
-# In the place of an environment: a python that writes down its arguments and obeys $JOB.
-PYTHON = """#!/bin/sh
-printf '%s\\n' "$@" > "$GCLOUD_STUB/seen"
-eval "$JOB"
-"""
 SETUP = "mkdir -p .venv/bin && cp fake_python .venv/bin/python"
 PREEMPTED = (
     '[ "$verb" = run ] && touch "taken$life" && exit 255\n[ -e "taken$life" ] && state=PREEMPTED'
 )
-
-
-@pytest.fixture
-def gcloud(tmp_path, monkeypatch):
-    """The stub's folder; it is on PATH, the code is a tiny checkout, and nothing waits long."""
-    folder = tmp_path / "stub"
-    (folder / "lives").mkdir(parents=True)
-    for life in range(1, 5):
-        (folder / "lives" / str(life)).touch()
-    (folder / "bin").mkdir()
-    shutil.copy(HERE / "gcloud_stub", folder / "bin" / "gcloud")
-    (folder / "bin" / "gcloud").chmod(0o755)
-    code = tmp_path / "code"
-    code.mkdir()
-    (code / "fake_python").write_text(PYTHON)
-    (code / "fake_python").chmod(0o755)
-    git = ["git", "-C", str(code), "-c", "user.name=a", "-c", "user.email=a@example.org"]
-    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
-        subprocess.run([*git, *arguments], check=True)
-    (code / "new.py").write_text("not committed\n")
-    monkeypatch.setattr(command_line, "ROOT", code)
-    monkeypatch.setattr(lifecycle, "play", functools.partial(lifecycle.play, poll=0.01))
-    monkeypatch.setenv("PATH", f"{folder}/bin:{os.environ['PATH']}")
-    monkeypatch.setenv("GCLOUD_STUB", str(folder))
-    monkeypatch.setenv("JOB", "exit 0")
-    monkeypatch.chdir(tmp_path)
-    return folder
 
 
 def go(target="tpu_vm", *options):
@@ -180,6 +147,40 @@ def test_the_machines_of_another_run_are_left_alone(gcloud, capfd, target):
     assert "there is a run1 already, in state READY. Choose another --name" in said
     group = {"tpu_vm": "tpu-vm", "queued_resource": "queued-resources"}[target]
     assert f"gcloud compute tpus {group} delete run1 --zone=z --quiet" in said
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "PERMISSION_DENIED: Permission denied on 'locations/z' (or it may not exist).",
+        "You do not currently have an active account selected.",
+        "There was a problem refreshing your current auth tokens: ('invalid_grant')",
+    ],
+)
+def test_where_gcloud_does_not_say_that_the_name_is_free_nothing_is_done(gcloud, capfd, reason):
+    (gcloud / "refused").write_text(reason)
+    assert go() == 2
+    assert [line.split()[3] for line in (gcloud / "log").read_text().splitlines()] == ["describe"]
+    said = capfd.readouterr().err
+    error = f"ERROR: (gcloud.compute.tpus.tpu-vm.describe) {reason}"
+    assert f"does not say whether there is a run1: {error}" in said
+    assert "gcloud auth login" in said and "--zone" in said
+
+
+def test_machines_that_are_not_found_are_lost_at_the_first_answer(gcloud, monkeypatch):
+    life(gcloud, 1, '[ "$verb" = run ] && touch gone && exit 255')
+    life(gcloud, 1, '[ "$verb" = describe ] && [ -e gone ] && not_found')
+    assert go() == 0
+    kinds = [line.split()[3] for line in (gcloud / "log").read_text().splitlines()]
+    # The name, ready, gone; ready.
+    assert kinds.count("describe") == 4
+    assert verbs(gcloud) == ONE_LIFE * 2
+
+
+def test_a_state_that_is_not_set_yet_is_asked_for_again(gcloud):
+    life(gcloud, 1, '[ "$verb" = describe ] && [ ! -e asked ] && touch asked && state=')
+    assert go("queued_resource") == 0
+    assert verbs(gcloud) == ONE_LIFE
 
 
 def test_machines_that_could_not_be_deleted_are_named(gcloud, capfd):

@@ -15,7 +15,7 @@ import pytest
 
 from launch import local
 from launch.plans import shell
-from launch.processes import TIED, Interrupts, read, run, run_again
+from launch.processes import TIED, Answer, Interrupts, read, run, run_again
 from tests.training import toy_job
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -93,8 +93,20 @@ def test_input_reaches_the_command_and_output_is_read(tmp_path):
     assert run([sh(f"cat > {target}")], Interrupts(), stdin="a\nb\n") == 0
     assert target.read_text() == "a\nb\n"
     assert run([sh("exit 5")], Interrupts(), stdin="x" * 1_000_000) == 5
-    assert read(sh("echo READY")) == "READY"
-    assert read(sh("echo READY; exit 1")) is None
+
+
+def test_an_answer_is_what_was_printed_and_complaints_are_shown(capfd):
+    assert read(sh("echo READY; echo old >&2")) == Answer(0, "READY", "old")
+    assert read(sh("echo READY; echo no >&2; exit 3")) == Answer(3, "READY", "no")
+    assert capfd.readouterr().err == "old\nno\n"
+
+
+def test_a_silent_command_is_ended_with_what_it_started(tmp_path):
+    begin = time.monotonic()
+    answer = read(sh(f"echo $$ > {tmp_path}/pid; sleep 1000 & sleep 1000"), seconds=0.5)
+    assert time.monotonic() - begin < 30
+    assert answer == Answer(137, "", "sh gave no answer within 0.5 s")
+    assert not alive(int((tmp_path / "pid").read_text()))
 
 
 def test_a_command_is_tried_again_until_it_succeeds(tmp_path, capfd):
