@@ -62,6 +62,26 @@ def read_file(kvstore: ts.KvStore, key: str) -> bytes | None:
     return None if result.state == "missing" else bytes(result.value)
 
 
+def read_range(kvstore: ts.KvStore, file: str, start: int, stop: int) -> bytes:
+    """Bytes `[start, stop)` of a file, fewer where it ends before.
+
+    Raises:
+      OSError: the storage did not answer, or refused.
+      ValueError: there is no such file.
+    """
+    for byte_range in (slice(start, stop), slice(start, None)):
+        try:
+            result = kvstore.read(file, byte_range=byte_range).result()
+        except ValueError as error:
+            if not is_damage(error):
+                raise unreachable(f"{kvstore.url}{file}", error) from error
+            continue  # The file ends within the range: what is left is less than was asked.
+        if result.state == "missing":
+            raise ValueError(f"{kvstore.url}{file} is missing. Fetch it again.")
+        return bytes(result.value)
+    return b""
+
+
 def list_files(kvstore: ts.KvStore, prefix: str) -> list[str]:
     """Keys that begin with `prefix`, sorted. Raises OSError where the storage did not answer."""
     try:

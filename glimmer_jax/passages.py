@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from glimmer_jax import paths
+from glimmer_jax import fetch, paths
 from glimmer_jax.json_lines import dump_line, parse_line
 from glimmer_jax.text import passage_text
 
@@ -266,10 +266,12 @@ class Passages:
     def open(cls, path: str | Path, fingerprint: str | None = None) -> "Passages":
         """Opens a folder after cheap checks: version, sizes, and the vocabulary if given.
 
+        One in a bucket is copied to this disk first (`fetch`).
+
         Raises ValueError where the folder is missing, unfinished or damaged, of another format, or
         made with another vocabulary.
         """
-        folder = paths.local("PASSAGES_DIR", path)
+        folder = fetch.fetch_folder("PASSAGES_DIR", path, MANIFEST, FILES)
         _put_back(folder)
         if not folder.is_dir():
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Paths of what is read from a local disk alone, by memory maps and libraries without buckets."""
+"""Paths of what is written to a local disk alone, by libraries that know no buckets."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ def local(name: str, path: Any) -> Path:
     if "://" in text:
         # pathlib would take it for a folder `gs:` here.
         raise ValueError(
-            f"{name} is read from and written to a local disk, got {text}. Copy it to every machine "
-            "first (gcloud storage cp -r), or from here afterwards, and give the local path."
+            f"{name} is written to a local disk, got {text}. Give a local path, and copy what is "
+            "written into the bucket (gcloud storage cp -r)."
         )
     return Path(text)

@@ -17,8 +17,9 @@ ROOT = PACKAGE.parent
 # From the bottom up: a module imports modules of its own group and of groups above it in this list.
 LAYERS = (
     ("axes", "text", "lengths"),
-    ("json_lines", "kilt", "preemption", "lock", "distributed", "shipped", "paths")
-    + ("folder", "quiet", "last_words", "kilt_files", "kilt_parquet", "parquet", "triviaqa"),
+    ("json_lines", "kilt", "preemption", "lock", "distributed", "shipped", "paths", "folder")
+    + ("fetch", "storage_errors", "quiet", "last_words", "kilt_files", "kilt_parquet", "parquet")
+    + ("triviaqa",),
     ("corpus",),
     ("partitioning",),
     ("product_quantisation",),
@@ -43,7 +44,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Data hangs on the ground alone: it knows files and batches, no model.
 DATA_MAY_USE = {
     *("axes", "text", "lengths", "json_lines", "corpus", "kilt", "kilt_files", "passages", "data"),
-    "paths",
+    "fetch",
 }
 CORE = (
     "axes",

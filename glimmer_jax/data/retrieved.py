@@ -15,7 +15,7 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from glimmer_jax import paths
+from glimmer_jax import fetch
 from glimmer_jax.data import preprocessors
 from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.kilt import read_examples
@@ -30,9 +30,9 @@ VOCABULARY_VARIABLE = "GLIMMER_VOCABULARY"
 DEFAULT_DATA_DIR = "data/retrieved"
 
 
-def data_dir() -> Path:
+def data_dir() -> str:
     """Folder of the retrieved files: environment variable GLIMMER_DATA_DIR, or data/retrieved."""
-    return paths.local("DATA_DIR", os.environ.get(DATA_DIR_VARIABLE, DEFAULT_DATA_DIR))
+    return os.environ.get(DATA_DIR_VARIABLE, DEFAULT_DATA_DIR)
 
 
 def min_bleu_score() -> float:
@@ -76,14 +76,15 @@ def use(
 
 
 def retrieved_file(task: str, split: str) -> Path:
-    """The file of a task and split.
+    """The file of a task and split; of a bucket's, its copy on this disk.
 
     Raises:
       ValueError: no such split or file.
     """
     if split not in FILE_SPLITS:
         raise ValueError(f"Splits are {', '.join(FILE_SPLITS)}; got {split!r}.")
-    path = data_dir() / f"{task}-{FILE_SPLITS[split]}.jsonl"
+    file = f"{task}-{FILE_SPLITS[split]}.jsonl"
+    path = fetch.fetch_file("DATA_DIR", f"{data_dir().rstrip('/')}/{file}")
     if not path.is_file():
         raise ValueError(
             f"No retrieved file {path}. Set DATA_DIR (or {DATA_DIR_VARIABLE}) to the folder that "

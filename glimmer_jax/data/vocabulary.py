@@ -20,7 +20,7 @@ from typing import Any
 
 import sentencepiece
 
-from glimmer_jax import paths
+from glimmer_jax import fetch
 from glimmer_jax.text import passage_text, question_text
 
 PYDOCS_MODEL = Path(__file__).parent / "pydocs.model"
@@ -35,7 +35,7 @@ class Vocabulary:
     """A SentencePiece model file with sentinels on top: text to ids and back.
 
     Attributes:
-      path: the SentencePiece model file; None for the built-in one.
+      path: the SentencePiece model file, of a bucket's its copy here; None for the built-in one.
       extra_ids: number of sentinels; `<extra_id_0>` has the largest id.
     """
 
@@ -43,7 +43,7 @@ class Vocabulary:
     extra_ids: int = EXTRA_IDS
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", paths.local("VOCABULARY", self.path or PYDOCS_MODEL))
+        object.__setattr__(self, "path", fetch.fetch_file("VOCABULARY", self.path or PYDOCS_MODEL))
         if not Path(self.path).is_file():
             raise ValueError(
                 f"No vocabulary file {self.path}. Give the path of a SentencePiece model, or leave "

@@ -5,7 +5,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from glimmer_jax import axes, partitioning, paths
+from glimmer_jax import axes, fetch, partitioning
 from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.lengths import Lengths, check_lengths
 from glimmer_jax.models.glimmer import GlimmerConfig
@@ -20,8 +20,8 @@ def required(**values: Any) -> None:
 
 
 def existing_file(name: str, path: Any) -> Path:
-    """The path, if it is a file; `name` is the macro that a user sets."""
-    path = paths.local(name, path)
+    """The path, if it is a file, or that of a bucket's copy; `name` is the macro that a user sets."""
+    path = fetch.fetch_file(name, path)
     if not path.is_file():
         raise ValueError(f"{name}: there is no file {path}. Check the path.")
     return path

@@ -12,7 +12,8 @@ import msgpack
 import numpy as np
 import tensorstore as ts
 
-from glimmer_jax.weights.raw import Place, read_range
+from glimmer_jax import folder
+from glimmer_jax.weights.raw import Place
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _HEADER_BYTES = 100_000_000  # at most; the library's own limit
@@ -30,9 +31,9 @@ def safetensors_places(kvstore: ts.KvStore, file: str) -> dict[str, Place]:
     Raises:
       ValueError: it is missing, is no such file, or holds tensors that are no floating-point numbers.
     """
-    size = int.from_bytes(read_range(kvstore, file, 0, 8), "little")
+    size = int.from_bytes(folder.read_range(kvstore, file, 0, 8), "little")
     try:
-        header = json.loads(read_range(kvstore, file, 8, 8 + min(size, _HEADER_BYTES)))
+        header = json.loads(folder.read_range(kvstore, file, 8, 8 + min(size, _HEADER_BYTES)))
         header.pop("__metadata__", None)
         kinds = {one["dtype"] for one in header.values()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -58,7 +59,7 @@ def flax_places(kvstore: ts.KvStore, file: str) -> dict[tuple[str, ...], Place]:
     Raises:
       ValueError: it is missing, is no such file, or holds an array in chunks.
     """
-    read_range(kvstore, file, 0, 1)  # names a missing file
+    folder.read_range(kvstore, file, 0, 1)  # names a missing file
     try:
         return dict(_Walk(kvstore, file).arrays(()))
     except (msgpack.UnpackException, ValueError, KeyError, TypeError, IndexError) as error:
@@ -119,7 +120,7 @@ class _Walk:
         at = self._at - self._start
         if not 0 <= at <= len(self._window) - count:
             stop = self._at + _WINDOW_BYTES
-            self._window = read_range(self._kvstore, self._file, self._at, stop)
+            self._window = folder.read_range(self._kvstore, self._file, self._at, stop)
             self._start, at = self._at, 0
         return self._window[at : at + count]
 

@@ -33,26 +33,6 @@ class Place(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def read_range(kvstore: ts.KvStore, file: str, start: int, stop: int) -> bytes:
-    """Bytes `[start, stop)` of a file, fewer where it ends before.
-
-    Raises:
-      OSError: the storage did not answer, or refused.
-      ValueError: there is no such file.
-    """
-    for byte_range in (slice(start, stop), slice(start, None)):
-        try:
-            result = kvstore.read(file, byte_range=byte_range).result()
-        except ValueError as error:
-            if not folder.is_damage(error):
-                raise folder.unreachable(f"{kvstore.url}{file}", error) from error
-            continue  # The file ends within the range: what is left is less than was asked.
-        if result.state == "missing":
-            raise ValueError(f"{kvstore.url}{file} is missing. Fetch it again.")
-        return bytes(result.value)
-    return b""
-
-
 def exists(kvstore: ts.KvStore, file: str) -> bool:
     """Whether a folder has a file that is not empty.
 
@@ -111,7 +91,7 @@ def _mapped(kvstore: ts.KvStore, place: Place) -> np.ndarray:
 def _rows(kvstore: ts.KvStore, place: Place, index: tuple[slice, ...]) -> np.ndarray:
     row_bytes = place.num_bytes // place.shape[0]
     start, stop = (place.offset + row * row_bytes for row in (index[0].start, index[0].stop))
-    data = read_range(kvstore, place.file, start, stop)
+    data = folder.read_range(kvstore, place.file, start, stop)
     if len(data) < stop - start:
         raise _too_short(kvstore, place)
     return np.frombuffer(data, place.dtype).reshape(-1, *place.shape[1:])[:, *index[1:]]
