@@ -7,11 +7,12 @@ texts, so the corpus may be tokenised again. A file without a note is taken as i
 """
 
 import json
-from pathlib import Path
+import os
 from typing import Any
 
 from etils import epath
 
+from glimmer_jax.folder import list_files, open_folder, read_file
 from glimmer_jax.json_lines import parse_line
 from glimmer_jax.passages import Passages
 
@@ -19,26 +20,33 @@ _SUFFIX = ".passages.json"
 
 
 def note(path: Any, passages: Passages) -> None:
-    """Notes that a retrieved file, local or in a bucket, names these passages."""
+    """Notes that a retrieved file, local or in a bucket, names these passages; whole or not at all."""
     found = {"corpus_sha256": _corpus(passages), "passages_dir": str(passages.path)}
     text = json.dumps(found, indent=2) + "\n"
-    epath.Path(path).with_suffix(_SUFFIX).write_text(text)
+    note = epath.Path(path).with_suffix(_SUFFIX)
+    partial = note.with_name(f"{note.name}.partial")
+    partial.write_text(text)
+    partial.replace(note)
 
 
-def check(path: str | Path, passages: Passages) -> None:
-    """Compares a retrieved file, or all those of a folder, with the passages at hand.
+def check(path: Any, passages: Passages) -> None:
+    """Compares a retrieved file, or all those of a folder, local or not, with the passages at hand.
 
     Raises ValueError where one was retrieved from another corpus.
     """
-    path = Path(path)
-    notes = sorted(path.glob(f"*{_SUFFIX}")) if path.is_dir() else [path.with_suffix(_SUFFIX)]
+    place = open_folder(path)
+    notes = [key for key in list_files(place, "") if key.endswith(_SUFFIX) and "/" not in key]
+    if not notes:
+        parent, _, file = os.fspath(path).rpartition("/")
+        place, notes = open_folder(parent or "."), [os.path.splitext(file)[0] + _SUFFIX]
     for one in notes:
-        if not one.is_file():
+        data = read_file(place, one)
+        if data is None:
             continue
-        found = parse_line(one.read_bytes(), str(one))
+        found = parse_line(data, f"{place.url}{one}")
         if found.get("corpus_sha256") != _corpus(passages):
             raise ValueError(
-                f"{one.name.removesuffix(_SUFFIX)}.jsonl of {one.parent} was retrieved from "
+                f"{place.url}{one.removesuffix(_SUFFIX)}.jsonl was retrieved from "
                 f"{found.get('passages_dir')}, and {passages.path} holds another corpus. Give the "
                 "passages it was retrieved from, or retrieve again."
             )

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from glimmer_jax.passages import Passages, write_passages
@@ -17,13 +19,21 @@ def test_a_file_belongs_to_its_corpus_however_that_is_tokenised(tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     origin.note(data / "nq-dev.jsonl", mine)
-    for place in (data, data / "nq-dev.jsonl"):
+    for place in (data, data / "nq-dev.jsonl", f"file://{data}", f"file://{data}/nq-dev.jsonl"):
         origin.check(place, mine)
         origin.check(place, shorter)
-        with pytest.raises(
-            ValueError, match="nq-dev.jsonl of .*data was retrieved from .*mine, and"
-        ):
+        with pytest.raises(ValueError, match="data/nq-dev.jsonl was retrieved from .*mine, and"):
             origin.check(place, other)
     # Files without a note are taken as they are.
     origin.check(data / "nq-train.jsonl", other)
     origin.check(tmp_path / "nowhere", other)
+
+
+def test_a_note_is_replaced_and_not_written_over(tmp_path):
+    note, before = tmp_path / "nq-dev.passages.json", tmp_path / "before"
+    for text in ("one", "two"):
+        origin.note(tmp_path / "nq-dev.jsonl", passages(tmp_path / text, text))
+        if not before.exists():
+            os.link(note, before)
+    assert before.read_text() != note.read_text()
+    assert [path.name for path in tmp_path.glob("*.partial")] == []
