@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from fake_gcs import FakeGcs
 
-from glimmer_jax import folder
+from glimmer_jax import fetch, folder
 from glimmer_jax.memory import lookup
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.memory.verify import verify
+from glimmer_jax.passages import Passages, write_passages
 
 # As many as a store's requests in the middle of what is tested.
 FAULTS = {
@@ -70,6 +71,28 @@ def test_a_store_in_a_bucket_has_the_bytes_of_one_on_disk(tiny, tiny_store, buck
     assert lengths[0, 2] == 0 and verify(store) == []
     del bucket.objects["memory/shards/000001/states/c/0/0"]
     assert verify(store) == ["shards/000001/states/c/0/0 is missing"]
+
+
+def test_passages_in_a_bucket_are_fetched_in_blocks(bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv(fetch.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(fetch, "BLOCK_BYTES", 100)
+    records = [{"id": i, "title": f"t{i}", "text": f"text {i}"} for i in range(20)]
+    write_passages(tmp_path / "p", records, lambda t: list(t.encode()), "f", 30, vocab_size=300)
+    with bucket.lock:
+        for path in (tmp_path / "p").iterdir():
+            bucket.put(f"corpus/{path.name}", path.read_bytes())
+        bucket.requests.clear()
+        bucket.faults.extend([503, "reset"])
+    passages = Passages.open("gs://bucket/corpus")
+    assert list(passages.records()) == records
+    passages.verify()
+    # The manifest and five files, most of them of several blocks.
+    assert len(bucket.requests) > 20 and bucket.hit >= 2
+    asked = len(bucket.requests)
+    assert Passages.open("gs://bucket/corpus/").fingerprint == "f"
+    assert len(bucket.requests) == asked + 1
+    with pytest.raises(ValueError, match=r"PASSAGES_DIR: there is no gs://bucket/other/manifest"):
+        Passages.open("gs://bucket/other")
 
 
 @pytest.mark.fault
