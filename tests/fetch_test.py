@@ -11,7 +11,8 @@ import pytest
 from glimmer_jax import fetch, folder
 from glimmer_jax.data import retrieved
 from glimmer_jax.data.vocabulary import PYDOCS_MODEL, Vocabulary
-from glimmer_jax.passages import FILES, MANIFEST, Passages, write_passages
+from glimmer_jax.passages import FILES, MANIFEST, Passages
+from glimmer_jax.passages_writer import write_passages
 
 RECORDS = [{"id": i, "title": f"t{i}", "text": f"text {i}"} for i in range(20)]
 

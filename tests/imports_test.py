@@ -24,7 +24,7 @@ LAYERS = (
     ("partitioning",),
     ("product_quantisation",),
     ("codecs",),
-    ("passages",),
+    ("passages", "passages_writer"),
     ("losses", "decoding"),
     ("nn",),
     ("models",),

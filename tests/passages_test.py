@@ -6,7 +6,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from glimmer_jax.passages import Passages, write_passages
+from glimmer_jax.passages import Passages
+from glimmer_jax.passages_writer import write_passages
 from glimmer_jax.text import passage_text
 
 RECORDS = [

@@ -3,7 +3,7 @@ import pathlib
 import pytest
 
 from glimmer_jax import paths
-from glimmer_jax.passages import write_passages
+from glimmer_jax.passages_writer import write_passages
 
 
 def test_what_is_written_through_memory_maps_is_local():

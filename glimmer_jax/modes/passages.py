@@ -9,7 +9,7 @@ from glimmer_jax.corpus.reading import Reading, read_passages
 from glimmer_jax.corpus.report import Report
 from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.modes import checks
-from glimmer_jax.passages import check_absent, write_passages
+from glimmer_jax.passages_writer import check_absent, write_passages
 
 BUILT_IN = "pydocs"
 

@@ -12,7 +12,7 @@ from glimmer_jax import shipped
 from glimmer_jax.data import retrieved
 from glimmer_jax.data.pydocs_tasks import TASKS
 from glimmer_jax.data.vocabulary import Vocabulary
-from glimmer_jax.passages import write_passages
+from glimmer_jax.passages_writer import write_passages
 
 VERBS = ("open", "close", "read", "write", "find", "split", "join", "sort", "copy", "move")
 COUNT = LENGTHS["passages"][0]

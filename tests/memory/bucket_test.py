@@ -12,7 +12,8 @@ from glimmer_jax import fetch, folder
 from glimmer_jax.memory import lookup
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.memory.verify import verify
-from glimmer_jax.passages import Passages, write_passages
+from glimmer_jax.passages import Passages
+from glimmer_jax.passages_writer import write_passages
 
 # As many as a store's requests in the middle of what is tested.
 FAULTS = {

@@ -20,7 +20,7 @@ from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.models.t5 import T5Config
 from glimmer_jax.modes import codebooks
-from glimmer_jax.passages import write_passages
+from glimmer_jax.passages_writer import write_passages
 from glimmer_jax.weights.model_config import describe
 from glimmer_jax.weights.params_file import save_params_file
 

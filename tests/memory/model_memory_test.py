@@ -18,7 +18,8 @@ from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.models.t5 import T5Config
-from glimmer_jax.passages import Passages, write_passages
+from glimmer_jax.passages import Passages
+from glimmer_jax.passages_writer import write_passages
 
 P, K = 16, 3
 

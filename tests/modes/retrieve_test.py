@@ -9,7 +9,8 @@ from glimmer_jax import main as command_line
 from glimmer_jax.data.retrieved import read_split, use
 from glimmer_jax.json_lines import read_json_lines, write_json_lines
 from glimmer_jax.modes.retrieve import retrieve
-from glimmer_jax.passages import Passages, write_passages
+from glimmer_jax.passages import Passages
+from glimmer_jax.passages_writer import write_passages
 from glimmer_jax.retrieval import origin
 from glimmer_jax.retrieval import retriever as retrievers
 from glimmer_jax.retrieval.bm25 import Bm25Retriever

@@ -2,7 +2,8 @@ import os
 
 import pytest
 
-from glimmer_jax.passages import Passages, write_passages
+from glimmer_jax.passages import Passages
+from glimmer_jax.passages_writer import write_passages
 from glimmer_jax.retrieval import origin
 
 

@@ -12,7 +12,8 @@ from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.model import DecodeConfig, GlimmerModel
 from glimmer_jax.models.t5 import T5Config
 from glimmer_jax.partitioning import MeshConfig, make_mesh
-from glimmer_jax.passages import Passages, write_passages
+from glimmer_jax.passages import Passages
+from glimmer_jax.passages_writer import write_passages
 from glimmer_jax.retrieval.bm25 import Bm25Config
 from glimmer_jax.serving.predict import Predict
 from glimmer_jax.serving.predictor import Predictor
