@@ -4,17 +4,23 @@ A preempted machine sends SIGTERM and allows some seconds. A handler must not sa
 interrupt anything), so it only raises a flag, and every loop that has something to save polls the flag
 between two units of work, saves, and raises `Preempted`, which the command line turns into exit code
 42 ("start me again"). Everything else is simply left, by `leave_at_sigterm`: what it writes appears
-whole or not at all.
+whole or not at all. In a job of many processes `stop_together` leaves it, between two units of work.
 """
 
 import contextlib
+import ctypes
+import itertools
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import FrameType, TracebackType
+from typing import TypeVar
 
 import jax
 from jax.experimental import multihost_utils
+
+T = TypeVar("T")
+_calls = itertools.count()  # without a count of the caller's own, of all loops together
 
 
 class Preempted(Exception):
@@ -47,16 +53,30 @@ def leave_at_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def stop_together(count: int) -> None:
+def stop_together(count: int | None = None) -> None:
     """Raises `Preempted` in all processes of a job at one `count`, soon after SIGTERM came to one.
 
     For loops that save nothing; a process alone is stopped by `leave_at_sigterm`.
 
     Args:
-      count: grows from call to call, and is the same in all processes.
+      count: grows by one from call to call, and is the same in all processes; default: the number of
+        such calls, of all loops together, which all processes must make in the same order.
     """
-    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(count):
+    if jax.process_count() > 1 and _at_sync_point(count):
         raise Preempted("Stopped by SIGTERM between two batches. Run the same command again.")
+
+
+def _at_sync_point(count: int | None) -> bool:
+    # JAX finds a number that no process has come to, and says yes to this one alone.
+    return multihost_utils.reached_preemption_sync_point(next(_calls) if count is None else count)
+
+
+def stoppable(items: Iterable[T], every: int = 1024) -> Iterator[T]:
+    """The items, the same in all processes; before each `every` of them, `stop_together`."""
+    for number, item in enumerate(items):
+        if number % every == 0:
+            stop_together()
+        yield item
 
 
 class Watcher:
@@ -66,18 +86,20 @@ class Watcher:
     `request()`.
 
     Args:
-      together: the processes of a job stop at one and the same step, asked with `requested_at`; if
-        each stopped at the step where its own signal came, the others would wait for it for ever.
+      together: the processes of a job stop at one and the same place, asked with `requested_at` or
+        `poll`; if each stopped where its own signal came, the others would wait for it for ever.
     """
 
     def __init__(self, together: bool = False) -> None:
         self._event = threading.Event()
         self._installed = False
         self._together = together and jax.process_count() > 1
+        self._reached = False
 
     def __enter__(self) -> "Watcher":
         # Between processes JAX carries the news; it listens to SIGTERM since the job was joined.
         if not self._together and threading.current_thread() is threading.main_thread():
+            self._native = _Handler()
             self._previous = signal.signal(signal.SIGTERM, self._on_signal)
             self._installed = True
         return self
@@ -90,6 +112,8 @@ class Watcher:
     ) -> None:
         if self._installed:
             signal.signal(signal.SIGTERM, self._previous)
+            # Python knows nothing of JAX's handler and has put the system's own in its place.
+            self._native.restore()
             self._installed = False
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
@@ -106,20 +130,36 @@ class Watcher:
         """True once SIGTERM has arrived at this process."""
         return self._event.is_set()
 
-    def requested_at(self, step: int) -> bool:
-        """True in all processes at the same step, soon after SIGTERM has arrived at any of them.
+    def requested_at(self, step: int | None = None) -> bool:
+        """True in all processes at the same call, soon after SIGTERM has arrived at any of them.
+
+        It stays true from there on.
 
         Args:
-          step: grows from call to call, and is the same in all processes.
+          step: as `count` of `stop_together`.
         """
         if self._together:
-            return multihost_utils.reached_preemption_sync_point(step)
+            self._reached = self._reached or _at_sync_point(step)
+            return self._reached
         return self.requested
 
     def poll(self) -> None:
         """Raises Interrupted once SIGTERM has arrived; for work that may be given up half done.
 
-        Between processes it does nothing: they would not all give up at the same place.
+        Between processes it is raised in all of them at the same call.
         """
-        if self.requested and not self._together:
+        if self.requested_at():
             raise Interrupted("SIGTERM")
+
+
+class _Handler:
+    """What SIGTERM does now, for whomever it was set, Python or not."""
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None)
+        # The C library's `struct sigaction`, of which we need to know no more than its size, at most.
+        self._action = ctypes.create_string_buffer(1024)
+        self._libc.sigaction(int(signal.SIGTERM), None, self._action)
+
+    def restore(self) -> None:
+        self._libc.sigaction(int(signal.SIGTERM), self._action, None)

@@ -8,8 +8,8 @@ A sample of N tokens takes 4 N D bytes of the host's RAM, and as much again spre
 each for ten million tokens of 768 channels. Everything else is small beside it.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,13 @@ from glimmer_jax.codecs import Codec
 from glimmer_jax.memory import batches
 from glimmer_jax.memory.encoder import States
 from glimmer_jax.memory.source import Passages
+from glimmer_jax.preemption import stop_together
 from glimmer_jax.product_quantisation import ProductQuantisation, nearest
 
 Codebooks = dict[str, np.ndarray]
 _ROWS = 16384  # of a sample at a time: bounds RAM for samples of millions
+# Of k-means in one call: nobody who asks it to stop waits for more. Each call takes its memory anew.
+_ITERATIONS = 5
 
 
 def sample_states(
@@ -56,6 +59,7 @@ def sample_states(
     # Made once the channels are known, and whole: parts to be joined at the end would take twice the RAM.
     sample: np.ndarray | None = None
     for group in batches.groups(lengths, rows * devices, buckets):
+        stop_together()
         tokens_nP = passages.tokens(chosen[group.positions], group.bucket)
         batch = batches.padded(tokens_nP, rows * devices)
         found = np.asarray(states(batch), np.float32)[: len(group.positions)]
@@ -122,12 +126,14 @@ def learn(
 
     start, spare = drawn(), drawn()
     centroids = _kmeans(even_ND, weights, books["basis"], start, spare, iterations, mesh)
-    return {"centroids": np.asarray(centroids), **books}
+    return {"centroids": centroids, **books}
 
 
 def _pieces(states_ND: np.ndarray) -> Iterator[np.ndarray]:
-    """The states, `_ROWS` at a time."""
-    return (states_ND[first : first + _ROWS] for first in range(0, len(states_ND), _ROWS))
+    """The states, `_ROWS` at a time; between two of them a job may be stopped."""
+    for first in range(0, len(states_ND), _ROWS):
+        stop_together()
+        yield states_ND[first : first + _ROWS]
 
 
 def _spread(states_ND: np.ndarray, books: Codebooks, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
@@ -181,37 +187,45 @@ def _kmeans(
     spare_GCS: np.ndarray,
     iterations: int,
     mesh: Mesh,
-) -> jax.Array:
+) -> np.ndarray:
     """Lloyd's iterations in every subspace; a code that nothing chose takes a spare point."""
     num_codes, channels = start_GCS.shape[1:]
     axes = mesh.axis_names
-
-    def on_device(even_ND, weights_N, basis_GDS, start_GCS, spare_GCS):
-        def subspace(given: tuple[Any, Any, Any]):
-            basis_DS, start_CS, spare_CS = given
-            # Turned here and not before: a device has room for its part of the sample once.
-            points_NS = jnp.matmul(even_ND, basis_DS, precision="highest")
-
-            def iterate(step, centroids_CS):
-                codes_N = nearest(points_NS, centroids_CS)
-                sums = jax.ops.segment_sum(points_NS * weights_N[:, None], codes_N, num_codes)
-                counts = jax.ops.segment_sum(weights_N, codes_N, num_codes)[:, None]
-                sums, counts = jax.lax.psum((sums, counts), axes)
-                others_CS = jnp.roll(spare_CS, step, axis=0)
-                return jnp.where(counts > 0, sums / jnp.maximum(counts, 1), others_CS)
-
-            return jax.lax.fori_loop(0, iterations, iterate, start_CS)
-
-        return jax.lax.map(subspace, (basis_GDS, start_GCS, spare_GCS))
-
     rows, whole = PartitionSpec(axes), PartitionSpec()
-    run = jax.shard_map(
-        on_device, mesh=mesh, in_specs=(rows, rows, whole, whole, whole), out_specs=whole
-    )
+    spread = functools.partial(jax.shard_map, mesh=mesh)
+
+    @jax.jit
+    @functools.partial(spread, in_specs=(rows, whole), out_specs=rows)
+    def turn(even_ND, basis_DS):
+        return jnp.matmul(even_ND, basis_DS, precision="highest")
+
+    @jax.jit
+    @functools.partial(spread, in_specs=(rows, rows, *(whole,) * 4), out_specs=whole)
+    def some(points_NS, weights_N, centroids_CS, spare_CS, first, last):
+        def iterate(step, centroids_CS):
+            codes_N = nearest(points_NS, centroids_CS)
+            sums = jax.ops.segment_sum(points_NS * weights_N[:, None], codes_N, num_codes)
+            counts = jax.ops.segment_sum(weights_N, codes_N, num_codes)[:, None]
+            sums, counts = jax.lax.psum((sums, counts), axes)
+            others_CS = jnp.roll(spare_CS, step, axis=0)
+            return jnp.where(counts > 0, sums / jnp.maximum(counts, 1), others_CS)
+
+        return jax.lax.fori_loop(first, last, iterate, centroids_CS)
+
     everywhere = NamedSharding(mesh, whole)
     basis_GDS = basis_DD.reshape(len(basis_DD), -1, channels).swapaxes(0, 1)
-    given = jax.device_put((basis_GDS, start_GCS, spare_GCS), everywhere)
-    return jax.jit(run)(even_ND, weights_N, *given)
+    learnt_GCS = np.empty_like(start_GCS)
+    for group, given in enumerate(zip(basis_GDS, start_GCS, spare_GCS, strict=True)):
+        basis_DS, centroids_CS, spare_CS = jax.device_put(given, everywhere)
+        # Turned here and not before: a device has room for its part of the sample once.
+        points_NS = turn(even_ND, basis_DS)
+        for first in range(0, iterations, _ITERATIONS):
+            stop_together()
+            steps = np.int32(first), np.int32(min(first + _ITERATIONS, iterations))
+            centroids_CS = some(points_NS, weights_N, centroids_CS, spare_CS, *steps)
+            centroids_CS.block_until_ready()
+        learnt_GCS[group] = centroids_CS
+    return learnt_GCS
 
 
 def relative_error(codec: Codec, books: Codebooks | None, states_ND: np.ndarray) -> float:

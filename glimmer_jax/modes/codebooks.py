@@ -83,6 +83,13 @@ def learn_codebooks(
     )
     # A small corpus may give fewer than were asked for; some are left to show what other passages lose.
     cut = min(sample_tokens, len(sample) - min(_TRIED_TOKENS, -(-len(sample) // 10)))
+    if jax.process_index() == 0:
+        groups = codec.num_subspaces(sample.shape[1])
+        print(
+            f"Learning the codebooks of {groups} subspaces from {cut} tokens, in {iterations} iterations "
+            "each.",
+            flush=True,
+        )
     books = codebooks.learn(codec, sample[:cut], devices, iterations, seed)
     lost = codebooks.relative_error(codec, books, sample[cut:])
     if jax.process_index() == 0:

@@ -16,6 +16,7 @@ import bm25s
 import numpy as np
 
 from glimmer_jax.passages import Passages
+from glimmer_jax.preemption import stop_together, stoppable
 from glimmer_jax.retrieval.questions import read_files
 from glimmer_jax.retrieval.recall import format_report, mean_recall
 from glimmer_jax.retrieval.retriever import Found, Retriever, retrieve
@@ -79,14 +80,15 @@ class Bm25:
     """An index of records `{"id", "title", "text", …}`."""
 
     def __init__(self, records: Iterable[dict[str, Any]], config: Bm25Config = Bm25Config()):
-        self.records = list(records)
+        self.records: list[dict[str, Any]] = []
         self.config = config
+        corpus = []
+        for record in records:
+            title, text = self._tokens(record["title"]), self._tokens(record["text"])
+            self.records.append(record)
+            corpus.append(title * config.title_weight + text)
         if not self.records:
             raise ValueError("No passage to index. Check the passages folder and its splits.")
-        corpus = [
-            self._tokens(record["title"]) * config.title_weight + self._tokens(record["text"])
-            for record in self.records
-        ]
         self._index = bm25s.BM25(k1=config.k1, b=config.b, method="lucene", backend="numpy")
         self._index.index(corpus, show_progress=False)
 
@@ -133,14 +135,18 @@ class Bm25Retriever(Retriever):
     def _index(self) -> Bm25:
         chosen = np.zeros(len(self.passages), bool)
         chosen[self._rows] = True
-        records = zip(chosen, self.passages.records(), strict=True)
+        records = stoppable(zip(chosen, self.passages.records(), strict=True))
         return Bm25((record for wanted, record in records if wanted), self._config)
 
     def among(self, rows: np.ndarray) -> "Bm25Retriever":
         return Bm25Retriever(self.passages, self._config, rows)
 
     def search(self, questions: Sequence[str], k: int) -> Found:
-        found = self._index.search(questions, k)
+        found = []
+        for question in questions:
+            # Of a large corpus every question takes a while.
+            stop_together()
+            found += self._index.search([question], k)
         return [[(int(self._rows[row]), score) for row, score in one] for one in found]
 
 

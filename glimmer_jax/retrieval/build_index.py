@@ -9,6 +9,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -160,7 +161,7 @@ class _Job:
         with threads(1, "index-reader") as reader, threads(1, "index-writer") as writer:
             reading = [reader.submit(self._read, item.rows) for item in todo[:1]]
             writing: list[tuple[str, concurrent.futures.Future[Record]]] = []
-            for item, following in zip(todo, [*todo[1:], None], strict=True):
+            for item, following in itertools.zip_longest(todo, todo[1:]):
                 tokens = reading.pop().result()
                 if following is not None:
                     reading.append(reader.submit(self._read, following.rows))

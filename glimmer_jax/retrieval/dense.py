@@ -5,12 +5,16 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
+from glimmer_jax import folder
 from glimmer_jax.memory.builders import Builders
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.passages import Passages
+from glimmer_jax.preemption import Preempted, Watcher, stop_together
 from glimmer_jax.retrieval import top_k
 from glimmer_jax.retrieval.build_index import SHARD_PASSAGES, build_index
+from glimmer_jax.retrieval.index import Index, read_manifest
 from glimmer_jax.retrieval.retriever import Found, Retriever
 from glimmer_jax.retrieval.text_encoder import TextEncoder
 
@@ -61,13 +65,7 @@ class DenseRetriever(Retriever):
         own = make_mesh(MeshConfig(), jax.local_devices())
         encoder = TextEncoder.open(str(config.encoder_dir), own, config.batch_size, config.dtype)
         print(f"Encoder: {encoder.loaded.what}.", flush=True)
-        index = build_index(
-            str(config.index_dir),
-            passages,
-            encoder,
-            shard_passages=config.shard_passages,
-            builders=Builders(jax.process_index(), jax.process_count()),
-        )
+        index = _finished_index(passages, encoder, str(config.index_dir), config.shard_passages)
         search = top_k.Search(index, make_mesh(MeshConfig()), config.bytes_per_device)
         made = index.manifest
         print(
@@ -85,9 +83,36 @@ class DenseRetriever(Retriever):
         return DenseRetriever(self.passages, self._encoder, self._search, allowed)
 
     def search(self, questions: Sequence[str], k: int) -> Found:
-        vectors = self._encoder.encode(self._encoder.tokenize(questions))
+        tokens = self._encoder.tokenize(questions)
+        vectors = self._encoder.encode(tokens, lambda *_: stop_together())
         scores, rows = self._search(vectors, k, self._allowed)
         return [
             [(int(row), float(score)) for row, score in zip(*one, strict=True) if row >= 0]
             for one in zip(rows, scores, strict=True)
         ]
+
+
+def _finished_index(
+    passages: Passages, encoder: TextEncoder, index_dir: str, shard_passages: int
+) -> Index:
+    """The index, made by all processes of the job; where one was asked to stop, all of them stop."""
+    watcher, made = Watcher(), None
+    try:
+        made = build_index(
+            index_dir,
+            passages,
+            encoder,
+            shard_passages=shard_passages,
+            builders=Builders(jax.process_index(), jax.process_count()),
+            watcher=watcher,
+        )
+    except Preempted:
+        # If the others have all they waited for, they have not been told, and wait below.
+        alone = jax.process_count() == 1
+        if alone or read_manifest(folder.open_folder(index_dir)) is None:
+            raise
+    stopped = made is None or watcher.requested
+    if multihost_utils.process_allgather(np.bool_(stopped)).any():
+        raise Preempted("Stopped when the index was finished. Run the same command again.")
+    assert made is not None
+    return made

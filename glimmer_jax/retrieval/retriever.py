@@ -10,6 +10,7 @@ import numpy as np
 
 from glimmer_jax.kilt import is_gold, provenance
 from glimmer_jax.passages import Passages
+from glimmer_jax.preemption import stoppable
 
 # For each question (row of the passages folder, score), best first.
 Found = list[list[tuple[int, float]]]
@@ -74,7 +75,7 @@ def rows_of_split(passages: Passages, split: str) -> np.ndarray:
 
     Raises ValueError where there is none.
     """
-    records = enumerate(passages.records())
+    records = stoppable(enumerate(passages.records()))
     rows = [row for row, one in records if one.get("split", split) == split]
     if not rows:
         raise ValueError(

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glimmer_jax import axes, partitioning
+from glimmer_jax.preemption import stop_together, stoppable
 from glimmer_jax.retrieval.index import DTYPE, Index
 
 # Rows of a block on one device: 96 MiB of vectors of 768.
@@ -54,7 +55,8 @@ class Search:
         held = len(self._starts) * self._rows * index.vector_dim * DTYPE.itemsize
         self.on_mesh = held <= bytes_per_device
         self._by_row = NamedSharding(mesh, partitioning.spec((axes.MEMORY_ROWS,)))
-        self._held = [self._load(start) for start in self._starts] if self.on_mesh else None
+        blocks = stoppable(self._starts, every=1)
+        self._held = [self._load(start) for start in blocks] if self.on_mesh else None
 
     def __call__(
         self, questions: np.ndarray, k: int, allowed: np.ndarray | None = None
@@ -95,14 +97,16 @@ class Search:
         count, everywhere = len(questions), partitioning.replicated(self.mesh)
         padded = np.zeros((-(-count // QUESTIONS) * QUESTIONS, questions.shape[1]), np.float32)
         padded[:count] = questions
+        # Not by `device_put`, which has all processes compare what they put there.
         batches = [
-            jax.device_put(padded[start : start + QUESTIONS], everywhere)
+            self._put(padded[start : start + QUESTIONS], everywhere)
             for start in range(0, len(padded), QUESTIONS)
         ]
         shape = (self.mesh.size, QUESTIONS, k)
         empty = (np.full(shape, -np.inf, np.float32), np.zeros(shape, np.int32))
         best: list[Best] = [(self._spread(empty[0]), self._spread(empty[1])) for _ in batches]
         for start, block in zip(self._starts, self._blocks(), strict=True):
+            stop_together()
             mask = self._spread(self._mask(start, allowed))
             for i, batch in enumerate(batches):
                 best[i] = _step(best[i], batch, block, mask, np.int32(start), mesh=self.mesh)
@@ -147,7 +151,10 @@ class Search:
         return mask
 
     def _spread(self, x: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(x.shape, self._by_row, lambda place: x[place or ...])
+        return self._put(x, self._by_row)
+
+    def _put(self, x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, sharding, lambda place: x[place or ...])
 
 
 @functools.partial(jax.jit, static_argnames="mesh", donate_argnums=0)

@@ -127,10 +127,20 @@ class Checkpoints:
             or best_step({best: self._scores[best], new: score}, self._best_is_max) == new
         )
 
+    def busy(self) -> bool:
+        """Whether the last save is still being written, by this process or another.
+
+        To be asked by all processes of a job at the same step.
+        """
+        busy = self._pending is not None and not self._pending[1].done()
+        if jax.process_count() > 1:
+            busy = bool(multihost_utils.process_allgather(np.bool_(busy)).any())
+        return busy
+
     def save(self, state: TrainState, dev_metrics: dict[str, float] | None = None) -> None:
         """Starts saving a state under its own step; returns once its arrays may be donated.
 
-        Raises whatever the save before this one failed with.
+        Waits for the save before this one, and raises whatever that failed with.
         """
         self.wait()
         step = int(state.step)

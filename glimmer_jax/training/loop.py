@@ -40,7 +40,7 @@ class TrainConfig:
     seed: int = 0  # of dropout
     log_every: int = 50
     eval_every: int = 0  # 0: never
-    checkpoint_every: int = 1000  # the last step is always saved
+    checkpoint_every: int = 1000  # or later, if the one before is still written; the last always is
     keep_latest: int = 2  # checkpoints
     best_metric: str | None = None  # name of the dev metric whose best checkpoint is kept as well
     best_is_max: bool = True
@@ -145,6 +145,7 @@ def train(
             mesh,
         )
         log = _Log(model_dir / "train", step, config)
+        due = False
         with log, Prefetch(make_batches(step), mesh, config.num_microbatches) as batches:
             while step < config.total_steps:
                 batch = next(batches, None)
@@ -165,13 +166,19 @@ def train(
                     with contextlib.suppress(Interrupted), log.goodput.lost():
                         dev_metrics = evaluate(state, watcher.poll)
                         log.write_dev(step, dev_metrics)
-                stopping = watcher.requested_at(step)
-                if (
-                    last
-                    or stopping
-                    or step % config.checkpoint_every == 0
-                    or checkpoints.is_best(dev_metrics)
-                ):
+                stopping = watcher.requested_at()
+                saving = last or stopping or checkpoints.is_best(dev_metrics)
+                if not saving and (due or step % config.checkpoint_every == 0):
+                    # Of a slow disk the steps do not wait: what is written late is saved later.
+                    saving = not checkpoints.busy()
+                    if not saving and not due:
+                        print_once(
+                            f"Step {step}: the checkpoint before this one is still being written; "
+                            "the next is saved as soon as it is there."
+                        )
+                    due = not saving
+                if saving:
+                    due = False
                     # Nothing is saved of a run that ends for its losses.
                     log.flush()
                     if lock is not None:
@@ -197,8 +204,9 @@ class _Log:
         self._config = config
         self._writer = MetricWriter(directory, start_step)
         self._averages = Averages()
-        self._skips = Skips(config.max_skipped)
-        self.goodput = Goodput()
+        earlier = self._writer.earlier
+        self._skips = Skips(config.max_skipped, earlier.skipped)
+        self.goodput = Goodput(earlier=earlier)
         self._late: tuple[int, Any] | None = None
         self._first_step = start_step + 1
         self._progress: Progress | None = None
@@ -243,5 +251,5 @@ class _Log:
         if step % self._config.log_every == 0 or step == self._config.total_steps:
             scalars = self._averages.take()
             speeds = self._progress.report(step, scalars)
-            run = {"goodput": self.goodput.share(), "skipped_steps": self._skips.total}
+            run = {**self.goodput.report(), "skipped_steps": self._skips.total}
             self._writer.write(step, {**scalars, **speeds, **run}, "train")

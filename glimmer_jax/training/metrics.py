@@ -1,6 +1,7 @@
 """Where a run's numbers go: TensorBoard, a JSON Lines log, and one line on stderr."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import pathlib
@@ -31,6 +32,30 @@ def means(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Earlier:
+    """What a run came to before this process began, as far as its log tells.
+
+    Time between the last line and the end of a life is not known, and counts nowhere.
+    """
+
+    alive: float = 0.0  # seconds of all lives
+    useful: float = 0.0  # of them, in training steps; not in those that a kill has undone
+    skipped: int = 0  # steps, as `Skips` counts them
+
+    @classmethod
+    def of(cls, lines: list[dict[str, Any]], step: int) -> "Earlier":
+        """From all lines of the log, of which those up to `step` still count."""
+        told = [line for line in lines if "train/alive_seconds" in line]
+        if not told:
+            return cls()
+        alive, kept = told[-1]["train/alive_seconds"], [one for one in told if one["step"] <= step]
+        if not kept:
+            return cls(alive)
+        useful = kept[-1]["train/goodput"] * kept[-1]["train/alive_seconds"]
+        return cls(alive, useful, int(kept[-1]["train/skipped_steps"]))
+
+
 class Averages:
     """Metrics of several steps made one: sums are added, scalars averaged."""
 
@@ -59,13 +84,12 @@ class Skips:
     """Steps whose loss or gradient was not finite, which have changed nothing.
 
     One comes from an unlucky batch now and then; many in a row come from parameters that are beyond
-    help, and the run ends. Counted, like goodput, since this process began: what a run skipped before it
-    was started again is in its earlier lines of the log.
+    help, and the run ends.
     """
 
-    def __init__(self, at_most: int):
-        """`at_most` in a row are borne."""
-        self.total = 0
+    def __init__(self, at_most: int, total: int = 0):
+        """`at_most` in a row are borne; `total` were skipped before."""
+        self.total = total
         self._at_most = at_most
         self._row = 0
 
@@ -95,14 +119,15 @@ class Skips:
 
 
 class Goodput:
-    """Share of a process's life that went into training steps.
+    """Share of a run's lives that went into training steps.
 
     What is lost is named by the caller: all until the first step is done, evaluations, waiting for
-    checkpoints. What a killed process had trained and not saved is not known here.
+    checkpoints. So is what a killed process had trained and not saved; `Earlier` knows of it.
     """
 
-    def __init__(self, now: Callable[[], float] = time.monotonic):
+    def __init__(self, now: Callable[[], float] = time.monotonic, earlier: Earlier = Earlier()):
         self._now = now
+        self._earlier = earlier
         self._begin = min(_BEGIN, now())
         self._lost = 0.0
 
@@ -119,21 +144,23 @@ class Goodput:
         finally:
             self._lost += self._now() - begin
 
-    def share(self) -> float:
-        """From 0 to 1."""
-        alive = self._now() - self._begin
-        return 1.0 - self._lost / alive if alive > 0 else 0.0
+    def report(self) -> dict[str, float]:
+        """The share, from 0 to 1, and the seconds that it is of."""
+        life = self._now() - self._begin
+        alive, useful = self._earlier.alive + life, self._earlier.useful + life - self._lost
+        return {"goodput": useful / alive if alive > 0 else 0.0, "alive_seconds": alive}
 
 
 class MetricWriter:
     """Writes scalars to `metrics.jsonl` and to TensorBoard; only process 0 does.
 
-    Started again at a step, it forgets what a killed run logged after that step. In a bucket, where
-    nothing can be appended, the log is written anew each time, and so is TensorBoard's file, which may
-    lack the newest numbers until the next ones come.
+    Started again at a step, it forgets what a killed run logged after that step, but for the time it
+    took (`earlier`). In a bucket, where nothing can be appended, the log is written anew each time, and
+    so is TensorBoard's file, which may lack the newest numbers until the next ones come.
     """
 
     def __init__(self, directory: Any, start_step: int = 0):
+        self.earlier = Earlier()
         self._tensorboard: Any = None
         self._file: TextIO | None = None
         # Where TensorBoard's file, which its library writes to a local disk alone, is copied from.
@@ -145,8 +172,9 @@ class MetricWriter:
         self._log = self._path / "metrics.jsonl"
         self._lines: list[str] = []
         if self._log.exists():
-            lines = self._log.read_text().splitlines()
-            self._lines = [line for line in lines if _logged_step(line) <= start_step]
+            lines = [line for line in self._log.read_text().splitlines() if _logged(line)]
+            self._lines = [line for line in lines if _logged(line)["step"] <= start_step]
+            self.earlier = Earlier.of([_logged(line) for line in lines], start_step)
             partial = self._path / "metrics.jsonl.partial"
             partial.write_text(_text(self._lines))
             partial.replace(self._log)
@@ -202,12 +230,13 @@ def _text(lines: list[str]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _logged_step(line: str) -> float:
+def _logged(line: str) -> dict[str, Any]:
     # The line that a kill cut in two belongs to no step.
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return math.inf
+        found = json.loads(line)
+    except json.JSONDecodeError:
+        return {}
+    return found if "step" in found else {}
 
 
 def print_once(line: str) -> None:

@@ -1,17 +1,19 @@
 """Mode `retrieve` with each retriever, from passages and questions to files and scores."""
 
+import collections
 import json
 
 import gin
 import pytest
 
 from glimmer_jax import main as command_line
+from glimmer_jax import preemption
 from glimmer_jax.data.retrieved import read_split, use
 from glimmer_jax.json_lines import read_json_lines, write_json_lines
 from glimmer_jax.modes.retrieve import retrieve
 from glimmer_jax.passages import Passages
 from glimmer_jax.passages_writer import write_passages
-from glimmer_jax.retrieval import origin
+from glimmer_jax.retrieval import bm25, dense, origin, top_k
 from glimmer_jax.retrieval import retriever as retrievers
 from glimmer_jax.retrieval.bm25 import Bm25Retriever
 from glimmer_jax.retrieval.dense import DenseConfig
@@ -128,6 +130,17 @@ def test_kilts_published_files_are_taken_as_they_are(work, tmp_path, retriever):
         *("triviaqa-test.passages.json", "wow-dev.passages.json")
     }
     origin.check(tmp_path / "out", Passages.open(work / "passages"))
+
+
+def test_every_part_of_the_work_asks_whether_the_job_is_to_stop(work, tmp_path, monkeypatch):
+    asked = collections.Counter()
+    for module in (preemption, bm25, dense, top_k):
+        name = module.__name__.split(".")[-1]
+        monkeypatch.setattr(module, "stop_together", lambda name=name: asked.update([name]))
+    retrieve(**settings(work, tmp_path, retriever="hybrid"))
+    # Each question; each batch of questions and each block of the index, for either file. Before that
+    # the passages, read for the split and for either index of BM25, and the block held on the devices.
+    assert asked == {"bm25": 8, "dense": 2, "top_k": 2, "preemption": 4}
 
 
 def test_examples_are_read_as_they_are_searched_for(work):

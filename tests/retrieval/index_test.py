@@ -147,6 +147,10 @@ def test_several_processes_make_one_index(encoder, passages, finished, tmp_path)
     assert files_of(tmp_path) == files_of(finished)
     # The second, started again, finds all of it.
     build_index(tmp_path, passages, encoder, shard_passages=3, builders=impatient[1])
+    # Who has no shard left to make waits for the others all the same.
+    (tmp_path / "manifest.json").unlink()
+    build_index(tmp_path, passages, encoder, shard_passages=3, builders=impatient[0])
+    assert files_of(tmp_path) == files_of(finished)
 
 
 @pytest.mark.fault

@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from tensorboardX.proto import event_pb2
 
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.preemption import Preempted, Watcher
-from glimmer_jax.training import loop, metrics
+from glimmer_jax.training import checkpoint, loop, metrics
 from glimmer_jax.training.checkpoint import Checkpoints
 from glimmer_jax.training.loop import TrainConfig, train
 from glimmer_jax.training.metrics import (
@@ -52,8 +53,8 @@ def train_toy(
     )
 
 
-def log_lines(model_dir):
-    lines = (model_dir / "train" / "metrics.jsonl").read_text().splitlines()
+def log_lines(model_dir, folder="train"):
+    lines = (model_dir / folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -139,7 +140,41 @@ def test_goodput_is_what_is_left_of_a_life():
     goodput.started()
     with goodput.lost():
         pass
-    assert goodput.share() == pytest.approx(35 / 50)
+    assert goodput.report() == pytest.approx({"goodput": 35 / 50, "alive_seconds": 50})
+
+
+def test_goodput_and_skipped_steps_are_those_of_all_lives(tmp_path):
+    def line(step, alive, goodput, skipped):
+        train = {"goodput": goodput, "alive_seconds": alive, "skipped_steps": skipped}
+        return {"step": step, **{f"train/{name}": value for name, value in train.items()}}
+
+    # Saved at step 5; killed after step 8, whose line is cut in two.
+    lines = [line(2, 30, 0.5, 1), line(4, 40, 0.6, 2), {"step": 4, "dev/em": 0.5}]
+    lines += [line(6, 50, 0.7, 2), line(7, 60, 0.75, 3)]
+    text = "".join(json.dumps(one) + "\n" for one in lines) + '{"step": 8, "train/alive_sec'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    writer = MetricWriter(tmp_path, start_step=5)
+    writer.close()
+    assert [one["step"] for one in log_lines(tmp_path.parent, tmp_path.name)] == [2, 4, 4]
+    assert writer.earlier == metrics.Earlier(alive=60, useful=24, skipped=2)
+    clock = iter([100.0, 110.0, 140.0])
+    goodput = Goodput(lambda: next(clock) - 1e9, writer.earlier)
+    goodput.started()
+    assert goodput.report() == pytest.approx({"goodput": (24 + 30) / 100, "alive_seconds": 100})
+    assert metrics.Skips(1, 2).total == 2
+    assert metrics.Earlier.of(lines, 1) == metrics.Earlier(60)
+    assert metrics.Earlier.of([{"step": 3, "train/goodput": 0.5}], 3) == metrics.Earlier()
+
+
+def test_a_run_that_goes_on_counts_on(tmp_path):
+    for steps in (4, 8):
+        train_toy(tmp_path, batches_with_nan(3, 3), total_steps=steps, log_every=2)
+    lines = log_lines(tmp_path)
+    assert [one["train/skipped_steps"] for one in lines] == [0, 1, 1, 1]
+    alive = [one["train/alive_seconds"] for one in lines]
+    assert alive == sorted(alive) and all(0 <= one["train/goodput"] <= 1 for one in lines)
+    # The process that goes on here is the same one, as old again.
+    assert alive[2] > 2 * alive[0]
 
 
 def test_sigterm_saves_and_is_reported(tmp_path):
@@ -156,6 +191,44 @@ def test_sigterm_saves_and_is_reported(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is handler
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert 2 <= checkpoints.latest_step() <= 5
+
+
+@pytest.mark.parametrize("slow", ["tensorstore.open", f"{checkpoint.__name__}.write_sidecar"])
+def test_steps_go_on_while_a_checkpoint_is_written_however_slowly(
+    tmp_path, monkeypatch, capfd, slow
+):
+    settings = dict(checkpoint_every=3, keep_latest=9)
+    wanted = train_toy(tmp_path / "short", total_steps=3, **settings)
+    written, saved = threading.Event(), []
+    module, name = slow.rsplit(".", 1)
+    write, save = getattr(sys.modules[module], name), Checkpoints.save
+
+    def wait_and_write(*args, **kwargs):
+        assert written.wait(20), "The steps waited for the checkpoint."
+        return write(*args, **kwargs)
+
+    def make_batches(step):
+        for batch in batches_from(step):
+            # Two batches lie ready: all steps before the eighth have been started.
+            if step == 10:
+                written.set()
+            yield batch
+            step += 1
+
+    monkeypatch.setattr(sys.modules[module], name, wait_and_write)
+    monkeypatch.setattr(
+        Checkpoints,
+        "save",
+        lambda self, state, *a: saved.append(int(state.step)) or save(self, state, *a),
+    )
+    train_toy(tmp_path / "run", make_batches, total_steps=30, **settings)
+    assert saved[0] == 3 and saved[1] >= 8 and saved[-1] == 30
+    assert "Step 6: the checkpoint before this one is still being written" in capfd.readouterr().err
+    with Checkpoints(tmp_path / "run" / "checkpoints", keep_latest=9) as checkpoints:
+        assert checkpoints.steps() == saved
+    # What was saved is the third step, though later ones ran before it was written.
+    params = load(tmp_path / "run" / "checkpoints" / "3").params
+    jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(wanted.params))
 
 
 def test_the_best_on_dev_is_kept(tmp_path, capfd):
