@@ -1,10 +1,12 @@
 """Files of a bucket on this machine's disk, for libraries and memory maps that read nothing else.
 
-    ~/.cache/glimmer_jax/fetched/<sha256>/<file>
+    ~/.cache/glimmer_jax/fetched/<SHA-256 of the URL>/<generation>-<bytes>/<file>
+    ~/.cache/glimmer_jax/fetched/<SHA-256 of the manifest>/<file>
 
-Named by what is in them, so that a file that was replaced in the bucket is never taken for the new one.
-Copies appear whole or not at all, and processes of one machine share them. The environment variable
-GLIMMER_CACHE names another folder than `~/.cache/glimmer_jax`; what is in it may be deleted at any time.
+Named by what they are copies of, so that a file that was replaced in the bucket is never taken for the
+new one. Copies appear whole or not at all, and processes of one machine share them. The environment
+variable GLIMMER_CACHE names another folder than `~/.cache/glimmer_jax`. Old copies stay until somebody
+deletes them, which may be done whenever nothing runs.
 """
 
 import collections
@@ -16,8 +18,9 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ logger = logging.getLogger(__name__)
 CACHE_VARIABLE = "GLIMMER_CACHE"
 BLOCK_BYTES = 32 * 2**20  # asked of a bucket at once
 _AT_ONCE = 8
+Wanted = dict[str, tuple[int, str]]  # file -> bytes, SHA-256
 _EVERY_SECONDS = 10.0
 
 
@@ -39,7 +43,7 @@ def in_bucket(path: Any) -> bool:
 
 
 def fetch_file(name: str, path: Any) -> Path:
-    """The file; of a bucket's, a copy on this disk.
+    """The file; of a bucket's, a copy on this disk, which is made anew where the file is another now.
 
     Args:
       name: the setting that holds the path, for messages.
@@ -52,15 +56,25 @@ def fetch_file(name: str, path: Any) -> Path:
     if not in_bucket(path):
         return Path(path)
     parent, _, file = os.fspath(path).rpartition("/")
-    data = folder.read_file(folder.open_folder(parent), file) if file else None
-    if data is None:
+    place = _cache() / hashlib.sha256(os.fspath(path).encode()).hexdigest()
+    known, copies = None, sorted(place.glob(f"*/{file}"), key=os.path.getmtime) if file else []
+    if copies:
+        of, _, size = copies[-1].parent.name.partition("-")
+        known = bytes.fromhex(of) if copies[-1].stat().st_size == int(size) else None
+    found = folder.read_if_new(folder.open_folder(parent), file, known) if file else None
+    if found is None:
         raise ValueError(f"{name}: there is no file {path}. Check the path.")
-    target = _cache() / hashlib.sha256(data).hexdigest() / file
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{file}.{os.getpid()}.partial")
-        partial.write_bytes(data)
-        os.replace(partial, target)
+    data, generation = found
+    if data is None:
+        return copies[-1]
+    target = place / f"{generation.hex()}-{len(data)}" / file
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(prefix=f".{file}.", dir=target.parent)
+    with open(handle, "wb") as copy:
+        copy.write(data)
+        copy.flush()
+        os.fsync(handle)
+    os.replace(partial, target)
     return target
 
 
@@ -84,21 +98,18 @@ def fetch_folder(name: str, path: Any, manifest: str, files: Sequence[str]) -> P
     if data is None:
         raise ValueError(f"{name}: there is no {kvstore.url}{manifest}. Check the path.")
     target = _cache() / hashlib.sha256(data).hexdigest()
-    if (target / manifest).is_file():
-        return target
     try:
-        wanted = {file: json.loads(data)["files"][file] for file in files}
-        total = sum(int(one["bytes"]) for one in wanted.values())
+        listed = json.loads(data)["files"]
+        wanted = {file: (int(listed[file]["bytes"]), listed[file]["sha256"]) for file in files}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{name}: {kvstore.url}{manifest} does not say what it should of {', '.join(files)} "
             f"({error!r}). Write the folder again."
         ) from None
-    with _alone(target):
-        if not (target / manifest).is_file():
-            _copy(name, kvstore, wanted, total, target)
-            (target / f"{manifest}.partial").write_bytes(data)
-            os.replace(target / f"{manifest}.partial", target / manifest)
+    wanted[manifest] = len(data), hashlib.sha256(data).hexdigest()
+    if _missing(target, wanted):
+        with _alone(target):
+            _copy(name, kvstore, wanted, target)
     return target
 
 
@@ -120,49 +131,54 @@ def _alone(target: Path) -> Iterator[None]:
         yield
 
 
-def _copy(
-    name: str, kvstore: ts.KvStore, wanted: Mapping[str, Any], total: int, target: Path
-) -> None:
-    """Copies what is not there; a copy that was cut short goes on with the files that are whole."""
-    begun = told = time.monotonic()
-    done, copied = 0, 0
-    left = {file: one for file, one in wanted.items() if not _is_whole(target / file, one["bytes"])}
-    room = shutil.disk_usage(target).free
-    needed = sum(one["bytes"] for one in left.values())
-    if needed > room:
+def _missing(target: Path, wanted: Wanted) -> Wanted:
+    """Files that are not there: they have their names as soon as they are whole."""
+    return {
+        file: (size, sha256)
+        for file, (size, sha256) in wanted.items()
+        if not (target / file).is_file() or (target / file).stat().st_size != size
+    }
+
+
+def _copy(name: str, kvstore: ts.KvStore, wanted: Wanted, target: Path) -> None:
+    """Copies what is missing: also what a copy that was cut short, or a deletion, has left out."""
+    for partial in target.glob("*.partial"):
+        partial.unlink()
+    missing = _missing(target, wanted)
+    total, room = sum(size for size, _ in missing.values()), shutil.disk_usage(target).free
+    if total > room:
         raise ValueError(
-            f"{name}: {kvstore.url} wants {needed / 1e9:.3g} GB on this disk, and {target} has "
+            f"{name}: {kvstore.url} wants {total / 1e9:.3g} GB on this disk, and {target} has "
             f"{room / 1e9:.3g} GB left. Make room, or set {CACHE_VARIABLE} to a folder of a larger disk."
         )
-    logger.info("%s: fetching %.3g GB of %s to %s", name, needed / 1e9, kvstore.url, target)
-    done = total - needed
-    for file, one in left.items():
+    if missing:
+        logger.info("%s: fetching %.3g GB of %s to %s", name, total / 1e9, kvstore.url, target)
+    begun = told = time.monotonic()
+    done = 0
+    for file, (size, sha256) in missing.items():
         digest = hashlib.sha256()
         partial = target / f"{file}.partial"
         with open(partial, "wb") as copy:
-            for block in _blocks(kvstore, file, one["bytes"]):
+            for block in _blocks(kvstore, file, size):
                 digest.update(block)
                 copy.write(block)
-                done, copied = done + len(block), copied + len(block)
+                done += len(block)
                 if time.monotonic() - told >= _EVERY_SECONDS:
                     told = time.monotonic()
-                    rate = copied / (told - begun)
+                    rate = done / (told - begun)
                     logger.info(
                         "%s: %.2f of %.2f GB, %.0f MB/s, %.0f s left",
                         name, done / 1e9, total / 1e9, rate / 1e6, (total - done) / rate,
                     )  # fmt: skip
-        if (got := digest.hexdigest()) != one["sha256"]:
+            copy.flush()
+            os.fsync(copy.fileno())
+        if (got := digest.hexdigest()) != sha256:
             partial.unlink()
             raise ValueError(
-                f"{name}: {kvstore.url}{file} is damaged: wanted sha256 {one['sha256']}, got {got}. "
-                "Copy the folder into the bucket again."
+                f"{name}: {kvstore.url}{file} is damaged: wanted sha256 {sha256}, got {got}. Copy the "
+                "folder into the bucket again."
             )
         os.replace(partial, target / file)
-
-
-def _is_whole(path: Path, size: int) -> bool:
-    """Files appear under their names when they are whole."""
-    return path.is_file() and path.stat().st_size == size
 
 
 def _blocks(kvstore: ts.KvStore, file: str, size: int) -> Iterator[bytes]:

@@ -39,7 +39,8 @@ def open_folder(path: Path, context: ts.Context | None = None) -> ts.KvStore:
         else:
             spec = {"driver": "file", "path": os.path.abspath(text)}
     kvstore = ts.KvStore.open(spec, context=context or ts.Context()).result()
-    if not kvstore.path.endswith("/"):
+    # The root of a bucket is the empty path.
+    if kvstore.path and not kvstore.path.endswith("/"):
         kvstore.path += "/"
     return kvstore
 
@@ -60,6 +61,24 @@ def read_file(kvstore: ts.KvStore, key: str) -> bytes | None:
     except ValueError as error:
         raise unreachable(f"{kvstore.url}{key}", error) from error
     return None if result.state == "missing" else bytes(result.value)
+
+
+def read_if_new(
+    kvstore: ts.KvStore, key: str, known: bytes | None
+) -> tuple[bytes | None, bytes] | None:
+    """A file's bytes and generation; no bytes where that is `known`; None where there is no file.
+
+    Raises:
+      OSError: the storage did not answer, or refused.
+    """
+    try:
+        result = kvstore.read(key, if_not_equal=known).result()
+    except ValueError as error:
+        raise unreachable(f"{kvstore.url}{key}", error) from error
+    if result.state == "missing":
+        return None
+    data = bytes(result.value) if result.state == "value" else None
+    return data, result.stamp.generation
 
 
 def read_range(kvstore: ts.KvStore, file: str, start: int, stop: int) -> bytes:
@@ -112,7 +131,7 @@ def is_damage(error: ValueError) -> bool:
 def unreachable(where: str, error: ValueError) -> OSError:
     """The error to raise where storage failed: the same command may well succeed later."""
     return OSError(
-        f"{where} could not be read or written: {error}. That is the storage, not the memory: check "
+        f"{where} could not be read or written: {error}. That is the storage, not what is in it: check "
         "the connection, permissions and free space, and run the same command again."
     )
 

@@ -5,6 +5,7 @@ string. What Python's json takes silently is refused here: NaN and infinities, a
 surrogates. Every message names the file and the line.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -110,12 +111,12 @@ def write_json_lines(path: str | Path, records: Iterable[dict[str, Any]]) -> int
         os.chmod(temporary, 0o666 & ~_umask())
         if in_bucket:
             epath.Path(temporary).copy(target, overwrite=True)
-            os.unlink(temporary)
         else:
             os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        # A signal may come at any line: also when the file has its name already.
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
     return count
 
 

@@ -30,6 +30,8 @@ MODES = {
     "score": "glimmer_jax.modes.score:score",
     "export": "glimmer_jax.modes.export:export",
 }
+# What all processes of a job do together; the other modes are the work of one.
+JOBS = ("retrieve", "train", "codebooks", "build_memory", "eval", "infer")
 # Not configured itself: it asks about one of these, whichever the gin files configure.
 PREFLIGHT = "preflight"
 
@@ -131,6 +133,17 @@ def _preflight(flags: argparse.Namespace) -> Any:
     )
 
 
+def _check_alone(mode: str) -> None:
+    """Raises ValueError where a job of many processes would do the same work many times."""
+    import jax
+
+    if mode not in JOBS and jax.process_count() > 1:
+        raise ValueError(
+            f"--run_mode={mode} is the work of one process, and this job has {jax.process_count()}. "
+            "Run it on one machine, without --distributed."
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a mode; returns the exit code."""
     flags = parse_flags(sys.argv[1:] if argv is None else argv)
@@ -140,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         join(flags.distributed, flags.coordinator_address, flags.num_processes, flags.process_id)
+        _check_alone(flags.run_mode)
         with leave_at_sigterm():
             run_mode(flags)
     except Exception as error:
@@ -163,13 +177,12 @@ def _verdict(error: Exception) -> tuple[object, int] | None:
         return error, START_AGAIN
     if isinstance(error, (ValueError, FileNotFoundError, NonFiniteError)) and _is_ours(error):
         return error, BAD_INPUT
-    # Storage that did not answer says so in our words; what the system raises has a number.
+    said: object
+    said, later = storage_errors.explain(error) or (None, True)
+    # What our own readers and writers say of storage is in our words; the system's has a number.
     if isinstance(error, OSError) and error.errno is None:
-        return error, START_AGAIN
-    if (storage := storage_errors.explain(error)) is not None:
-        said, later = storage
-        return said, START_AGAIN if later else BAD_INPUT
-    return None
+        said = error
+    return None if said is None else (said, START_AGAIN if later else BAD_INPUT)
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -71,8 +71,9 @@ def sha256(path: Path) -> str:
 class Passages:
     """A passages folder, opened for reading; arrays are memory-mapped."""
 
-    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, manifest: Mapping[str, Any], place: str) -> None:
         self.path = path
+        self.place = place  # as it was given: a bucket's URL, where `path` is its copy
         self.manifest = manifest
         self.ids: np.ndarray = np.load(path / "ids.npy")
         self._tokens = np.load(path / "tokens.npy", mmap_mode="r")
@@ -92,12 +93,12 @@ class Passages:
         put_back(folder)
         if not folder.is_dir():
             raise ValueError(
-                f"No passages folder {folder}. Write one with --run_mode=passages, or check the "
+                f"No passages folder {path}. Write one with --run_mode=passages, or check the "
                 "path."
             )
         if not (folder / MANIFEST).is_file():
             raise ValueError(
-                f"{folder} has no {MANIFEST}: it is not a passages folder. Write one with "
+                f"{path} has no {MANIFEST}: it is not a passages folder. Write one with "
                 "--run_mode=passages."
             )
         try:
@@ -110,7 +111,7 @@ class Passages:
             ) from None
         if version != FORMAT_VERSION:
             raise ValueError(
-                f"{folder} has format version {version}, this program reads {FORMAT_VERSION}. Write "
+                f"{path} has format version {version}, this program reads {FORMAT_VERSION}. Write "
                 "the passages again with this version."
             )
         for name in FILES:
@@ -124,10 +125,10 @@ class Passages:
                 )
         if fingerprint is not None and fingerprint != made_with:
             raise ValueError(
-                f"{folder} was tokenised with vocabulary {made_with}, the model's is {fingerprint}. "
+                f"{path} was tokenised with vocabulary {made_with}, the model's is {fingerprint}. "
                 "Write the passages with the model's vocabulary, or load the matching model."
             )
-        return cls(folder, manifest)
+        return cls(folder, manifest, os.fspath(path))
 
     def __len__(self) -> int:
         return len(self.ids)

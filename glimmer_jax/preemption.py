@@ -20,7 +20,7 @@ import jax
 from jax.experimental import multihost_utils
 
 T = TypeVar("T")
-_calls = itertools.count()  # without a count of the caller's own, of all loops together
+_calls = itertools.count()  # of all loops together
 
 
 class Preempted(Exception):
@@ -53,22 +53,19 @@ def leave_at_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def stop_together(count: int | None = None) -> None:
-    """Raises `Preempted` in all processes of a job at one `count`, soon after SIGTERM came to one.
+def stop_together() -> None:
+    """Raises `Preempted` in all processes of a job at one call, soon after SIGTERM came to one.
 
-    For loops that save nothing; a process alone is stopped by `leave_at_sigterm`.
-
-    Args:
-      count: grows by one from call to call, and is the same in all processes; default: the number of
-        such calls, of all loops together, which all processes must make in the same order.
+    All processes make the same calls, of this and of a Watcher's `requested_at` and `poll`. For loops
+    that save nothing; a process alone is stopped by `leave_at_sigterm`.
     """
-    if jax.process_count() > 1 and _at_sync_point(count):
+    if jax.process_count() > 1 and _at_sync_point():
         raise Preempted("Stopped by SIGTERM between two batches. Run the same command again.")
 
 
-def _at_sync_point(count: int | None) -> bool:
+def _at_sync_point() -> bool:
     # JAX finds a number that no process has come to, and says yes to this one alone.
-    return multihost_utils.reached_preemption_sync_point(next(_calls) if count is None else count)
+    return multihost_utils.reached_preemption_sync_point(next(_calls))
 
 
 def stoppable(items: Iterable[T], every: int = 1024) -> Iterator[T]:
@@ -130,16 +127,13 @@ class Watcher:
         """True once SIGTERM has arrived at this process."""
         return self._event.is_set()
 
-    def requested_at(self, step: int | None = None) -> bool:
+    def requested_at(self) -> bool:
         """True in all processes at the same call, soon after SIGTERM has arrived at any of them.
 
         It stays true from there on.
-
-        Args:
-          step: as `count` of `stop_together`.
         """
         if self._together:
-            self._reached = self._reached or _at_sync_point(step)
+            self._reached = self._reached or _at_sync_point()
             return self._reached
         return self.requested
 

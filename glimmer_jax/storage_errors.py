@@ -27,7 +27,10 @@ def explain(error: BaseException) -> tuple[str, bool] | None:
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             return _full(cause)
-        if isinstance(cause, (ConnectionError, TimeoutError)):
+        # A pipe is what our own output goes through.
+        if isinstance(cause, (ConnectionError, TimeoutError)) and not isinstance(
+            cause, BrokenPipeError
+        ):
             return _later(cause)
         # The name for TensorFlow, which need not be there; a ValueError's words for TensorStore. XLA has
         # the same words for what a device lacks.
@@ -38,7 +41,7 @@ def explain(error: BaseException) -> tuple[str, bool] | None:
             return _later(cause)
         if _REFUSED.match(about):
             return f"The storage refused: {cause} Check permissions and credentials.", False
-        cause = cause.__cause__ or cause.__context__
+        cause = cause.__cause__
     return None
 
 

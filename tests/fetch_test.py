@@ -1,6 +1,6 @@
 """Files of a bucket on this disk; `file://` is a bucket to everything but TensorStore."""
 
-import hashlib
+import concurrent.futures
 import logging
 import shutil
 import threading
@@ -38,16 +38,23 @@ def test_passages_in_a_bucket_are_copied_once_and_read_as_if_they_were_here(
     monkeypatch.setattr(fetch, "BLOCK_BYTES", 100)
     with caplog.at_level(logging.INFO, "glimmer_jax"):
         here = Passages.open(url, "f")
-    assert "PASSAGES_DIR: fetching 2.98e-06 GB" in caplog.text and str(cache) in caplog.text
+    assert "PASSAGES_DIR: fetching 3.85e-06 GB" in caplog.text and str(cache) in caplog.text
     assert list(here.records()) == RECORDS
     there = Passages.open(path)
     rows = np.arange(20)
     np.testing.assert_array_equal(here.tokens(rows, 30), there.tokens(rows, 30))
     here.verify()
-    for name in FILES:
+    assert here.place == url
+    # What somebody has deleted is copied again, and nothing else.
+    (here.path / "tokens.npy").unlink()
+    for name in set(FILES) - {"tokens.npy"}:
         (path / name).unlink()
     assert list(Passages.open(url).records()) == RECORDS
     assert not list(cache.rglob("*.partial"))
+    with pytest.raises(
+        ValueError, match=f"{url} was tokenised with vocabulary f, the model's is g"
+    ):
+        Passages.open(url, "g")
 
 
 def test_a_copy_that_was_cut_short_goes_on_with_whole_files(bucket, monkeypatch):
@@ -108,19 +115,19 @@ def test_processes_of_a_machine_share_a_copy(bucket, monkeypatch):
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [20] * 3 and sorted(asked) == sorted(FILES)
+    assert found == [20] * 3 and sorted(asked) == sorted([*FILES, MANIFEST])
 
 
 def test_a_disk_that_is_too_small_is_named_before_anything_is_copied(bucket, cache, monkeypatch):
     _, url = bucket
     usage = shutil.disk_usage(cache.parent.parent)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(ValueError, match=r"wants 2\.98e-06 GB .* 1e-06 GB left.*GLIMMER_CACHE"):
+    with pytest.raises(ValueError, match=r"wants 3\.85e-06 GB .* 1e-06 GB left.*GLIMMER_CACHE"):
         Passages.open(url)
     assert not list(cache.rglob("*.npy*"))
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "no json", '{"files": {"tokens.npy": {}}}'])
+@pytest.mark.parametrize("text", ["{}", "[]", "no json", '{"files": {"tokens.npy": {"bytes": 1}}}'])
 def test_a_manifest_that_says_nothing_is_named(bucket, text):
     path, url = bucket
     (path / MANIFEST).write_text(text)
@@ -128,21 +135,43 @@ def test_a_manifest_that_says_nothing_is_named(bucket, text):
         Passages.open(url)
 
 
-def test_one_file_is_the_bucket_s_newest(tmp_path, cache):
+def test_one_file_is_the_bucket_s_newest(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     for text in ("one", "two"):
         path.write_text(text)
         found = fetch.fetch_file("X", f"file://{path}")
         assert found.read_text() == text and found.name == "a.txt"
-        assert found.parent.name == hashlib.sha256(text.encode()).hexdigest()
+    # It is asked whether it is another one, and not read again.
+    read, states = folder.read_if_new, []
+
+    def seen(*args):
+        states.append(read(*args))
+        return states[-1]
+
+    monkeypatch.setattr(folder, "read_if_new", seen)
+    assert fetch.fetch_file("X", f"file://{path}") == found and states[0][0] is None
+    found.write_text("")  # what somebody has cut short
+    assert fetch.fetch_file("X", f"file://{path}").read_text() == "two" and states[1][0] == b"two"
     assert fetch.fetch_file("X", path) == path
     for missing in (f"file://{tmp_path}/b.txt", f"file://{tmp_path}/"):
         with pytest.raises(ValueError, match=r"X: there is no file file://.* Check the path"):
             fetch.fetch_file("X", missing)
 
 
+def test_threads_may_fetch_the_same_file_at_once(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        found = list(
+            pool.map(lambda _: fetch.fetch_file("X", f"file://{tmp_path}/a.txt"), range(32))
+        )
+    assert {path.read_text() for path in found} == {"one"}
+    assert not [path for path in found[0].parent.iterdir() if path.name != "a.txt"]
+
+
 def test_a_vocabulary_and_retrieved_files_may_lie_in_a_bucket(tmp_path, monkeypatch):
     assert Vocabulary(f"file://{PYDOCS_MODEL}").fingerprint == Vocabulary().fingerprint
+    monkeypatch.setenv(retrieved.VOCABULARY_VARIABLE, f"file://{PYDOCS_MODEL}")
+    assert retrieved.vocabulary().fingerprint == Vocabulary().fingerprint
     (tmp_path / "nq-dev.jsonl").write_text("{}\n")
     monkeypatch.setenv(retrieved.DATA_DIR_VARIABLE, f"file://{tmp_path}/")
     assert retrieved.retrieved_file("nq", "validation").read_text() == "{}\n"

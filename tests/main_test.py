@@ -11,8 +11,8 @@ import gin
 import jax
 import pytest
 
+from glimmer_jax import folder, shipped
 from glimmer_jax import main as command_line
-from glimmer_jax import shipped
 from glimmer_jax.data.pydocs_tasks import TASKS
 
 ROOT = pathlib.Path(shipped.root())
@@ -431,6 +431,24 @@ def library(kind, message):
     return raise_it
 
 
+def refused_to_our_own_reader():
+    try:
+        raise ValueError("PERMISSION_DENIED: Error reading gs://b/m: [HTTP code 403]")
+    except ValueError as error:
+        raise folder.unreachable("gs://b/m", error) from error
+
+
+def bug_after_storage():
+    try:
+        raise TimeoutError("handled")
+    except TimeoutError:
+        raise KeyError("a bug") from None
+
+
+def broken_pipe():
+    raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
 def connection_reset():
     raise OSError(errno.ECONNRESET, "by peer")
 
@@ -457,6 +475,7 @@ class UnavailableError(Exception):
             42,
             "The storage did not answer: UNAVAILABLE: Error writing gs://bucket/run/7",
         ),
+        (refused_to_our_own_reader, 2, "gs://b/m could not be read or written: PERMISSION_DENIED"),
         (library(UnavailableError, "libcurl code 6"), 42, "libcurl code 6"),
         (connection_reset, 42, "The storage did not answer: [Errno 104] by peer"),
         (
@@ -474,10 +493,25 @@ def test_storage_that_fails_in_a_library_is_told_from_a_bug(
     assert said in capsys.readouterr().err
 
 
-def test_what_a_device_lacks_is_not_the_storages(monkeypatch):
-    broken = library(jax.errors.JaxRuntimeError, "UNAVAILABLE: the device is lost")
+def test_work_of_one_process_is_not_done_by_a_job_of_many(monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(command_line, "run_mode", lambda _: None)
+    assert command_line.main(["--run_mode=export"]) == 2
+    assert "export is the work of one process, and this job has 4" in capsys.readouterr().err
+    assert command_line.main(["--run_mode=eval"]) == 0
+
+
+@pytest.mark.parametrize(
+    "broken, kind",
+    [
+        (library(jax.errors.JaxRuntimeError, "UNAVAILABLE: lost"), jax.errors.JaxRuntimeError),
+        (bug_after_storage, KeyError),
+        (broken_pipe, BrokenPipeError),
+    ],
+)
+def test_what_is_not_the_storages_comes_up_as_it_is(monkeypatch, broken, kind):
     monkeypatch.setattr(command_line, "run_mode", lambda _: broken())
-    with pytest.raises(jax.errors.JaxRuntimeError, match="the device is lost"):
+    with pytest.raises(kind):
         command_line.main(["--run_mode=score"])
 
 

@@ -55,7 +55,7 @@ def min_bleu_score() -> float:
 def vocabulary() -> Vocabulary:
     """Of tasks registered without one: the file in GLIMMER_VOCABULARY, or the built-in one."""
     path = os.environ.get(VOCABULARY_VARIABLE)
-    return Vocabulary() if path is None else Vocabulary(Path(path))
+    return Vocabulary() if path is None else Vocabulary(path)
 
 
 def use(

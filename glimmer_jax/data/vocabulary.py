@@ -39,7 +39,7 @@ class Vocabulary:
       extra_ids: number of sentinels; `<extra_id_0>` has the largest id.
     """
 
-    path: Path = PYDOCS_MODEL
+    path: str | Path = PYDOCS_MODEL
     extra_ids: int = EXTRA_IDS
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from glimmer_jax.memory import build, resume, shard, versions
 from glimmer_jax.memory.compute import Job, Recipe
 from glimmer_jax.memory.identity import Layout, check_identity, check_passages
 from glimmer_jax.memory.manifest import LOCK, RECORD, Manifest, Shard, shard_folder
-from glimmer_jax.memory.progress import Progress
+from glimmer_jax.memory.progress import Progress, counted
 from glimmer_jax.memory.source import Passages, read_source
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.memory.verify import check_shard
@@ -182,7 +182,12 @@ def repair(
         where = f"{kvstore.url}manifest.json"
         check_identity(where, found.identity, recipe.identity)
         check_passages(found.passages_fingerprints, passages_fingerprint, path)
-        damaged = [entry for entry in found.shards if check_shard(kvstore, entry)]
+        damaged = []
+        for entry in counted(found.shards, "shards read"):
+            if watcher.requested:
+                raise Preempted("Stopped before anything was repaired. Run the same command again.")
+            if check_shard(kvstore, entry):
+                damaged.append(entry)
         for entry in damaged:
             logger.info("rebuilding shard %s", entry.name)
             name, stored = f"shard {entry.name} of {where}", entry.program

@@ -24,9 +24,8 @@ class Program:
     buckets: tuple[int, ...]  # lengths, in tokens, that a batch may be padded to
     dtype: str  # of activations while encoding
     matmul_dtype: str | None  # of the operands of projections, where it is not `dtype`
-    backend: str  # cpu, gpu or tpu
+    backend: str  # cpu, gpu or tpu; gpu+cudnn with its attention
     jax_version: str
-    attention: str = "plain"  # manifests that do not say were written before there was another
 
     def __post_init__(self):
         object.__setattr__(self, "buckets", tuple(self.buckets))

@@ -4,9 +4,24 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 logger = logging.getLogger(__name__)
+EVERY_SECONDS = 10.0
+T = TypeVar("T")
+
+
+def counted(items: Sequence[T], what: str) -> Iterator[T]:
+    """The items; says now and then how many of them are done, and when the rest will be."""
+    begun = told = time.monotonic()
+    for number, item in enumerate(items):
+        now = time.monotonic()
+        if number and now - told >= EVERY_SECONDS:
+            told = now
+            left = (now - begun) / number * (len(items) - number)
+            logger.info("%s: %d of %d, %.0f s left", what, number, len(items), left)
+        yield item
 
 
 class Progress:

@@ -17,6 +17,7 @@ from glimmer_jax.memory import manifest, shard, versions
 from glimmer_jax.memory.compute import Recipe
 from glimmer_jax.memory.identity import Identity, Layout, Program, check_identity, describe
 from glimmer_jax.memory.manifest import Record
+from glimmer_jax.memory.progress import counted
 from glimmer_jax.memory.source import Passages, read_source
 from glimmer_jax.preemption import Preempted, Watcher
 
@@ -83,7 +84,7 @@ def plan(
       Preempted: asked to stop.
     """
     todo, finished = [], {}
-    for item in shards:
+    for item in counted(shards, "shards looked at"):
         if watcher.requested:
             raise Preempted("Stopped before anything was built. Run the same command again.")
         try:

@@ -8,6 +8,7 @@ import tensorstore as ts
 from glimmer_jax import folder
 from glimmer_jax.memory import manifest, shard
 from glimmer_jax.memory.manifest import Record, Shard
+from glimmer_jax.memory.progress import counted
 from glimmer_jax.memory.store import MemoryStore
 
 
@@ -29,7 +30,11 @@ def verify(store: MemoryStore, sample: int | None = None) -> list[str]:
             )
         chosen = np.unique(np.linspace(0, len(entries) - 1, sample).astype(np.int64))
         entries = tuple(entries[i] for i in chosen)
-    return [problem for entry in entries for problem in check_shard(store.kvstore, entry)]
+    return [
+        problem
+        for entry in counted(entries, "shards read")
+        for problem in check_shard(store.kvstore, entry)
+    ]
 
 
 def check_shard(store: ts.KvStore, entry: Shard) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 from etils import epath
 
+from glimmer_jax import folder
 from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.json_lines import write_json_lines
 from glimmer_jax.models.cost import question_cost
@@ -162,9 +163,9 @@ def evaluate(
     for name, value in sorted(metrics.items()):
         print(f"{name:48} {value:.4f}")
     if output_dir is not None and jax.process_index() == 0:
-        folder = epath.Path(output_dir)
         for task, rows in dev.predictions().items():
-            write_json_lines(folder / f"predictions-{task}.jsonl", rows)
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        (folder / "config.gin").write_text(operative_config())
+            write_json_lines(epath.Path(output_dir) / f"predictions-{task}.jsonl", rows)
+        output = folder.open_folder(output_dir)
+        folder.write_file(output, "config.gin", operative_config().encode())
+        folder.write_file(output, "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     return metrics

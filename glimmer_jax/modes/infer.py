@@ -1,10 +1,14 @@
 """Mode `infer`: answers to the questions of a file, or to questions typed at the prompt."""
 
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+
+from glimmer_jax import axes, partitioning
 from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.json_lines import read_json_lines, write_json_lines
 from glimmer_jax.kilt import check_example
@@ -75,6 +79,8 @@ def infer(
     if questions is not None:
         checks.required(OUTPUT_PATH=output_path)
         examples = _read_questions(checks.existing_file("QUESTIONS", questions))
+    else:
+        batch_size = partitioning.parts(devices.shape, axes.BATCH)  # one question at a time
     predictor = Predictor.load(
         checkpoint_path,
         lengths,
@@ -98,7 +104,11 @@ def infer(
         cut = sum(len(tokens) > lengths.question for tokens in encoded)
         if cut:
             print(f"{cut} questions are longer than {lengths.question} tokens and are cut.")
-        count = write_json_lines(str(output_path), predictor.answers(examples, candidates))
+        answers = predictor.answers(examples, candidates)
+        if jax.process_index():
+            deque(answers, maxlen=0)  # of a job, one process writes what all compute
+            return
+        count = write_json_lines(str(output_path), answers)
         print(f"Wrote {count} answers to {output_path}.")
         if predictor.masked:
             print(f"{predictor.masked} of their passages are not in the memory, and were left out.")

@@ -5,9 +5,10 @@ official scores, for numbers that are compared with published ones.
 """
 
 import json
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
+from glimmer_jax import folder
 from glimmer_jax.data.kilt_metrics import KS, kilt_scores
 from glimmer_jax.data.scoring import score_file
 from glimmer_jax.modes import checks
@@ -33,8 +34,9 @@ def score(
         interval = f"{one['low']:.4f} to {one['high']:.4f}"
         print(f"{name:12}  {one['mean']:.4f}  ({interval}, n = {one['n']})")
     if output_path is not None:
-        Path(output_path).parent.mkdir(parents=True, exist_ok=True)
-        Path(output_path).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        parent, _, name = os.fspath(output_path).rpartition("/")
+        text = json.dumps(found, indent=2) + "\n"
+        folder.write_file(folder.open_folder(parent or "."), name, text.encode())
     return found
 
 

@@ -36,7 +36,8 @@ def attend(
       bfloat16 `[..., N, H, C]`; zeros where no key is seen.
 
     Raises:
-      ValueError: for cuDNN, in a process that computes on something else than a GPU.
+      ValueError: for cuDNN, in a process that computes on something else than a GPU, or on one that
+        does not take it.
     """
     if implementation == "cudnn" and jax.default_backend() != "gpu":
         raise ValueError(
@@ -54,13 +55,20 @@ def attend(
         x = x.at[..., channels].set(channel)
         return x.reshape(-1, *x.shape[-3:])
 
-    out = jax.nn.dot_product_attention(
-        even_and_wide(query, 1.0),
-        even_and_wide(key, masks[..., None].astype(key.dtype)),
-        even_and_wide(value, 0.0),
-        bias=jnp.pad(bias, [(0, 0), (0, odd), (0, odd)]).astype(query.dtype)[None],
-        scale=1.0,  # T5's logits are not scaled
-        implementation=implementation,
-    )
+    try:
+        out = jax.nn.dot_product_attention(
+            even_and_wide(query, 1.0),
+            even_and_wide(key, masks[..., None].astype(key.dtype)),
+            even_and_wide(value, 0.0),
+            bias=jnp.pad(bias, [(0, 0), (0, odd), (0, odd)]).astype(query.dtype)[None],
+            scale=1.0,  # T5's logits are not scaled
+            implementation=implementation,
+        )
+    except (NotImplementedError, RuntimeError) as error:
+        # Such as heads of 128 channels, which the mask makes wider, on a GPU older than Hopper.
+        raise ValueError(
+            f"attention='cudnn' (ATTENTION) does not run here, with heads of {channels} channels and "
+            f"{EXTRA} for the mask: {error} Set ATTENTION='plain'."
+        ) from error
     out = out[:, :length, :, :channels].reshape(value.shape)
     return jnp.where(jnp.any(key_mask, axis=-1)[..., None, None, None], out, 0)

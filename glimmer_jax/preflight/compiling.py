@@ -75,7 +75,8 @@ def after_lookup(lookup: Compiled, step: Compiled, memory: int) -> Compiled:
         kinds["activations"] += more
     kinds["total"] += table + max(more, 0)
     traffic = dict(step.traffic)
-    for kind, one in lookup.traffic.items():
+    # A step that was refused sends nothing that is known, and the lookup alone is not the step.
+    for kind, one in lookup.traffic.items() if step.why_not is None else ():
         other = traffic.get(kind, Traffic(0, 0))
         traffic[kind] = Traffic(one.count + other.count, one.bytes + other.bytes)
     return dataclasses.replace(

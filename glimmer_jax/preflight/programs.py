@@ -103,8 +103,11 @@ def lookup(settings: Settings, mesh: Mesh) -> Program | None:
     token = sum(
         math.prod(trailing) * np.dtype(dtype).itemsize for trailing, dtype in specs.values()
     )
-    pages = max(room // (table.PAGE_TOKENS * token), 1) * mesh.size
-    rows = max(pages * table.PAGE_TOKENS // lengths.passage, 1)
+    # Passages as long as they may be; of each, every device knows first page and length.
+    pages_a_row = -(-lengths.passage // table.PAGE_TOKENS)
+    page_bytes = table.PAGE_TOKENS * token + 8 * mesh.size / pages_a_row
+    pages = max(int(room / page_bytes), 1) * mesh.size
+    rows = max(pages // pages_a_row, 1)
     spread = NamedSharding(mesh, partitioning.spec((axes.MEMORY_ROWS,)))
     whole = partitioning.replicated(mesh)
     number: Any = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=whole)

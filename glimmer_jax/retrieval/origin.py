@@ -8,10 +8,13 @@ texts, so the corpus may be tokenised again. A file without a note is taken as i
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
+import tensorstore as ts
 from etils import epath
 
+from glimmer_jax.fetch import in_bucket
 from glimmer_jax.folder import list_files, open_folder, read_file
 from glimmer_jax.json_lines import parse_line
 from glimmer_jax.passages import Passages
@@ -21,7 +24,7 @@ _SUFFIX = ".passages.json"
 
 def note(path: Any, passages: Passages) -> None:
     """Notes that a retrieved file, local or in a bucket, names these passages; whole or not at all."""
-    found = {"corpus_sha256": _corpus(passages), "passages_dir": str(passages.path)}
+    found = {"corpus_sha256": _corpus(passages), "passages_dir": passages.place}
     text = json.dumps(found, indent=2) + "\n"
     note = epath.Path(path).with_suffix(_SUFFIX)
     partial = note.with_name(f"{note.name}.partial")
@@ -34,11 +37,7 @@ def check(path: Any, passages: Passages) -> None:
 
     Raises ValueError where one was retrieved from another corpus.
     """
-    place = open_folder(path)
-    notes = [key for key in list_files(place, "") if key.endswith(_SUFFIX) and "/" not in key]
-    if not notes:
-        parent, _, file = os.fspath(path).rpartition("/")
-        place, notes = open_folder(parent or "."), [os.path.splitext(file)[0] + _SUFFIX]
+    place, notes = _notes(path)
     for one in notes:
         data = read_file(place, one)
         if data is None:
@@ -47,9 +46,23 @@ def check(path: Any, passages: Passages) -> None:
         if found.get("corpus_sha256") != _corpus(passages):
             raise ValueError(
                 f"{place.url}{one.removesuffix(_SUFFIX)}.jsonl was retrieved from "
-                f"{found.get('passages_dir')}, and {passages.path} holds another corpus. Give the "
+                f"{found.get('passages_dir')}, and {passages.place} holds another corpus. Give the "
                 "passages it was retrieved from, or retrieve again."
             )
+
+
+def _notes(path: Any) -> tuple[ts.KvStore, list[str]]:
+    """Where the notes of a folder, or that of a file, lie, and their names."""
+    text = os.fspath(path).rstrip("/")
+    place = open_folder(text)
+    if in_bucket(text):
+        names = [key for key in list_files(place, "") if "/" not in key]
+    else:
+        names = sorted(found.name for found in Path(text).glob(f"*{_SUFFIX}"))
+    if notes := [name for name in names if name.endswith(_SUFFIX)]:
+        return place, notes
+    parent, _, file = text.rpartition("/")
+    return open_folder(parent or "."), [os.path.splitext(file)[0] + _SUFFIX]
 
 
 def _corpus(passages: Passages) -> str:

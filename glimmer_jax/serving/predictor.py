@@ -8,7 +8,6 @@
 Modes `eval` and `infer` are thin around it; docs/serving.md says more.
 """
 
-import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -67,7 +66,6 @@ class Predictor:
         self._lookup = lookup
         self._params = params
         self._vocabulary = vocabulary
-        self._number = itertools.count()  # of the batches
         self._predict = Predict(model, mesh, lookup, seed)
         self._bm25 = bm25
         self._index: Bm25 | None = None
@@ -155,7 +153,7 @@ class Predictor:
 
         Raises `Preempted` in a job of many processes that was asked to stop.
         """
-        stop_together(next(self._number))
+        stop_together()
         return self._predict(self._params, batch)
 
     def prefetch(self, batches: Iterable[Batch]) -> Iterator[Batch]:

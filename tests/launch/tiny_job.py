@@ -30,7 +30,7 @@ with Watcher(together=True) as watcher:
     total = int(multihost_utils.process_allgather(np.int32(jax.process_index() + 1)).sum())
     report.write_text(f"of {jax.process_count()} total {total}\n{os.getpid()}\n")
     step = 0
-    while not watcher.requested_at(step):
+    while not watcher.requested_at():
         multihost_utils.process_allgather(np.int32(step))
         step += 1
 with report.open("a") as lines:

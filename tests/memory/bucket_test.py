@@ -92,6 +92,11 @@ def test_passages_in_a_bucket_are_fetched_in_blocks(bucket, tmp_path, monkeypatc
     asked = len(bucket.requests)
     assert Passages.open("gs://bucket/corpus/").fingerprint == "f"
     assert len(bucket.requests) == asked + 1
+    with bucket.lock:
+        for path in (tmp_path / "p").iterdir():
+            bucket.put(path.name, path.read_bytes())
+    assert list(Passages.open("gs://bucket").records()) == records
+    assert fetch.fetch_file("X", "gs://bucket/ids.npy").stat().st_size == 20 * 8 + 128
     with pytest.raises(ValueError, match=r"PASSAGES_DIR: there is no gs://bucket/other/manifest"):
         Passages.open("gs://bucket/other")
 

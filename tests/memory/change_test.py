@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from glimmer_jax import folder
-from glimmer_jax.memory import change, encoder, inspect, manifest, merge, plan
+from glimmer_jax.memory import change, encoder, inspect, manifest, merge, plan, progress
 from glimmer_jax.memory.identity import Layout
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.memory.verify import verify
@@ -260,6 +260,36 @@ def test_repair_rebuilds_damaged_shards_with_the_bytes_they_had(
     assert repair() == ["000001"]
     assert folder_bytes(copied_store) == folder_bytes(tiny_store)
     assert repair() == []
+
+
+def test_repair_stops_when_asked_and_says_how_far_it_is(
+    tiny, copied_store, folder_bytes, monkeypatch, caplog
+):
+    (copied_store / "shards" / "000002" / "shard.json").unlink()
+    before, watcher, looked = folder_bytes(copied_store), Watcher(), []
+    check_shard = change.check_shard
+
+    def look(kvstore, entry):
+        looked.append(entry.name)
+        if len(looked) == 2:
+            watcher.request()
+        return check_shard(kvstore, entry)
+
+    monkeypatch.setattr(change, "check_shard", look)
+    monkeypatch.setattr(progress, "EVERY_SECONDS", -1.0)
+    with (
+        caplog.at_level("INFO", "glimmer_jax"),
+        pytest.raises(Preempted, match="Stopped before anything was repaired"),
+    ):
+        change.repair(
+            tiny.recipe(),
+            tiny.TinyPassages(),
+            copied_store,
+            passages_fingerprint="sha256:p1",
+            watcher=watcher,
+        )
+    assert looked == ["000000", "000001"] and folder_bytes(copied_store) == before
+    assert "shards read: 1 of " in caplog.text and " s left" in caplog.text
 
 
 def test_repair_finds_appended_passages_by_id(tiny, tmp_path, folder_bytes):

@@ -91,7 +91,7 @@ def test_answers_from_memory_count_the_table(tmp_path):
     # Four chips for two questions: the passages of each are on two.
     assert code == 0 and report["mesh"]["passages"] == report["mesh"]["fsdp"] == 2
     # Whole pages, and two numbers of each passage.
-    assert 0.9 * room < report["bytes_per_chip"]["memory_table"] <= room * 1.1
+    assert 0.99 * room < report["bytes_per_chip"]["memory_table"] <= room
     # Two questions of 4 passages of 16 tokens, 64 channels of 2 bytes, on four chips. Pages travel once,
     # with room for twice as many, and a fourth is there already; then they are laid as the batch lies.
     wanted = 2 * 4 * 16 * 64 * 2 // 4

@@ -25,6 +25,15 @@ def test_a_file_belongs_to_its_corpus_however_that_is_tokenised(tmp_path):
         origin.check(place, shorter)
         with pytest.raises(ValueError, match="data/nq-dev.jsonl was retrieved from .*mine, and"):
             origin.check(place, other)
+    # As it is with the file itself there, in a folder that has others, and a dot in its name.
+    (data / "nq-dev.jsonl").write_text("{}")
+    (data / "below").mkdir(mode=0)
+    dotted = tmp_path / "data.v2"
+    data.rename(dotted)
+    for place in (dotted, dotted / "nq-dev.jsonl"):
+        with pytest.raises(ValueError, match="data.v2/nq-dev.jsonl was retrieved from"):
+            origin.check(place, other)
+    data = dotted
     # Files without a note are taken as they are.
     origin.check(data / "nq-train.jsonl", other)
     origin.check(tmp_path / "nowhere", other)
