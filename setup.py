@@ -47,6 +47,8 @@ EXTRAS = {
     "parity": ["torch>=2.6", "transformers>=5"],
     # For the tests of the launchers alone: what Kubernetes and the TPU API take.
     "cloud": ["kubernetes-validate>=1.33", "google-cloud-tpu>=1.24"],
+    # Sweeps. With constraints.txt: pip alone searches very long for versions that go together.
+    "xm": ["xmanager>=0.8"],
     "tpu": ["jax[tpu]>=0.10"],
     # XLA's TPU compiler alone, for machines without a TPU.
     "preflight": ["libtpu>=0.0.40"],

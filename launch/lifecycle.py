@@ -2,15 +2,16 @@
 
 from glimmer_jax.main import BAD_INPUT, START_AGAIN
 from launch.plans import Machines, shell
-from launch.processes import Interrupts, read, run, run_again
+from launch.processes import Interrupts, read, run, run_again, run_heard
 
 POLL = 20.0  # seconds between two looks at the state
-# At shipping, since workers refuse connections for a while after they say they are ready; and at asking
-# for the state, since one failed question must not give the machines away.
+# At shipping, since workers refuse connections for a while after they say they are ready; at asking
+# for the state, since one failed question must not give the machines away; and at deleting.
 ATTEMPTS = 3
 # gcloud's error where there is no machine of the name. All its others (login, permissions, a wrong
 # zone, the network) say nothing of the machine.
 NOT_FOUND = "NOT_FOUND:"
+ALREADY_EXISTS = "ALREADY_EXISTS:"
 
 
 def play(plan: Machines, interrupts: Interrupts, poll: float = POLL) -> int:
@@ -29,14 +30,10 @@ def play(plan: Machines, interrupts: Interrupts, poll: float = POLL) -> int:
       ValueError: there are machines of that name, which belong to another run and stay; or gcloud
         does not say whether there are.
     """
-    # Only here: all that has the name later on is ours, and is deleted.
+    # Before all else, since a create that fails may cost minutes.
     answer = read(plan.describe)
     if not answer.code:
-        raise ValueError(
-            f"--name must be free, and there is a {plan.name} already, in state {answer.text}. "
-            "Choose another --name; or, if no run needs it, delete it by hand and launch again: "
-            f"{shell(plan.delete)}"
-        )
+        raise _taken(plan, answer.text)
     if NOT_FOUND not in answer.errors:
         raise ValueError(
             f"--name must be free, and gcloud does not say whether there is a {plan.name}: "
@@ -56,22 +53,52 @@ def play(plan: Machines, interrupts: Interrupts, poll: float = POLL) -> int:
 
 def _life(plan: Machines, interrupts: Interrupts, poll: float) -> tuple[int, bool]:
     """One life of the machines: exit code, and whether they were lost."""
-    code, lost = 1, False
+    code, lost, ours, cut_short = 1, False, True, False
     try:
-        code, lost = _work(plan, interrupts, poll)
+        created = run_heard(plan.create, interrupts)
+        code = created.code
+        cut_short = bool(code and interrupts.count)
+        # Somebody took the name after we looked, or after we deleted machines that were lost.
+        ours = not code or ALREADY_EXISTS not in created.errors
+        if not ours:
+            raise _taken(plan, read(plan.describe).text or "unknown")
+        if not code and not interrupts.count:
+            code, lost = _work(plan, interrupts, poll)
     finally:
-        # Its own interrupts are not heard: half-deleted machines cost as much as whole ones.
-        if run([plan.delete], Interrupts()):
+        if ours and not _deleted(plan, poll, cut_short):
             by_hand = shell(plan.delete)
             print(f"launch: could not delete; if it is still there: {by_hand}", flush=True)
-            code = code or 1
+            # No new ones: what has the name may be the old ones.
+            code, lost = code or 1, False
     return code, lost
 
 
+def _taken(plan: Machines, state: str) -> ValueError:
+    return ValueError(
+        f"--name must be free, and there is a {plan.name} already, in state {state}. "
+        "Choose another --name; or, if no run needs it, delete it by hand and launch again: "
+        f"{shell(plan.delete)}"
+    )
+
+
+def _deleted(plan: Machines, poll: float, cut_short: bool) -> bool:
+    """Deletes, in several attempts; whether the machines are gone.
+
+    What create asked for before it was cut short may arrive after the first answer.
+    """
+    # Interrupts are not heard: half-deleted machines cost as much as whole ones.
+    deaf = Interrupts()
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            deaf.sleep(poll)
+        answer = run_heard(plan.delete, deaf)
+        if not answer.code or (NOT_FOUND in answer.errors and (attempt or not cut_short)):
+            return True
+    return False
+
+
 def _work(plan: Machines, interrupts: Interrupts, poll: float) -> tuple[int, bool]:
-    code = run([plan.create], interrupts)
-    if code or interrupts.count:
-        return code, False
+    """What is done with machines that were asked for."""
     state = _state(plan, interrupts, poll)
     while state in plan.waiting and not interrupts.count:
         interrupts.sleep(poll)
@@ -86,7 +113,22 @@ def _work(plan: Machines, interrupts: Interrupts, poll: float) -> tuple[int, boo
     # A lost machine breaks the connection, and gcloud's exit code says nothing of the job.
     if code in (0, BAD_INPUT):
         return code, False
-    return code, code == START_AGAIN or _state(plan, interrupts, poll) != plan.ready
+    return code, code == START_AGAIN or _lost(plan, interrupts, poll)
+
+
+def _lost(plan: Machines, interrupts: Interrupts, poll: float) -> bool:
+    """Whether the machines are gone; after an interrupt it does not matter.
+
+    A queued resource says that it is ready for some moments after its node was preempted.
+    """
+    for look in range(1 + ATTEMPTS):
+        if look:
+            interrupts.sleep(poll)
+        if interrupts.count:
+            return False
+        if _state(plan, interrupts, poll) != plan.ready:
+            return True
+    return False
 
 
 def _state(plan: Machines, interrupts: Interrupts, poll: float) -> str | None:

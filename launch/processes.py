@@ -72,7 +72,12 @@ class Interrupts:
 
 
 def run(
-    argvs: Sequence[Argv], interrupts: Interrupts, *, stdin: str = "", grace: float = GRACE
+    argvs: Sequence[Argv],
+    interrupts: Interrupts,
+    *,
+    stdin: str = "",
+    stderr: int | None = None,
+    grace: float = GRACE,
 ) -> int:
     """Runs commands side by side until all have ended.
 
@@ -83,6 +88,7 @@ def run(
       argvs: the commands; each gets a process group of its own, of which nothing is left at the end.
       interrupts: in force.
       stdin: what every command reads.
+      stderr: descriptor to which they complain; None: ours.
       grace: seconds.
 
     Returns:
@@ -98,7 +104,9 @@ def run(
             with tempfile.TemporaryFile() as given:
                 given.write(stdin.encode())
                 given.seek(0)
-                processes.append(subprocess.Popen(argv, stdin=given, start_new_session=True))
+                processes.append(
+                    subprocess.Popen(argv, stdin=given, stderr=stderr, start_new_session=True)
+                )
         return _wait(processes, interrupts, grace)
     finally:
         _send(processes, signal.SIGKILL)
@@ -115,6 +123,29 @@ def run_again(argv: Argv, interrupts: Interrupts, *, attempts: int, pause: float
         print(f"launch: exit code {code}, once more: {shell(argv)}", flush=True)
         interrupts.sleep(pause)
     return code
+
+
+def run_heard(argv: Argv, interrupts: Interrupts) -> Answer:
+    """As `run`; what the command says on stderr is shown at once, and is in the answer."""
+    read_end, write_end = os.pipe()
+    said = bytearray()
+
+    def show() -> None:
+        while chunk := os.read(read_end, 4096):
+            said.extend(chunk)
+            with contextlib.suppress(OSError):  # The terminal is closed.
+                os.write(2, chunk)
+        os.close(read_end)
+
+    shower = threading.Thread(target=show, name="stderr", daemon=True)
+    shower.start()
+    try:
+        code = run([argv], interrupts, stderr=write_end)
+    finally:
+        os.close(write_end)
+    # Of its process group nothing is left to hold the pipe open; a daemon of its own could.
+    shower.join(10.0)
+    return Answer(code, "", said.decode(errors="replace").strip())
 
 
 def read(argv: Argv, seconds: float = 120.0) -> Answer:

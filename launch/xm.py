@@ -35,7 +35,8 @@ def run(sweep: Sweep, title: str) -> int:
         import xmanager.xm_local  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            f"Target xm needs XManager, but {error}. Install it with: pip install xmanager"
+            f"Target xm needs XManager, but {error}. Install it, in the checkout, with: "
+            "pip install -c constraints.txt '.[xm]' (without that file pip searches very long)"
         ) from error
     from absl import flags
 

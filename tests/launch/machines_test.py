@@ -43,6 +43,11 @@ def verbs(gcloud):
     return [kind for kind in kinds if kind != "describe"]
 
 
+def looks(gcloud):
+    """How often the state was asked for."""
+    return sum(line.split()[3] == "describe" for line in (gcloud / "log").read_text().splitlines())
+
+
 ONE_LIFE = ["create", "scp", "setup", "run", "delete"]
 
 
@@ -110,6 +115,22 @@ def test_a_question_for_the_state_that_fails_gives_no_machine_away(gcloud, monke
     assert int((gcloud / "n").read_text()) >= 4
 
 
+def test_after_a_crash_the_state_is_believed_at_the_fourth_look(gcloud, monkeypatch):
+    monkeypatch.setenv("JOB", "exit 1")
+    assert go() == 1
+    assert verbs(gcloud) == ONE_LIFE
+    assert looks(gcloud) == 2 + 4
+
+
+def test_an_interrupt_ends_the_looks_after_a_crash(gcloud, monkeypatch):
+    life(gcloud, 1, '[ "$verb" = run ] && touch ran')
+    life(gcloud, 1, '[ "$verb" = describe ] && [ -e ran ] && kill -TERM $PPID')
+    monkeypatch.setenv("JOB", "exit 1")
+    assert go() == 128 + signal.SIGTERM
+    assert verbs(gcloud) == ONE_LIFE
+    assert looks(gcloud) == 2 + 1
+
+
 def test_bad_input_is_not_repeated_even_where_the_state_is_unknown(gcloud, monkeypatch):
     life(
         gcloud, 1, '[ "$verb" = run ] && touch ran; [ "$verb" = describe ] && [ -e ran ] && exit 1'
@@ -171,9 +192,7 @@ def test_machines_that_are_not_found_are_lost_at_the_first_answer(gcloud, monkey
     life(gcloud, 1, '[ "$verb" = run ] && touch gone && exit 255')
     life(gcloud, 1, '[ "$verb" = describe ] && [ -e gone ] && not_found')
     assert go() == 0
-    kinds = [line.split()[3] for line in (gcloud / "log").read_text().splitlines()]
-    # The name, ready, gone; ready.
-    assert kinds.count("describe") == 4
+    assert looks(gcloud) == 4  # The name, ready, gone; ready.
     assert verbs(gcloud) == ONE_LIFE * 2
 
 
@@ -184,15 +203,40 @@ def test_a_state_that_is_not_set_yet_is_asked_for_again(gcloud):
 
 
 def test_machines_that_could_not_be_deleted_are_named(gcloud, capfd):
+    life(gcloud, 1, PREEMPTED)
     life(gcloud, 1, '[ "$verb" = delete ] && exit 1')
-    assert go() == 1
+    assert go() == 255
+    assert verbs(gcloud) == [*ONE_LIFE[:-1], *["delete"] * 3]  # and no new ones
     assert "could not delete; if it is still there: gcloud compute tpus tpu-vm delete run1" in (
         capfd.readouterr().out
     )
 
 
-def test_sigterm_deletes_the_machines(gcloud, monkeypatch):
-    monkeypatch.setenv("JOB", 'touch "$GCLOUD_STUB/up"; sleep 1000')
+def test_a_finished_job_whose_machines_stay_has_failed(gcloud):
+    life(gcloud, 1, '[ "$verb" = delete ] && exit 1')
+    assert go() == 1
+
+
+def test_a_delete_that_fails_is_tried_again(gcloud, capfd):
+    life(gcloud, 1, '[ "$verb" = delete ] && [ ! -e once ] && touch once && exit 1')
+    assert go() == 0
+    assert verbs(gcloud) == [*ONE_LIFE, "delete"]
+    assert "could not delete" not in capfd.readouterr().out
+
+
+def test_machines_that_arrive_after_an_interrupted_create_are_deleted(gcloud):
+    life(gcloud, 1, '[ "$verb" = create ] && { kill -TERM $PPID; sleep 1000; }')
+    life(gcloud, 1, '[ "$verb" = delete ] && [ ! -e once ] && touch once && not_found')
+    assert go() == 128 + signal.SIGTERM
+    assert verbs(gcloud) == ["create", "delete", "delete"]
+
+
+@pytest.mark.parametrize("during", ["create", "run"])
+def test_sigterm_deletes_the_machines(gcloud, monkeypatch, during):
+    up = 'touch "$GCLOUD_STUB/up"; sleep 1000'
+    if during == "create":
+        life(gcloud, 1, f'[ "$verb" = create ] && {{ {up}; }}')
+    monkeypatch.setenv("JOB", up)
     monkeypatch.setenv("PYTHONPATH", str(HERE.parents[1]))
     argv = ["tpu_vm", *OPTIONS, f"--setup={SETUP}", "--", *FLAGS]
     code = (
@@ -207,7 +251,8 @@ def test_sigterm_deletes_the_machines(gcloud, monkeypatch):
             time.sleep(0.05)
         launcher.send_signal(signal.SIGTERM)
         assert launcher.wait(60) == 128 + signal.SIGTERM
-    assert verbs(gcloud) == ONE_LIFE
+    assert verbs(gcloud) == (["create", "delete"] if during == "create" else ONE_LIFE)
+    assert looks(gcloud) == (1 if during == "create" else 2)
 
 
 def test_without_gcloud_the_message_says_so(gcloud, monkeypatch, capfd):

@@ -15,7 +15,7 @@ import pytest
 
 from launch import local
 from launch.plans import shell
-from launch.processes import TIED, Answer, Interrupts, read, run, run_again
+from launch.processes import TIED, Answer, Interrupts, read, run, run_again, run_heard
 from tests.training import toy_job
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -99,6 +99,25 @@ def test_an_answer_is_what_was_printed_and_complaints_are_shown(capfd):
     assert read(sh("echo READY; echo old >&2")) == Answer(0, "READY", "old")
     assert read(sh("echo READY; echo no >&2; exit 3")) == Answer(3, "READY", "no")
     assert capfd.readouterr().err == "old\nno\n"
+
+
+def test_what_a_command_complains_of_is_shown_at_once_and_heard(capfd):
+    assert run_heard(sh("echo no >&2; exit 3"), Interrupts()) == Answer(3, "", "no")
+    assert capfd.readouterr().err == "no\n"
+    code = (
+        "import sys\nfrom launch.processes import Interrupts, run_heard\n"
+        "with Interrupts() as interrupts:\n"
+        "    answer = run_heard(('sh', '-c', sys.argv[1]), interrupts)\n"
+        "print(answer.code, answer.errors)"
+    )
+    command = "trap 'echo late >&2; exit 42' TERM; echo early >&2; while :; do sleep 0.05; done"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code, command], cwd=ROOT, **pipes) as driver:
+        assert driver.stderr.readline() == "early\n"
+        driver.terminate()
+        text, shown = driver.communicate(timeout=60)
+    assert text == f"42 early\n{shown}"
+    assert shown.endswith("late\n")  # the shell may say before it that its sleep was ended
 
 
 def test_a_silent_command_is_ended_with_what_it_started(tmp_path):

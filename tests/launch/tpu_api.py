@@ -2,7 +2,7 @@
 
 Google's client reaches it by gRPC, and gcloud itself by REST. What a life of machines looks like is
 written down before it: the states to be seen, one after the other, of which the last stays. A file
-`state` in the folder is the state from then on, for a job that wants its machines to be preempted.
+`state` in the folder holds those from then on, for a job that wants its machines to be preempted.
 """
 
 import contextlib
@@ -137,7 +137,7 @@ class Api:
     def _next_state(self, name):
         states, told = self.states[name], self.folder / "state"
         if told.exists():
-            states[:] = [told.read_text().strip()]
+            states[:] = told.read_text().split()
             told.unlink()
         return states.pop(0) if len(states) > 1 else states[0]
 

@@ -31,6 +31,7 @@ ONE_LIFE = {
     "tpu_vm": ["CreateNode", "GetNode", "DeleteNode"],
     "queued_resource": ["CreateQueuedResource", "GetQueuedResource", "DeleteQueuedResource"],
 }
+STATE = {"tpu_vm": "READY", "queued_resource": "ACTIVE"}
 
 # What the launcher makes of every state of the API: ready, on the way, or gone.
 NODE = {
@@ -159,7 +160,13 @@ def test_a_queued_resource_is_waited_for_used_and_deleted(api, through, gcloud):
 
 @by_client
 @pytest.mark.parametrize(
-    ("target", "state"), [("tpu_vm", "PREEMPTED"), ("queued_resource", "SUSPENDED")]
+    ("target", "state"),
+    [
+        ("tpu_vm", "PREEMPTED"),
+        ("queued_resource", "SUSPENDED"),
+        # The queue hears of it later.
+        ("queued_resource", "ACTIVE ACTIVE ACTIVE SUSPENDING"),
+    ],
 )
 def test_preempted_machines_are_made_again(api, through, monkeypatch, target, state):
     monkeypatch.setenv("JOB", LOST.format(state))
@@ -202,3 +209,43 @@ def test_where_the_name_is_not_known_to_be_free_nothing_is_made(api, through, ca
     assert "does not say whether there is a run1: ERROR: (gcloud.compute.tpus.tpu-vm" in said
     assert "PERMISSION_DENIED: Permission denied on 'locations/z'" in said
     assert api.asked == ["GetNode"] * 2 and len(api.nodes) == 1
+
+
+@both_doors
+@pytest.mark.parametrize("target", ONE_LIFE)
+def test_machines_that_another_launcher_made_after_our_look_are_left_alone(
+    api, through, monkeypatch, capfd, target
+):
+    method, look, _ = ONE_LIFE[target]
+    create = getattr(api, method)
+
+    def second(request):
+        create(request)  # the other's
+        return create(request)
+
+    monkeypatch.setattr(api, method, second)
+    assert go(target) == 2
+    said = capfd.readouterr().err
+    assert f"create) ALREADY_EXISTS: Resource '{PARENT}/" in said
+    assert f"there is a run1 already, in state {STATE[target]}. Choose another --name" in said
+    assert lives(api) == [look, method, look]
+    assert not empty(api)
+
+
+@both_doors
+@pytest.mark.parametrize("target", ONE_LIFE)
+def test_machines_that_are_gone_already_are_deleted(api, through, monkeypatch, capfd, target):
+    method = ONE_LIFE[target][-1]
+    delete = getattr(api, method)
+
+    def late(request):
+        api.nodes.clear()
+        api.queued.clear()
+        return delete(request)
+
+    monkeypatch.setattr(api, method, late)
+    assert go(target) == 0
+    assert api.asked.count(method) == 1
+    said = capfd.readouterr()
+    assert "delete) NOT_FOUND: Resource" in said.err
+    assert "could not delete" not in said.out

@@ -141,7 +141,8 @@ def wait_for(condition):
 
 def test_without_xmanager_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "xmanager", None)
-    with pytest.raises(ValueError, match="needs XManager, but .*pip install xmanager"):
+    wanted = r"needs XManager, but .*pip install -c constraints\.txt '\.\[xm\]'"
+    with pytest.raises(ValueError, match=wanted):
         xm.run(sweep.Sweep((("local",),), 1), "title")
 
 
