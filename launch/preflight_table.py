@@ -147,7 +147,9 @@ def main() -> None:
     try:
         compiler = f"libtpu {version('libtpu')}"
     except PackageNotFoundError:
-        sys.exit("preflight_table: libtpu is not installed: pip install 'glimmer_jax[preflight]'")
+        sys.exit(
+            "preflight_table: libtpu is not installed: pip install -c constraints.txt -e '.[preflight]'"
+        )
     for job, rows in (("train", TRAIN), ("infer", INFER)):
         for size, topology, changes in rows:
             if args.only not in (None, size) or args.job not in (None, job):

@@ -94,8 +94,8 @@ def devices(topology: Topology) -> list[Any]:
         import libtpu  # noqa: F401 (what JAX loads)
     except ImportError:
         raise ValueError(
-            "Preflight needs XLA's TPU compiler, the wheel libtpu: pip install "
-            "'glimmer_jax[preflight]'. It runs on any x86-64 Linux machine."
+            "Preflight needs XLA's TPU compiler, the wheel libtpu: in the checkout, pip install -c "
+            "constraints.txt -e '.[preflight]'. It runs on any x86-64 Linux machine."
         ) from None
     import jax
     from jax.experimental import topologies

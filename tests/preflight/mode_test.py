@@ -127,7 +127,7 @@ def test_without_the_compiler_the_way_out_is_named(tmp_path, capfd, monkeypatch)
     monkeypatch.setitem(sys.modules, "libtpu", None)
     run = ["--gin_file=gin/runs/finetune.gin", "--topology=v5p:2x2x1"]
     assert preflight(tmp_path, *run)[0] == 2
-    assert "pip install 'glimmer_jax[preflight]'" in capfd.readouterr().err
+    assert "pip install -c constraints.txt -e '.[preflight]'" in capfd.readouterr().err
 
 
 def test_topologies_are_preflights_alone():
