@@ -108,7 +108,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if len(slices) > 1 and sizes["slice"] != len(slices):
         raise ValueError(
             f"The devices come in {len(slices)} slices, and the mesh has slice={sizes['slice']}: "
-            f"another axis would cross the slow network between them. Set slice={len(slices)}."
+            f"another axis would cross the slow network between them. Set MESH_SLICE={len(slices)}."
         )
     # Auto axes: the compiler propagates shardings, and `constrain` pins them where it matters.
     types = (AxisType.Auto,) * len(MESH_AXES)

@@ -74,7 +74,7 @@ def test_slices_are_the_hardwares_and_lie_outermost():
     mesh = make_mesh(MeshConfig(slice=2, data=1, fsdp=-1), devices)
     grid = mesh.devices.reshape(2, 4)
     assert [{device.slice_index for device in row} for row in grid] == [{0}, {1}]
-    with pytest.raises(ValueError, match=r"come in 2 slices, .*slice=1.*Set slice=2"):
+    with pytest.raises(ValueError, match=r"come in 2 slices, .*slice=1.*Set MESH_SLICE=2"):
         make_mesh(MeshConfig(data=8), devices)
 
 
