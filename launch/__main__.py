@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from glimmer_jax import shipped
 from glimmer_jax.main import BAD_INPUT, DONE, parse_flags
@@ -20,6 +21,8 @@ from launch.plans import Machines, Plan, Submission, lines
 from launch.processes import Interrupts, obey_input, run
 
 ROOT = shipped.root()
+# Options that may be repeated -> what the targets call all of them.
+_FIELDS = {"create_flag": "create_flags", "ssh_flag": "ssh_flags", "sbatch_flag": "sbatch_flags"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
         cloud.add_argument("--setup", default=tpu.SETUP, help="shell command for every worker")
         for flag in ("--create_flag", "--ssh_flag"):
             cloud.add_argument(flag, action="append", default=[], help="passed on to gcloud")
+        _add_env(cloud)
 
     gke = target("jobset", "TPU slices of a GKE cluster")
     gke.add_argument("--name", required=True)
@@ -64,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     gke.add_argument("--namespace", default="default")
     gke.add_argument("--service_account", help="of Kubernetes")
     gke.add_argument("--max_restarts", type=int, default=3, help="after crashes")
+    _add_env(gke)
 
     mesh = target("slurm", "GPUs of a Slurm cluster")
     mesh.add_argument("--name", required=True)
@@ -72,12 +77,19 @@ def parser() -> argparse.ArgumentParser:
     mesh.add_argument("--time", help="limit of one start: 12:00:00")
     mesh.add_argument("--partition")
     mesh.add_argument("--account")
+    mesh.add_argument("--sbatch_flag", action="append", default=[], help="passed on to sbatch")
 
     experiment = target("xm", "an XManager experiment: a sweep over one of the others")
     experiment.add_argument("--sweep", action="append", default=[], metavar="NAME=[V, V]")
     experiment.add_argument("--parallel", type=int, default=1, help="units at a time")
     experiment.add_argument("command", nargs=argparse.REMAINDER, metavar="TARGET [options]")
     return top
+
+
+def _add_env(target: argparse.ArgumentParser) -> None:
+    target.add_argument(
+        "--env", action="append", default=[], metavar="NAME=VALUE", help="of the job's processes"
+    )
 
 
 def make_plan(
@@ -93,19 +105,28 @@ def make_plan(
     Raises:
       ValueError: values that do not fit.
     """
-    options = {k: v for k, v in vars(args).items() if k not in ("target", "dry_run")}
+    options: dict[str, Any] = {
+        _FIELDS.get(k, k): tuple(v) if isinstance(v, list) else v
+        for k, v in vars(args).items()
+        if k not in ("target", "dry_run")
+    }
+    parsed = parse_flags(flags)
+    if args.target not in ("local", "xm") or options.get("num_processes", 1) > 1:
+        # A slice of one host is one process, and `memory` may want its chips: to append, to repair.
+        one_host = args.target in ("tpu_vm", "queued_resource")
+        record.require_job(parsed, ("memory",) if one_host else ())
     match args.target:
         case "local":
             return local.plan(flags, args.num_processes, local.free_port(), sys.executable)
         case "tpu_vm" | "queued_resource":
-            record.require_bucket(parse_flags(flags))
-            for name in ("create_flag", "ssh_flag"):
-                options[f"{name}s"] = tuple(options.pop(name))
+            record.require_bucket(parsed)
             make = tpu.tpu_vm if args.target == "tpu_vm" else tpu.queued_resource
             return make(tpu.Tpu(**options), flags, record.archive_path(code))
         case "jobset":
-            record.require_bucket(parse_flags(flags))
-            return jobset.plan(jobset.JobSet(**options), flags, code.annotations())
+            record.require_bucket(parsed)
+            machines = jobset.JobSet(**options)
+            jobset.check_slices(machines, parsed)
+            return jobset.plan(machines, flags, code.annotations())
         case "slurm":
             what = " ".join(code.annotations().values()) or "not in a checkout"
             return slurm.plan(slurm.Slurm(**options), flags, os.getcwd(), sys.executable, what)

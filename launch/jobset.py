@@ -5,6 +5,7 @@ fails at once and the JobSet decides by the exit code: 2 is never tried again, 4
 end a few times. GKE tells the pods of a JobSet their places, and JAX reads them there.
 """
 
+import argparse
 import dataclasses
 import json
 import math
@@ -12,7 +13,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from launch.plans import Submission, check_at_least, check_name, check_words, glimmer
+from launch import record
+from launch.plans import Submission, check_at_least, check_env, check_name, check_words, glimmer
 
 # TPU generation -> GKE's name, dimensions of its topologies.
 GENERATIONS = {
@@ -22,6 +24,8 @@ GENERATIONS = {
     "v6e": ("tpu-v6e-slice", 2),
     "tpu7x": ("tpu7x", 3),
 }
+# Modes whose mesh is all devices of the job.
+MESHED = ("train", "eval", "infer")
 CONTAINER = "glimmer"
 FINAL_SAVE = 120  # seconds between SIGTERM and the end
 
@@ -39,6 +43,7 @@ class JobSet:
     namespace: str = "default"
     service_account: str | None = None  # of Kubernetes; None: the namespace's default
     max_restarts: int = 3  # after ends that are neither done, bad input nor "start me again"
+    env: tuple[str, ...] = ()  # NAME=VALUE, of the containers
 
     def __post_init__(self):
         check_name(self.name)
@@ -47,6 +52,7 @@ class JobSet:
         )
         check_at_least(1, slices=self.slices)
         check_at_least(0, max_restarts=self.max_restarts)
+        check_env(self.env)
         if self.tpu not in GENERATIONS:
             raise ValueError(f"--tpu must be one of {', '.join(GENERATIONS)}, got {self.tpu!r}.")
         dimensions = GENERATIONS[self.tpu][1]
@@ -74,7 +80,7 @@ class JobSet:
 
 
 def plan(jobset: JobSet, flags: Sequence[str], annotations: dict[str, str]) -> Submission:
-    """Applies the manifest.
+    """Creates what the manifest says; fails where the name is taken.
 
     Args:
       jobset: the machines.
@@ -85,7 +91,8 @@ def plan(jobset: JobSet, flags: Sequence[str], annotations: dict[str, str]) -> S
     selector = f"--selector=jobset.sigs.k8s.io/jobset-name={jobset.name}"
     first = f"{selector},jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
     return Submission(
-        submit=(*kubectl, "apply", "--filename=-"),
+        # "apply" would change a running JobSet, or nothing, and say that all is well.
+        submit=(*kubectl, "create", "--filename=-"),
         stdin=json.dumps(manifest(jobset, flags, annotations), indent=2) + "\n",
         follow=(
             (*kubectl, "get", "jobset", jobset.name),
@@ -148,12 +155,16 @@ def job_spec(jobset: JobSet, flags: Sequence[str]) -> dict[str, Any]:
             {
                 "name": CONTAINER,
                 "image": jobset.image,
-                # Kubernetes puts variables in for $(NAME), unless the dollar is doubled.
-                "command": [part.replace("$(", "$$(") for part in glimmer("python", flags)],
+                "command": [_literal(part) for part in glimmer("python", flags)],
                 "resources": {"limits": {"google.com/tpu": jobset.chips_per_host}},
             }
         ],
     }
+    if jobset.env:
+        pairs = (variable.partition("=") for variable in jobset.env)
+        pod["containers"][0]["env"] = [
+            {"name": name, "value": _literal(value)} for name, _, value in pairs
+        ]
     if jobset.service_account is not None:
         pod["serviceAccountName"] = jobset.service_account
     if jobset.spot:
@@ -178,6 +189,29 @@ def job_spec(jobset: JobSet, flags: Sequence[str]) -> dict[str, Any]:
         },
         "template": {"spec": pod},
     }
+
+
+def check_slices(jobset: JobSet, flags: argparse.Namespace) -> None:
+    """Refuses a mesh of other slices than are asked for.
+
+    Args:
+      jobset: the machines.
+      flags: glimmer's, parsed.
+
+    Raises:
+      ValueError: names the flag to add.
+    """
+    given, wanted = record.bound(flags, "MESH_SLICE"), str(jobset.slices)
+    if flags.run_mode in MESHED and (given or "1").strip() != wanted:
+        raise ValueError(
+            f"--slices={wanted} needs a mesh of as many slices, got "
+            f"MESH_SLICE={given or 'nothing'} on the command line. Add --gin.MESH_SLICE={wanted}."
+        )
+
+
+def _literal(text: str) -> str:
+    """Kubernetes puts variables in for $(NAME), unless the dollar is doubled."""
+    return text.replace("$(", "$$(")
 
 
 def _rule(name: str, action: str, *patterns: str) -> dict[str, Any]:

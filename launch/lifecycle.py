@@ -2,7 +2,7 @@
 
 from glimmer_jax.main import BAD_INPUT, START_AGAIN
 from launch.plans import Machines, shell
-from launch.processes import Interrupts, read, run, run_again, run_heard
+from launch.processes import Interrupts, read, run, run_again, run_heard, say
 
 POLL = 20.0  # seconds between two looks at the state
 # At shipping, since workers refuse connections for a while after they say they are ready; at asking
@@ -23,8 +23,9 @@ def play(plan: Machines, interrupts: Interrupts, poll: float = POLL) -> int:
       poll: seconds between two looks at the state.
 
     Returns:
-      The job's exit code; 42 if it was preempted more often than the plan allows; gcloud's where
-      that fails; 1 if a finished job's machines could not be deleted.
+      The job's exit code; 42 if it was preempted more often than the plan allows; 2 if the machines
+      failed before they were ready; gcloud's where that fails; 1 if a finished job's machines could
+      not be deleted.
 
     Raises:
       ValueError: there are machines of that name, which belong to another run and stay; or gcloud
@@ -40,14 +41,14 @@ def play(plan: Machines, interrupts: Interrupts, poll: float = POLL) -> int:
             f"{answer.errors or f'exit code {answer.code}'}\nNothing was made or deleted. Mend the "
             "login (gcloud auth login), --zone, --project or your permissions, and launch again."
         )
-    print(f"launch: {NOT_FOUND} the name {plan.name} is free", flush=True)
+    say(f"launch: {NOT_FOUND} the name {plan.name} is free")
     for left in range(plan.recreate, -1, -1):
         code, lost = _life(plan, interrupts, poll)
         if interrupts.count:
             return interrupts.exit_code
         if not lost:
             return code
-        print(f"launch: the machines are lost; new ones {left} times more", flush=True)
+        say(f"launch: the machines are lost; new ones {left} times more")
     return START_AGAIN
 
 
@@ -67,7 +68,7 @@ def _life(plan: Machines, interrupts: Interrupts, poll: float) -> tuple[int, boo
     finally:
         if ours and not _deleted(plan, poll, cut_short):
             by_hand = shell(plan.delete)
-            print(f"launch: could not delete; if it is still there: {by_hand}", flush=True)
+            say(f"launch: could not delete; if it is still there: {by_hand}")
             # No new ones: what has the name may be the old ones.
             code, lost = code or 1, False
     return code, lost
@@ -103,8 +104,15 @@ def _work(plan: Machines, interrupts: Interrupts, poll: float) -> tuple[int, boo
     while state in plan.waiting and not interrupts.count:
         interrupts.sleep(poll)
         state = _state(plan, interrupts, poll)
-    if state != plan.ready or interrupts.count:
+    if interrupts.count or state is None or state in plan.lost:
         return START_AGAIN, True
+    if state != plan.ready:
+        say(read(plan.explain).text)
+        say(
+            f"launch: {plan.name} is {state} before it was ever ready; look at quota, --zone, --version "
+            "and --accelerator_type: new ones would fail too"
+        )
+        return BAD_INPUT, False
     for command in plan.ship:
         code = run_again(command, interrupts, attempts=ATTEMPTS, pause=poll)
         if code or interrupts.count:

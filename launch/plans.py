@@ -15,6 +15,8 @@ _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 # Zones, types, versions, images, times: whatever a shell, a script line or a label takes as it is.
 _WORD = re.compile(r"[A-Za-z0-9][-A-Za-z0-9._:/@]*")
 
+# What a shell takes as the name of a variable.
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*", re.DOTALL)
 _FLAG = re.compile(r"--[\w.-]+=(?=.)", re.DOTALL)
 
 
@@ -49,6 +51,8 @@ class Machines:
     describe: Argv  # prints the state; fails where there is no machine of the name
     ready: str  # the state in which it can be used
     waiting: tuple[str, ...]  # states on the way there; in every other one it is gone
+    lost: tuple[str, ...]  # of these others, those that new machines may be spared
+    explain: Argv  # prints all there is to know, such as why they could not be made
     ship: tuple[Argv, ...]  # code and environment
     run: Argv  # ends with the job's exit code
     delete: Argv
@@ -62,6 +66,8 @@ class Machines:
             f"{lines(self.create)}"
             f"# until it prints {self.ready}, while it prints {', '.join(self.waiting)}\n"
             f"{lines(self.describe)}"
+            f"# if it prints neither of them nor {', '.join(self.lost)}: why; then no new ones\n"
+            f"{lines(self.explain)}"
             f"# ship\n{lines(*self.ship)}"
             f"# run on all workers\n{lines(self.run)}"
             f"# delete, whatever happened\n{lines(self.delete)}"
@@ -86,9 +92,10 @@ def _quoted(part: str) -> str:
     return shlex.quote(part) if flag is None else flag[0] + shlex.quote(part[flag.end() :])
 
 
-def glimmer(python: str, flags: Sequence[str]) -> Argv:
-    """The job's command; where it runs tells it that it has neighbours."""
-    return (python, "-m", "glimmer_jax.main", "--distributed", *flags)
+def glimmer(python: str, flags: Sequence[str], env: Sequence[str] = ()) -> Argv:
+    """The job's command, in `env` (NAME=VALUE); where it runs tells it that it has neighbours."""
+    before = ("env", *env) if env else ()
+    return (*before, python, "-m", "glimmer_jax.main", "--distributed", *flags)
 
 
 def check_name(value: str) -> str:
@@ -116,6 +123,20 @@ def check_words(**values: str | None) -> None:
             raise ValueError(
                 f"--{name} must be letters, digits and any of '-._:/@', a letter or digit first, "
                 f"got {value!r}. Remove the rest."
+            )
+
+
+def check_env(env: Sequence[str]) -> None:
+    """Refuses what is not NAME=VALUE.
+
+    Raises:
+      ValueError: names it.
+    """
+    for variable in env:
+        if not _VARIABLE.fullmatch(variable):
+            raise ValueError(
+                "--env must be NAME=VALUE, the name of letters, digits and underscores and no digit "
+                f"first, got {variable!r}."
             )
 
 

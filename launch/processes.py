@@ -33,7 +33,7 @@ class Answer:
 
 
 class Interrupts:
-    """Context that counts Ctrl-C and SIGTERM instead of dying of them."""
+    """Context that counts Ctrl-C, SIGTERM and the terminal's end instead of dying of them."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -41,10 +41,7 @@ class Interrupts:
         self.last = signal.SIGINT
 
     def __enter__(self) -> "Interrupts":
-        self._previous = {
-            number: signal.signal(number, self._on_signal)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        self._previous = {number: signal.signal(number, self._on_signal) for number in heard()}
         return self
 
     def __exit__(
@@ -57,6 +54,9 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        # Shell and kernel both send it where a terminal is closed, and two interrupts would kill.
+        if number == signal.SIGHUP and self.count:
+            return
         self.count += 1
         self.last = signal.Signals(number)
         self._event.set()
@@ -69,6 +69,23 @@ class Interrupts:
     def exit_code(self) -> int:
         """What shells report of a process that the last of them ended."""
         return 128 + self.last
+
+
+def heard() -> tuple[signal.Signals, ...]:
+    """What stops a launcher; the end of its terminal too, except under nohup."""
+    hangup = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+    return (signal.SIGINT, signal.SIGTERM, *hangup)
+
+
+def say(text: str) -> None:
+    """Prints at once; without a terminal, machines must be deleted and children ended all the same."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        # Nor may what is left in the buffer fail at the end, or a command that we start.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.close(nowhere)
 
 
 def run(
@@ -120,7 +137,7 @@ def run_again(argv: Argv, interrupts: Interrupts, *, attempts: int, pause: float
         code = run([argv], interrupts)
         if code == 0 or interrupts.count or attempt + 1 == attempts:
             break
-        print(f"launch: exit code {code}, once more: {shell(argv)}", flush=True)
+        say(f"launch: exit code {code}, once more: {shell(argv)}")
         interrupts.sleep(pause)
     return code
 
@@ -165,8 +182,9 @@ def read(argv: Argv, seconds: float = 120.0) -> Answer:
             _send([process], signal.SIGKILL)
             text, errors = process.communicate()
             errors += f"{argv[0]} gave no answer within {seconds:g} s\n"
-    sys.stderr.write(errors)
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # The terminal is closed.
+        sys.stderr.write(errors)
+        sys.stderr.flush()
     return Answer(_failure([process]), text.strip(), errors.strip())
 
 
@@ -193,7 +211,7 @@ def _wait(processes: Sequence[subprocess.Popen[Any]], interrupts: Interrupts, gr
         if code and deadline == float("inf"):
             deadline = time.monotonic() + grace
         if time.monotonic() > deadline:
-            print(f"launch: a process ended with {code}, the others did not end", flush=True)
+            say(f"launch: a process ended with {code}, the others did not end")
             _send(running, signal.SIGKILL)
             deadline = float("inf")
         time.sleep(POLL)

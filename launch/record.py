@@ -15,7 +15,7 @@ from pathlib import Path
 
 from etils import epath
 
-from glimmer_jax.main import parse_flags
+from glimmer_jax.main import JOBS, parse_flags
 
 # Run mode -> macro with the folder or file that it writes.
 OUTPUTS = {
@@ -99,8 +99,25 @@ def output(flags: argparse.Namespace) -> str | None:
     Args:
       flags: glimmer's, parsed.
     """
-    text = _bound(flags)
+    text = _output(flags)
     return None if text is None else _literal(text)
+
+
+def require_job(flags: argparse.Namespace, others: Sequence[str] = ()) -> None:
+    """Refuses to start in many processes what is the work of one.
+
+    Args:
+      flags: glimmer's, parsed.
+      others: modes that are let through all the same.
+
+    Raises:
+      ValueError: the mode is such work.
+    """
+    if flags.run_mode not in (*JOBS, *others):
+        raise ValueError(
+            f"--run_mode={flags.run_mode} is the work of one process, which needs no launcher. Run it "
+            "on one machine: glimmer, and what stands after --."
+        )
 
 
 def require_bucket(flags: argparse.Namespace) -> None:
@@ -109,7 +126,7 @@ def require_bucket(flags: argparse.Namespace) -> None:
     Raises:
       ValueError: the output is a path on the machine, or the command line does not name it.
     """
-    text, path, macro = _bound(flags), output(flags), OUTPUTS.get(flags.run_mode)
+    text, path, macro = _output(flags), output(flags), OUTPUTS.get(flags.run_mode)
     if macro is None or (text is not None and text.strip() == "None"):
         return  # Nothing is written.
     if path is None:
@@ -146,8 +163,34 @@ def write(code: Code, argv: Sequence[str], flags: Sequence[str], plan: str) -> e
 
     Returns:
       The record's path.
+
+    Raises:
+      ValueError: the disk or the bucket does not take it.
     """
     path = record_path(parse_flags(flags))
+    try:
+        _write(path, code, argv, plan)
+    except Exception as error:
+        if not _is_storage(error):
+            raise
+        login = (
+            " This machine writes it itself: gcloud auth application-default login, and the right to "
+            "write to the bucket."
+        )
+        raise ValueError(
+            f"launch.json could not be written to {path}: {error}.{login if '://' in str(path) else ''}"
+        ) from error
+    return path
+
+
+def _is_storage(error: Exception) -> bool:
+    """Whether a disk or a bucket raised it; the names are TensorFlow's, gcsfs's and Google's."""
+    names = {base.__name__ for base in type(error).__mro__}
+    return not names.isdisjoint(("OSError", "OpError", "HttpError", "GoogleAuthError"))
+
+
+def _write(path: epath.Path, code: Code, argv: Sequence[str], plan: str) -> None:
+    """Writes the record to `path`; arguments as those of `write`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%fZ")
     if path.exists():
@@ -165,7 +208,6 @@ def write(code: Code, argv: Sequence[str], flags: Sequence[str], plan: str) -> e
     part = path.parent / f"{path.name}.partial"
     part.write_text(json.dumps(record, indent=2) + "\n")
     part.replace(path)
-    return path
 
 
 def _set_aside(path: epath.Path, now: str) -> None:
@@ -180,14 +222,19 @@ def _set_aside(path: epath.Path, now: str) -> None:
     path.rename(aside)
 
 
-def _bound(flags: argparse.Namespace) -> str | None:
-    """What the command line binds to the macro with the output, as Python; None where it does not."""
-    macro, found = OUTPUTS.get(flags.run_mode), None
+def bound(flags: argparse.Namespace, macro: str) -> str | None:
+    """What the command line binds to a macro, as Python; None where it does not."""
+    found = None
     for binding in flags.gin_bindings:
         name, _, value = binding.partition("=")
         if name.strip() == macro:
             found = value  # as in gin, the last one counts
     return found
+
+
+def _output(flags: argparse.Namespace) -> str | None:
+    macro = OUTPUTS.get(flags.run_mode)
+    return None if macro is None else bound(flags, macro)
 
 
 def _literal(text: str) -> str | None:

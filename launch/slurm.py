@@ -31,11 +31,18 @@ class Slurm:
     time: str | None = None  # limit of one start: 12:00:00; the job goes on in the next one
     partition: str | None = None
     account: str | None = None
+    sbatch_flags: tuple[str, ...] = ()  # further flags of sbatch
 
     def __post_init__(self):
         check_name(self.name)
         check_words(time=self.time, partition=self.partition, account=self.account)
         check_at_least(1, nodes=self.nodes, gpus_per_node=self.gpus_per_node)
+        for flag in self.sbatch_flags:
+            if not flag.startswith("--") or "\n" in flag:
+                raise ValueError(
+                    "--sbatch_flag must be a flag of sbatch such as --sbatch_flag=--qos=NAME, got "
+                    f"{flag!r}. Begin it with two dashes, and write one line."
+                )
 
 
 def plan(slurm: Slurm, flags: Sequence[str], folder: str, python: str, code: str) -> Submission:
@@ -70,10 +77,11 @@ def script(slurm: Slurm, flags: Sequence[str], folder: str, python: str, code: s
         "open-mode": "append",
     }
     head = "".join(f"#SBATCH --{k}={v}\n" for k, v in options.items() if v is not None)
+    more = "".join(f"#SBATCH {flag}\n" for flag in slurm.sbatch_flags)
     process = ("bash", "-c", CODES, "glimmer", *glimmer(python, flags))
     return f"""#!/bin/bash
 {head}#SBATCH --requeue
-# Code: {code}
+{more}# Code: {code}
 cd {shlex.quote(folder)} || exit 2
 # The others follow a process that ended, or are ended after so many seconds.
 srun --wait={GRACE:.0f} {shell(process)}

@@ -7,7 +7,16 @@ The two differ in how machines are got: `tpu_vm` asks for them now and fails whe
 import dataclasses
 from collections.abc import Sequence
 
-from launch.plans import Argv, Machines, check_at_least, check_name, check_words, glimmer, shell
+from launch.plans import (
+    Argv,
+    Machines,
+    check_at_least,
+    check_env,
+    check_name,
+    check_words,
+    glimmer,
+    shell,
+)
 
 # TPU VM images bring Python 3.10, which is too old; uv brings its own.
 SETUP = (
@@ -35,6 +44,7 @@ class Tpu:
     ssh_flags: tuple[str, ...] = ()  # further flags of gcloud's ssh and scp
     recreate: int = 3  # times that a preempted slice is made again
     setup: str = SETUP  # shell command, run once in the code's folder of every worker
+    env: tuple[str, ...] = ()  # NAME=VALUE, of the job's processes
 
     def __post_init__(self):
         check_name(self.name)
@@ -45,6 +55,7 @@ class Tpu:
             project=self.project,
         )
         check_at_least(0, recreate=self.recreate)
+        check_env(self.env)
         for flag in (*self.create_flags, *self.ssh_flags):
             if not flag.startswith("--"):
                 raise ValueError(
@@ -75,6 +86,7 @@ def tpu_vm(tpu: Tpu, flags: Sequence[str], archive: str) -> Machines:
         state="state",
         ready="READY",
         waiting=("CREATING", "STARTING", "RESTARTING", "REIMAGING", "REPAIRING", "UNHIDING"),
+        lost=("PREEMPTED",),
     )
 
 
@@ -89,6 +101,7 @@ def queued_resource(tpu: Tpu, flags: Sequence[str], archive: str) -> Machines:
         state="state.state",
         ready="ACTIVE",
         waiting=("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING"),
+        lost=("SUSPENDING", "SUSPENDED"),
         # Takes the nodes along; without it only an empty queue entry can be deleted.
         delete=("--force",),
     )
@@ -104,6 +117,7 @@ def _machines(
     state: str,
     ready: str,
     waiting: tuple[str, ...],
+    lost: tuple[str, ...],
     delete: Argv = (),
 ) -> Machines:
     """The plan in gcloud's command group `group`, whose own flags and states are given."""
@@ -118,6 +132,8 @@ def _machines(
         describe=gcloud("describe", f"--format=value({state})"),
         ready=ready,
         waiting=waiting,
+        lost=lost,
+        explain=gcloud("describe"),
         ship=_ship(tpu, archive),
         run=_run(tpu, flags),
         delete=gcloud("delete", *delete),
@@ -135,7 +151,7 @@ def _ship(tpu: Tpu, archive: str) -> tuple[Argv, ...]:
 
 
 def _run(tpu: Tpu, flags: Sequence[str]) -> Argv:
-    command = shell(glimmer(".venv/bin/python", flags))
+    command = shell(glimmer(".venv/bin/python", flags, tpu.env))
     # gcloud gives a command again when its connection breaks. The lock keeps the second from
     # running beside the first, which may be alive still.
     return _ssh(tpu, f"cd {FOLDER} && flock {FOLDER}.lock {command}")

@@ -9,12 +9,11 @@ when its other end, which only this process holds, is closed: on purpose, or bec
 
 import asyncio
 import os
-import signal
 import sys
 
 from glimmer_jax import shipped
 from glimmer_jax.main import DONE, START_AGAIN
-from launch.processes import TIED
+from launch.processes import TIED, heard, say
 from launch.sweep import Sweep
 
 
@@ -26,7 +25,8 @@ def run(sweep: Sweep, title: str) -> int:
       title: of the experiment.
 
     Returns:
-      0; 1 if units failed; 42 after Ctrl-C or SIGTERM, which the units get and may take their time for.
+      0; 1 if units failed; 42 after Ctrl-C, SIGTERM or the terminal's end, which the
+      units get and may take their time for.
 
     Raises:
       ValueError: XManager is not installed.
@@ -46,7 +46,7 @@ def run(sweep: Sweep, title: str) -> int:
     os.close(read_end)
     stopped, failed = asyncio.run(_run(sweep, title, write_end))
     for unit, failure in failed:
-        print(f"launch: unit {unit} failed: {failure}", flush=True)
+        say(f"launch: unit {unit} failed: {failure}")
     if stopped:
         return START_AGAIN
     return 1 if failed else DONE
@@ -91,7 +91,7 @@ async def _run(
             except xm.ExperimentUnitError as error:
                 failed.append((number, error))
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in heard():
         asyncio.get_running_loop().add_signal_handler(number, stop)
     try:
         async with experiment:

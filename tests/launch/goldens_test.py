@@ -17,7 +17,7 @@ import time
 import pytest
 
 import launch.__main__ as command_line
-from glimmer_jax import distributed
+from glimmer_jax import distributed, main
 from launch import jobset, local, processes, record, slurm
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
@@ -33,12 +33,15 @@ TPU = "--name=run1 --zone=us-east5-a --accelerator_type=v5p-32 --version=v2-alph
 OPTIONS = {
     "local": "local --num_processes=2",
     "tpu_vm": f"tpu_vm {TPU} --project=mine --spot --recreate=1 --create_flag=--network=inner "
-    "--ssh_flag=--tunnel-through-iap --setup='make env'",
+    "--ssh_flag=--tunnel-through-iap --setup='make env' "
+    "--env=GLIMMER_CACHE='/mnt/a b'",
     "queued_resource": f"queued_resource {TPU} --spot",
     "jobset": "jobset --name=run1 --image=repo/glimmer:1 --tpu=v5p --topology=2x2x4",
     "jobset_multislice": "jobset --name=run1 --image=repo/glimmer@sha256:ab --tpu=v6e "
-    "--topology=4x4 --slices=2 --spot --namespace=team --service_account=writer --max_restarts=5",
-    "slurm": "slurm --name=run1 --nodes=2 --time=12:00:00 --partition=a100 --account=qa",
+    "--topology=4x4 --slices=2 --spot --namespace=team --service_account=writer --max_restarts=5 "
+    "--env='GLIMMER_CACHE=/mnt/$(x)' --env=EMPTY=",
+    "slurm": "slurm --name=run1 --nodes=2 --time=12:00:00 --partition=a100 --account=qa "
+    "--sbatch_flag=--qos=high --sbatch_flag=--mem=0",
     "xm": f'xm --sweep="TEMPERATURE=[0.5, 1.0]" --sweep="BEST_METRIC=[\'mean\', None]" --parallel=2 '
     f"queued_resource {TPU}",
 }
@@ -50,6 +53,8 @@ def plan(options, monkeypatch, flags=FLAGS):
     monkeypatch.setattr(sys, "executable", "/venv/bin/python")
     monkeypatch.setattr("tempfile.tempdir", "/tmp")
     args = command_line.parser().parse_args(shlex.split(options))
+    if getattr(args, "slices", 1) > 1:
+        flags = [*flags, f"--gin.MESH_SLICE={args.slices}"]
     return command_line.make_plan(args, flags, CODE)
 
 
@@ -124,6 +129,11 @@ BAD = [
     ("jobset --name=r --image='i x' --tpu=v5e --topology=2x2", "--image must be letters"),
     ("slurm --name=r --nodes=0", "--nodes must be at least 1, got 0"),
     ("slurm --name=r --partition='a\n#SBATCH --uid=0'", "--partition must be letters"),
+    ("slurm --name=r --sbatch_flag=qos", "--sbatch_flag must be a flag of sbatch"),
+    ("slurm --name=r --sbatch_flag='--qos=a\nrm'", "--sbatch_flag must be a flag of sbatch"),
+    (f"tpu_vm {TPU} --env=1A=x", "--env must be NAME=VALUE.*got '1A=x'"),
+    (f"queued_resource {TPU} --env=A-B=x", "--env must be NAME=VALUE"),
+    ("jobset --name=r --image=i --tpu=v5e --topology=2x2 --env=A", "--env must be NAME=VALUE"),
     ("local --num_processes=0", "--num_processes must be at least 1"),
     ("xm --sweep=X local", r"--sweep must be NAME=\[VALUE, VALUE\]"),
     ("xm --sweep=X=[1] --sweep=X=[2] local", "must name each axis once, got X, X"),
@@ -157,9 +167,57 @@ def test_output_that_only_a_gin_file_names_is_refused(monkeypatch, bindings):
 
 
 def test_where_nothing_is_written_no_bucket_is_asked_for(monkeypatch):
-    for flags in (["--run_mode=score"], ["--run_mode=eval", "--gin.OUTPUT_DIR=None"]):
-        for name in ("tpu_vm", "queued_resource", "jobset"):
+    for name in ("tpu_vm", "queued_resource", "jobset"):
+        plan(OPTIONS[name], monkeypatch, ["--run_mode=eval", "--gin.OUTPUT_DIR=None"])
+
+
+@pytest.mark.parametrize("mode", ["export", "passages", "score", "memory", main.PREFLIGHT])
+def test_the_work_of_one_process_is_not_started_in_many(mode, monkeypatch):
+    flags = [f"--run_mode={mode}", "--gin.OUTPUT_PATH='gs://b/a'"]
+    for name in ("local", "tpu_vm", "queued_resource", "jobset", "slurm"):
+        if mode == "memory" and name in ("tpu_vm", "queued_resource"):
+            continue  # a slice of one host is one process
+        with pytest.raises(ValueError, match=f"run_mode={mode} is the work of one process"):
             plan(OPTIONS[name], monkeypatch, flags)
+    plan("local", monkeypatch, flags)
+
+
+@pytest.mark.parametrize(
+    ("slices", "bindings", "wanted"),
+    [(2, [], 2), (2, ["--gin.MESH_SLICE=1"], 2), (1, ["--gin.MESH_SLICE=2"], 1)],
+)
+def test_slices_that_the_mesh_does_not_have_are_refused(monkeypatch, slices, bindings, wanted):
+    options = f"{OPTIONS['jobset']} --slices={slices}"
+    args = command_line.parser().parse_args(options.split())
+    message = rf"--slices={slices} needs .* Add --gin\.MESH_SLICE={wanted}\."
+    with pytest.raises(ValueError, match=message):
+        command_line.make_plan(args, [*FLAGS, *bindings], CODE)
+    command_line.make_plan(args, [*FLAGS, *bindings, f"--gin.MESH_SLICE={slices}"], CODE)
+    # Each host has a mesh of its own, or none.
+    for mode, macro in (("build_memory", "MEMORY_DIR"), ("retrieve", "DATA_DIR")):
+        command_line.make_plan(args, [f"--run_mode={mode}", f"--gin.{macro}='gs://b/a'"], CODE)
+
+
+KUBECTL = """#!/bin/sh
+cat > /dev/null
+case "$*" in *" create --filename=-") ;; *) exit 0 ;; esac
+[ ! -e taken ] || { echo 'Error from server (AlreadyExists): "run1" already exists' >&2; exit 1; }
+touch taken
+"""
+
+
+def test_a_jobset_whose_name_is_taken_is_not_submitted(tmp_path, monkeypatch, capfd):
+    (tmp_path / "kubectl").write_text(KUBECTL)
+    (tmp_path / "kubectl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--run_mode=eval", "--gin.OUTPUT_DIR=None"]
+    argv = [*shlex.split(OPTIONS["jobset"]), "--", *flags]
+    assert command_line.main(argv) == 0
+    assert "launch: submitted" in capfd.readouterr().out
+    assert command_line.main(argv) == 1
+    said = capfd.readouterr()
+    assert "AlreadyExists" in said.err and "submitted" not in said.out
 
 
 def test_an_installed_package_cannot_be_shipped():

@@ -10,13 +10,14 @@ import sys
 import time
 
 import pytest
+import tensorflow as tf
 
 import launch.__main__ as command_line
 from launch import local, plans, record, tpu
 
 HERE = pathlib.Path(__file__).parent
 OPTIONS = ["--name=run1", "--zone=z", "--accelerator_type=v5p-8", "--version=v2-alpha-tpuv5"]
-FLAGS = ["--run_mode=score", "--gin.QUESTIONS='it''s $HOME; \"a b\"'"]
+FLAGS = ["--run_mode=eval", "--gin.OUTPUT_DIR=None", "--gin.QUESTIONS='it''s $HOME; \"a b\"'"]
 SETUP = "mkdir -p .venv/bin && cp fake_python .venv/bin/python"
 PREEMPTED = (
     '[ "$verb" = run ] && touch "taken$life" && exit 255\n[ -e "taken$life" ] && state=PREEMPTED'
@@ -61,7 +62,7 @@ def test_code_and_flags_arrive_and_everything_is_deleted(gcloud, tmp_path, targe
     written = json.loads((tmp_path / "launch.json").read_text())
     code = record.code(command_line.ROOT)
     assert written["commit"] == code.commit and written["diff_sha256"] == code.diff_sha256
-    assert written["argv"][0] == target and written["argv"][-2:] == FLAGS
+    assert written["argv"][0] == target and written["argv"][-len(FLAGS) :] == FLAGS
 
 
 def test_the_job_waits_until_the_machines_are_ready(gcloud):
@@ -85,7 +86,7 @@ def test_a_job_that_saved_and_stopped_is_started_on_new_machines(gcloud, monkeyp
 
 def test_machines_lost_while_waiting_or_shipping_are_made_again(gcloud):
     life(gcloud, 1, "state=SUSPENDED")
-    life(
+    life(  # FAILED after it was ready
         gcloud,
         2,
         '[ "$verb" = scp ] && exit 1; state=$([ -e "asked" ] && echo FAILED || echo ACTIVE)',
@@ -93,6 +94,53 @@ def test_machines_lost_while_waiting_or_shipping_are_made_again(gcloud):
     life(gcloud, 2, '[ "$verb" = describe ] && touch asked')
     assert go("queued_resource") == 0
     assert verbs(gcloud) == ["create", "delete", "create", *["scp"] * 3, "delete", *ONE_LIFE]
+
+
+@pytest.mark.parametrize("target", ["tpu_vm", "queued_resource"])
+def test_machines_that_fail_before_they_are_ready_are_explained_and_not_made_again(
+    gcloud, capfd, target
+):
+    life(gcloud, 1, 'case "$*" in *--format*) state=FAILED ;; *) state="no quota" ;; esac')
+    assert go(target) == 2
+    assert verbs(gcloud) == ["create", "delete"]
+    said = capfd.readouterr().out
+    assert "no quota\nlaunch: run1 is FAILED before it was ever ready; look at quota" in said
+
+
+def test_the_variables_of_the_job_are_its_environment(gcloud, monkeypatch):
+    monkeypatch.setenv("JOB", 'printf "%s|" "$GLIMMER_CACHE" "$B" > "$GCLOUD_STUB/cache"')
+    assert go("tpu_vm", "--env=GLIMMER_CACHE=/mnt/a 'b' $HOME", "--env=B=") == 0
+    assert (gcloud / "cache").read_text() == "/mnt/a 'b' $HOME||"
+    assert (gcloud / "seen").read_text().splitlines()[-len(FLAGS) :] == FLAGS
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("gone"), tf.errors.UnauthenticatedError(None, None, "no")]
+)
+def test_a_bucket_that_takes_no_record_ends_the_launch_before_anything_is_made(
+    gcloud, monkeypatch, capfd, error
+):
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(
+        record, "record_path", lambda flags: record.epath.Path("gs://b/launch.json")
+    )
+    monkeypatch.setattr(record, "_write", refuse)
+    assert go() == 2
+    said = capfd.readouterr().err
+    assert f"launch.json could not be written to gs://b/launch.json: {error}. This machine" in said
+    assert "gcloud auth application-default login" in said
+    assert not (gcloud / "log").exists()
+
+
+def test_a_bug_in_the_record_is_no_fault_of_the_bucket(monkeypatch):
+    def fail(*_):
+        raise KeyError("x")
+
+    monkeypatch.setattr(record, "_write", fail)
+    with pytest.raises(KeyError):
+        record.write(record.Code(None, None, b""), [], [], "")
 
 
 def test_preempted_more_often_than_allowed_is_42(gcloud):
@@ -232,7 +280,8 @@ def test_machines_that_arrive_after_an_interrupted_create_are_deleted(gcloud):
 
 
 @pytest.mark.parametrize("during", ["create", "run"])
-def test_sigterm_deletes_the_machines(gcloud, monkeypatch, during):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_ends_the_launcher_deletes_the_machines(gcloud, monkeypatch, during, number):
     up = 'touch "$GCLOUD_STUB/up"; sleep 1000'
     if during == "create":
         life(gcloud, 1, f'[ "$verb" = create ] && {{ {up}; }}')
@@ -244,13 +293,19 @@ def test_sigterm_deletes_the_machines(gcloud, monkeypatch, during):
         f"command_line.ROOT = pathlib.Path({str(command_line.ROOT)!r}); "
         f"sys.exit(command_line.main({argv!r}))"
     )
-    with subprocess.Popen([sys.executable, "-c", code]) as launcher:
+    # Of a terminal that is closed nothing can be written to any more.
+    closed = (
+        {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} if number == signal.SIGHUP else {}
+    )
+    with subprocess.Popen([sys.executable, "-c", code], **closed) as launcher:
         deadline = time.monotonic() + 120
         while not (gcloud / "up").exists():
             assert launcher.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
-        launcher.send_signal(signal.SIGTERM)
-        assert launcher.wait(60) == 128 + signal.SIGTERM
+        for pipe in (launcher.stdout, launcher.stderr) if closed else ():
+            pipe.close()
+        launcher.send_signal(number)
+        assert launcher.wait(60) == 128 + number
     assert verbs(gcloud) == (["create", "delete"] if during == "create" else ONE_LIFE)
     assert looks(gcloud) == (1 if during == "create" else 2)
 
@@ -272,7 +327,7 @@ def test_the_real_gcloud_would_take_every_command(tmp_path):
     texts = {
         plans.shell(argv): None
         for plan in made
-        for argv in (plan.create, plan.describe, *plan.ship, plan.run, plan.delete)
+        for argv in (plan.create, plan.describe, plan.explain, *plan.ship, plan.run, plan.delete)
     }
     commands = tmp_path / "commands.json"
     commands.write_text(json.dumps([{"id": i, "command_string": t} for i, t in enumerate(texts)]))

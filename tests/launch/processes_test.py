@@ -135,7 +135,7 @@ def test_a_command_is_tried_again_until_it_succeeds(tmp_path, capfd):
     assert run_again(sh("exit 7"), Interrupts(), attempts=2, pause=0.01) == 7
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_are_passed_on_and_the_job_says_how_it_ended(tmp_path, number):
     command = "trap 'exit 42' TERM; echo $$ > {}; while :; do sleep 0.05; done"
     paths = [tmp_path / name for name in ("a", "b")]
@@ -144,6 +144,40 @@ def test_signals_are_passed_on_and_the_job_says_how_it_ended(tmp_path, number):
         driver.send_signal(number)
         assert driver.wait(60) == 42
     assert not any(alive(int(path.read_text())) for path in paths)
+
+
+def test_a_terminal_that_ends_is_one_signal_however_often_it_says_so(tmp_path):
+    command = (
+        f"trap 'touch {tmp_path}/heard; sleep 1; exit 42' TERM; touch {tmp_path}/up; "
+        "while :; do sleep 0.05; done"
+    )
+    with start("-c", DRIVER, command) as driver:
+        wait_for((tmp_path / "up").exists)
+        driver.send_signal(signal.SIGHUP)
+        wait_for((tmp_path / "heard").exists)
+        driver.send_signal(signal.SIGHUP)
+        assert driver.wait(60) == 42
+
+
+def test_under_nohup_the_end_of_the_terminal_is_nothing(tmp_path):
+    command = f"touch {tmp_path}/up; while [ ! -e {tmp_path}/end ]; do sleep 0.05; done; exit 3"
+    ignore = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    with start("-c", ignore + DRIVER, command) as driver:
+        wait_for((tmp_path / "up").exists)
+        driver.send_signal(signal.SIGHUP)
+        (tmp_path / "end").touch()
+        assert driver.wait(60) == 3
+
+
+def test_without_a_terminal_all_that_was_started_is_ended_all_the_same(tmp_path):
+    commands = [f"trap '' TERM; echo $$ > {tmp_path}/pid; sleep 1000", "sleep 1; exit 3"]
+    script = f"import os\nos.dup2(os.open('/dev/full', 1), 1)\n{DRIVER}"
+    with start("-c", script, *commands) as driver:
+        assert driver.wait(60) == 3
+    assert not alive(int((tmp_path / "pid").read_text()))
+    read_noise = "from launch.processes import read\nread(('sh', '-c', 'echo no >&2'))\n"
+    with start("-c", f"import os\nos.dup2(os.open('/dev/full', 1), 2)\n{read_noise}") as driver:
+        assert driver.wait(60) == 0
 
 
 def test_the_second_signal_kills(tmp_path):

@@ -23,6 +23,7 @@ Queued = tpu_v2.QueuedResourceState.State
 READY = {"nodes": "READY", "queuedResources": "ACTIVE"}
 # In which a queued resource can be deleted without `force`, though it has nodes.
 IDLE = ("ACCEPTED", "FAILED", "SUSPENDED")
+QUOTA = "Quota limit TPUV5sPerProjectPerZone has been exceeded"  # why a queued resource fails
 HTTP = {"NOT_FOUND": 404, "PERMISSION_DENIED": 403, "ALREADY_EXISTS": 409}
 
 
@@ -70,6 +71,8 @@ class Api:
         queued = self._found(self.queued, request.name)
         state = self._next_state(request.name)
         queued.state.state = Queued[state]
+        if state == "FAILED":
+            queued.state.failed_data.error.message = QUOTA
         [spec] = queued.tpu.node_spec
         node = f"{spec.parent}/nodes/{spec.node_id}"
         if state == "ACTIVE" and node not in self.nodes:

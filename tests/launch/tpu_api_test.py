@@ -177,11 +177,22 @@ def test_preempted_machines_are_made_again(api, through, monkeypatch, target, st
 
 
 @by_client
-def test_a_request_that_failed_or_was_suspended_in_the_queue_is_made_again(api, through):
-    api.lives = [["ACCEPTED", "FAILED"], ["WAITING_FOR_RESOURCES", "SUSPENDING"], ["ACTIVE"]]
+def test_a_request_that_was_suspended_in_the_queue_is_made_again(api, through):
+    api.lives = [["ACCEPTED", "SUSPENDED"], ["WAITING_FOR_RESOURCES", "SUSPENDING"], ["ACTIVE"]]
     assert go("queued_resource") == 0
     assert lives(api) == ["GetQueuedResource", *ONE_LIFE["queued_resource"] * 3]
     assert empty(api)
+
+
+@both_doors
+def test_a_request_that_failed_in_the_queue_says_why_and_is_not_made_again(api, through, capfd):
+    api.lives = [["ACCEPTED", "FAILED"]]
+    assert go("queued_resource") == 2
+    assert lives(api) == ["GetQueuedResource", *ONE_LIFE["queued_resource"]]
+    assert empty(api)
+    said = capfd.readouterr().out
+    assert said.count(tpu_api.QUOTA) == 1
+    assert "launch: run1 is FAILED before it was ever ready; look at quota, --zone" in said
 
 
 @by_client

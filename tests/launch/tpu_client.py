@@ -32,7 +32,7 @@ def parse(group, verb, rest):
     if verb == "create":
         parser.add_argument("--spot", action="store_true")
     if verb == "describe":
-        parser.add_argument("--format", required=True)
+        parser.add_argument("--format")
     if (group, verb) == ("queued-resources", "delete"):
         parser.add_argument("--force", action="store_true")
     return parser.parse_args(rest)
@@ -101,7 +101,7 @@ def main(argv):
     try:
         answer = ask(client, group, verb, args)
         if verb == "describe":
-            print(value(answer, args.format))
+            print(value(answer, args.format) if args.format else answer)
         else:
             answer.result(polling=polling.DEFAULT_POLLING.with_delay(initial=0.02))
     except exceptions.GoogleAPICallError as error:

@@ -102,7 +102,7 @@ def test_a_sweep_trains_each_unit_with_its_seed(home, monkeypatch):
 
 @needs_xmanager
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_what_stops_the_experiment_stops_its_units(home, number):
     """Each unit runs, in the place of glimmer, a job that saves when it is told to stop."""
     saves = f"trap 'sleep 1; touch {home}/saved; exit 42' TERM"
