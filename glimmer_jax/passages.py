@@ -93,8 +93,7 @@ class Passages:
         put_back(folder)
         if not folder.is_dir():
             raise ValueError(
-                f"No passages folder {path}. Write one with --run_mode=passages, or check the "
-                "path."
+                f"No passages folder {path}. Write one with --run_mode=passages, or check the path."
             )
         if not (folder / MANIFEST).is_file():
             raise ValueError(
