@@ -19,7 +19,8 @@ from tests.launch.machines_test import FLAGS, go
 HERE = pathlib.Path(__file__).parent
 GCLOUD = shutil.which("gcloud")
 NEEDS_GCLOUD = pytest.mark.skipif(GCLOUD is None, reason="gcloud is not installed")
-CLIENT, REAL = "client", pytest.param("gcloud", marks=NEEDS_GCLOUD)
+# gcloud itself takes a second for each of a life's dozen commands.
+CLIENT, REAL = "client", pytest.param("gcloud", marks=[NEEDS_GCLOUD, pytest.mark.slow])
 SLICE = tpu.Tpu("run1", "z", "v5p-8", "v2-alpha-tpuv5", spot=True)
 PARENT = "projects/p/locations/z"
 # Preempts the machines of the first life.
