@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any
 import tensorstore as ts
 
 from glimmer_jax import folder
+from glimmer_jax.paths import in_bucket
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +35,6 @@ BLOCK_BYTES = 32 * 2**20  # asked of a bucket at once
 _AT_ONCE = 8
 Wanted = dict[str, tuple[int, str]]  # file -> bytes, SHA-256
 _EVERY_SECONDS = 10.0
-
-
-def in_bucket(path: Any) -> bool:
-    """Whether a path is a URL such as `gs://bucket/file`."""
-    return "://" in os.fspath(path)
 
 
 def fetch_file(name: str, path: Any) -> Path:
@@ -55,26 +50,20 @@ def fetch_file(name: str, path: Any) -> Path:
     """
     if not in_bucket(path):
         return Path(path)
-    parent, _, file = os.fspath(path).rpartition("/")
+    bucket, file = folder.of_file(path)
     place = _cache() / hashlib.sha256(os.fspath(path).encode()).hexdigest()
     known, copies = None, sorted(place.glob(f"*/{file}"), key=os.path.getmtime) if file else []
     if copies:
         of, _, size = copies[-1].parent.name.partition("-")
         known = bytes.fromhex(of) if copies[-1].stat().st_size == int(size) else None
-    found = folder.read_if_new(folder.open_folder(parent), file, known) if file else None
+    found = folder.read_if_new(bucket, file, known) if file else None
     if found is None:
         raise ValueError(f"{name}: there is no file {path}. Check the path.")
     data, generation = found
     if data is None:
         return copies[-1]
     target = place / f"{generation.hex()}-{len(data)}" / file
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=f".{file}.", dir=target.parent)
-    with open(handle, "wb") as copy:
-        copy.write(data)
-        copy.flush()
-        os.fsync(handle)
-    os.replace(partial, target)
+    folder.write_file(*folder.of_file(target), data)
     return target
 
 

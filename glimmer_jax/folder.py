@@ -14,6 +14,8 @@ from typing import Any
 
 import tensorstore as ts
 
+from glimmer_jax.paths import in_bucket
+
 # TensorStore sets no limit to how long a bucket may keep it waiting. A request that brings less than a
 # byte a second for this many seconds is given up by curl then, and made again by TensorStore.
 os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "60")
@@ -34,7 +36,7 @@ def open_folder(path: Path, context: ts.Context | None = None) -> ts.KvStore:
         spec: Any = dict(path)
     else:
         text = os.fspath(path)
-        if "://" in text:
+        if in_bucket(text):
             spec = text
         else:
             spec = {"driver": "file", "path": os.path.abspath(text)}
@@ -43,6 +45,12 @@ def open_folder(path: Path, context: ts.Context | None = None) -> ts.KvStore:
     if kvstore.path and not kvstore.path.endswith("/"):
         kvstore.path += "/"
     return kvstore
+
+
+def of_file(path: str | os.PathLike) -> tuple[ts.KvStore, str]:
+    """The folder that a file lies in, and the file's name there."""
+    parent, name = os.path.split(os.fspath(path))
+    return open_folder(parent or "."), name
 
 
 def subfolder(kvstore: ts.KvStore, name: str) -> ts.KvStore:

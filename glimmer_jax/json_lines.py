@@ -16,6 +16,8 @@ from typing import Any
 
 from etils import epath
 
+from glimmer_jax.paths import in_bucket
+
 
 def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (line number from 1, object) of each line that is not blank.
@@ -96,8 +98,8 @@ def write_json_lines(path: str | Path, records: Iterable[dict[str, Any]]) -> int
     target = epath.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # A bucket's object appears when it is complete: it is written here and then copied.
-    in_bucket = "://" in os.fspath(path)
-    folder = None if in_bucket else target.parent
+    bucket = in_bucket(path)
+    folder = None if bucket else target.parent
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=folder)
     count = 0
     try:
@@ -109,7 +111,7 @@ def write_json_lines(path: str | Path, records: Iterable[dict[str, Any]]) -> int
             os.fsync(file.fileno())
         # mkstemp's files are private to their owner; data files follow the umask.
         os.chmod(temporary, 0o666 & ~_umask())
-        if in_bucket:
+        if bucket:
             epath.Path(temporary).copy(target, overwrite=True)
         else:
             os.replace(temporary, target)

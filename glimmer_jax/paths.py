@@ -1,14 +1,22 @@
-"""Paths of what is written to a local disk alone, by libraries that know no buckets."""
+"""Paths on a local disk, and those in a bucket."""
 
 import os
 from pathlib import Path
 from typing import Any
 
 
+def in_bucket(path: Any) -> bool:
+    """Whether a path is a URL such as `gs://bucket/file`."""
+    return "://" in os.fspath(path)
+
+
 def local(name: str, path: Any) -> Path:
-    """The path; `name` is what a user sets. Raises ValueError for a bucket's (`gs://...`)."""
+    """The path of what is written by libraries that know no buckets; `name` is what a user sets.
+
+    Raises ValueError for a bucket's (`gs://...`).
+    """
     text = os.fspath(path)
-    if "://" in text:
+    if in_bucket(text):
         # pathlib would take it for a folder `gs:` here.
         raise ValueError(
             f"{name} is written to a local disk, got {text}. Give a local path, and copy what is "

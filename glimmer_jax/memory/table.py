@@ -6,6 +6,8 @@ in equal, consecutive parts.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,13 +51,18 @@ def _num_pages(used: int, devices: int) -> int:
     return max(-(-used // devices), 1) * devices
 
 
+def token_bytes(specs: Mapping[str, tuple[tuple[int, ...], Any]]) -> int:
+    """Of one token in a codec's arrays, `{name: (trailing shape, dtype)}`."""
+    return sum(int(np.prod(trailing)) * np.dtype(d).itemsize for trailing, d in specs.values())
+
+
 def bytes_per_device(store: MemoryStore, mesh: jax.sharding.Mesh, page_tokens: int) -> int:
     """What `load` would put on each device."""
     used = int(_first_pages(store.lengths, page_tokens)[-1])
     identity = store.manifest.identity
     specs = codecs.get(identity.codec).array_specs(identity.emb_dim)
-    token = sum(int(np.prod(trailing)) * np.dtype(d).itemsize for trailing, d in specs.values())
-    return _num_pages(used, mesh.size) // mesh.size * page_tokens * token + 8 * len(store)
+    held = _num_pages(used, mesh.size) // mesh.size * page_tokens * token_bytes(specs)
+    return held + 8 * len(store)
 
 
 def load(store: MemoryStore, mesh: jax.sharding.Mesh, page_tokens: int = PAGE_TOKENS) -> Table:

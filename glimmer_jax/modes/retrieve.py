@@ -18,6 +18,7 @@ from glimmer_jax.data.retrieval_scores import KS, RetrievalScores
 from glimmer_jax.json_lines import write_json_lines
 from glimmer_jax.modes import checks
 from glimmer_jax.passages import Passages
+from glimmer_jax.paths import in_bucket
 from glimmer_jax.retrieval import origin
 from glimmer_jax.retrieval import retriever as retrievers
 from glimmer_jax.retrieval.bm25 import Bm25Config, Bm25Retriever
@@ -84,7 +85,7 @@ def retrieve(
     bm25.check_stemmer()
     files = kilt_files.find(questions)
     for paths in files.values():
-        if "://" not in data_dir and paths[0].resolve().parent == Path(data_dir).resolve():
+        if not in_bucket(data_dir) and paths[0].resolve().parent == Path(data_dir).resolve():
             raise ValueError(f"{data_dir} holds the questions themselves. Write elsewhere.")
     by_id = None if triviaqa is None else read_questions(triviaqa)
     # Read to their ends before the work starts: a bad line must not surface after hours.

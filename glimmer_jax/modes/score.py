@@ -5,7 +5,6 @@ official scores, for numbers that are compared with published ones.
 """
 
 import json
-import os
 from collections.abc import Sequence
 
 from glimmer_jax import folder
@@ -34,9 +33,8 @@ def score(
         interval = f"{one['low']:.4f} to {one['high']:.4f}"
         print(f"{name:12}  {one['mean']:.4f}  ({interval}, n = {one['n']})")
     if output_path is not None:
-        parent, _, name = os.fspath(output_path).rpartition("/")
         text = json.dumps(found, indent=2) + "\n"
-        folder.write_file(folder.open_folder(parent or "."), name, text.encode())
+        folder.write_file(*folder.of_file(output_path), text.encode())
     return found
 
 

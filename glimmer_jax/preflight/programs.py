@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glimmer_jax import axes, partitioning
@@ -100,12 +99,9 @@ def lookup(settings: Settings, mesh: Mesh) -> Program | None:
     model = settings["model"]
     lengths = check_lengths(settings["task_feature_lengths"])
     specs = model.memory_specs()
-    token = sum(
-        math.prod(trailing) * np.dtype(dtype).itemsize for trailing, dtype in specs.values()
-    )
     # Passages as long as they may be; of each, every device knows first page and length.
     pages_a_row = -(-lengths.passage // table.PAGE_TOKENS)
-    page_bytes = table.PAGE_TOKENS * token + 8 * mesh.size / pages_a_row
+    page_bytes = table.PAGE_TOKENS * table.token_bytes(specs) + 8 * mesh.size / pages_a_row
     pages = max(int(room / page_bytes), 1) * mesh.size
     rows = max(pages // pages_a_row, 1)
     spread = NamedSharding(mesh, partitioning.spec((axes.MEMORY_ROWS,)))

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import tensorstore as ts
-from etils import epath
 
-from glimmer_jax.fetch import in_bucket
-from glimmer_jax.folder import list_files, open_folder, read_file
+from glimmer_jax.folder import list_files, of_file, open_folder, read_file, write_file
 from glimmer_jax.json_lines import parse_line
 from glimmer_jax.passages import Passages
+from glimmer_jax.paths import in_bucket
 
 _SUFFIX = ".passages.json"
 
@@ -26,10 +25,8 @@ def note(path: Any, passages: Passages) -> None:
     """Notes that a retrieved file, local or in a bucket, names these passages; whole or not at all."""
     found = {"corpus_sha256": _corpus(passages), "passages_dir": passages.place}
     text = json.dumps(found, indent=2) + "\n"
-    note = epath.Path(path).with_suffix(_SUFFIX)
-    partial = note.with_name(f"{note.name}.partial")
-    partial.write_text(text)
-    partial.replace(note)
+    place, file = of_file(path)
+    write_file(place, _name(file), text.encode())
 
 
 def check(path: Any, passages: Passages) -> None:
@@ -61,8 +58,13 @@ def _notes(path: Any) -> tuple[ts.KvStore, list[str]]:
         names = sorted(found.name for found in Path(text).glob(f"*{_SUFFIX}"))
     if notes := [name for name in names if name.endswith(_SUFFIX)]:
         return place, notes
-    parent, _, file = text.rpartition("/")
-    return open_folder(parent or "."), [os.path.splitext(file)[0] + _SUFFIX]
+    place, file = of_file(text)
+    return place, [_name(file)]
+
+
+def _name(file: str) -> str:
+    """Of the note beside a retrieved file."""
+    return os.path.splitext(file)[0] + _SUFFIX
 
 
 def _corpus(passages: Passages) -> str:

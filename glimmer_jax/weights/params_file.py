@@ -18,6 +18,7 @@ import safetensors.numpy
 from etils import epath
 
 from glimmer_jax.json_lines import parse_line
+from glimmer_jax.paths import in_bucket
 
 
 def save_params_file(path: Any, params: dict[str, Any], config: dict[str, Any]) -> None:
@@ -84,7 +85,7 @@ def load_params_file(path: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _tensors(path: epath.Path, data: bytes) -> dict[str, np.ndarray]:
-    if "://" not in os.fspath(path):
+    if not in_bucket(path):
         return safetensors.numpy.load_file(path)
     # Of bfloat16 the library reads files alone.
     with tempfile.NamedTemporaryFile() as file:
