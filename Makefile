@@ -40,7 +40,7 @@ format: $(STAMP)
 	@$(BIN)/ruff format .
 
 quickstart: $(STAMP)
-	@$(BIN)/python -m launch.quickstart $(ARGS)
+	@$(BIN)/python -m experiments.quickstart $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

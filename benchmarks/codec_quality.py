@@ -24,13 +24,13 @@ import numpy as np
 from benchmarks.peaks import best_seconds
 from benchmarks.questions import LENGTHS, Questions, compare, interval, write_data
 from glimmer_jax import codecs
-from glimmer_jax.data.vocabulary import Vocabulary
-from glimmer_jax.memory import batches, codebooks, encoder
+from glimmer_jax.codecs import ProductQuantisation
+from glimmer_jax.corpus.passages import Passages
+from glimmer_jax.memory import codebooks, encoding
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.partitioning import MeshConfig, make_mesh
-from glimmer_jax.passages import Passages
-from glimmer_jax.product_quantisation import ProductQuantisation
 from glimmer_jax.shipped import CHECKPOINTS
+from glimmer_jax.vocabulary import Vocabulary
 from glimmer_jax.weights import parameters
 from glimmer_jax.weights.load import load
 
@@ -86,11 +86,11 @@ def read_model(
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     params = placed(plain)
     states = codebooks.sample_states(
-        encoder.bind_states(plain.memory_states, params, mesh),
+        encoding.bind_states(plain.memory_states, params, mesh),
         passages,
         tokens=sample_tokens + 16384,
         rows=32,
-        buckets=batches.default_buckets(LENGTHS["passages"][1]),
+        buckets=encoding.default_buckets(LENGTHS["passages"][1]),
         devices=1,
     )
     model = GlimmerModel(dataclasses.replace(own, memory_codec=codec_name))

@@ -18,10 +18,10 @@ from typing import Any
 import jax
 
 from benchmarks.questions import Questions, compare, interval, write_data
-from glimmer_jax.data.vocabulary import Vocabulary
+from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.partitioning import MeshConfig, make_mesh
-from glimmer_jax.passages import Passages
+from glimmer_jax.vocabulary import Vocabulary
 from glimmer_jax.weights import parameters
 from glimmer_jax.weights.load import load
 

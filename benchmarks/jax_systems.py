@@ -12,8 +12,8 @@ from benchmarks.setting import Setting, glimmer_config
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.preflight.flops import count_flops
-from glimmer_jax.serving import prepare
-from glimmer_jax.serving.predict import Predict
+from glimmer_jax.serving import param_layout
+from glimmer_jax.serving.step import Predict
 
 NO_END = -1  # no token: answers have their full length
 
@@ -40,9 +40,9 @@ class JaxSystem:
         if config.memory_layers:
             path = f"{self._folder.name}/store"
             lookup = build_lookup(model, params, mesh, self._tokens_NP, setting, path)
-        params, platform = prepare.one_by_one(model, params), jax.default_backend()
-        model = prepare.looped(model, platform)
-        params = prepare.lay_out(model, params, 1, platform)
+        params, platform = param_layout.one_by_one(model, params), jax.default_backend()
+        model = param_layout.looped(model, platform)
+        params = param_layout.lay_out(model, params, 1, platform)
         self._model, self._params, self._lookup = model, params, lookup
         self._predict = Predict(model, mesh, lookup)
         decoder = jax.tree.leaves(params["decoder"])

@@ -7,12 +7,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from benchmarks.setting import Setting
-from glimmer_jax.memory import encoder
+from glimmer_jax.memory import encoding
 from glimmer_jax.memory.build import build_memory
-from glimmer_jax.memory.compute import Recipe
+from glimmer_jax.memory.encoding import Recipe
 from glimmer_jax.memory.fingerprint import encoder_fingerprint
-from glimmer_jax.memory.identity import Identity, Program
 from glimmer_jax.memory.lookup import DiskLookup
+from glimmer_jax.memory.manifest import Identity, Program
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.models.model import GlimmerModel
 
@@ -84,7 +84,7 @@ def build_lookup(
         jax.default_backend(),
         jax.__version__,
     )
-    encode = encoder.bind_encoder(model.memory_states, params, mesh, config.memory_codec)
+    encode = encoding.bind_encoder(model.memory_states, params, mesh, config.memory_codec)
     build_memory(
         Recipe(encode, identity, program),
         RandomPassages(tokens_NP),

@@ -26,10 +26,9 @@ from benchmarks.memory import ROWS, RandomPassages
 from glimmer_jax import codecs
 from glimmer_jax.memory import table
 from glimmer_jax.memory.build import build_memory
-from glimmer_jax.memory.compute import Recipe
-from glimmer_jax.memory.identity import Identity, Layout, Program
+from glimmer_jax.memory.encoding import Recipe
 from glimmer_jax.memory.lookup import DiskLookup
-from glimmer_jax.memory.manifest import shard_folder
+from glimmer_jax.memory.manifest import Identity, Layout, Program, shard_folder
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 

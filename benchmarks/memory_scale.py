@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.memory import MadeUpPassages
-from glimmer_jax.memory import build, encoder
-from glimmer_jax.memory.compute import Recipe
-from glimmer_jax.memory.identity import Identity, Layout, Program
+from glimmer_jax.memory import build, encoding
+from glimmer_jax.memory.encoding import Recipe
+from glimmer_jax.memory.manifest import Identity, Layout, Program
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 
@@ -49,7 +49,7 @@ def measure(count: int, path: Path) -> dict[str, Any]:
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     table = jnp.asarray(np.random.default_rng(0).normal(size=(92, EMB_DIM)), jnp.float32)
     recipe = Recipe(
-        encoder.bind_encoder(
+        encoding.bind_encoder(
             lambda params, tokens: params["table"][tokens], {"table": table}, mesh, "bf16"
         ),
         Identity("sha256:synthetic", "sha256:synthetic", "bf16", EMB_DIM, MAX_LENGTH),

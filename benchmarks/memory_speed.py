@@ -22,10 +22,10 @@ import numpy as np
 
 from benchmarks.memory import MadeUpPassages
 from benchmarks.setting import SIZES
-from glimmer_jax.memory import batches, encoder
+from glimmer_jax.memory import encoding
 from glimmer_jax.memory.build import build_memory
-from glimmer_jax.memory.compute import Recipe
-from glimmer_jax.memory.identity import Identity, Layout, Program
+from glimmer_jax.memory.encoding import Recipe
+from glimmer_jax.memory.manifest import Identity, Layout, Program
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.models.t5 import T5Config
@@ -78,14 +78,14 @@ def measure(codec: str, args: argparse.Namespace) -> dict[str, Any]:
     params = jax.tree.map(lambda x: (draw.standard_normal(x.shape) / 50).astype(x.dtype), shapes)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     params = jax.device_put(params, jax.devices()[0])
-    buckets = batches.default_buckets(LENGTH, 64)
+    buckets = encoding.default_buckets(LENGTH, 64)
     recipe = Recipe(
-        encoder.bind_encoder(model.memory_states, params, mesh, codec),
+        encoding.bind_encoder(model.memory_states, params, mesh, codec),
         Identity("sha256:random", "sha256:none", codec, config.t5.emb_dim, LENGTH),
         Program(args.rows, buckets, config.t5.dtype, None, jax.default_backend(), jax.__version__),
         codebooks=params.get("memory_codebooks"),
     )
-    states = encoder.bind_states(model.memory_states, params, mesh)
+    states = encoding.bind_states(model.memory_states, params, mesh)
     passages = MadeUpPassages(args.passages, 100, LENGTH)
     for bucket in buckets:
         empty = np.zeros((args.rows, bucket), np.int32)
@@ -126,9 +126,9 @@ def _alone(
     for start in range(0, len(passages), layout.shard_passages):
         rows = np.arange(start, min(start + layout.shard_passages, len(passages)))
         tokens, lengths = passages.tokens(rows, LENGTH), passages.lengths(rows)
-        for group in batches.groups(lengths, recipe.program.rows, recipe.program.buckets):
+        for group in encoding.groups(lengths, recipe.program.rows, recipe.program.buckets):
             some = tokens[group.positions, : group.bucket]
-            work.append(batches.padded(some, recipe.program.rows))
+            work.append(encoding.padded(some, recipe.program.rows))
     running: deque[Any] = deque()
     began = time.monotonic()
     for batch in work:

@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from glimmer_jax.data.pydocs_tasks import TASKS
-from glimmer_jax.data.vocabulary import Vocabulary
+from experiments.command import glimmer
+from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.models.model import GlimmerModel
-from glimmer_jax.passages import Passages
-from launch.command import glimmer
+from glimmer_jax.pydocs.questions import TASKS
+from glimmer_jax.vocabulary import Vocabulary
 
 LENGTHS: dict[str, Any] = {"inputs": 36, "targets": 32, "passages": (10, 80)}
 
@@ -38,17 +38,17 @@ class Questions:
     """Held-out questions of the built-in tasks, and how a model does on each."""
 
     def __init__(self, data: Path, num_examples: int):
-        from glimmer_jax.data import pipeline, retrieved
+        from glimmer_jax.data import pipeline, retrieved_tasks
 
-        retrieved.use(str(data / "retrieved"), vocabulary=Vocabulary())
+        retrieved_tasks.use(str(data / "retrieved"), vocabulary=Vocabulary())
         pipeline.import_tasks("tasks.pydocs")
         self._data, self._count = data, num_examples
 
     def ask(self, model: GlimmerModel, params: Any, passages: Passages) -> list[dict[str, Any]]:
         """`{"task", "page", "match", "log_likelihood", "tokens"}` of each question, in order."""
-        from glimmer_jax.data import scoring
         from glimmer_jax.data.evaluation import Evaluation
-        from glimmer_jax.json_lines import read_json_lines
+        from glimmer_jax.metrics import qa
+        from glimmer_jax.storage.json_lines import read_json_lines
 
         scored: list[tuple[float, float]] = []
         answer, score = jax.jit(model.predict_batch_with_aux), jax.jit(model.score_batch)
@@ -83,7 +83,7 @@ class Questions:
                     {
                         "task": task,
                         "page": str(pages[0]["wikipedia_id"]) if pages else record["id"],
-                        "match": scoring.match_of(answers, record["prediction"]),
+                        "match": qa.match_of(answers, record["prediction"]),
                         "log_likelihood": float(value),
                         "tokens": float(count),
                     }
@@ -93,7 +93,7 @@ class Questions:
 
 def compare(found: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> dict[str, Any]:
     """Exact match and nats a token that are lost against the baseline, with paired intervals."""
-    from glimmer_jax.data.scoring import paired_bootstrap
+    from glimmer_jax.metrics.qa import paired_bootstrap
 
     pages = [one["page"] for one in found]
     tokens = np.mean([one["tokens"] for one in found])

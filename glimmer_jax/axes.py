@@ -15,7 +15,12 @@ Local arrays carry their shape as a suffix (`memory_BKPD`); docstrings spell the
 The names below label the dimensions of parameters and activations. `partitioning.AXIS_RULES` is the
 only place where a name meets the mesh. Parameter names are those of T5X, so that its partitioners
 and checkpoints understand our trees.
+
+TASK_FEATURE_LENGTHS: how many tokens questions, answers and passages get.
 """
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 # Parameters (T5X's names).
 VOCAB = "vocab"
@@ -43,3 +48,29 @@ ACT_VOCAB = "activation_vocab"
 
 # The memory table: rows of the store, spread over every device.
 MEMORY_ROWS = "memory_rows"
+
+
+class Lengths(NamedTuple):
+    """Static sizes of a batch; letters as in `glimmer_jax.axes`."""
+
+    question: int  # Q, tokens
+    target: int  # T, tokens, end token included
+    passages: int  # K, passages of a question
+    passage: int  # P, tokens, end token included
+
+
+def check_lengths(lengths: Mapping[str, Any]) -> Lengths:
+    """The sizes in `{"inputs": Q, "targets": T, "passages": (K, P)}`.
+
+    Raises:
+      ValueError: another form.
+    """
+    wanted = '{"inputs": Q, "targets": T, "passages": (K, P)}, whole numbers of at least 1'
+    try:
+        count, passage = lengths["passages"]
+        found = Lengths(lengths["inputs"], lengths["targets"], count, passage)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"TASK_FEATURE_LENGTHS must be {wanted}; got {lengths!r}.") from None
+    if not all(isinstance(value, int) and value >= 1 for value in found):
+        raise ValueError(f"TASK_FEATURE_LENGTHS must be {wanted}; got {lengths!r}.")
+    return found

@@ -148,8 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a mode; returns the exit code."""
     flags = parse_flags(sys.argv[1:] if argv is None else argv)
     from glimmer_jax.configuration import first_line
-    from glimmer_jax.distributed import join
-    from glimmer_jax.preemption import leave_at_sigterm
+    from glimmer_jax.runtime.distributed import join
+    from glimmer_jax.runtime.preemption import leave_at_sigterm
 
     try:
         join(flags.distributed, flags.coordinator_address, flags.num_processes, flags.process_id)
@@ -169,16 +169,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _verdict(error: Exception) -> tuple[object, int] | None:
     """What to say of an error, and the exit code; None for a bug."""
-    from glimmer_jax import storage_errors
-    from glimmer_jax.preemption import Preempted
-    from glimmer_jax.training.metrics import NonFiniteError
+    from glimmer_jax.runtime.preemption import Preempted
+    from glimmer_jax.storage import errors
+    from glimmer_jax.training.log import NonFiniteError
 
     if isinstance(error, Preempted):
         return error, START_AGAIN
     if isinstance(error, (ValueError, FileNotFoundError, NonFiniteError)) and _is_ours(error):
         return error, BAD_INPUT
     said: object
-    said, later = storage_errors.explain(error) or (None, True)
+    said, later = errors.explain(error) or (None, True)
     # What our own readers and writers say of storage is in our words; the system's has a number.
     if isinstance(error, OSError) and error.errno is None:
         said = error
@@ -198,7 +198,7 @@ def run() -> None:
     """Entry of the `glimmer` script."""
     flags = parse_flags(sys.argv[1:])
     if flags.distributed or flags.coordinator_address is not None:
-        from glimmer_jax.last_words import work_in_child
+        from glimmer_jax.runtime.supervisor import work_in_child
 
         work_in_child(START_AGAIN)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -210,10 +210,10 @@ def run() -> None:
     # seqio's advice about lengths and caches; what is wrong comes as an error.
     logging.getLogger("absl").setLevel(logging.ERROR)
     if not flags.debug:
-        from glimmer_jax.quiet import filter_stderr
+        from glimmer_jax.runtime.filter_stderr import filter_stderr
 
         filter_stderr()
-    from glimmer_jax.distributed import leave_soon
+    from glimmer_jax.runtime.distributed import leave_soon
 
     try:
         code = main()

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from glimmer_jax import axes
-from glimmer_jax.data.vocabulary import Vocabulary
+from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.models.glimmer import Batch
 from glimmer_jax.models.model import GlimmerModel, Params
 from glimmer_jax.modes import checks
 from glimmer_jax.partitioning import AXIS_RULES, MeshConfig, make_mesh, spec
-from glimmer_jax.passages import Passages
+from glimmer_jax.vocabulary import Vocabulary
 
 
 class T5XModel:
@@ -57,7 +57,7 @@ class T5XModel:
     @property
     def FEATURE_CONVERTER_CLS(self) -> Callable[..., Any]:  # noqa: N802 (T5X's name)
         """Makes the seqio feature converter; T5X calls it with `pack`, which must be False."""
-        from glimmer_jax.data.tokens_converter import TokensConverter
+        from glimmer_jax.data.features import TokensConverter
 
         return functools.partial(TokensConverter, self._lengths, self._passages)
 

@@ -14,9 +14,9 @@ Files are `<DATA_DIR>/<task>-<split>.jsonl`, written by `--run_mode=retrieve` fr
 import seqio
 
 from glimmer_jax.data.evaluation import reranked_recall
-from glimmer_jax.data.kilt_metrics import task_metrics
-from glimmer_jax.data.retrieved import register
-from glimmer_jax.kilt_files import TASKS
+from glimmer_jax.data.retrieved_tasks import register
+from glimmer_jax.kilt.files import TASKS
+from glimmer_jax.metrics.kilt import task_metrics
 
 GLIMMER = ("nq", "triviaqa", "hotpotqa", "fever", "structured_zeroshot", "trex")
 METRICS = {

@@ -17,17 +17,19 @@ from typing import Any
 
 import seqio
 
-from glimmer_jax.data import computed, pydocs, scoring
+from glimmer_jax.data import generated_tasks
 from glimmer_jax.data.evaluation import reranked_recall
-from glimmer_jax.data.renaming import RenamedQuestions
-from glimmer_jax.data.retrieved import register, retrieved_file
-from glimmer_jax.data.vocabulary import Vocabulary
-from glimmer_jax.kilt import read_examples
+from glimmer_jax.data.retrieved_tasks import register, retrieved_file
+from glimmer_jax.kilt.examples import read_examples
+from glimmer_jax.metrics import qa
+from glimmer_jax.pydocs import corpus
+from glimmer_jax.pydocs.renamed_questions import RenamedQuestions
+from glimmer_jax.vocabulary import Vocabulary
 
 METRICS: dict[str, list[Callable[..., Any]]] = {
-    "which_function": [scoring.exact_match, scoring.f1, reranked_recall],
-    "slot_filling": [scoring.accuracy, reranked_recall],
-    "fact_verification": [scoring.accuracy, reranked_recall],
+    "which_function": [qa.exact_match, qa.f1, reranked_recall],
+    "slot_filling": [qa.accuracy, reranked_recall],
+    "fact_verification": [qa.accuracy, reranked_recall],
 }
 
 for _task, _metrics in METRICS.items():
@@ -42,10 +44,10 @@ SHARES = {"which_function": 8.0}
 
 def _renamed(tasks: tuple[str, ...]) -> RenamedQuestions:
     examples = {name: list(read_examples(retrieved_file(name, "train"))) for name in tasks}
-    records = {record["id"]: record for record in pydocs.train_texts()}
+    records = {record["id"]: record for record in corpus.train_texts()}
     return RenamedQuestions(examples, records, RENAMED_PASSAGES, Vocabulary(), SHARES)
 
 
-computed.register("pydocs_renamed", functools.partial(_renamed, tuple(METRICS)))
+generated_tasks.register("pydocs_renamed", functools.partial(_renamed, tuple(METRICS)))
 for _task in METRICS:
-    computed.register(f"pydocs_{_task}_renamed", functools.partial(_renamed, (_task,)))
+    generated_tasks.register(f"pydocs_{_task}_renamed", functools.partial(_renamed, (_task,)))

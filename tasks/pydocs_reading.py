@@ -8,9 +8,10 @@ They hold their passages themselves (no PASSAGES_DIR).
 
 import functools
 
-from glimmer_jax.data import computed, pydocs
-from glimmer_jax.data.reading import Exercises, Stage
-from glimmer_jax.data.vocabulary import Vocabulary
+from glimmer_jax.data import generated_tasks
+from glimmer_jax.pydocs import corpus
+from glimmer_jax.pydocs.reading_exercises import Exercises, Stage
+from glimmer_jax.vocabulary import Vocabulary
 
 STAGES = {
     1: Stage(passages=2, passage_words=(10, 20), clause_words=(5, 9), spans=0.4),
@@ -27,8 +28,8 @@ STAGES = {
 
 
 def _exercises(number: int) -> Exercises:
-    return Exercises(pydocs.train_texts(), STAGES[number], Vocabulary(), seed=number)
+    return Exercises(corpus.train_texts(), STAGES[number], Vocabulary(), seed=number)
 
 
 for _number in STAGES:
-    computed.register(f"pydocs_reading_{_number}", functools.partial(_exercises, _number))
+    generated_tasks.register(f"pydocs_reading_{_number}", functools.partial(_exercises, _number))

@@ -16,15 +16,15 @@ ROOT = PACKAGE.parent
 
 # From the bottom up: a module imports modules of its own group and of groups above it in this list.
 LAYERS = (
-    ("axes", "text", "lengths"),
-    ("json_lines", "kilt", "preemption", "lock", "distributed", "shipped", "paths", "folder")
-    + ("fetch", "storage_errors", "quiet", "last_words", "kilt_files", "kilt_parquet", "parquet")
-    + ("triviaqa",),
-    ("corpus",),
+    ("axes",),
     ("partitioning",),
-    ("product_quantisation",),
+    ("runtime",),
+    ("storage",),
+    ("kilt",),
+    ("vocabulary",),
+    ("corpus",),
+    ("metrics",),
     ("codecs",),
-    ("passages", "passages_writer"),
     ("losses", "decoding"),
     ("nn",),
     ("models",),
@@ -32,9 +32,11 @@ LAYERS = (
     ("weights",),
     ("training",),
     ("retrieval",),
+    ("pydocs",),
     ("data",),
     ("serving",),
     ("preflight",),
+    ("shipped",),
     ("modes",),
     ("t5x_adapter",),
     ("configuration",),
@@ -42,14 +44,10 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Data hangs on the ground alone: it knows files and batches, no model.
-DATA_MAY_USE = {
-    *("axes", "text", "lengths", "json_lines", "corpus", "kilt", "kilt_files", "passages", "data"),
-    "fetch",
-}
+DATA_MAY_USE = {"axes", "storage", "kilt", "vocabulary", "corpus", "metrics", "data"}
 CORE = (
     "axes",
     "partitioning",
-    "product_quantisation",
     "codecs",
     "losses",
     "models",

@@ -7,8 +7,8 @@ import gin
 import pytest
 
 from glimmer_jax import main as command_line
-from glimmer_jax.json_lines import read_json_lines
-from glimmer_jax.passages import Passages
+from glimmer_jax.corpus.passages import Passages
+from glimmer_jax.storage.json_lines import read_json_lines
 from tests import mini_kilt
 
 pytest.importorskip("seqio")

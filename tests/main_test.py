@@ -11,9 +11,10 @@ import gin
 import jax
 import pytest
 
-from glimmer_jax import folder, shipped
 from glimmer_jax import main as command_line
-from glimmer_jax.data.pydocs_tasks import TASKS
+from glimmer_jax import shipped
+from glimmer_jax.pydocs.questions import TASKS
+from glimmer_jax.storage import folder
 
 ROOT = pathlib.Path(shipped.root())
 ABLATIONS = sorted(path.stem for path in (ROOT / "gin" / "ablations").glob("*.gin"))

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glimmer_jax import codecs, product_quantisation
+from glimmer_jax import codecs
+from glimmer_jax.codecs import nearest
 from glimmer_jax.memory import codebooks
 from glimmer_jax.partitioning import MeshConfig, make_mesh
-from glimmer_jax.product_quantisation import nearest
 
 SMALL = dataclasses.replace(codecs.get("pq"), bits=4)
 D = 16
@@ -104,7 +104,7 @@ def test_straight_through_has_the_gradient_of_the_identity_and_of_the_chosen_cen
 
 
 def test_many_points_are_searched_in_blocks(monkeypatch):
-    monkeypatch.setattr(product_quantisation, "_POINTS", 16)
+    monkeypatch.setattr(codecs, "_POINTS", 16)
     rng = np.random.default_rng(0)
     points, centroids = (rng.normal(size=(n, 4)).astype(np.float32) for n in (16 * 3 + 5, 40))
     wanted = np.square(points[:, None] - centroids).sum(-1).argmin(-1)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from glimmer_jax import shipped, t5x_adapter
-from glimmer_jax.data.pydocs_tasks import TASKS
+from glimmer_jax.pydocs.questions import TASKS
 from tests.main_test import data, work  # noqa: F401 (fixture)
 from tests.models import tiny
 

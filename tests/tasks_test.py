@@ -6,15 +6,15 @@ import json
 import numpy as np
 import pytest
 
-from glimmer_jax.passages import Passages
-from glimmer_jax.passages_writer import write_passages
+from glimmer_jax.corpus.passages import Passages
+from glimmer_jax.corpus.passages_writer import write_passages
 
 seqio = pytest.importorskip("seqio")
 import tensorflow as tf
 
-from glimmer_jax import lengths as lengths_module
-from glimmer_jax.data import cache, evaluation, features, pipeline, preprocessors, retrieved
-from glimmer_jax.data.vocabulary import Vocabulary
+from glimmer_jax import axes as lengths_module
+from glimmer_jax.data import cache, evaluation, features, pipeline, preprocessors, retrieved_tasks
+from glimmer_jax.vocabulary import Vocabulary
 
 LENGTHS = {"inputs": 8, "targets": 6, "passages": (3, 12)}
 TASK = "which_test"
@@ -52,14 +52,14 @@ def first_passage_is_gold(targets, predictions, aux_values):
 
 @pytest.fixture(scope="module", autouse=True)
 def task():
-    retrieved.register(TASK, "which", [first_answer_is_right, first_passage_is_gold])
+    retrieved_tasks.register(TASK, "which", [first_answer_is_right, first_passage_is_gold])
     yield
     seqio.TaskRegistry.remove(TASK)
 
 
 @pytest.fixture
 def data_dir(tmp_path, monkeypatch):
-    monkeypatch.setenv(retrieved.DATA_DIR_VARIABLE, str(tmp_path / "retrieved"))
+    monkeypatch.setenv(retrieved_tasks.DATA_DIR_VARIABLE, str(tmp_path / "retrieved"))
     write_lines(tmp_path / "retrieved", [line(i, passages=i % 4) for i in range(10)])
     write_lines(tmp_path / "retrieved", [line(i) for i in range(5)], "dev")
     return tmp_path / "retrieved"
@@ -224,7 +224,7 @@ def test_bad_data_ends_before_anything_is_computed(data_dir, passages):
     ):
         pipeline.batches(TASK, "test", LENGTHS, 4)
     with pytest.raises(ValueError, match="Splits are train, validation, test; got 'dev'"):
-        retrieved.retrieved_file("which", "dev")
+        retrieved_tasks.retrieved_file("which", "dev")
     with pytest.raises(ValueError, match="BATCH_SIZE must be at least 1, got 0"):
         pipeline.batches(TASK, "train", LENGTHS, 0)
     (data_dir / "which-train.jsonl").write_text('{"id": "a"\n')
@@ -264,27 +264,27 @@ def test_splits_and_labels_that_are_not_there_are_named(data_dir):
 
 def test_the_relevance_filter_is_a_setting_of_the_process(data_dir, monkeypatch, caplog):
     write_lines(data_dir, [line(i, bleu=i / 10) for i in range(10)])
-    monkeypatch.setenv(retrieved.MIN_BLEU_VARIABLE, "0.5")
+    monkeypatch.setenv(retrieved_tasks.MIN_BLEU_VARIABLE, "0.5")
     read = seqio.get_mixture_or_task(TASK).get_dataset
     with caplog.at_level("INFO"):
         assert len(list(read(None, "train", shuffle=False))) == 5
     assert "5 of 10 examples are left out" in caplog.text
-    retrieved.use(min_bleu_score=0.0)
+    retrieved_tasks.use(min_bleu_score=0.0)
     assert len(list(read(None, "train", shuffle=False))) == 10
     for wrong in ("1.5", "half"):
-        monkeypatch.setenv(retrieved.MIN_BLEU_VARIABLE, wrong)
+        monkeypatch.setenv(retrieved_tasks.MIN_BLEU_VARIABLE, wrong)
         with pytest.raises(ValueError, match=f"number from 0 to 1, got '{wrong}'"):
-            retrieved.min_bleu_score()
+            retrieved_tasks.min_bleu_score()
 
 
 def test_tasks_are_registered_with_the_vocabulary_in_use(tmp_path, monkeypatch):
-    monkeypatch.delenv(retrieved.VOCABULARY_VARIABLE, raising=False)
-    assert retrieved.vocabulary() == Vocabulary()
+    monkeypatch.delenv(retrieved_tasks.VOCABULARY_VARIABLE, raising=False)
+    assert retrieved_tasks.vocabulary() == Vocabulary()
     copy = tmp_path / "copy.model"
     copy.write_bytes(Vocabulary().path.read_bytes())
-    monkeypatch.setenv(retrieved.VOCABULARY_VARIABLE, "")
-    retrieved.use(vocabulary=Vocabulary(copy))
-    found = retrieved.register("with_copy", "which", [])
+    monkeypatch.setenv(retrieved_tasks.VOCABULARY_VARIABLE, "")
+    retrieved_tasks.use(vocabulary=Vocabulary(copy))
+    found = retrieved_tasks.register("with_copy", "which", [])
     seqio.TaskRegistry.remove("with_copy")
     assert found.output_features["inputs"].vocabulary == Vocabulary(copy).seqio()
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from glimmer_jax.corpus.kilt_pages import check_page, page_passages
 from glimmer_jax.corpus.record import check_record, stable_hash
 from glimmer_jax.corpus.words import pieces, split_words
-from glimmer_jax.json_lines import parse_line
+from glimmer_jax.storage.json_lines import parse_line
 
 FORMATS = ("passages", "kilt", "dpr", "parquet")
 DPR_HEAD = ("id", "text", "title")

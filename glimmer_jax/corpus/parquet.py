@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from glimmer_jax import parquet
+from glimmer_jax.storage import parquet
 
 WANTED = ("id", "title", "text")
 # Any other column (vectors, links) may be larger than the text and is not read.

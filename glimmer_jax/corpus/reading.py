@@ -10,7 +10,7 @@ from glimmer_jax.corpus.parquet import read_rows
 from glimmer_jax.corpus.progress import Progress
 from glimmer_jax.corpus.report import Problem, Report
 from glimmer_jax.corpus.seen import Seen
-from glimmer_jax.kilt import Policy
+from glimmer_jax.kilt.examples import Policy
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from glimmer_jax.corpus.files import Span
-from glimmer_jax.kilt import Policy
+from glimmer_jax.kilt.examples import Policy
 
 NAMED = 5
 

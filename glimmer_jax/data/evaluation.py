@@ -8,10 +8,10 @@ import numpy as np
 import seqio
 from etils import epath
 
+from glimmer_jax.axes import check_lengths
+from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.data.features import GlimmerFeatureConverter
 from glimmer_jax.data.pipeline import attach, fill, find_mixture_or_task
-from glimmer_jax.lengths import check_lengths
-from glimmer_jax.passages import Passages
 
 Batch = dict[str, Any]
 # numpy batch -> int32 tokens [B, T], and per-row arrays {name: [B, ...]} (may be empty).

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import seqio
 
+from glimmer_jax.axes import check_lengths
+from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.data.features import NO_PASSAGE, GlimmerFeatureConverter
-from glimmer_jax.data.vocabulary import Vocabulary
-from glimmer_jax.lengths import check_lengths
-from glimmer_jax.passages import Passages
+from glimmer_jax.vocabulary import Vocabulary
 
 Batch = dict[str, Any]
 

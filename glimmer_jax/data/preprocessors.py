@@ -22,8 +22,8 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from glimmer_jax.kilt import answers
-from glimmer_jax.text import question_text
+from glimmer_jax.kilt.examples import answers
+from glimmer_jax.vocabulary import question_text
 
 # Training pairs whose provenance matches the knowledge source less than this are left out.
 MIN_BLEU = 0.5

@@ -4,25 +4,28 @@ The corpus is cut into shards of consecutive passages. Each shard is encoded in 
 length (`batches`), put in place in RAM, written by a second thread while the next one is computed,
 and finished by its record. A build that was stopped, by SIGTERM, kill -9 or a power cut, goes on
 with the first shard that has no record, and ends with the same bytes as one that was not.
+
+Shards from passages to storage: one is computed while the one before it is written.
 """
 
+import concurrent.futures
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
+import tensorstore as ts
 
-from glimmer_jax import codecs, folder
-from glimmer_jax.memory import codec_error, manifest, resume
-from glimmer_jax.memory.builders import Builders, wait_for_records
-from glimmer_jax.memory.compute import Job, Recipe
-from glimmer_jax.memory.encoder import States
-from glimmer_jax.memory.identity import Layout
-from glimmer_jax.memory.manifest import Manifest, Record, Shard
-from glimmer_jax.memory.progress import Progress
-from glimmer_jax.memory.source import Passages
-from glimmer_jax.memory.write import write_shards
-from glimmer_jax.preemption import Watcher
+from glimmer_jax import codecs
+from glimmer_jax.memory import build_plan, codec_error, manifest, shard
+from glimmer_jax.memory.build_plan import Builders, Todo, wait_for_records
+from glimmer_jax.memory.encoding import Content, Job, Recipe, States
+from glimmer_jax.memory.manifest import Layout, Manifest, Record, Shard
+from glimmer_jax.memory.shard import Passages
+from glimmer_jax.runtime.preemption import Watcher
+from glimmer_jax.runtime.progress import Progress
+from glimmer_jax.storage import folder
+from glimmer_jax.storage.lease import WriterLock
 
 logger = logging.getLogger(__name__)
 
@@ -78,12 +81,14 @@ def build_memory(
       Preempted: asked to stop; finished shards are kept.
     """
     check_ids(passages.ids)
-    shards = resume.cut(np.arange(len(passages)), layout.shard_passages)
+    shards = build_plan.cut(np.arange(len(passages)), layout.shard_passages)
     kvstore = folder.open_folder(path)
     mine = builders.own(shards)
     with builders.lock(kvstore, manifest.LOCK) as lock, watcher or Watcher() as watcher:
-        resume.check_manifest(kvstore, recipe.identity, len(shards))
-        plan = resume.plan(kvstore, passages, mine, recipe, layout, accept_other_program, watcher)
+        build_plan.check_manifest(kvstore, recipe.identity, len(shards))
+        plan = build_plan.plan(
+            kvstore, passages, mine, recipe, layout, accept_other_program, watcher
+        )
         first, lost = builders.index == 0, None
         if reference is not None and first:
             lost = measure_error(recipe, reference, passages)
@@ -95,8 +100,8 @@ def build_memory(
         if first:
             others = [item for item in shards if item.name not in records]
 
-            def read(item: resume.Todo) -> Record | None:
-                return resume.read_whole(
+            def read(item: build_plan.Todo) -> Record | None:
+                return build_plan.read_whole(
                     kvstore, item, passages, recipe, layout, accept_other_program
                 )
 
@@ -140,3 +145,56 @@ def check_ids(ids: np.ndarray) -> None:
             "Passage ids must be unique and not negative; look at "
             f"{unique[(counts > 1) | (unique < 0)][:10].tolist()}."
         )
+
+
+def write_shards(
+    kvstore: ts.KvStore, todo: Iterable[Todo], job: Job, layout: Layout, lock: WriterLock
+) -> Iterator[tuple[str, Record]]:
+    """Builds shards one by one; gives the name and record of each when it is there for good.
+
+    Raises ValueError before it writes anything more where the lock is lost.
+    """
+    with concurrent.futures.ThreadPoolExecutor(1, "memory-writer") as writer:
+        # At most one shard waits to be written, so that RAM is bounded.
+        name, writing = "", None
+        for content in job.compute((item.name, item.rows) for item in todo):
+            if writing is not None:
+                yield name, _finish(writing, job)
+            name = content.name
+            writing = writer.submit(write, kvstore, content, job, layout, lock)
+        if writing is not None:
+            yield name, _finish(writing, job)
+
+
+def _finish(writing: concurrent.futures.Future[Record], job: Job) -> Record:
+    record = writing.result()
+    job.progress.wrote(record.bytes)
+    return record
+
+
+def write(
+    kvstore: ts.KvStore, content: Content, job: Job, layout: Layout, lock: WriterLock | None
+) -> Record:
+    """Arrays first, then the record that makes them count."""
+    if lock is not None:
+        lock.check()
+    here = folder.subfolder(kvstore, manifest.shard_folder(content.name))
+    source = content.source
+    files = shard.write_arrays(
+        here, content.arrays, source, content.offsets, chunk_tokens=layout.chunk_tokens
+    )
+    record = Record(
+        identity=job.recipe.identity,
+        program=job.recipe.program,
+        layout=layout,
+        passages=len(source.ids),
+        tokens=int(content.offsets[-1]),
+        truncated=source.truncated,
+        longest=int(source.lengths.max(initial=0)),
+        source_sha256=source.sha256,
+        files=files,
+    )
+    if lock is not None:
+        lock.check()
+    folder.write_file(here, manifest.RECORD, record.to_bytes())
+    return record

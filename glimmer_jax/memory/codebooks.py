@@ -16,12 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from glimmer_jax.codecs import Codec
-from glimmer_jax.memory import batches
-from glimmer_jax.memory.encoder import States
-from glimmer_jax.memory.source import Passages
-from glimmer_jax.preemption import stop_together
-from glimmer_jax.product_quantisation import ProductQuantisation, nearest
+from glimmer_jax.codecs import Codec, ProductQuantisation, nearest
+from glimmer_jax.memory import encoding
+from glimmer_jax.memory.encoding import States
+from glimmer_jax.memory.shard import Passages
+from glimmer_jax.runtime.preemption import stop_together
 
 Codebooks = dict[str, np.ndarray]
 _ROWS = 16384  # of a sample at a time: bounds RAM for samples of millions
@@ -58,10 +57,10 @@ def sample_states(
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
     # Made once the channels are known, and whole: parts to be joined at the end would take twice the RAM.
     sample: np.ndarray | None = None
-    for group in batches.groups(lengths, rows * devices, buckets):
+    for group in encoding.groups(lengths, rows * devices, buckets):
         stop_together()
         tokens_nP = passages.tokens(chosen[group.positions], group.bucket)
-        batch = batches.padded(tokens_nP, rows * devices)
+        batch = encoding.padded(tokens_nP, rows * devices)
         found = np.asarray(states(batch), np.float32)[: len(group.positions)]
         real = np.arange(group.bucket) < lengths[group.positions][:, None]
         if sample is None:

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from glimmer_jax import codecs
-from glimmer_jax.memory import batches
-from glimmer_jax.memory.encoder import Encode, States, StatesFunction
+from glimmer_jax.memory import encoding
+from glimmer_jax.memory.encoding import Encode, States, StatesFunction
 from glimmer_jax.models.model import GlimmerModel
 
 
@@ -55,9 +55,9 @@ def measure(
     chosen = np.unique(np.linspace(0, len(passages) - 1, count).astype(np.int64))
     lengths = np.minimum(passages.lengths(chosen), buckets[-1])
     square_error = square = largest_error = largest = 0.0
-    for group in batches.groups(lengths, rows, buckets):
+    for group in encoding.groups(lengths, rows, buckets):
         own = passages.tokens(chosen[group.positions], group.bucket)
-        tokens = batches.padded(own, rows * devices)
+        tokens = encoding.padded(own, rows * devices)
         stored = np.asarray(decode(encode(tokens)[0]), np.float64)
         exact = np.asarray(reference(tokens), np.float64)
         real = np.arange(group.bucket) < lengths[group.positions][:, None]

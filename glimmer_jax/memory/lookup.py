@@ -15,8 +15,8 @@ import numpy as np
 
 from glimmer_jax import partitioning
 from glimmer_jax.memory import table as tables
-from glimmer_jax.memory.read_ahead import ReadAhead
 from glimmer_jax.memory.store import MemoryStore
+from glimmer_jax.runtime.prefetch import ReadAhead
 
 Batch = dict[str, Any]
 Memory = tuple[dict[str, Any], Any]

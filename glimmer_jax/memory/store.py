@@ -12,9 +12,10 @@ from typing import Literal
 import numpy as np
 import tensorstore as ts
 
-from glimmer_jax import codecs, folder
-from glimmer_jax.memory import identity, manifest, shard, versions
+from glimmer_jax import codecs
+from glimmer_jax.memory import manifest, shard, versions
 from glimmer_jax.memory.manifest import DamagedStore, Manifest, Shard
+from glimmer_jax.storage import folder
 
 # How many shards' files are opened at a time.
 _OPEN_AT_ONCE = 64
@@ -78,8 +79,8 @@ class MemoryStore:
         kvstore = folder.open_folder(path, context)
         found = versions.read_manifest(kvstore, version)
         made = found.identity
-        identity.check_fingerprint("encoder", made.encoder_fingerprint, encoder_fingerprint, path)
-        identity.check_fingerprint(
+        manifest.check_fingerprint("encoder", made.encoder_fingerprint, encoder_fingerprint, path)
+        manifest.check_fingerprint(
             "vocabulary", made.vocabulary_fingerprint, vocabulary_fingerprint, path
         )
         return cls(path, kvstore, found, context)
@@ -89,7 +90,7 @@ class MemoryStore:
 
     def check_passages(self, fingerprint: str) -> None:
         """Refuses passages with `fingerprint.passages_fingerprint` other than the memory's own."""
-        identity.check_passages(self.manifest.passages_fingerprints, fingerprint, self.path)
+        manifest.check_passages(self.manifest.passages_fingerprints, fingerprint, self.path)
 
     def _shard_kvstore(self, name: str) -> ts.KvStore:
         return folder.subfolder(self.kvstore, manifest.shard_folder(name))

@@ -6,9 +6,9 @@ A reader therefore sees the store before the change or after it, and can go back
 
 import tensorstore as ts
 
-from glimmer_jax import folder
-from glimmer_jax.lock import WriterLock
 from glimmer_jax.memory.manifest import MANIFEST, DamagedStore, Manifest
+from glimmer_jax.storage import folder
+from glimmer_jax.storage.lease import WriterLock
 
 
 def _kept(version: int) -> str:

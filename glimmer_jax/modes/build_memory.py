@@ -3,18 +3,18 @@
 import jax
 import jax.numpy as jnp
 
-from glimmer_jax.data.vocabulary import Vocabulary
+from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.memory import build
-from glimmer_jax.memory.builders import Builders
+from glimmer_jax.memory.build_plan import Builders
+from glimmer_jax.memory.estimate import matrix_rate
 from glimmer_jax.memory.fingerprint import passages_fingerprint
-from glimmer_jax.memory.floor import matrix_rate
-from glimmer_jax.memory.identity import Layout
+from glimmer_jax.memory.manifest import Layout
 from glimmer_jax.models.cost import question_cost
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
 from glimmer_jax.modes.recipe import check_model, make_recipe
 from glimmer_jax.partitioning import MeshConfig, make_mesh
-from glimmer_jax.passages import Passages
+from glimmer_jax.vocabulary import Vocabulary
 
 
 def build_memory(

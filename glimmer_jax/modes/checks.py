@@ -5,11 +5,12 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from glimmer_jax import axes, fetch, partitioning
-from glimmer_jax.data.vocabulary import Vocabulary
-from glimmer_jax.lengths import Lengths, check_lengths
+from glimmer_jax import axes, partitioning
+from glimmer_jax.axes import Lengths, check_lengths
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.storage import local_copy
+from glimmer_jax.vocabulary import Vocabulary
 
 
 def required(**values: Any) -> None:
@@ -21,7 +22,7 @@ def required(**values: Any) -> None:
 
 def existing_file(name: str, path: Any) -> Path:
     """The path, if it is a file, or that of a bucket's copy; `name` is the macro that a user sets."""
-    path = fetch.fetch_file(name, path)
+    path = local_copy.fetch_file(name, path)
     if not path.is_file():
         raise ValueError(f"{name}: there is no file {path}. Check the path.")
     return path

@@ -5,14 +5,14 @@ import dataclasses
 import jax
 
 from glimmer_jax import codecs
-from glimmer_jax.data.vocabulary import Vocabulary
-from glimmer_jax.memory import batches, codebooks, encoder
+from glimmer_jax.codecs import ProductQuantisation
+from glimmer_jax.corpus.passages import Passages
+from glimmer_jax.memory import codebooks, encoding
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
 from glimmer_jax.modes.recipe import check_model
 from glimmer_jax.partitioning import MeshConfig, make_mesh
-from glimmer_jax.passages import Passages
-from glimmer_jax.product_quantisation import ProductQuantisation
+from glimmer_jax.vocabulary import Vocabulary
 from glimmer_jax.weights import parameters, params_file
 from glimmer_jax.weights.model_config import describe
 
@@ -73,11 +73,11 @@ def learn_codebooks(
     devices = make_mesh(mesh, jax.local_devices())
     params = parameters.place(host_params, plain, devices)
     sample = codebooks.sample_states(
-        encoder.bind_states(plain.memory_states, params, devices),
+        encoding.bind_states(plain.memory_states, params, devices),
         corpus,
         tokens=sample_tokens + min(sample_tokens, _TRIED_TOKENS),
         rows=batch_size,
-        buckets=batches.default_buckets(max_length),
+        buckets=encoding.default_buckets(max_length),
         devices=devices.size,
         seed=seed,
     )

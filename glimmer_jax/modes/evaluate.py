@@ -8,17 +8,17 @@ from typing import Any, Literal
 import jax
 from etils import epath
 
-from glimmer_jax import folder
-from glimmer_jax.data.vocabulary import Vocabulary
-from glimmer_jax.json_lines import write_json_lines
+from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.models.cost import question_cost
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
 from glimmer_jax.partitioning import MeshConfig, make_mesh
-from glimmer_jax.passages import Passages
-from glimmer_jax.retrieval import origin
-from glimmer_jax.serving.candidates import add_candidates, encode_candidates
+from glimmer_jax.retrieval import corpus_check
 from glimmer_jax.serving.predictor import Predictor
+from glimmer_jax.serving.step import add_candidates, encode_candidates
+from glimmer_jax.storage import folder
+from glimmer_jax.storage.json_lines import write_json_lines
+from glimmer_jax.vocabulary import Vocabulary
 
 
 def evaluate(
@@ -84,7 +84,7 @@ def evaluate(
     if candidates is not None:
         candidates_NT = encode_candidates(candidates, vocabulary, lengths.target)
     if passages_dir is not None and data_dir is not None:
-        origin.check(data_dir, Passages.open(passages_dir, vocabulary.fingerprint))
+        corpus_check.check(data_dir, Passages.open(passages_dir, vocabulary.fingerprint))
     predictor = Predictor.load(
         checkpoint_path,
         lengths,
@@ -99,10 +99,11 @@ def evaluate(
         seed=seed,
     )
 
-    from glimmer_jax.data import pipeline, retrieved, scoring
+    from glimmer_jax.data import pipeline, retrieved_tasks
     from glimmer_jax.data.evaluation import Evaluation
+    from glimmer_jax.metrics import qa
 
-    retrieved.use(data_dir, vocabulary=vocabulary)
+    retrieved_tasks.use(data_dir, vocabulary=vocabulary)
     pipeline.import_tasks(mixture_or_task_module)
     counts = pipeline.check_fit(
         mixture_or_task_name,
@@ -145,7 +146,7 @@ def evaluate(
         compiled = True
         return outputs
 
-    metrics = scoring.with_mean(dev.run(timed, prefetch=predictor.prefetch))
+    metrics = qa.with_mean(dev.run(timed, prefetch=predictor.prefetch))
     cost = question_cost(
         model.config,
         passages=lengths.passages,

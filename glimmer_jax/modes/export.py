@@ -1,9 +1,9 @@
 """Mode `export`: a checkpoint's parameters as one file to ship, in the forms of others, or a program."""
 
-from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
-from glimmer_jax.serving.program import ProgramConfig, export_program
+from glimmer_jax.serving.stablehlo import ProgramConfig, export_program
+from glimmer_jax.vocabulary import Vocabulary
 from glimmer_jax.weights import huggingface, parameters, t5_names, t5x
 from glimmer_jax.weights.model_config import describe
 from glimmer_jax.weights.params_file import save_params_file

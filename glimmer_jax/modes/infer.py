@@ -9,17 +9,16 @@ from typing import Any, Literal
 import jax
 
 from glimmer_jax import axes, partitioning
-from glimmer_jax.data.vocabulary import Vocabulary
-from glimmer_jax.json_lines import read_json_lines, write_json_lines
-from glimmer_jax.kilt import check_example
+from glimmer_jax.kilt.examples import check_example
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
 from glimmer_jax.partitioning import MeshConfig, make_mesh
-from glimmer_jax.retrieval import origin
+from glimmer_jax.retrieval import corpus_check
 from glimmer_jax.retrieval.bm25 import Bm25Config
-from glimmer_jax.serving.candidates import encode_candidates
 from glimmer_jax.serving.predictor import Predictor
-from glimmer_jax.text import question_text
+from glimmer_jax.serving.step import encode_candidates
+from glimmer_jax.storage.json_lines import read_json_lines, write_json_lines
+from glimmer_jax.vocabulary import Vocabulary, question_text
 
 Example = dict[str, Any]
 
@@ -98,7 +97,7 @@ def infer(
     if examples is not None:
         # Before the first answer, not after an hour of them.
         assert predictor.passages is not None
-        origin.check(str(questions), predictor.passages)
+        corpus_check.check(str(questions), predictor.passages)
         predictor.passages.rows([p["id"] for one in examples for p in one.get("retrieved", ())])
         encoded = (vocabulary.encode(question_text(one["input"])) for one in examples)
         cut = sum(len(tokens) > lengths.question for tokens in encoded)

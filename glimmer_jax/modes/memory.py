@@ -4,19 +4,18 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from glimmer_jax.data.vocabulary import Vocabulary
-from glimmer_jax.memory import change, merge, plan
-from glimmer_jax.memory.compute import Recipe
+from glimmer_jax.corpus.passages import Passages
+from glimmer_jax.memory import edit, estimate
+from glimmer_jax.memory.encoding import Recipe
 from glimmer_jax.memory.fingerprint import passages_fingerprint
-from glimmer_jax.memory.identity import Layout
-from glimmer_jax.memory.inspect import find, inspect
+from glimmer_jax.memory.maintain import find, inspect, verify
+from glimmer_jax.memory.manifest import Layout
 from glimmer_jax.memory.store import MemoryStore
-from glimmer_jax.memory.verify import verify
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
 from glimmer_jax.modes.recipe import make_recipe
 from glimmer_jax.partitioning import MeshConfig
-from glimmer_jax.passages import Passages
+from glimmer_jax.vocabulary import Vocabulary
 
 ACTIONS = ("plan", "inspect", "verify", "repair", "append", "withdraw", "merge")
 
@@ -99,7 +98,7 @@ def memory(
             corpus = Passages.open(passages_dir, vocabulary.fingerprint)
             count, tokens = len(corpus), corpus.manifest["num_tokens"] / len(corpus)
         assert model is not None
-        return plan.plan(
+        return estimate.plan(
             model.config,
             passages=count,
             tokens=tokens,
@@ -131,11 +130,11 @@ def memory(
         made, corpus = recipe()
         fingerprint = passages_fingerprint(corpus.manifest)
         path = str(memory_dir)
-        return {"rebuilt": change.repair(made, corpus, path, passages_fingerprint=fingerprint)}
+        return {"rebuilt": edit.repair(made, corpus, path, passages_fingerprint=fingerprint)}
 
     def append_passages() -> Any:
         made, corpus = recipe()
-        change.append(
+        edit.append(
             made,
             corpus,
             str(memory_dir),
@@ -153,11 +152,11 @@ def memory(
             raise ValueError(
                 f"IDS are passage ids, from 0 to 2**63 - 1; got {min(wanted)} to {max(wanted)}."
             )
-        change.withdraw(str(memory_dir), wanted)
+        edit.withdraw(str(memory_dir), wanted)
         return inspect(MemoryStore.open(str(memory_dir)))
 
     def merge_stores() -> Any:
-        merge.merge(_several("PARTS", parts, str), str(memory_dir))
+        edit.merge(_several("PARTS", parts, str), str(memory_dir))
         return inspect(MemoryStore.open(str(memory_dir)))
 
     run: dict[str, Callable[[], Any]] = {

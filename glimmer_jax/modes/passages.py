@@ -5,11 +5,11 @@ from pathlib import Path
 
 from glimmer_jax.corpus import beam
 from glimmer_jax.corpus.files import find_files
+from glimmer_jax.corpus.passages_writer import check_absent, write_passages
 from glimmer_jax.corpus.reading import Reading, read_passages
 from glimmer_jax.corpus.report import Report
-from glimmer_jax.data.vocabulary import Vocabulary
 from glimmer_jax.modes import checks
-from glimmer_jax.passages_writer import check_absent, write_passages
+from glimmer_jax.vocabulary import Vocabulary
 
 BUILT_IN = "pydocs"
 
@@ -46,9 +46,9 @@ def passages(
     check_absent(passages_dir, overwrite)
     if corpus == BUILT_IN:
         checks.required(CORPUS_DIR=corpus_dir)
-        from glimmer_jax.data import pydocs_files
+        from glimmer_jax.pydocs import corpus_files
 
-        counts = pydocs_files.write_corpus(str(corpus_dir))
+        counts = corpus_files.write_corpus(str(corpus_dir))
         for name, count in counts.items():
             print(f"{Path(str(corpus_dir)) / name}: {count} lines")
         corpus = str(Path(str(corpus_dir)) / "corpus.jsonl")

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from glimmer_jax.lengths import Lengths
+from glimmer_jax.axes import Lengths
 from glimmer_jax.modes import checks
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.preflight import chips, programs

@@ -2,10 +2,10 @@
 
 import jax
 
-from glimmer_jax.memory import batches, codec_error, encoder
-from glimmer_jax.memory.compute import Recipe
+from glimmer_jax.memory import codec_error, encoding
+from glimmer_jax.memory.encoding import Recipe
 from glimmer_jax.memory.fingerprint import encoder_fingerprint
-from glimmer_jax.memory.identity import Identity, Program
+from glimmer_jax.memory.manifest import Identity, Program
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
 from glimmer_jax.partitioning import MeshConfig, make_mesh
@@ -19,7 +19,7 @@ def make_recipe(
     mesh: MeshConfig,
     max_length: int,
     batch_size: int,
-) -> tuple[Recipe, encoder.States]:
+) -> tuple[Recipe, encoding.States]:
     """How `model` with a checkpoint's parameters makes memory, and its float32 reference.
 
     Args:
@@ -41,7 +41,7 @@ def make_recipe(
     params = parameters.place(host_params, model, devices)
     t5, codec = model.config.t5, model.config.memory_codec
     recipe = Recipe(
-        encoder.bind_encoder(model.memory_states, params, devices, codec),
+        encoding.bind_encoder(model.memory_states, params, devices, codec),
         Identity(
             encoder_fingerprint=encoder_fingerprint(host_params, model.config),
             vocabulary_fingerprint=vocabulary_fingerprint,
@@ -51,7 +51,7 @@ def make_recipe(
         ),
         Program(
             rows=batch_size,
-            buckets=batches.default_buckets(max_length),
+            buckets=encoding.default_buckets(max_length),
             dtype=t5.dtype,
             matmul_dtype=t5.matmul_dtype,
             backend=jax.default_backend() + ("+cudnn" if t5.attention == "cudnn" else ""),
@@ -60,7 +60,7 @@ def make_recipe(
         devices.size,
         params.get("memory_codebooks"),
     )
-    return recipe, encoder.bind_states(codec_error.exact_states(model), params, devices)
+    return recipe, encoding.bind_states(codec_error.exact_states(model), params, devices)
 
 
 def check_model(model: GlimmerModel) -> None:

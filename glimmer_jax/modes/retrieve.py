@@ -13,21 +13,19 @@ from typing import Any
 import jax
 from etils import epath
 
-from glimmer_jax import kilt_files
-from glimmer_jax.data.retrieval_scores import KS, RetrievalScores
-from glimmer_jax.json_lines import write_json_lines
+from glimmer_jax.corpus.passages import Passages
+from glimmer_jax.kilt import files
+from glimmer_jax.kilt.files import read_questions, read_task
+from glimmer_jax.metrics.retrieval import KS, RetrievalScores, format_report
 from glimmer_jax.modes import checks
-from glimmer_jax.passages import Passages
-from glimmer_jax.paths import in_bucket
-from glimmer_jax.retrieval import origin
+from glimmer_jax.retrieval import corpus_check
 from glimmer_jax.retrieval import retriever as retrievers
 from glimmer_jax.retrieval.bm25 import Bm25Config, Bm25Retriever
 from glimmer_jax.retrieval.dense import DenseConfig, DenseRetriever
 from glimmer_jax.retrieval.hybrid import HybridRetriever, check_weight
-from glimmer_jax.retrieval.questions import read_task
-from glimmer_jax.retrieval.recall import format_report
 from glimmer_jax.retrieval.retriever import Retriever
-from glimmer_jax.triviaqa import read_questions
+from glimmer_jax.storage.folder import in_bucket
+from glimmer_jax.storage.json_lines import write_json_lines
 
 # Files of this split see passages of this split alone, where passages have one.
 TRAIN = "train"
@@ -83,19 +81,21 @@ def retrieve(
     if retriever == "hybrid":
         check_weight(dense_weight)
     bm25.check_stemmer()
-    files = kilt_files.find(questions)
-    for paths in files.values():
+    by_task = files.find(questions)
+    for paths in by_task.values():
         if not in_bucket(data_dir) and paths[0].resolve().parent == Path(data_dir).resolve():
             raise ValueError(f"{data_dir} holds the questions themselves. Write elsewhere.")
     by_id = None if triviaqa is None else read_questions(triviaqa)
     # Read to their ends before the work starts: a bad line must not surface after hours.
-    counts = {name: sum(1 for _ in read_task(name, paths, by_id)) for name, paths in files.items()}
+    counts = {
+        name: sum(1 for _ in read_task(name, paths, by_id)) for name, paths in by_task.items()
+    }
     passages = Passages.open(passages_dir)
     everything = _open(retriever, passages, bm25, dense, dense_weight)
     training: Retriever | None = None
     ks = sorted({k for k in KS if k <= num_passages} | {num_passages})
     report: dict[str, Report] = {"passages": {}, "pages": {}}
-    for name, paths in files.items():
+    for name, paths in by_task.items():
         stem, chosen = Path(name).stem, everything
         if stem.endswith(f"-{TRAIN}"):
             if training is None:
@@ -108,7 +108,7 @@ def retrieve(
         if jax.process_index() == 0:
             path = epath.Path(data_dir) / name
             write_json_lines(path, found)
-            origin.note(path, passages)
+            corpus_check.note(path, passages)
         else:
             # Searching is the work of all processes, writing is that of one.
             collections.deque(found, maxlen=0)

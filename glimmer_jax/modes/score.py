@@ -7,10 +7,10 @@ official scores, for numbers that are compared with published ones.
 import json
 from collections.abc import Sequence
 
-from glimmer_jax import folder
-from glimmer_jax.data.kilt_metrics import KS, kilt_scores
-from glimmer_jax.data.scoring import score_file
+from glimmer_jax.metrics.kilt import KS, kilt_scores
+from glimmer_jax.metrics.qa import score_file
 from glimmer_jax.modes import checks
+from glimmer_jax.storage import folder
 
 
 def score(

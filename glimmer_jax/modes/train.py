@@ -9,21 +9,21 @@ import jax
 import numpy as np
 from etils import epath
 
-from glimmer_jax.data.vocabulary import Vocabulary
-from glimmer_jax.lengths import Lengths
+from glimmer_jax.axes import Lengths
+from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.memory.fingerprint import encoder_fingerprint, passages_fingerprint
 from glimmer_jax.memory.lookup import DiskLookup
 from glimmer_jax.memory.store import MemoryStore
-from glimmer_jax.models.matching import matching_start
+from glimmer_jax.models.mimetic_init import matching_start
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
 from glimmer_jax.partitioning import MeshConfig, check_divisible, make_mesh, own_rows
-from glimmer_jax.passages import Passages
-from glimmer_jax.retrieval import origin
-from glimmer_jax.serving.predict import Predict
+from glimmer_jax.retrieval import corpus_check
+from glimmer_jax.serving.step import Predict
 from glimmer_jax.training import loop
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
 from glimmer_jax.training.state import TrainState
+from glimmer_jax.vocabulary import Vocabulary
 from glimmer_jax.weights import parameters
 from glimmer_jax.weights.model_config import describe
 
@@ -122,7 +122,7 @@ def train(
         passages = Passages.open(passages_dir, vocabulary.fingerprint)
         passages.warn_of_cuts(lengths.passage)
         if data_dir is not None:
-            origin.check(data_dir, passages)
+            corpus_check.check(data_dir, passages)
     corpus = None if passages is None else passages_fingerprint(passages.manifest)
     if memory_dir is not None:
         passages = None
@@ -148,10 +148,11 @@ def train(
         _save_config(model_dir, config_text)
 
     # seqio and tensorflow take seconds to import: not before the checks above.
-    from glimmer_jax.data import pipeline, retrieved, scoring
+    from glimmer_jax.data import pipeline, retrieved_tasks
     from glimmer_jax.data.evaluation import Evaluation
+    from glimmer_jax.metrics import qa
 
-    retrieved.use(data_dir, min_bleu_score, vocabulary)
+    retrieved_tasks.use(data_dir, min_bleu_score, vocabulary)
     pipeline.import_tasks(mixture_or_task_module)
     counts = pipeline.check_fit(
         mixture_or_task_name,
@@ -210,7 +211,7 @@ def train(
                 return answers(state.params, batch)
 
             step = int(state.step)
-            return scoring.with_mean(dev.run(answer, step=step, prefetch=answers.prefetch))
+            return qa.with_mean(dev.run(answer, step=step, prefetch=answers.prefetch))
 
     loop.train(
         loop_config,
@@ -270,7 +271,7 @@ def check_best_metric(
             aux["gold_passages"] = batch["gold_passages"]
         return np.zeros((rows, lengths.target), np.int32), aux
 
-    from glimmer_jax.data.scoring import with_mean
+    from glimmer_jax.metrics.qa import with_mean
 
     names = with_mean(evaluation.run(empty_answers))
     if name not in names:

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glimmer_jax import axes, partitioning
-from glimmer_jax.lengths import Lengths, check_lengths
-from glimmer_jax.memory import encoder, table
+from glimmer_jax.axes import Lengths, check_lengths
+from glimmer_jax.memory import encoding, table
 from glimmer_jax.models.model import GlimmerModel
-from glimmer_jax.serving import prepare
-from glimmer_jax.serving.predict import predict_step
+from glimmer_jax.serving import param_layout
+from glimmer_jax.serving.step import predict_step
 from glimmer_jax.training.optimizer import make_optimizer
 from glimmer_jax.training.state import abstract_state, state_shardings
 from glimmer_jax.training.step import jit_train_step, make_train_step
@@ -67,13 +67,13 @@ def train(settings: Settings, mesh: Mesh) -> Program:
 def answer(settings: Settings, mesh: Mesh) -> Program:
     """A batch of questions to answers, from memory where there is one, as `Predictor` prepares it."""
     platform = mesh.devices.flat[0].platform
-    model = prepare.looped(settings["model"], platform)
+    model = param_layout.looped(settings["model"], platform)
     lengths = check_lengths(settings["task_feature_lengths"])
     from_memory = settings.get("memory_dir") is not None
     batch = batch_shapes(model, lengths, settings["batch_size"], mesh, from_memory)
     rows = settings["batch_size"] * model.decode.beams
     params = parameter_shapes(model, mesh)
-    laid_out = jax.eval_shape(lambda p: prepare.lay_out(model, p, rows, platform), params)
+    laid_out = jax.eval_shape(lambda p: param_layout.lay_out(model, p, rows, platform), params)
     params = jax.tree.map(_shape, laid_out, jax.tree.map(lambda leaf: leaf.sharding, params))
     number = jax.ShapeDtypeStruct((), jnp.uint32, sharding=partitioning.replicated(mesh))
     kinds = {"parameters": params, "batch": batch}
@@ -87,7 +87,7 @@ def build_memory(settings: Settings, mesh: Mesh) -> Program:
     params = jax.tree.map(lambda leaf: _shape(leaf, whole), model.abstract_variables()[0])
     spread = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     tokens = jax.ShapeDtypeStruct((rows, settings["max_length"]), jnp.int32, sharding=spread)
-    step = encoder.encode_step(model.memory_states, mesh, model.config.memory_codec)
+    step = encoding.encode_step(model.memory_states, mesh, model.config.memory_codec)
     return Program(step, (params, tokens), {"parameters": params, "batch": tokens})
 
 

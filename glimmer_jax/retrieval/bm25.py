@@ -15,11 +15,11 @@ from typing import Any
 import bm25s
 import numpy as np
 
-from glimmer_jax.passages import Passages
-from glimmer_jax.preemption import stop_together, stoppable
-from glimmer_jax.retrieval.questions import read_files
-from glimmer_jax.retrieval.recall import format_report, mean_recall
+from glimmer_jax.corpus.passages import Passages
+from glimmer_jax.kilt.files import read_files
+from glimmer_jax.metrics.retrieval import format_report, mean_recall
 from glimmer_jax.retrieval.retriever import Found, Retriever, retrieve
+from glimmer_jax.runtime.preemption import stop_together, stoppable
 
 _WORD = re.compile(r"[^\W_]+")
 _NAME = re.compile(r"[^\W\d]\w*(?:\.\w+)+|\w*_\w+")

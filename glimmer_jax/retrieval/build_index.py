@@ -18,17 +18,16 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from glimmer_jax import folder
-from glimmer_jax.lock import WriterLock
+from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.memory import manifest, shard
-from glimmer_jax.memory.builders import Builders, wait_for_records
-from glimmer_jax.memory.progress import Progress
-from glimmer_jax.memory.resume import Todo, cut
-from glimmer_jax.passages import Passages
-from glimmer_jax.preemption import Preempted, Watcher
+from glimmer_jax.memory.build_plan import Builders, Todo, cut, wait_for_records
 from glimmer_jax.retrieval import index
 from glimmer_jax.retrieval.index import Identity, Index, Manifest, Record
 from glimmer_jax.retrieval.text_encoder import TextEncoder, passage_text
+from glimmer_jax.runtime.preemption import Preempted, Watcher
+from glimmer_jax.runtime.progress import Progress
+from glimmer_jax.storage import folder
+from glimmer_jax.storage.lease import WriterLock
 
 logger = logging.getLogger(__name__)
 

@@ -7,16 +7,16 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from glimmer_jax import folder
-from glimmer_jax.memory.builders import Builders
+from glimmer_jax.corpus.passages import Passages
+from glimmer_jax.memory.build_plan import Builders
 from glimmer_jax.partitioning import MeshConfig, make_mesh
-from glimmer_jax.passages import Passages
-from glimmer_jax.preemption import Preempted, Watcher, stop_together
 from glimmer_jax.retrieval import top_k
 from glimmer_jax.retrieval.build_index import SHARD_PASSAGES, build_index
 from glimmer_jax.retrieval.index import Index, read_manifest
 from glimmer_jax.retrieval.retriever import Found, Retriever
 from glimmer_jax.retrieval.text_encoder import TextEncoder
+from glimmer_jax.runtime.preemption import Preempted, Watcher, stop_together
+from glimmer_jax.storage import folder
 
 
 @dataclasses.dataclass(frozen=True)

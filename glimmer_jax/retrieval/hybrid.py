@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from glimmer_jax.retrieval.questions import read_files
-from glimmer_jax.retrieval.recall import format_report, mean_recall
+from glimmer_jax.kilt.files import read_files
+from glimmer_jax.metrics.retrieval import format_report, mean_recall
 from glimmer_jax.retrieval.retriever import Found, Retriever, with_retrieved
 
 # Passages of each retriever that are put together, if not more are asked for.

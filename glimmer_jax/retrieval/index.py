@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 import numpy as np
 import tensorstore as ts
 
-from glimmer_jax import folder
 from glimmer_jax.memory import manifest, shard
+from glimmer_jax.storage import folder
 
 FORMAT_VERSION = 1
 LOCK = "index.lock"

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from glimmer_jax.kilt import is_gold, provenance
-from glimmer_jax.passages import Passages
-from glimmer_jax.preemption import stoppable
+from glimmer_jax.corpus.passages import Passages
+from glimmer_jax.kilt.examples import is_gold, provenance
+from glimmer_jax.runtime.preemption import stoppable
 
 # For each question (row of the passages folder, score), best first.
 Found = list[list[tuple[int, float]]]

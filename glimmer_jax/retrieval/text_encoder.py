@@ -15,8 +15,8 @@ import sentencepiece
 from jax.sharding import Mesh
 
 from glimmer_jax import partitioning
-from glimmer_jax.memory import batches, encoder
-from glimmer_jax.memory.identity import Program
+from glimmer_jax.memory import encoding
+from glimmer_jax.memory.manifest import Program
 from glimmer_jax.models.gtr import Gtr
 from glimmer_jax.models.stacking import stack_layers
 from glimmer_jax.weights.sentence_transformers import LoadedGtr, load_gtr
@@ -51,7 +51,7 @@ class TextEncoder:
         self.loaded = loaded
         self.devices = mesh.size
         t5 = dataclasses.replace(loaded.t5, scan_layers=True, dtype=dtype)
-        buckets = batches.default_buckets(loaded.max_length)
+        buckets = encoding.default_buckets(loaded.max_length)
         self.program = Program(rows, buckets, dtype, None, jax.default_backend(), jax.__version__)
         self._processor = sentencepiece.SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(loaded.vocabulary)
@@ -64,7 +64,7 @@ class TextEncoder:
             )
         model = Gtr(t5, loaded.vector_dim)
         params = jax.device_put(stack_layers(loaded.params), partitioning.replicated(mesh))
-        self._run = encoder.bind_states(lambda p, x: model.apply({"params": p}, x), params, mesh)
+        self._run = encoding.bind_states(lambda p, x: model.apply({"params": p}, x), params, mesh)
 
     @classmethod
     def open(cls, path: str, mesh: Mesh, rows: int, dtype: str = "float32") -> "TextEncoder":
@@ -97,7 +97,7 @@ class TextEncoder:
         most, rows = self.loaded.max_length - 1, self.program.rows
         lengths = np.array([min(len(ids), most) + 1 for ids in tokens], np.int64)
         vectors = np.zeros((len(tokens), self.loaded.vector_dim), np.float32)
-        running: deque[tuple[list[batches.Group], Any]] = deque()
+        running: deque[tuple[list[encoding.Group], Any]] = deque()
 
         def place() -> None:
             call, encoded = running.popleft()
@@ -109,8 +109,8 @@ class TextEncoder:
             computed = self.devices * rows * call[0].bucket
             after_batch(len(every), int(lengths[every].sum()), computed)
 
-        groups = batches.groups(lengths, rows, self.program.buckets)
-        for call in batches.calls(groups, self.devices):
+        groups = encoding.groups(lengths, rows, self.program.buckets)
+        for call in encoding.calls(groups, self.devices):
             batch = np.zeros((self.devices, rows, call[0].bucket), np.int32)
             for device, group in enumerate(call):
                 for slot, position in enumerate(group.positions):

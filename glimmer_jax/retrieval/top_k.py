@@ -18,8 +18,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glimmer_jax import axes, partitioning
-from glimmer_jax.preemption import stop_together, stoppable
 from glimmer_jax.retrieval.index import DTYPE, Index
+from glimmer_jax.runtime.preemption import stop_together, stoppable
 
 # Rows of a block on one device: 96 MiB of vectors of 768.
 BLOCK_ROWS = 65536

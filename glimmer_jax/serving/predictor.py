@@ -16,20 +16,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from glimmer_jax import axes, partitioning
-from glimmer_jax.data.vocabulary import Vocabulary
-from glimmer_jax.lengths import Lengths
+from glimmer_jax.axes import Lengths
+from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.memory.fingerprint import encoder_fingerprint, passages_fingerprint
 from glimmer_jax.memory.lookup import Lookup, open_lookup
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.partitioning import MeshConfig, make_mesh
-from glimmer_jax.passages import Passages
-from glimmer_jax.preemption import stop_together
 from glimmer_jax.retrieval.bm25 import Bm25, Bm25Config
-from glimmer_jax.serving import prepare
-from glimmer_jax.serving.candidates import add_candidates, encode_candidates
-from glimmer_jax.serving.predict import Batch, Predict
-from glimmer_jax.text import question_text
+from glimmer_jax.runtime.preemption import stop_together
+from glimmer_jax.serving import param_layout
+from glimmer_jax.serving.step import Batch, Predict, add_candidates, encode_candidates
+from glimmer_jax.vocabulary import Vocabulary, question_text
 from glimmer_jax.weights import parameters
 from glimmer_jax.weights.load import load
 
@@ -138,10 +136,12 @@ class Predictor:
                 store, devices, lengths.passage, memory_bytes_per_device, unknown_passages
             )
         platform = devices.devices.flat[0].platform
-        host_params = prepare.one_by_one(model, host_params)
-        model = prepare.looped(model, platform)
+        host_params = param_layout.one_by_one(model, host_params)
+        model = param_layout.looped(model, platform)
         params = parameters.place(host_params, model, devices)
-        params = prepare.lay_out(model, params, max(batch_sizes) * model.decode.beams, platform)
+        params = param_layout.lay_out(
+            model, params, max(batch_sizes) * model.decode.beams, platform
+        )
         return cls(
             model, params, devices, lengths, vocabulary, passages, lookup, bm25, batch_sizes, seed
         )

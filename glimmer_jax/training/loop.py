@@ -9,11 +9,12 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from glimmer_jax.folder import open_folder
-from glimmer_jax.lock import WriterLock
-from glimmer_jax.preemption import Interrupted, Preempted, Watcher
+from glimmer_jax.runtime.preemption import Interrupted, Preempted, Watcher
+from glimmer_jax.runtime.prefetch import Prefetch
+from glimmer_jax.storage.folder import open_folder
+from glimmer_jax.storage.lease import WriterLock
 from glimmer_jax.training.checkpoint import Checkpoints
-from glimmer_jax.training.metrics import (
+from glimmer_jax.training.log import (
     Averages,
     Goodput,
     MetricWriter,
@@ -23,8 +24,7 @@ from glimmer_jax.training.metrics import (
     print_once,
 )
 from glimmer_jax.training.optimizer import Optimizer
-from glimmer_jax.training.prefetch import Prefetch
-from glimmer_jax.training.source import start_state
+from glimmer_jax.training.restore import start_state
 from glimmer_jax.training.state import TrainState, state_shardings
 from glimmer_jax.training.step import Model, jit_train_step, make_train_step
 

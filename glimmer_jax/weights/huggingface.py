@@ -10,14 +10,14 @@ import numpy as np
 import safetensors.numpy
 import tensorstore as ts
 
-from glimmer_jax import folder
-from glimmer_jax.json_lines import parse_line
 from glimmer_jax.models.glimmer import GlimmerConfig
+from glimmer_jax.storage import folder
+from glimmer_jax.storage.json_lines import parse_line
 from glimmer_jax.weights import huggingface_names as names
 from glimmer_jax.weights import t5_names
 from glimmer_jax.weights.huggingface_files import flax_places, safetensors_places
+from glimmer_jax.weights.lazy_arrays import exists, open_array
 from glimmer_jax.weights.model_config import config_from
-from glimmer_jax.weights.raw import exists, open_array
 
 _CONFIG, _TORCH, _FLAX = "config.json", "model.safetensors", "flax_model.msgpack"
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")

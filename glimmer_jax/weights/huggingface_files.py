@@ -12,8 +12,8 @@ import msgpack
 import numpy as np
 import tensorstore as ts
 
-from glimmer_jax import folder
-from glimmer_jax.weights.raw import Place
+from glimmer_jax.storage import folder
+from glimmer_jax.weights.lazy_arrays import Place
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _HEADER_BYTES = 100_000_000  # at most; the library's own limit

@@ -4,8 +4,8 @@ import dataclasses
 import os
 from typing import Any
 
-from glimmer_jax.folder import open_folder
 from glimmer_jax.models.glimmer import GlimmerConfig
+from glimmer_jax.storage.folder import open_folder
 from glimmer_jax.weights import huggingface, params_file, steps, t5x
 from glimmer_jax.weights.model_config import config_from
 

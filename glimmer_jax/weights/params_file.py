@@ -17,8 +17,8 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
-from glimmer_jax.json_lines import parse_line
-from glimmer_jax.paths import in_bucket
+from glimmer_jax.storage.folder import in_bucket
+from glimmer_jax.storage.json_lines import parse_line
 
 
 def save_params_file(path: Any, params: dict[str, Any], config: dict[str, Any]) -> None:

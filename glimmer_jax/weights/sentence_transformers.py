@@ -22,9 +22,9 @@ import flax.traverse_util
 import numpy as np
 import safetensors.numpy
 
-from glimmer_jax.folder import open_folder
-from glimmer_jax.json_lines import parse_line
 from glimmer_jax.models.t5 import T5Config
+from glimmer_jax.storage.folder import open_folder
+from glimmer_jax.storage.json_lines import parse_line
 from glimmer_jax.weights import huggingface, t5_names
 from glimmer_jax.weights import huggingface_names as names
 

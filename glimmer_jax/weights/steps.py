@@ -10,9 +10,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from glimmer_jax.folder import open_folder
+from glimmer_jax.storage.folder import open_folder
 from glimmer_jax.weights.checksums import has_sidecar, verify_sidecar
-from glimmer_jax.weights.orbax_arrays import open_arrays
+from glimmer_jax.weights.lazy_arrays import open_arrays
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,14 +22,12 @@ import flax.traverse_util
 import numpy as np
 import tensorstore as ts
 
-from glimmer_jax import folder
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.t5 import T5Config
+from glimmer_jax.storage import folder
 from glimmer_jax.weights import t5_names
+from glimmer_jax.weights.lazy_arrays import METADATA, exists, open_arrays, opened
 from glimmer_jax.weights.model_config import config_from
-from glimmer_jax.weights.orbax_arrays import METADATA, open_arrays
-from glimmer_jax.weights.raw import exists
-from glimmer_jax.weights.zarr_arrays import opened
 
 _FILE, _ORBAX = "checkpoint", "state"
 _SETTING = "glimmer_jax"  # beside T5X's own keys; T5X does not look at it

@@ -9,10 +9,10 @@ pytest.importorskip("seqio")
 from benchmarks import codec_quality, fast_modes
 from benchmarks.questions import LENGTHS
 from glimmer_jax import shipped
-from glimmer_jax.data import retrieved
-from glimmer_jax.data.pydocs_tasks import TASKS
-from glimmer_jax.data.vocabulary import Vocabulary
-from glimmer_jax.passages_writer import write_passages
+from glimmer_jax.corpus.passages_writer import write_passages
+from glimmer_jax.data import retrieved_tasks
+from glimmer_jax.pydocs.questions import TASKS
+from glimmer_jax.vocabulary import Vocabulary
 
 VERBS = ("open", "close", "read", "write", "find", "split", "join", "sort", "copy", "move")
 COUNT = LENGTHS["passages"][0]
@@ -20,7 +20,7 @@ COUNT = LENGTHS["passages"][0]
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    monkeypatch.setenv(retrieved.DATA_DIR_VARIABLE, "")
+    monkeypatch.setenv(retrieved_tasks.DATA_DIR_VARIABLE, "")
     vocabulary = Vocabulary()
     records = [
         {

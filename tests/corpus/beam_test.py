@@ -9,7 +9,7 @@ from glimmer_jax.corpus import beam
 from glimmer_jax.corpus.files import find_files
 from glimmer_jax.corpus.reading import Reading, read_passages
 from glimmer_jax.corpus.report import Report
-from glimmer_jax.kilt import Policy
+from glimmer_jax.kilt.examples import Policy
 
 
 def line(number, text="word " * 7):

@@ -13,7 +13,7 @@ from glimmer_jax.corpus.progress import Progress
 from glimmer_jax.corpus.reading import Reading, read_passages
 from glimmer_jax.corpus.report import Problem, Report, merge
 from glimmer_jax.corpus.seen import Seen
-from glimmer_jax.kilt import Policy
+from glimmer_jax.kilt.examples import Policy
 
 
 def page(number, *text):

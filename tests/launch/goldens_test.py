@@ -17,7 +17,8 @@ import time
 import pytest
 
 import launch.__main__ as command_line
-from glimmer_jax import distributed, main
+from glimmer_jax import main
+from glimmer_jax.runtime import distributed
 from launch import jobset, local, processes, record, slurm
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"

@@ -8,13 +8,13 @@ import os
 import pathlib
 import sys
 
-from glimmer_jax.last_words import work_in_child
 from glimmer_jax.main import START_AGAIN, parse_flags
+from glimmer_jax.runtime.supervisor import work_in_child
 
 flags = parse_flags(sys.argv[1:])
 work_in_child(START_AGAIN)
 
-from glimmer_jax.distributed import join
+from glimmer_jax.runtime.distributed import join
 
 times = dict(zip(("timeout", "silence"), map(int, flags.gin_bindings[1:]), strict=False))
 join(False, flags.coordinator_address, flags.num_processes, flags.process_id, **times)
@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from glimmer_jax.preemption import Watcher
+from glimmer_jax.runtime.preemption import Watcher
 
 report = pathlib.Path(flags.gin_bindings[0]) / str(jax.process_index())
 with Watcher(together=True) as watcher:

@@ -7,14 +7,14 @@ import os
 import pathlib
 import sys
 
-from glimmer_jax.last_words import work_in_child
 from glimmer_jax.main import START_AGAIN, parse_flags
+from glimmer_jax.runtime.supervisor import work_in_child
 
 flags = parse_flags(sys.argv[1:])
 work_in_child(START_AGAIN)
 
-from glimmer_jax.distributed import join
-from glimmer_jax.preemption import Preempted
+from glimmer_jax.runtime.distributed import join
+from glimmer_jax.runtime.preemption import Preempted
 from tests.training import toy_job
 
 model_dir, steps = pathlib.Path(flags.gin_bindings[0]), int(flags.gin_bindings[1])

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from fake_gcs import FakeGcs
 
-from glimmer_jax import fetch, folder
+from glimmer_jax.corpus.passages import Passages
+from glimmer_jax.corpus.passages_writer import write_passages
 from glimmer_jax.memory import lookup
+from glimmer_jax.memory.maintain import verify
 from glimmer_jax.memory.store import MemoryStore
-from glimmer_jax.memory.verify import verify
-from glimmer_jax.passages import Passages
-from glimmer_jax.passages_writer import write_passages
+from glimmer_jax.storage import folder, local_copy
 
 # As many as a store's requests in the middle of what is tested.
 FAULTS = {
@@ -75,8 +75,8 @@ def test_a_store_in_a_bucket_has_the_bytes_of_one_on_disk(tiny, tiny_store, buck
 
 
 def test_passages_in_a_bucket_are_fetched_in_blocks(bucket, tmp_path, monkeypatch):
-    monkeypatch.setenv(fetch.CACHE_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(fetch, "BLOCK_BYTES", 100)
+    monkeypatch.setenv(local_copy.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(local_copy, "BLOCK_BYTES", 100)
     records = [{"id": i, "title": f"t{i}", "text": f"text {i}"} for i in range(20)]
     write_passages(tmp_path / "p", records, lambda t: list(t.encode()), "f", 30, vocab_size=300)
     with bucket.lock:
@@ -96,7 +96,7 @@ def test_passages_in_a_bucket_are_fetched_in_blocks(bucket, tmp_path, monkeypatc
         for path in (tmp_path / "p").iterdir():
             bucket.put(path.name, path.read_bytes())
     assert list(Passages.open("gs://bucket").records()) == records
-    assert fetch.fetch_file("X", "gs://bucket/ids.npy").stat().st_size == 20 * 8 + 128
+    assert local_copy.fetch_file("X", "gs://bucket/ids.npy").stat().st_size == 20 * 8 + 128
     with pytest.raises(ValueError, match=r"PASSAGES_DIR: there is no gs://bucket/other/manifest"):
         Passages.open("gs://bucket/other")
 

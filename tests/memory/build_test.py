@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from glimmer_jax import partitioning
-from glimmer_jax.memory import batches, encoder, floor, manifest
-from glimmer_jax.memory.identity import Layout
+from glimmer_jax.memory import encoding, estimate, manifest
+from glimmer_jax.memory.maintain import verify
+from glimmer_jax.memory.manifest import Layout
 from glimmer_jax.memory.store import MemoryStore
-from glimmer_jax.memory.verify import verify
-from glimmer_jax.preemption import Preempted, Watcher
+from glimmer_jax.runtime.preemption import Preempted, Watcher
 
 
 def _run_and_die(path, die_at):
@@ -152,10 +152,10 @@ def test_another_layout_is_refused(tiny, copied_store):
 @pytest.mark.fault
 def test_nan_does_not_hide_in_integers(tiny):
     states = jax.numpy.zeros((2, 3, 4)).at[1, 2, 3].set(jax.numpy.nan)
-    _, finite = encoder.encode_states("bf16", states)
+    _, finite = encoding.encode_states("bf16", states)
     assert not finite[1, 2] and finite.sum() == 5
     # The largest float32 is finite, but rounds to infinity.
-    _, finite = encoder.encode_states("bf16", jax.numpy.full((1, 1, 4), 3.4028235e38))
+    _, finite = encoding.encode_states("bf16", jax.numpy.full((1, 1, 4), 3.4028235e38))
     assert not finite.any()
 
 
@@ -190,7 +190,7 @@ def test_nan_from_the_encoder_names_the_passage(tiny, tmp_path, bad):
         states[tokens[:, 0] == 99, 0, 1] = bad
         # Values at padding are nobody's.
         states[tokens == 0] = np.nan
-        return encoder.encode_states("bf16", jax.numpy.asarray(states))
+        return encoding.encode_states("bf16", jax.numpy.asarray(states))
 
     with pytest.raises(ValueError, match=f"NaN or infinity for passage {passages.ids[9]}"):
         tiny.build_tiny(tmp_path / "s", passages, encode=encode, reference=None)
@@ -222,7 +222,7 @@ def test_long_and_empty_passages(tiny, tmp_path):
 
 def test_bytes_do_not_depend_on_the_number_of_devices(tiny, tiny_store, tmp_path, folder_bytes):
     mesh = partitioning.make_mesh(partitioning.MeshConfig(data=2, model=2), jax.devices()[:4])
-    encode = encoder.bind_encoder(lambda _, tokens: tiny.encode_states(tokens), {}, mesh, "bf16")
+    encode = encoding.bind_encoder(lambda _, tokens: tiny.encode_states(tokens), {}, mesh, "bf16")
     tiny.build_tiny(tmp_path / "s", encode=encode, devices=4)
     assert folder_bytes(tmp_path / "s") == folder_bytes(tiny_store)
 
@@ -256,17 +256,17 @@ def test_progress_is_reported(tiny, tmp_path):
 
 def test_the_floor_is_what_all_devices_multiply_together(monkeypatch):
     clock = iter(range(100))
-    monkeypatch.setattr(floor.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(estimate.time, "monotonic", lambda: float(next(clock)))
     mesh = partitioning.make_mesh(partitioning.MeshConfig(data=2), jax.devices()[:2])
     # By this clock a product takes a second.
-    assert floor.matrix_rate(mesh, "bfloat16") == 2 * 512**3
+    assert estimate.matrix_rate(mesh, "bfloat16") == 2 * 512**3
 
 
 def test_groups_are_of_similar_length_and_only_the_last_is_partial():
     lengths = np.array([9, 1, 5, 4, 12, 3, 2])
-    found = batches.groups(lengths, 3, (4, 8, 12))
+    found = encoding.groups(lengths, 3, (4, 8, 12))
     assert [group.positions.tolist() for group in found] == [[1, 6, 5], [3, 2, 0], [4]]
     assert [group.bucket for group in found] == [4, 12, 12]
-    assert [len(call) for call in batches.calls(found, 4)] == [1, 2]
-    assert batches.default_buckets(70) == (32, 64, 70)
-    assert batches.default_buckets(12) == (12,)
+    assert [len(call) for call in encoding.calls(found, 4)] == [1, 2]
+    assert encoding.default_buckets(70) == (32, 64, 70)
+    assert encoding.default_buckets(12) == (12,)

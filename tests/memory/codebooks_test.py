@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from glimmer_jax import codecs, partitioning
-from glimmer_jax.memory import codebooks, encoder, lookup
+from glimmer_jax.memory import codebooks, encoding, lookup
 from glimmer_jax.memory.fingerprint import encoder_fingerprint
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.models.glimmer import GlimmerConfig
@@ -158,7 +158,7 @@ def test_pq_memory_goes_the_ways_of_all_memory(tiny, tmp_path):
     books = _books(codecs.get("pq"), tiny.EMB_DIM)
 
     def encode(tokens):
-        return encoder.encode_states("pq", tiny.encode_states(tokens), books)
+        return encoding.encode_states("pq", tiny.encode_states(tokens), books)
 
     report = tiny.build_tiny(tmp_path / "s", encode=jax.jit(encode), codec="pq", codebooks=books)
     assert 0 < report.manifest.codec_error["relative_rms"] < 1

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from glimmer_jax import partitioning
-from glimmer_jax.memory import encoder, manifest
+from glimmer_jax.memory import encoding, manifest
+from glimmer_jax.memory.maintain import verify
 from glimmer_jax.memory.manifest import DamagedStore, Manifest
 from glimmer_jax.memory.store import MemoryStore
-from glimmer_jax.memory.verify import verify
 
 pytestmark = pytest.mark.fault
 
@@ -94,7 +94,7 @@ def test_a_shard_that_is_another_one_is_found(copied_store, tiny_store):
 
 def test_a_flipped_bit_anywhere_is_named_or_harmless(tiny, tmp_path):
     def encode(tokens):
-        return encoder.encode_states("int8", tiny.encode_states(tokens))
+        return encoding.encode_states("int8", tiny.encode_states(tokens))
 
     path = tmp_path / "s"
     tiny.build_tiny(path, encode=jax.jit(encode), codec="int8", reference=None)
@@ -147,7 +147,7 @@ def test_counts_that_the_index_does_not_have_take_no_memory(copied_store, passag
 
 def test_more_devices_than_passages(tiny, tmp_path):
     mesh = partitioning.make_mesh(partitioning.MeshConfig(data=8), jax.devices()[:8])
-    encode = encoder.bind_encoder(lambda _, tokens: tiny.encode_states(tokens), {}, mesh, "bf16")
+    encode = encoding.bind_encoder(lambda _, tokens: tiny.encode_states(tokens), {}, mesh, "bf16")
     passages = tiny.TinyPassages(count=2)
     tiny.build_tiny(tmp_path / "many", passages, encode=encode, devices=8, reference=None)
     tiny.build_tiny(tmp_path / "one", passages, reference=None)
@@ -161,7 +161,7 @@ def test_more_devices_than_passages(tiny, tmp_path):
 def test_every_codec_builds_on_every_device(tiny, tmp_path, codec):
     """int8 once aborted in the compiler here, on eight devices without optimisation."""
     mesh = partitioning.make_mesh(partitioning.MeshConfig(data=8), jax.devices()[:8])
-    encode = encoder.bind_encoder(lambda _, tokens: tiny.encode_states(tokens), {}, mesh, codec)
+    encode = encoding.bind_encoder(lambda _, tokens: tiny.encode_states(tokens), {}, mesh, codec)
     tiny.build_tiny(tmp_path / "s", encode=encode, devices=8, codec=codec, reference=None)
     assert verify(MemoryStore.open(tmp_path / "s")) == []
 

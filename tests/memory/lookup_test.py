@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from glimmer_jax import codecs, partitioning
-from glimmer_jax.memory import encoder, lookup, table
+from glimmer_jax.memory import encoding, lookup, table
 from glimmer_jax.memory.store import MemoryStore
 
 ROWS = np.array([[0, 22, -1], [7, 7, 3], [-1, -1, -1], [21, 1, 13]])
@@ -78,7 +78,7 @@ def test_two_hosts_share_one_table_and_answer_as_one(tiny_store, tmp_path):
 
 def test_int8_memory_goes_the_same_ways(tiny, tmp_path):
     def encode(tokens):
-        return encoder.encode_states("int8", tiny.encode_states(tokens))
+        return encoding.encode_states("int8", tiny.encode_states(tokens))
 
     report = tiny.build_tiny(tmp_path / "s", encode=jax.jit(encode), codec="int8")
     assert 0 < report.manifest.codec_error["relative_rms"] < 0.01

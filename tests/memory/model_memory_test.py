@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 from glimmer_jax import partitioning
-from glimmer_jax.memory import build, codec_error, encoder, lookup
-from glimmer_jax.memory.compute import Recipe
+from glimmer_jax.corpus.passages import Passages
+from glimmer_jax.corpus.passages_writer import write_passages
+from glimmer_jax.memory import build, codec_error, encoding, lookup
+from glimmer_jax.memory.encoding import Recipe
 from glimmer_jax.memory.fingerprint import encoder_fingerprint
-from glimmer_jax.memory.identity import Identity, Layout, Program
+from glimmer_jax.memory.manifest import Identity, Layout, Program
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.models.t5 import T5Config
-from glimmer_jax.passages import Passages
-from glimmer_jax.passages_writer import write_passages
 
 P, K = 16, 3
 
@@ -74,7 +74,7 @@ def passages(tmp_path_factory):
 
 def _recipe(model, params, passages, mesh):
     return Recipe(
-        encoder.bind_encoder(model.memory_states, params, mesh, model.config.memory_codec),
+        encoding.bind_encoder(model.memory_states, params, mesh, model.config.memory_codec),
         Identity(
             encoder_fingerprint=encoder_fingerprint(params, model.config),
             vocabulary_fingerprint=passages.fingerprint,

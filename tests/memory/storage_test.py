@@ -6,10 +6,10 @@ import threading
 import numpy as np
 import pytest
 
-from glimmer_jax import folder
 from glimmer_jax.memory import manifest, shard
+from glimmer_jax.memory.maintain import verify
 from glimmer_jax.memory.store import DamagedStore, MemoryStore
-from glimmer_jax.memory.verify import verify
+from glimmer_jax.storage import folder
 
 
 @pytest.fixture

@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 
 from glimmer_jax.memory import manifest
-from glimmer_jax.memory.identity import Layout, Program
-from glimmer_jax.memory.inspect import inspect
-from glimmer_jax.memory.manifest import DamagedStore, Manifest
+from glimmer_jax.memory.maintain import inspect, verify
+from glimmer_jax.memory.manifest import DamagedStore, Layout, Manifest, Program
 from glimmer_jax.memory.store import MemoryStore
-from glimmer_jax.memory.verify import verify
 
 
 def _expected(tiny, passages, row, length):

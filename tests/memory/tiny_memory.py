@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from kill_at import kill_at
 
-from glimmer_jax import folder
-from glimmer_jax.memory import build, change, encoder, shard
-from glimmer_jax.memory.compute import Recipe
-from glimmer_jax.memory.identity import Identity, Layout, Program
-from glimmer_jax.preemption import Preempted
+from glimmer_jax.memory import build, edit, encoding, shard
+from glimmer_jax.memory.encoding import Recipe
+from glimmer_jax.memory.manifest import Identity, Layout, Program
+from glimmer_jax.runtime.preemption import Preempted
+from glimmer_jax.storage import folder
 
 MAX_LENGTH = 12
 EMB_DIM = 8
@@ -63,7 +63,7 @@ def encode_states(tokens):
 
 @jax.jit
 def encode(tokens):
-    return encoder.encode_states("bf16", encode_states(tokens))
+    return encoding.encode_states("bf16", encode_states(tokens))
 
 
 IDENTITY = Identity("sha256:e1", "sha256:v1", "bf16", EMB_DIM, MAX_LENGTH)
@@ -108,7 +108,7 @@ def part(rows):
 
 def append_tiny(path, passages, fingerprint="sha256:p2", **kwargs):
     kwargs = {"layout": Layout(6, 4), **kwargs}
-    return change.append(recipe(), passages, path, passages_fingerprint=fingerprint, **kwargs)
+    return edit.append(recipe(), passages, path, passages_fingerprint=fingerprint, **kwargs)
 
 
 def _die_at_file(point, file):

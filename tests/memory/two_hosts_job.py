@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glimmer_jax.distributed import join
 from glimmer_jax.memory.lookup import DiskLookup, MeshLookup
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.partitioning import MeshConfig, make_mesh
-from glimmer_jax.serving.predict import Predict
+from glimmer_jax.runtime.distributed import join
+from glimmer_jax.serving.step import Predict
 
 LENGTH = 12
 MESHES = (

@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from glimmer_jax.data.vocabulary import Vocabulary
+from glimmer_jax.corpus.passages_writer import write_passages
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.models.t5 import T5Config
-from glimmer_jax.passages_writer import write_passages
+from glimmer_jax.vocabulary import Vocabulary
 from glimmer_jax.weights.model_config import describe
 from glimmer_jax.weights.params_file import save_params_file
 from tests.modes import stopping

@@ -10,7 +10,7 @@ import pytest
 
 from glimmer_jax import main as command_line
 from glimmer_jax import shipped
-from glimmer_jax.passages import Passages
+from glimmer_jax.corpus.passages import Passages
 
 PAGES = [
     {

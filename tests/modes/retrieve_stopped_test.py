@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from glimmer_jax.passages_writer import write_passages
+from glimmer_jax.corpus.passages_writer import write_passages
 from tests.modes import stopping
 from tests.modes.retrieve_test import WORDS
 from tests.retrieval import tiny_gtr

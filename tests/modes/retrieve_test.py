@@ -7,16 +7,16 @@ import gin
 import pytest
 
 from glimmer_jax import main as command_line
-from glimmer_jax import preemption
-from glimmer_jax.data.retrieved import read_split, use
-from glimmer_jax.json_lines import read_json_lines, write_json_lines
+from glimmer_jax.corpus.passages import Passages
+from glimmer_jax.corpus.passages_writer import write_passages
+from glimmer_jax.data.retrieved_tasks import read_split, use
 from glimmer_jax.modes.retrieve import retrieve
-from glimmer_jax.passages import Passages
-from glimmer_jax.passages_writer import write_passages
-from glimmer_jax.retrieval import bm25, dense, origin, top_k
+from glimmer_jax.retrieval import bm25, corpus_check, dense, top_k
 from glimmer_jax.retrieval import retriever as retrievers
 from glimmer_jax.retrieval.bm25 import Bm25Retriever
 from glimmer_jax.retrieval.dense import DenseConfig
+from glimmer_jax.runtime import preemption
+from glimmer_jax.storage.json_lines import read_json_lines, write_json_lines
 from tests.retrieval import tiny_gtr
 
 WORDS = (
@@ -129,7 +129,7 @@ def test_kilts_published_files_are_taken_as_they_are(work, tmp_path, retriever):
     assert {path.name for path in (tmp_path / "out").glob("*.passages.json")} == {
         *("triviaqa-test.passages.json", "wow-dev.passages.json")
     }
-    origin.check(tmp_path / "out", Passages.open(work / "passages"))
+    corpus_check.check(tmp_path / "out", Passages.open(work / "passages"))
 
 
 def test_every_part_of_the_work_asks_whether_the_job_is_to_stop(work, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from glimmer_jax.lengths import Lengths
+from glimmer_jax.axes import Lengths
 from glimmer_jax.modes.train import check_best_metric
 from tests.main_test import clear, data, run, train, work  # noqa: F401 (fixtures)
 

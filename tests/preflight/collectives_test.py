@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from glimmer_jax import axes, partitioning
-from glimmer_jax.lengths import check_lengths
+from glimmer_jax.axes import check_lengths
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.model import GlimmerModel, LossConfig
 from glimmer_jax.partitioning import MeshConfig, make_mesh

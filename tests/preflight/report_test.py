@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks import preflight_table
 from glimmer_jax.models.cost import question_cost
 from glimmer_jax.modes import preflight as mode
 from glimmer_jax.modes.preflight import mesh_for
@@ -16,7 +17,6 @@ from glimmer_jax.preflight.flops import count_flops
 from glimmer_jax.preflight.report import Report, Traffic
 from glimmer_jax.training.loop import TrainConfig
 from glimmer_jax.training.optimizer import OptimizerConfig
-from launch import preflight_table
 from tests.models import tiny
 
 LENGTHS = {"inputs": 4, "targets": 5, "passages": (8, 6)}

@@ -4,8 +4,8 @@ import sys
 import numpy as np
 import pytest
 
-from glimmer_jax.passages import Passages
-from glimmer_jax.passages_writer import write_passages
+from glimmer_jax.corpus.passages import Passages
+from glimmer_jax.corpus.passages_writer import write_passages
 from glimmer_jax.retrieval import bm25
 from glimmer_jax.retrieval.bm25 import Bm25, Bm25Config, Bm25Retriever
 from glimmer_jax.retrieval.retriever import rows_of_split

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from glimmer_jax.preemption import Preempted
 from glimmer_jax.retrieval import dense
+from glimmer_jax.runtime.preemption import Preempted
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import os
 import signal
 import sys
 
-from glimmer_jax import folder
-from glimmer_jax.passages import Passages
+from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.retrieval.build_index import build_index
+from glimmer_jax.storage import folder
 from tests.retrieval import tiny_gtr
 
 write_file = folder.write_file

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glimmer_jax.memory.builders import Builders
-from glimmer_jax.preemption import Preempted, Watcher
+from glimmer_jax.memory.build_plan import Builders
 from glimmer_jax.retrieval import index as indexes
 from glimmer_jax.retrieval.build_index import build_index, identity_of
 from glimmer_jax.retrieval.index import Index
 from glimmer_jax.retrieval.text_encoder import passage_text
+from glimmer_jax.runtime.preemption import Preempted, Watcher
 from tests.retrieval import tiny_gtr
 
 ROOT = pathlib.Path(__file__).parents[2]

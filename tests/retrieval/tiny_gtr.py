@@ -7,11 +7,11 @@ import numpy as np
 import safetensors.numpy
 
 from glimmer_jax import partitioning
-from glimmer_jax.data.vocabulary import PYDOCS_MODEL, Vocabulary
+from glimmer_jax.corpus.passages import Passages
+from glimmer_jax.corpus.passages_writer import write_passages
 from glimmer_jax.models.t5 import T5Config
-from glimmer_jax.passages import Passages
-from glimmer_jax.passages_writer import write_passages
 from glimmer_jax.retrieval.text_encoder import TextEncoder
+from glimmer_jax.vocabulary import PYDOCS_MODEL, Vocabulary
 from glimmer_jax.weights import huggingface_names as names
 from glimmer_jax.weights import t5_names
 

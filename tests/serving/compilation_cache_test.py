@@ -19,7 +19,7 @@ import sys
 
 import jax
 
-from glimmer_jax.lengths import Lengths
+from glimmer_jax.axes import Lengths
 from glimmer_jax.serving.predictor import Predictor
 
 seen = collections.Counter()

@@ -6,17 +6,17 @@ import jax
 import numpy as np
 import pytest
 
-from glimmer_jax.data.vocabulary import Vocabulary
-from glimmer_jax.lengths import Lengths
+from glimmer_jax.axes import Lengths
+from glimmer_jax.corpus.passages import Passages
+from glimmer_jax.corpus.passages_writer import write_passages
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.model import DecodeConfig, GlimmerModel
 from glimmer_jax.models.t5 import T5Config
 from glimmer_jax.partitioning import MeshConfig, make_mesh
-from glimmer_jax.passages import Passages
-from glimmer_jax.passages_writer import write_passages
 from glimmer_jax.retrieval.bm25 import Bm25Config
-from glimmer_jax.serving.predict import Predict
 from glimmer_jax.serving.predictor import Predictor
+from glimmer_jax.serving.step import Predict
+from glimmer_jax.vocabulary import Vocabulary
 from glimmer_jax.weights.model_config import describe
 from glimmer_jax.weights.params_file import save_params_file
 from tests.models import tiny

@@ -14,8 +14,7 @@ from etils import epath
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.training.checkpoint import Checkpoints, steps_to_keep
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
-from glimmer_jax.training.same_run import check_same_run
-from glimmer_jax.training.source import start_state
+from glimmer_jax.training.restore import check_same_run, start_state
 from glimmer_jax.training.state import TrainState, abstract_state, init_state
 from glimmer_jax.weights.checksums import SIDECAR, verify_sidecar
 from glimmer_jax.weights.load import load

@@ -16,17 +16,11 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from glimmer_jax.partitioning import MeshConfig, make_mesh
-from glimmer_jax.preemption import Preempted, Watcher
-from glimmer_jax.training import checkpoint, loop, metrics
+from glimmer_jax.runtime.preemption import Preempted, Watcher
+from glimmer_jax.training import checkpoint, log, loop
 from glimmer_jax.training.checkpoint import Checkpoints
+from glimmer_jax.training.log import Goodput, MetricWriter, NonFiniteError, format_seconds, means
 from glimmer_jax.training.loop import TrainConfig, train
-from glimmer_jax.training.metrics import (
-    Goodput,
-    MetricWriter,
-    NonFiniteError,
-    format_seconds,
-    means,
-)
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
 from glimmer_jax.weights.load import load
 from tests.training import toy_run
@@ -156,14 +150,14 @@ def test_goodput_and_skipped_steps_are_those_of_all_lives(tmp_path):
     writer = MetricWriter(tmp_path, start_step=5)
     writer.close()
     assert [one["step"] for one in log_lines(tmp_path.parent, tmp_path.name)] == [2, 4, 4]
-    assert writer.earlier == metrics.Earlier(alive=60, useful=24, skipped=2)
+    assert writer.earlier == log.Earlier(alive=60, useful=24, skipped=2)
     clock = iter([100.0, 110.0, 140.0])
     goodput = Goodput(lambda: next(clock) - 1e9, writer.earlier)
     goodput.started()
     assert goodput.report() == pytest.approx({"goodput": (24 + 30) / 100, "alive_seconds": 100})
-    assert metrics.Skips(1, 2).total == 2
-    assert metrics.Earlier.of(lines, 1) == metrics.Earlier(60)
-    assert metrics.Earlier.of([{"step": 3, "train/goodput": 0.5}], 3) == metrics.Earlier()
+    assert log.Skips(1, 2).total == 2
+    assert log.Earlier.of(lines, 1) == log.Earlier(60)
+    assert log.Earlier.of([{"step": 3, "train/goodput": 0.5}], 3) == log.Earlier()
 
 
 def test_a_run_that_goes_on_counts_on(tmp_path):
@@ -350,7 +344,7 @@ def test_in_a_bucket_the_log_is_written_anew_and_tensorboards_files_are_copied(
 ):
     # Another scheme than a file's; what stands behind it is a folder here.
     bucket = lambda path: tmp_path / path.removeprefix("gs://")  # noqa: E731
-    monkeypatch.setattr(metrics.epath, "Path", bucket)
+    monkeypatch.setattr(log.epath, "Path", bucket)
     for start, loss in ((0, 0.5), (3, 0.4)):
         writer = MetricWriter("gs://b/train", start_step=start)
         writer.write(start + 1, {"loss": loss}, "train")

@@ -15,9 +15,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from glimmer_jax import partitioning
-from glimmer_jax.distributed import join
 from glimmer_jax.main import START_AGAIN, parse_flags
-from glimmer_jax.preemption import Preempted
+from glimmer_jax.runtime.distributed import join
+from glimmer_jax.runtime.preemption import Preempted
 from glimmer_jax.training.loop import TrainConfig, train
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tests.training.toy_model import ToyModel, batch_at

@@ -10,14 +10,14 @@ import sys
 import time
 
 if __name__ == "__main__":
-    from glimmer_jax.last_words import work_in_child
     from glimmer_jax.main import START_AGAIN, parse_flags
+    from glimmer_jax.runtime.supervisor import work_in_child
 
     flags = parse_flags(sys.argv[1:])
     work_in_child(START_AGAIN)
 
 from glimmer_jax import partitioning
-from glimmer_jax.distributed import join
+from glimmer_jax.runtime.distributed import join
 from glimmer_jax.training.loop import TrainConfig, train
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tests.training.toy_model import ToyModel, batch_at

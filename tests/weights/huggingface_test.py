@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from glimmer_jax.folder import open_folder
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.models.recut import recut
+from glimmer_jax.storage.folder import open_folder
 from glimmer_jax.weights import huggingface, parameters
 from glimmer_jax.weights.huggingface_files import flax_places
+from glimmer_jax.weights.lazy_arrays import open_array
 from glimmer_jax.weights.load import load
 from glimmer_jax.weights.model_config import describe
-from glimmer_jax.weights.raw import open_array
 from tests.models import tiny
 
 V1_0 = dataclasses.replace(

@@ -13,7 +13,7 @@ from glimmer_jax.memory.fingerprint import encoder_fingerprint
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.models.t5 import T5Config
 from glimmer_jax.partitioning import MeshConfig, make_mesh
-from glimmer_jax.weights import huggingface, parameters, raw, t5x
+from glimmer_jax.weights import huggingface, lazy_arrays, parameters, t5x
 from glimmer_jax.weights.model_config import describe
 from glimmer_jax.weights.params_file import save_params_file
 from tests.models import tiny
@@ -59,7 +59,7 @@ def test_a_device_asks_for_its_share_of_a_scanned_glimmer(params, tmp_path, monk
 
         return virtual_chunked(count, **kwargs)
 
-    monkeypatch.setattr(raw.ts, "virtual_chunked", counting)
+    monkeypatch.setattr(lazy_arrays.ts, "virtual_chunked", counting)
     model = GlimmerModel(GLIMMER)
     leaves = parameters.load(tmp_path, model, "v")
     looking = asked  # whether the output layer is the embedding

@@ -1,0 +1,1 @@
+"""Experiments on the built-in corpus: the quickstart and the training of the shipped models."""

@@ -1,0 +1,96 @@
+"""Recall of passages: how often a gold one is among the first, as a table.
+
+How good retrieval was: recall of passages, and of pages as KILT defines it, question by question.
+
+A passage counts where it covers a gold paragraph (`gold` in the retrieved file). KILT's own scores
+(`glimmer_jax.metrics.kilt`) count pages: R-precision, and recall@k of whole sets of them.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from glimmer_jax.kilt.examples import provenance
+from glimmer_jax.metrics.kilt import retrieval_scores
+from glimmer_jax.metrics.kilt_predictions import Guess, parse_gold
+from glimmer_jax.metrics.qa import recall_of
+
+Example = Mapping[str, Any]
+
+
+def recall(examples: Sequence[Example], at: Sequence[int]) -> dict[str, float]:
+    """`recall_at_N` over examples with provenance, and their number `questions`."""
+    asked = [example for example in examples if provenance(example)]
+    found: dict[str, float] = {"questions": len(asked)}
+    for n in at:
+        hits = sum(any(one["gold"] for one in example["retrieved"][:n]) for example in asked)
+        found[f"recall_at_{n}"] = hits / max(len(asked), 1)
+    return found
+
+
+def mean_recall(files: Sequence[Sequence[Example]], at: Sequence[int]) -> dict[str, float]:
+    """`recall`, every file counting the same."""
+    each = [recall(examples, at) for examples in files]
+    return {name: float(np.mean([row[name] for row in each])) for name in each[0]}
+
+
+def format_report(report: Mapping[str, Mapping[str, float]]) -> str:
+    """The numbers as a table, a row for each file."""
+    columns = list(dict.fromkeys(name for row in report.values() for name in row))
+    width = max(len(name) for name in report)
+    lines = [" " * width + "".join(f"  {name.replace('recall_at_', 'R@'):>9}" for name in columns)]
+    for name, row in report.items():
+        cells = (f"  {row[c]:9.3f}" if c != "questions" else f"  {int(row[c]):9d}" for c in columns)
+        lines.append(name.ljust(width) + "".join(cells))
+    return "\n".join(lines)
+
+
+KS = (1, 5, 20, 40, 100)
+
+
+class RetrievalScores:
+    """Running means over the questions of a file; nothing is kept of a question."""
+
+    def __init__(self, ks: Sequence[int] = KS):
+        self._ks = ks
+        self._passages: defaultdict[str, float] = defaultdict(float)
+        self._pages: defaultdict[str, float] = defaultdict(float)
+
+    def add(self, example: Mapping[str, Any], pages: Sequence[str] | None) -> None:
+        """Counts a question.
+
+        Args:
+          example: with `retrieved`.
+          pages: of the retrieved passages, best first, with repetitions; None where passages do not
+            say their page.
+
+        Raises:
+          ValueError: gold output that is not KILT's.
+        """
+        if provenance(example):
+            marks = [one["gold"] for one in example["retrieved"]]
+            self._passages["questions"] += 1
+            for k in self._ks:
+                self._passages[f"recall_at_{k}"] += recall_of(marks, k)
+        if pages is not None and example.get("output"):
+            where = f"Example {example['id']!r}"
+            guess = Guess(where, None, tuple(dict.fromkeys(pages)))
+            found = retrieval_scores(parse_gold(dict(example), where), guess, self._ks)
+            self._pages["questions"] += 1
+            for name in ("Rprec", *(f"recall@{k}" for k in self._ks if k > 1)):
+                self._pages[name] += found[name]
+
+    def passages(self) -> dict[str, float]:
+        """`questions` with provenance, and `recall_at_K`: a gold passage is among the first K."""
+        return _means(self._passages)
+
+    def pages(self) -> dict[str, float]:
+        """`questions` with gold output, and KILT's `Rprec` and `recall@K`; empty without pages."""
+        return _means(self._pages)
+
+
+def _means(totals: Mapping[str, float]) -> dict[str, float]:
+    count = totals.get("questions", 0)
+    return {name: x if name == "questions" else x / count for name, x in totals.items()}

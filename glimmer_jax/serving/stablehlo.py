@@ -1,0 +1,177 @@
+"""The program of question time as StableHLO, for machines that have JAX and nothing of this project.
+
+(JAX, and `flatbuffers`, without which `jax.export` cannot read its own files.)
+
+A folder holds what is needed to answer:
+
+    manifest.json           arguments, results, lengths, platforms, fingerprints, SHA-256 of the files
+    params.npz              parameters, float32, by their paths, layers one by one (`serving.prepare`)
+    program-<LENGTHS>.bin   one for each bucket of lengths, for any number of questions
+
+Parameters lie beside the programs, as arguments, and not inside as constants: all buckets and
+platforms share one copy, a program stays small whatever the model (a file of `jax.export` is a
+flatbuffer, which ends at 2 GB), and they are put on a device once. They are an `.npz`, since NumPy is
+there where JAX is, and float32, so that answers are those of the checkpoint.
+
+The calling convention, for a reader without this project, is in docs/serving.md.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from glimmer_jax.axes import Lengths, check_lengths
+from glimmer_jax.memory.fingerprint import encoder_fingerprint
+from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.serving import param_layout
+
+FORMAT_VERSION = 1
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramConfig:
+    """What is exported beside the parameters."""
+
+    # `TASK_FEATURE_LENGTHS` of each program: {"inputs": Q, "targets": T, "passages": (K, P)}.
+    buckets: Sequence[Mapping[str, Any]]
+    from_memory: bool = True  # passages come as memory; else as tokens
+    platforms: Sequence[str] = ("cpu", "cuda", "tpu")  # that each program is lowered for
+
+    def __post_init__(self):
+        if isinstance(self.platforms, str) or not self.platforms:
+            raise ValueError(f"PLATFORMS is a list such as ['cpu'], got {self.platforms!r}.")
+        if unknown := sorted(set(self.platforms) - set(PLATFORMS)):
+            raise ValueError(f"PLATFORMS may be {', '.join(PLATFORMS)}; got {unknown}.")
+        if isinstance(self.buckets, Mapping) or not self.buckets:
+            raise ValueError(
+                f"BUCKETS is a list of TASK_FEATURE_LENGTHS, one for each program; got {self.buckets!r}."
+            )
+
+    def lengths(self) -> list[Lengths]:
+        return [check_lengths(bucket) for bucket in self.buckets]
+
+
+def export_program(
+    folder: Any, model: GlimmerModel, params: Any, config: ProgramConfig, vocabulary: str
+) -> None:
+    """Writes the folder described above; the manifest comes last.
+
+    Args:
+      folder: made; must not be there yet.
+      model: what answers, as its `decode` says.
+      params: its parameters, nested dict.
+      config: lengths and platforms.
+      vocabulary: fingerprint of the model's.
+
+    Raises:
+      ValueError: the folder is there, or passages are to come as memory and the model has none.
+    """
+    folder = folder.local("OUTPUT_PATH (of programs)", folder)
+    if folder.exists():
+        raise ValueError(f"OUTPUT_PATH: {folder} is there already. Give a folder that is not.")
+    if config.from_memory and not model.config.memory_layers:
+        raise ValueError("FiD has no memory: set FROM_MEMORY = False, or export LUMEN or GLIMMER.")
+    # One program for all platforms: nothing in it is for one of them.
+    looped = param_layout.looped(model, "any")
+    flat = flax.traverse_util.flatten_dict(param_layout.one_by_one(model, params), sep="/")
+    flat = {name: np.asarray(leaf) for name, leaf in flat.items()}
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in flat.items()}
+    programs = {
+        f"program-Q{one.question}-T{one.target}-K{one.passages}-P{one.passage}.bin": one
+        for one in config.lengths()
+    }
+    exported = {
+        name: _trace(looped, shapes, one, config.from_memory, config.platforms)
+        for name, one in programs.items()
+    }
+
+    # A folder of another name until it is complete: one that carries the name can be trusted.
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    unfinished.mkdir(parents=True)
+    np.savez(unfinished / "params.npz", **flat)
+    for name, one in exported.items():
+        (unfinished / name).write_bytes(one.serialize())
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "jax_version": jax.__version__,
+        "platforms": list(config.platforms),
+        "programs": {
+            name: {
+                "lengths": one._asdict(),
+                "arguments": _described(exported[name].in_tree, exported[name].in_avals)[0][1],
+                "results": _described(exported[name].out_tree, exported[name].out_avals),
+            }
+            for name, one in programs.items()
+        },
+        "decode": dataclasses.asdict(model.decode),
+        "eos_id": model.eos_id,
+        "vocabulary_fingerprint": vocabulary,
+        "encoder_fingerprint": encoder_fingerprint(params, model.config)
+        if model.config.memory_layers
+        else None,
+        "memory_codec": model.config.memory_codec if config.from_memory else None,
+        "sha256": {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(unfinished.iterdir())
+        },
+    }
+    (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    unfinished.rename(folder)
+
+
+def arguments(
+    model: GlimmerModel, lengths: Lengths, from_memory: bool, batch: Any
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays that a program takes beside the parameters, for `batch` questions."""
+    count, length = lengths.passages, lengths.passage
+    made = {"question_tokens": jax.ShapeDtypeStruct((batch, lengths.question), jnp.int32)}
+    if from_memory:
+        for name, (trailing, dtype) in model.memory_specs().items():
+            shape = (batch, count, length, *trailing)
+            made[f"passage_memory/{name}"] = jax.ShapeDtypeStruct(shape, dtype)
+        made["passage_lengths"] = jax.ShapeDtypeStruct((batch, count), jnp.int32)
+    else:
+        made["passage_tokens"] = jax.ShapeDtypeStruct((batch, count, length), jnp.int32)
+    if model.decode.temperature:
+        made["seed"] = jax.ShapeDtypeStruct((), jnp.uint32)
+    return made
+
+
+def _trace(
+    model: GlimmerModel,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    lengths: Lengths,
+    from_memory: bool,
+    platforms: Sequence[str],
+) -> jax.export.Exported:
+    def program(flat: dict[str, jax.Array], given: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        params = flax.traverse_util.unflatten_dict(flat, sep="/")
+        batch = flax.traverse_util.unflatten_dict(given, sep="/")
+        seed = batch.pop("seed", None)
+        rows = batch["question_tokens"].shape[0]
+        batch["decoder_input_tokens"] = jnp.zeros((rows, lengths.target), jnp.int32)
+        rng = None if seed is None else jax.random.key(seed)
+        answers, aux = model.predict_batch_with_aux(params, batch, rng)
+        return {"answers": answers, **aux}
+
+    (batch,) = jax.export.symbolic_shape("batch")
+    given = arguments(model, lengths, from_memory, batch)
+    return jax.export.export(jax.jit(program), platforms=tuple(platforms))(dict(shapes), given)
+
+
+def _described(tree: Any, avals: Sequence[Any]) -> Any:
+    """`int32[batch,32]` in place of each array: any number of questions, 32 of something."""
+    described = [f"{one.dtype}[{','.join(str(size) for size in one.shape)}]" for one in avals]
+    return jax.tree.unflatten(tree, described)

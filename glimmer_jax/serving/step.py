@@ -1,0 +1,146 @@
+"""Answers for numpy batches, passages read from tokens or from a memory.
+
+Answers restricted to a given set, such as FEVER's SUPPORTS and REFUTES.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from glimmer_jax.memory.lookup import Lookup
+from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.partitioning import own_rows, put_batch
+from glimmer_jax.runtime.prefetch import ReadAhead
+from glimmer_jax.vocabulary import Vocabulary
+
+Batch = dict[str, Any]
+_MEMORY = ("passage_memory", "passage_lengths")
+
+
+def predict_step(model: GlimmerModel) -> Any:
+    """`(params, batch, seed, number of the batch) -> (tokens, aux)`, jitted."""
+
+    @jax.jit
+    def step(params: Any, batch: Batch, seed: Any, number: Any) -> Any:
+        rng = jax.random.fold_in(jax.random.key(seed), number)
+        return model.predict_batch_with_aux(params, batch, rng)
+
+    return step
+
+
+class Predict:
+    """The model's `predict_batch_with_aux` over numpy batches, compiled once for each batch shape.
+
+    Every process passes the whole batch, computes its own rows, and gets all answers. Batches have
+    `passage_tokens`, or `passage_ids` where a `lookup` gives their memory; `gold_passages` come back
+    as given. Where the model draws its answers, a batch's key comes from `seed` and the number of
+    batches before it.
+    """
+
+    def __init__(
+        self, model: GlimmerModel, mesh: Mesh, lookup: Lookup | None = None, seed: int = 0
+    ):
+        self._mesh = mesh
+        self._lookup = lookup
+        self._seed = seed
+        self._numbers = itertools.count()
+        self._step = predict_step(model)
+        self._ahead = ReadAhead(self._read)
+
+    @property
+    def waited(self) -> float:
+        """Seconds that `prefetch` has kept its takers waiting for memory, see `ReadAhead`."""
+        return self._ahead.waited
+
+    def prefetch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches as they are, or with memory from disk that is read one ahead."""
+        # Memory on the mesh is fetched by a program of the devices: there is nothing to wait for, and
+        # processes must start their programs in one order.
+        if self._lookup is None or self._lookup.whole_batch:
+            return iter(batches)
+        return self._ahead(batches)
+
+    def __call__(self, params: Any, batch: Batch) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """int32 tokens `[B, T]`, and per row what the model returns."""
+        if self._lookup is not None and "passage_memory" not in batch:
+            batch = self._read(batch)
+        own = own_rows(self._mesh, len(batch["question_tokens"]))
+        rest = {name: value[own] for name, value in batch.items() if name not in _MEMORY}
+        placed = put_batch(rest, self._mesh)
+        placed |= {name: batch[name] for name in _MEMORY if name in batch}
+        with jax.set_mesh(self._mesh):
+            number = np.uint32(next(self._numbers))
+            tokens, aux = self._step(params, placed, np.uint32(self._seed), number)
+        if "gold_passages" in placed:
+            aux["gold_passages"] = placed["gold_passages"]
+        return _fetch(tokens), {name: _fetch(value) for name, value in aux.items()}
+
+    def _read(self, batch: Batch) -> Batch:
+        """The batch with the memory of its passages, on the devices, instead of their tokens."""
+        lookup = self._lookup
+        assert lookup is not None
+        rows = lookup.rows(batch["passage_ids"])
+        if lookup.whole_batch:
+            found = dict(zip(_MEMORY, lookup(rows), strict=True))
+        else:
+            mine = lookup(rows[own_rows(self._mesh, len(rows))])
+            found = put_batch(dict(zip(_MEMORY, mine, strict=True)), self._mesh)
+        return {**{k: v for k, v in batch.items() if k != "passage_tokens"}, **found}
+
+
+def _fetch(x: jax.Array) -> np.ndarray:
+    if not x.is_fully_addressable:
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
+
+
+def encode_candidates(candidates: Sequence[str], vocabulary: Vocabulary, length: int) -> np.ndarray:
+    """Texts to int32 `[N, T]`, each with its end token, then 0.
+
+    Args:
+      candidates: the answers to choose from.
+      vocabulary: of the model.
+      length: T.
+
+    Raises:
+      ValueError: there are none, one is empty or given twice, or longer than T.
+    """
+    if isinstance(candidates, str) or not all(isinstance(one, str) for one in candidates):
+        raise ValueError(f'CANDIDATES is a list of answers, ["yes", "no"]; got {candidates!r}.')
+    if not candidates:
+        raise ValueError(
+            "CANDIDATES is an empty list: give the answers to choose from, or None to let the model "
+            "write its own."
+        )
+    tokens_NT = np.zeros((len(candidates), length), np.int32)
+    seen: dict[tuple[int, ...], str] = {}
+    for row, text in enumerate(candidates):
+        ids = (*vocabulary.encode(text), vocabulary.eos_id)
+        if len(ids) == 1:
+            raise ValueError(f"Candidate {row} of CANDIDATES, {text!r}, is empty. Leave it out.")
+        if len(ids) > length:
+            raise ValueError(
+                f"Candidate {text!r} of CANDIDATES has {len(ids)} tokens, end token included, and "
+                f"answers have {length}. Shorten it, or raise targets in TASK_FEATURE_LENGTHS."
+            )
+        if ids in seen:
+            raise ValueError(
+                f"Candidates {seen[ids]!r} and {text!r} of CANDIDATES have the same tokens. Leave one "
+                "out."
+            )
+        seen[ids] = text
+        tokens_NT[row, : len(ids)] = ids
+    return tokens_NT
+
+
+def add_candidates(batch: dict[str, Any], tokens_NT: np.ndarray | None) -> dict[str, Any]:
+    """The batch with the same `candidate_tokens` for every question; as it is where there are none."""
+    if tokens_NT is None:
+        return batch
+    rows = len(batch["question_tokens"])
+    return {**batch, "candidate_tokens": np.broadcast_to(tokens_NT, (rows, *tokens_NT.shape))}

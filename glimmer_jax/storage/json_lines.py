@@ -1,0 +1,128 @@
+"""JSON Lines read strictly and written plainly.
+
+Files are read as bytes and split at `\\n` alone: other line separators of Unicode may stand inside a
+string. What Python's json takes silently is refused here: NaN and infinities, a key given twice, lone
+surrogates. Every message names the file and the line.
+"""
+
+import contextlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from glimmer_jax.storage.folder import in_bucket
+
+
+def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (line number from 1, object) of each line that is not blank.
+
+    Raises ValueError with file and line where a line is not one JSON object in UTF-8, and where the
+    file is missing.
+    """
+    try:
+        file = open(path, "rb")
+    except FileNotFoundError:
+        raise ValueError(f"No file {path}. Check the path, or write the file first.") from None
+    with file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, parse_line(line, f"{path}:{number}")
+
+
+def parse_line(line: bytes, where: str) -> dict[str, Any]:
+    """One line as an object; `where` names it in messages. Raises ValueError."""
+    try:
+        value = json.loads(
+            line.decode("utf-8"),
+            object_pairs_hook=_distinct_keys,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+        )
+        # Half a pair can only come from an escape: UTF-8 has none.
+        if b"\\ud" in line or b"\\uD" in line:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{where}: a string holds half of a surrogate pair, which is no character. Repair the "
+            "program that wrote the line."
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: wanted UTF-8, got {error}. Re-encode the file.") from None
+    except RecursionError:
+        raise ValueError(f"{where}: nested too deeply to be read. Flatten the line.") from None
+    except ValueError as error:
+        raise ValueError(
+            f"{where}: not a JSON object: {error}. Each line must hold one complete object; a last "
+            "line cut short means that the file was not copied whole."
+        ) from None
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{where}: wanted a JSON object like {{...}}, got {type(value).__name__}. Each line "
+            "must hold one object."
+        )
+    return value
+
+
+def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} is given twice")
+    return found
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(digits: str) -> float:
+    if math.isinf(number := float(digits)):
+        raise ValueError(f"{digits} is too large a number")
+    return number
+
+
+def dump_line(record: dict[str, Any]) -> str:
+    """One record as its line, newline included. Raises ValueError for NaN and infinities."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_json_lines(path: str | Path, records: Iterable[dict[str, Any]]) -> int:
+    """Writes records, to a bucket too; returns their number. The file appears whole or not at all."""
+    target = epath.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # A bucket's object appears when it is complete: it is written here and then copied.
+    bucket = in_bucket(path)
+    folder = None if bucket else target.parent
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=folder)
+    count = 0
+    try:
+        with open(handle, "w", encoding="utf-8", newline="\n") as file:
+            for record in records:
+                file.write(dump_line(record))
+                count += 1
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp's files are private to their owner; data files follow the umask.
+        os.chmod(temporary, 0o666 & ~_umask())
+        if bucket:
+            epath.Path(temporary).copy(target, overwrite=True)
+        else:
+            os.replace(temporary, target)
+    finally:
+        # A signal may come at any line: also when the file has its name already.
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+    return count
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,183 @@
+"""Files of a bucket on this machine's disk, for libraries and memory maps that read nothing else.
+
+    ~/.cache/glimmer_jax/fetched/<SHA-256 of the URL>/<generation>-<bytes>/<file>
+    ~/.cache/glimmer_jax/fetched/<SHA-256 of the manifest>/<file>
+
+Named by what they are copies of, so that a file that was replaced in the bucket is never taken for the
+new one. Copies appear whole or not at all, and processes of one machine share them. The environment
+variable GLIMMER_CACHE names another folder than `~/.cache/glimmer_jax`. Old copies stay until somebody
+deletes them, which may be done whenever nothing runs.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tensorstore as ts
+
+from glimmer_jax.storage import folder
+from glimmer_jax.storage.folder import in_bucket
+
+logger = logging.getLogger(__name__)
+
+CACHE_VARIABLE = "GLIMMER_CACHE"
+BLOCK_BYTES = 32 * 2**20  # asked of a bucket at once
+_AT_ONCE = 8
+Wanted = dict[str, tuple[int, str]]  # file -> bytes, SHA-256
+_EVERY_SECONDS = 10.0
+
+
+def fetch_file(name: str, path: Any) -> Path:
+    """The file; of a bucket's, a copy on this disk, which is made anew where the file is another now.
+
+    Args:
+      name: the setting that holds the path, for messages.
+      path: local, or a URL that TensorStore knows.
+
+    Raises:
+      ValueError: the bucket has no such file.
+      OSError: the bucket did not answer, or refused.
+    """
+    if not in_bucket(path):
+        return Path(path)
+    bucket, file = folder.of_file(path)
+    place = _cache() / hashlib.sha256(os.fspath(path).encode()).hexdigest()
+    known, copies = None, sorted(place.glob(f"*/{file}"), key=os.path.getmtime) if file else []
+    if copies:
+        of, _, size = copies[-1].parent.name.partition("-")
+        known = bytes.fromhex(of) if copies[-1].stat().st_size == int(size) else None
+    found = folder.read_if_new(bucket, file, known) if file else None
+    if found is None:
+        raise ValueError(f"{name}: there is no file {path}. Check the path.")
+    data, generation = found
+    if data is None:
+        return copies[-1]
+    target = place / f"{generation.hex()}-{len(data)}" / file
+    folder.write_file(*folder.of_file(target), data)
+    return target
+
+
+def fetch_folder(name: str, path: Any, manifest: str, files: Sequence[str]) -> Path:
+    """The folder; of a bucket's, a copy on this disk, each file checked against the manifest.
+
+    Args:
+      name: the setting that holds the path, for messages.
+      path: local, or a URL that TensorStore knows.
+      manifest: name of a JSON file `{"files": {file: {"bytes": int, "sha256": str}}}`.
+      files: that are copied with it.
+
+    Raises:
+      ValueError: there is no such folder, a file is not what the manifest says, or the disk is too small.
+      OSError: the bucket did not answer, or refused.
+    """
+    if not in_bucket(path):
+        return Path(path)
+    kvstore = folder.open_folder(path)
+    data = folder.read_file(kvstore, manifest)
+    if data is None:
+        raise ValueError(f"{name}: there is no {kvstore.url}{manifest}. Check the path.")
+    target = _cache() / hashlib.sha256(data).hexdigest()
+    try:
+        listed = json.loads(data)["files"]
+        wanted = {file: (int(listed[file]["bytes"]), listed[file]["sha256"]) for file in files}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{name}: {kvstore.url}{manifest} does not say what it should of {', '.join(files)} "
+            f"({error!r}). Write the folder again."
+        ) from None
+    wanted[manifest] = len(data), hashlib.sha256(data).hexdigest()
+    if _missing(target, wanted):
+        with _alone(target):
+            _copy(name, kvstore, wanted, target)
+    return target
+
+
+def _cache() -> Path:
+    home = os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "glimmer_jax"
+    return Path(home) / "fetched"
+
+
+@contextlib.contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """One process of this machine at a time; the others wait for its copy."""
+    target.mkdir(parents=True, exist_ok=True)
+    with open(target / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("Another process fetches %s; waiting for it.", target)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _missing(target: Path, wanted: Wanted) -> Wanted:
+    """Files that are not there: they have their names as soon as they are whole."""
+    return {
+        file: (size, sha256)
+        for file, (size, sha256) in wanted.items()
+        if not (target / file).is_file() or (target / file).stat().st_size != size
+    }
+
+
+def _copy(name: str, kvstore: ts.KvStore, wanted: Wanted, target: Path) -> None:
+    """Copies what is missing: also what a copy that was cut short, or a deletion, has left out."""
+    for partial in target.glob("*.partial"):
+        partial.unlink()
+    missing = _missing(target, wanted)
+    total, room = sum(size for size, _ in missing.values()), shutil.disk_usage(target).free
+    if total > room:
+        raise ValueError(
+            f"{name}: {kvstore.url} wants {total / 1e9:.3g} GB on this disk, and {target} has "
+            f"{room / 1e9:.3g} GB left. Make room, or set {CACHE_VARIABLE} to a folder of a larger disk."
+        )
+    if missing:
+        logger.info("%s: fetching %.3g GB of %s to %s", name, total / 1e9, kvstore.url, target)
+    begun = told = time.monotonic()
+    done = 0
+    for file, (size, sha256) in missing.items():
+        digest = hashlib.sha256()
+        partial = target / f"{file}.partial"
+        with open(partial, "wb") as copy:
+            for block in _blocks(kvstore, file, size):
+                digest.update(block)
+                copy.write(block)
+                done += len(block)
+                if time.monotonic() - told >= _EVERY_SECONDS:
+                    told = time.monotonic()
+                    rate = done / (told - begun)
+                    logger.info(
+                        "%s: %.2f of %.2f GB, %.0f MB/s, %.0f s left",
+                        name, done / 1e9, total / 1e9, rate / 1e6, (total - done) / rate,
+                    )  # fmt: skip
+            copy.flush()
+            os.fsync(copy.fileno())
+        if (got := digest.hexdigest()) != sha256:
+            partial.unlink()
+            raise ValueError(
+                f"{name}: {kvstore.url}{file} is damaged: wanted sha256 {sha256}, got {got}. Copy the "
+                "folder into the bucket again."
+            )
+        os.replace(partial, target / file)
+
+
+def _blocks(kvstore: ts.KvStore, file: str, size: int) -> Iterator[bytes]:
+    """A file in order, several blocks of it under way at once."""
+    under_way: collections.deque[concurrent.futures.Future[bytes]] = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(_AT_ONCE, "fetch") as pool:
+        for start in range(0, size, BLOCK_BYTES):
+            stop = min(start + BLOCK_BYTES, size)
+            under_way.append(pool.submit(folder.read_range, kvstore, file, start, stop))
+            if len(under_way) == _AT_ONCE:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()

@@ -1,0 +1,73 @@
+"""The quickstart's report, from files as the commands leave them."""
+
+import json
+
+import pytest
+
+from experiments import quickstart, report
+from glimmer_jax.pydocs.questions import TASKS
+from glimmer_jax.storage.json_lines import write_json_lines
+
+
+def example(task, number, gold_rank):
+    page = f"mod.page{number}"
+    return {
+        "id": f"{task}/{number}",
+        "input": "a clause",
+        "output": [{"answer": page, "provenance": [{"wikipedia_id": page, "title": page}]}],
+        "meta": {},
+        "retrieved": [
+            {
+                "id": 10 * number + rank,
+                "title": page if rank == gold_rank else "mod.other",
+                "score": 3.0 - rank,
+                "gold": rank == gold_rank,
+            }
+            for rank in range(2)
+        ],
+    }
+
+
+@pytest.fixture
+def found(tmp_path):
+    """Six questions a task; BM25 is right on three, GLIMMER on five, FiD and LUMEN on four."""
+    right = {"fid": 4, "lumen": 4, "glimmer": 5}
+    for task in TASKS:
+        examples = [example(task, i, gold_rank=int(i >= 3)) for i in range(6)]
+        write_json_lines(tmp_path / f"{task}-test.jsonl", examples)
+        for name, count in right.items():
+            rows = []
+            for i, one in enumerate(examples):
+                ids = [passage["id"] for passage in one["retrieved"]]
+                answer = one["output"][0]["answer"] if i < count else "mod.other"
+                rows.append({"id": one["id"], "prediction": answer, "passage_ids": ids})
+            folder = tmp_path / f"{name}_eval"
+            folder.mkdir(exist_ok=True)
+            write_json_lines(folder / f"predictions-pydocs_{task}.jsonl", rows)
+            metrics = {"tflop_per_question": 0.1, "questions_per_second": 7.0}
+            (folder / "metrics.json").write_text(json.dumps(metrics))
+    titles = {passage["id"]: passage["title"] for one in examples for passage in one["retrieved"]}
+    return quickstart.collect(tmp_path, tmp_path, titles)
+
+
+def test_the_report_has_what_it_promises(found):
+    assert found["retriever"]["exact_match"] == pytest.approx(3 / 6)
+    assert found["retriever"]["recall_at_1"] == pytest.approx(3 / 6)
+    assert found["glimmer"]["exact_match"] == pytest.approx(5 / 6)
+    assert found["fid"]["recall_at_1"] == pytest.approx(3 / 6)
+    for name in quickstart.MODELS:
+        assert found[name]["tflop_per_question"] == 0.1
+        assert found[name]["questions_per_second"] == 7.0
+        assert found[name]["tasks"]["slot_filling"]["n"] == 6
+    difference = found["differences"]["glimmer - retriever, exact_match"]
+    assert difference["difference"] == pytest.approx(2 / 6)
+    assert difference["low"] <= 2 / 6 <= difference["high"]
+
+
+def test_table_and_plot_show_every_system(found, tmp_path):
+    text = report.table(found)
+    assert "n = 6" in text
+    for name in ("retriever", *quickstart.MODELS):
+        assert f"\n{name:>9}" in "\n" + text
+    report.plot(found, tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")

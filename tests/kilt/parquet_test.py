@@ -1,0 +1,83 @@
+import sys
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from glimmer_jax.kilt import examples
+from glimmer_jax.kilt.examples import read_lines
+from glimmer_jax.storage.parquet import read_rows
+from tests import mini_kilt
+
+META = {"fever_page_id": "", "fever_sentence_id": -1, "annotation_id": "-1", "evidence_span": []}
+NUMBERS = ("start_paragraph_id", "start_character", "end_paragraph_id", "end_character")
+
+
+def hub_row(line):
+    """A line as the hub's conversion spells it: what is absent is "", 0 or -1."""
+    outputs = []
+    for one in line.get("output", []):
+        found = [
+            {name: p.get(name, "") for name in ("wikipedia_id", "title", "section")}
+            | {name: p.get(name, -1) for name in NUMBERS}
+            | {"bleu_score": p.get("bleu_score", -1.0), "meta": META}
+            for p in one.get("provenance", [])
+        ]
+        answer = one.get("answer", "")
+        outputs.append({"answer": answer, "meta": {"score": 0}, "provenance": found})
+    meta = {"left_context": "", "mention": "", "template_questions": []}
+    return {"id": str(line["id"]), "input": line["input"], "meta": meta, "output": outputs}
+
+
+@pytest.mark.parametrize("task", mini_kilt.TASKS)
+def test_the_hubs_tables_read_as_kilts_lines(tmp_path, task):
+    lines = list(mini_kilt.lines(task, "dev"))
+    path = tmp_path / "dev.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([hub_row(line) for line in lines]), path)
+    found = [line for _, line in read_lines(path)]
+    assert len(found) == len(lines)
+    for got, line in zip(found, lines, strict=True):
+        assert (got["id"], got["input"]) == (str(line["id"]), line["input"])
+        assert examples.answers(got) == examples.answers(line)
+        # The tasks' own fields are not read, and -1 says no more than nothing.
+        wanted = [
+            {k: v for k, v in p.items() if k != "meta" and v != -1}
+            for p in examples.provenance(line)
+        ]
+        assert examples.provenance(got) == wanted
+
+
+def test_files_of_another_kind_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="No file .*absent.parquet"):
+        list(read_lines(tmp_path / "absent.parquet"))
+    (tmp_path / "text.parquet").write_text("{}")
+    with pytest.raises(ValueError, match="text.parquet is not Parquet"):
+        list(read_lines(tmp_path / "text.parquet"))
+    parquet.write_table(pyarrow.table({"id": ["a"]}), tmp_path / "other.parquet")
+    with pytest.raises(
+        ValueError, match="has no column input, output; it has id. Wanted are id, in"
+    ):
+        list(read_lines(tmp_path / "other.parquet"))
+
+
+def test_damage_inside_a_file_is_named(tmp_path):
+    path = tmp_path / "dev.parquet"
+    table = pyarrow.table({"id": ["a" * 999, "b"], "input": ["x" * 999, "y"], "output": [[], []]})
+    parquet.write_table(table, path, compression="zstd")
+    data = bytearray(path.read_bytes())
+    data[8:200] = b"\xff" * 192
+    path.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match="dev.parquet is damaged after row 0: .*Copy it again"):
+        list(read_lines(path))
+
+
+def test_pyarrow_is_asked_for_where_it_is_needed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match="x.parquet: Parquet needs pyarrow"):
+        list(read_lines("x.parquet"))
+
+
+def test_rows_come_in_order_over_batches(tmp_path):
+    path = tmp_path / "many.parquet"
+    parquet.write_table(pyarrow.table({"id": list(range(3000)), "x": [0] * 3000}), path)
+    assert [row["id"] for row in read_rows(path, ("id",))] == list(range(3000))

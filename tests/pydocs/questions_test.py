@@ -1,0 +1,148 @@
+from collections import Counter, defaultdict
+
+import pytest
+
+from glimmer_jax.kilt.examples import check_example
+from glimmer_jax.pydocs import clauses, corpus, signatures
+from glimmer_jax.pydocs.objects import Documented
+
+PAGES = {page.name: page for page in corpus.pages()}
+
+
+def every(examples, task):
+    return [(split, one) for split in corpus.SPLITS for one in examples[task, split]]
+
+
+def where(example):
+    (provenance,) = example["output"][0]["provenance"]
+    assert provenance["wikipedia_id"] == provenance["title"]
+    return PAGES[provenance["title"]], provenance["start_paragraph_id"]
+
+
+def test_there_are_thousands_of_questions_in_kilts_form(pydocs_examples):
+    assert sum(len(found) for (_, s), found in pydocs_examples.items() if s == "test") > 4000
+    for (_, split), found in pydocs_examples.items():
+        assert len({example["id"] for example in found}) == len(found)
+        assert len({example["input"] for example in found}) == len(found)
+        assert not any(check_example(example) for example in found)
+        assert all(where(example)[0].split == split for example in found)
+
+
+def test_a_clause_is_an_ordered_part_of_its_passage_without_the_name(pydocs_examples):
+    for _, example in every(pydocs_examples, "which_function"):
+        page, chunk = where(example)
+        words = example["input"].split()
+        assert 5 <= len(words) <= 6
+        assert example["output"][0]["answer"] == page.name
+        rest = iter(clauses.clean_words(page.text(chunk)))
+        assert all(word in rest for word in words), example
+        parts = clauses.name_parts(page.name)
+        assert not any(part in clauses.name_parts(w) for w in words for part in parts)
+
+
+def test_a_clause_stands_in_one_passage_alone(pydocs_examples):
+    index = clauses.ClauseIndex(tuple(PAGES.values()))
+    for example in pydocs_examples["which_function", "test"]:
+        page, chunk = where(example)
+        words = example["input"].split()
+        assert index.holders(words, len(words)) <= {(page.name, chunk)}, example
+
+
+def test_questions_of_a_page_do_not_depend_on_other_pages_order():
+    some = tuple(page for page in PAGES.values() if page.documented.module == "json")
+    index = clauses.ClauseIndex(some)
+    turned = clauses.ClauseIndex(some[::-1])
+    for page in some:
+        first = clauses.common_clauses(page, index, 4, 3)
+        assert first == clauses.common_clauses(page, turned, 4, 3)
+
+
+def test_slots_are_filled_from_the_first_passage(pydocs_examples):
+    for _, example in every(pydocs_examples, "slot_filling"):
+        page, chunk = where(example)
+        name, relation = example["input"].split(" [SEP] ")
+        answer = example["output"][0]["answer"]
+        assert name == page.name and chunk == 0 and answer in page.text(0)
+        if relation.startswith("default of "):
+            assert f"{relation.removeprefix('default of ')}={answer}" in page.text(0)
+    found = Counter(one["output"][0]["answer"] for _, one in every(pydocs_examples, "slot_filling"))
+    assert found.most_common(1)[0][1] < 0.15 * found.total()
+
+
+def test_claims_are_balanced_in_every_split_and_every_detail(pydocs_examples):
+    for split in corpus.SPLITS:
+        answers = Counter(
+            one["output"][0]["answer"] for one in pydocs_examples["fact_verification", split]
+        )
+        assert answers["SUPPORTS"] == answers["REFUTES"] > 100
+    # No artefact of the string: each subject, each relation, each detail is as often true as false.
+    for cut in (lambda text: text.rsplit(" is ", 1)[0], lambda text: text.rsplit(" is ", 1)[-1]):
+        balance = defaultdict(int)
+        for _, one in every(pydocs_examples, "fact_verification"):
+            if one["input"].startswith("The "):
+                balance[cut(one["input"])] += 1 if one["output"][0]["answer"] == "SUPPORTS" else -1
+        assert len(balance) > 100 and not any(balance.values())
+
+
+def test_true_claims_on_defaults_are_true_and_false_ones_false(pydocs_examples):
+    checked = Counter()
+    for _, one in every(pydocs_examples, "fact_verification"):
+        text = one["input"]
+        if not text.startswith("The default of "):
+            continue
+        name, rest = text.removeprefix("The default of ").split(" in ", 1)
+        value = rest.split(" is ", 1)[1][:-1]
+        page, _ = where(one)
+        truth = dict(page.documented.parameters)[name] == value
+        assert truth == (one["output"][0]["answer"] == "SUPPORTS"), one
+        checked[truth] += 1
+    assert min(checked[True], checked[False]) > 500
+
+
+@pytest.mark.parametrize(
+    "word, told",
+    [
+        ("dump", True),
+        ("dumps", True),
+        ("DumpFile", True),
+        ("json", True),
+        ("JSON-encoded", True),
+        ("dictionary", False),
+        ("obj", False),
+    ],
+)
+def test_words_that_tell_the_name_are_known(word, told):
+    assert clauses.betrays(word, clauses.name_parts("json.dumps")) is told
+
+
+def test_name_parts_split_dots_underscores_and_capitals():
+    parts = clauses.name_parts("http.HTTPServer.server_bind2")
+    assert {"http", "server", "bind", "httpserver"} <= parts
+
+
+def page_of(name, parameters, signature):
+    documented = Documented(name, name.split(".")[0], "function", signature, parameters, "Doc.")
+    return corpus.Page(documented, "train", (("Doc.",),))
+
+
+def test_facts_say_what_the_signature_says():
+    parameters = (("a", None), ("b", "None"), ("c", "''"), ("d", "2"))
+    page = page_of("m.f", parameters, "f(a, b=None, *, c='', d=2)")
+    assert {(fact.relation, fact.value) for fact in signatures.facts(page)} == {
+        ("default of b", "None"),
+        ("default of d", "2"),
+        ("first parameter", "a"),
+        ("parameter after a", "b"),
+        ("parameter after b", "c"),
+        ("parameter after c", "d"),
+    }
+
+
+def test_facts_cut_from_a_long_signature_are_not_asked():
+    parameters = tuple((f"p{i}", str(i)) for i in range(40))
+    signature = f"f({', '.join(f'{name}={value}' for name, value in parameters)})"
+    page = page_of("m.f", parameters, signature)
+    assert page.signature.endswith(" ...)")
+    assert len(page.signature) <= corpus.MAX_SIGNATURE_CHARACTERS
+    assert all(fact.value in page.signature for fact in signatures.facts(page))
+    assert not any("p30" in fact.relation for fact in signatures.facts(page))

@@ -1,0 +1,124 @@
+"""Renamed questions: the same facts under names that nobody can know by heart."""
+
+import pytest
+
+from glimmer_jax.pydocs.renamed_questions import RenamedQuestions
+from glimmer_jax.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary()
+NAMES = ["os.path.join", "os.path.split", "json.dumps", "zlib.crc32"]
+RECORDS = {
+    i: {"title": name, "text": f"{name.rpartition('.')[2]}(a, b=None) Text number {i}."}
+    for i, name in enumerate(NAMES)
+}
+
+
+def line(question, answer, about):
+    retrieved = [{"id": i, "gold": NAMES[i] == about} for i in range(len(NAMES))]
+    output = [{"answer": answer, "provenance": [{"title": about}]}]
+    return {"input": question, "output": output, "retrieved": retrieved}
+
+
+def questions(passages=4, **tasks):
+    return RenamedQuestions(tasks, RECORDS, passages, VOCABULARY, seed=1)
+
+
+def read(example):
+    """(question, answer, passages) as text; the gold passage's title and text."""
+    texts = [VOCABULARY.decode(ids) for ids in example["passages"]]
+    gold = texts[example["gold_passages"].index(1)]
+    title, _, text = gold.removeprefix("title: ").partition(" context: ")
+    question = VOCABULARY.decode(example["inputs"]).removeprefix("question: ")
+    return question, VOCABULARY.decode(example["targets"]), texts, title, text
+
+
+def test_the_answer_is_the_new_title_of_the_gold_passage():
+    made = questions(which=[line("text number zero", "os.path.join", "os.path.join")])
+    seen = set()
+    for index in range(20):
+        question, answer, texts, title, text = read(made.example(index))
+        assert question == "text number zero" and answer == title
+        assert text == f"{title.rpartition('.')[2]}(a, b=None) Text number 0."
+        assert len({one.partition(" context: ")[0] for one in texts}) == 4
+        seen.add(title)
+    assert len(seen) > 10
+
+
+def test_answers_begin_with_pieces_that_no_title_has():
+    made = questions(which=[line("text number zero", "os.path.join", "os.path.join")])
+    first = {VOCABULARY.encode(read(made.example(index))[1])[1] for index in range(200)}
+    own = {VOCABULARY.encode(name)[1] for name in NAMES}
+    assert len(first - own) > 50
+
+
+def test_a_text_speaks_of_its_own_title_still():
+    records = {**RECORDS, 0: {"title": "os.path.join", "text": "join(a) Use join, not joined."}}
+    asked = [line("text", "os.path.join", "os.path.join")]
+    made = RenamedQuestions({"which": asked}, records, 4, VOCABULARY, seed=1)
+    for index in range(10):
+        _, _, _, title, text = read(made.example(index))
+        new = title.rpartition(".")[2]
+        assert text == f"{new}(a) Use {new}, not joined."
+
+
+def test_siblings_stay_siblings():
+    made = questions(which=[line("text", "os.path.join", "os.path.join")])
+    for index in range(10):
+        _, _, texts, title, _ = read(made.example(index))
+        prefix = title.rpartition(".")[0]
+        assert sum(text.startswith(f"title: {prefix}.") for text in texts) == 2
+
+
+def test_questions_about_a_name_ask_for_the_new_one():
+    asked = line("json.dumps [SEP] default of b", "None", "json.dumps")
+    for index in range(10):
+        question, answer, _, title, _ = read(questions(slots=[asked]).example(index))
+        assert question == f"{title} [SEP] default of b" and answer == "None"
+
+
+def test_parts_may_repeat_within_a_title_but_no_two_titles_are_one():
+    made = questions(which=[line("text", "os.path.join", "os.path.join")])
+    repeated = 0
+    for index in range(100):
+        _, _, texts, title, _ = read(made.example(index))
+        assert len({text.partition(" context: ")[0] for text in texts}) == 4
+        parts = title.lower().split(".")
+        repeated += len(set(parts)) < len(parts)
+    assert 5 < repeated < 50
+
+
+@pytest.mark.parametrize("about", NAMES)
+def test_the_gold_passage_is_among_the_first_three(about):
+    made = questions(which=[line("text", about, about)])
+    places = [made.example(index)["gold_passages"].index(1) for index in range(30)]
+    # Where the retriever had it, or anywhere among the first three in place of the fourth.
+    assert set(places) == ({NAMES.index(about)} if about != NAMES[3] else {0, 1, 2})
+
+
+def test_answers_that_no_passage_tells_are_not_asked():
+    told, untold = line("told", "json.dumps", "json.dumps"), line("untold", "json", "json")
+    made = questions(which=[told, untold])
+    assert {read(made.example(index))[0] for index in range(20)} == {"told"}
+    with pytest.raises(ValueError, match="4 retrieved passages with a gold one among them"):
+        questions(which=[untold])
+
+
+def test_examples_depend_on_seed_and_index_alone():
+    asked = [line(f"text {i}", "json.dumps", "json.dumps") for i in range(5)]
+    first, again = questions(which=asked), questions(which=asked)
+    assert [first.example(i) for i in range(8)] == [again.example(i) for i in (range(8))]
+    assert first.example(0) != first.example(1)
+
+
+def test_too_few_passages_are_refused():
+    with pytest.raises(ValueError, match="No example of which has 5 retrieved passages"):
+        questions(passages=5, which=[line("text", "json.dumps", "json.dumps")])
+
+
+def test_questions_of_another_corpus_are_refused():
+    asked = line("text", "json.dumps", "json.dumps")
+    asked["retrieved"][1]["id"] = 99
+    with pytest.raises(
+        ValueError, match="name passage 99, which this Python's documentation does not"
+    ):
+        questions(which=[asked])

@@ -1,0 +1,49 @@
+import os
+
+import pytest
+
+from glimmer_jax.corpus.passages import Passages
+from glimmer_jax.corpus.passages_writer import write_passages
+from glimmer_jax.retrieval import corpus_check
+
+
+def passages(folder, text="one", max_length=9):
+    record = {"id": 1, "title": "t", "text": text}
+    encode = lambda words: [2] * len(words.split())  # noqa: E731
+    write_passages(folder, [record], encode, "f", max_length, vocab_size=9)
+    return Passages.open(folder)
+
+
+def test_a_file_belongs_to_its_corpus_however_that_is_tokenised(tmp_path):
+    mine, other = passages(tmp_path / "mine"), passages(tmp_path / "other", "two")
+    shorter = passages(tmp_path / "shorter", max_length=3)
+    data = tmp_path / "data"
+    data.mkdir()
+    corpus_check.note(data / "nq-dev.jsonl", mine)
+    for place in (data, data / "nq-dev.jsonl", f"file://{data}", f"file://{data}/nq-dev.jsonl"):
+        corpus_check.check(place, mine)
+        corpus_check.check(place, shorter)
+        with pytest.raises(ValueError, match="data/nq-dev.jsonl was retrieved from .*mine, and"):
+            corpus_check.check(place, other)
+    # As it is with the file itself there, in a folder that has others, and a dot in its name.
+    (data / "nq-dev.jsonl").write_text("{}")
+    (data / "below").mkdir(mode=0)
+    dotted = tmp_path / "data.v2"
+    data.rename(dotted)
+    for place in (dotted, dotted / "nq-dev.jsonl"):
+        with pytest.raises(ValueError, match="data.v2/nq-dev.jsonl was retrieved from"):
+            corpus_check.check(place, other)
+    data = dotted
+    # Files without a note are taken as they are.
+    corpus_check.check(data / "nq-train.jsonl", other)
+    corpus_check.check(tmp_path / "nowhere", other)
+
+
+def test_a_note_is_replaced_and_not_written_over(tmp_path):
+    note, before = tmp_path / "nq-dev.passages.json", tmp_path / "before"
+    for text in ("one", "two"):
+        corpus_check.note(tmp_path / "nq-dev.jsonl", passages(tmp_path / text, text))
+        if not before.exists():
+            os.link(note, before)
+    assert before.read_text() != note.read_text()
+    assert [path.name for path in tmp_path.glob("*.partial")] == []

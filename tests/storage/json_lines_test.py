@@ -1,0 +1,75 @@
+import pathlib
+
+import pytest
+from etils import epath
+
+from glimmer_jax.storage.json_lines import parse_line, read_json_lines, write_json_lines
+
+
+def test_lines_are_split_at_newlines_alone(tmp_path):
+    records = [{"text": "one\u2028two\x85three\x0bfour"}, {"text": "日本 🙂"}]
+    assert write_json_lines(tmp_path / "a.jsonl", records) == 2
+    assert [record for _, record in read_json_lines(tmp_path / "a.jsonl")] == records
+
+
+def test_blank_lines_and_windows_ends_are_read(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\r\n\n{"a": 2}')
+    assert list(read_json_lines(tmp_path / "a.jsonl")) == [(1, {"a": 1}), (3, {"a": 2})]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (b'{"a": NaN}', "NaN is not JSON"),
+        (b'{"a": -Infinity}', "-Infinity is not JSON"),
+        (b'{"a": 1, "a": 2}', "the key 'a' is given twice"),
+        (b'{"a": {"b": 1, "b": 2}}', "the key 'b' is given twice"),
+        (b'{"a": "\\ud800"}', "half of a surrogate pair"),
+        (b'{"a": "\xff"}', "wanted UTF-8"),
+        (b'{"a": 1', "not a JSON object"),
+        (b"[1]", "wanted a JSON object like .*got list"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+    ],
+)
+def test_bad_lines_are_refused_by_name(tmp_path, line, message):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"good": 1}\n' + line)
+    with pytest.raises(ValueError, match=f"a.jsonl:2: .*{message}"):
+        list(read_json_lines(path))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match="No file .*absent"):
+        list(read_json_lines(tmp_path / "absent"))
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.jsonl"
+    write_json_lines(path, [{"a": 1}])
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json_lines(path, [{"a": 2}, {"a": float("nan")}])
+    assert [record for _, record in read_json_lines(path)] == [{"a": 1}]
+    assert [one.name for one in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_a_whole_surrogate_pair_is_a_character():
+    assert parse_line(b'{"a": "\\ud83d\\ude42"}', "x:1") == {"a": "🙂"}
+
+
+def test_a_bucket_gets_a_file_when_it_is_complete(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    copied = []
+
+    def copy(source, target, **options):
+        copied.append((pathlib.Path(source).read_bytes(), str(target), options))
+
+    bad = [{"a": 1}, {"a": float("nan")}]
+    path = type(epath.Path("gs://bucket"))
+    with monkeypatch.context() as patched:
+        patched.setattr(path, "mkdir", lambda *_, **__: None)
+        patched.setattr(path, "copy", copy)
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            write_json_lines("gs://bucket/some/a.jsonl", bad)
+        assert write_json_lines("gs://bucket/some/a.jsonl", bad[:1]) == 1
+    assert copied == [(b'{"a": 1}\n', "gs://bucket/some/a.jsonl", {"overwrite": True})]
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,129 @@
+"""The writer's lock: refused while its holder lives, taken over soon after it is dead."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tensorstore as ts
+
+from glimmer_jax.storage import lease
+from glimmer_jax.storage.lease import WriterLock
+
+ROOT = pathlib.Path(__file__).parents[1]
+NAME = "test.lock"
+LEASE = 1.2
+HOLD = """
+import sys, time
+import tensorstore as ts
+from glimmer_jax.storage.lease import WriterLock
+kvstore = ts.KvStore.open({"driver": "file", "path": sys.argv[1] + "/"}).result()
+with WriterLock(kvstore, "test.lock", float(sys.argv[2])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def folder(path):
+    return ts.KvStore.open({"driver": "file", "path": f"{path}/"}).result()
+
+
+def locked(path):
+    return WriterLock(folder(path), NAME, LEASE)
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the lock of tmp_path."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path), str(LEASE)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def elsewhere(monkeypatch):
+    """From now on this process seems to run on another host."""
+    monkeypatch.setattr(lease, "_place", lambda: {"host": "elsewhere", "machine": "m"})
+
+
+def test_held_once_and_gone_afterwards(tmp_path):
+    message = f"being written by process {os.getpid()} on .* since .*One writer at a time"
+    with locked(tmp_path) as held:
+        held.check()
+        with pytest.raises(ValueError, match=message), locked(tmp_path):
+            pass
+    assert not (tmp_path / NAME).exists()
+    with locked(tmp_path):
+        pass
+
+
+@pytest.mark.fault
+def test_a_living_holder_on_another_host_is_refused_at_its_next_sign_of_life(
+    tmp_path, holder, monkeypatch
+):
+    elsewhere(monkeypatch)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=f"written by process {holder.pid} on"), locked(tmp_path):
+        pass
+    assert time.monotonic() - started < LEASE
+
+
+@pytest.mark.fault
+def test_a_killed_holder_is_replaced_at_once_here_and_after_its_lease_from_another_host(
+    tmp_path, holder, monkeypatch
+):
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    left = (tmp_path / NAME).read_text()
+    started = time.monotonic()
+    with locked(tmp_path):
+        assert time.monotonic() - started < LEASE / 2
+    (tmp_path / NAME).write_text(left)
+    elsewhere(monkeypatch)
+    started = time.monotonic()
+    with locked(tmp_path):
+        assert LEASE / 2 < time.monotonic() - started < 3 * LEASE
+        assert json.loads((tmp_path / NAME).read_text())["host"] == "elsewhere"
+
+
+def test_a_process_number_used_again_is_not_its_old_holder(tmp_path):
+    holder = {**lease._place(), "pid": os.getpid(), "process_start": "other boot 1", "since": "t"}
+    (tmp_path / NAME).write_text(json.dumps(holder))
+    with locked(tmp_path):
+        pass
+
+
+@pytest.mark.fault
+def test_an_unreadable_lock_file_is_replaced_after_a_lease(tmp_path):
+    (tmp_path / NAME).write_text("{")
+    started = time.monotonic()
+    with locked(tmp_path):
+        assert time.monotonic() - started > LEASE / 2
+
+
+@pytest.mark.fault
+def test_who_has_lost_the_lock_is_told_and_leaves_the_new_holders_file(tmp_path):
+    taken = json.dumps({"pid": 7, "host": "elsewhere", "since": "t"})
+    with locked(tmp_path) as held:
+        (tmp_path / NAME).write_text(taken)
+        time.sleep(LEASE / 2)
+        message = r"taken over by process 7 on elsewhere since t: .*not renewed it for 1 s"
+        with pytest.raises(ValueError, match=message):
+            held.check()
+    assert (tmp_path / NAME).read_text() == taken
+
+
+def test_who_stood_still_for_a_lease_asks_the_file_first(tmp_path):
+    with locked(tmp_path) as held:
+        held._stop.set()
+        held._thread.join()
+        held._last_beat -= 2 * LEASE
+        held.check()
+        assert json.loads((tmp_path / NAME).read_text())["beat"] > 0

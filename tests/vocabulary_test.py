@@ -1,0 +1,87 @@
+import pytest
+
+from glimmer_jax.vocabulary import EXTRA_IDS, PYDOCS_MODEL, Vocabulary
+
+TEXTS = [
+    "title: json.dumps context: dumps(obj, *, skipkeys=False) Serialize obj.",
+    "zzyx.QwertyUiop._never_seen2(a, b=17)",
+    "日本 naïve 🙂 \u2028",
+    "json.dumps [SEP] default of indent",
+]
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    return Vocabulary()
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_any_text_comes_back(vocabulary, text):
+    ids = vocabulary.encode(text)
+    assert vocabulary.decode(ids) == text
+    assert 2 not in ids and vocabulary.eos_id not in ids
+
+
+def test_names_are_cut_at_dots_underscores_and_brackets(vocabulary):
+    pieces = [vocabulary.processor.IdToPiece(one) for one in vocabulary.encode("os.get_it(a, 12)")]
+    assert {".", "_", "("} <= set(pieces)
+    assert not any(mark in piece for mark in "._(" for piece in pieces if piece != mark)
+    assert "12" not in pieces
+
+
+def test_its_words_are_pieces_that_names_can_be_made_of(vocabulary):
+    words = vocabulary.words()
+    assert "mailbox" in words and len(words) == len(set(words)) > 500
+    assert all(word.isidentifier() or word[0].isdigit() for word in words)
+    # As a part of a name each is cut into few pieces, mostly one.
+    alone = [len(vocabulary.encode(f"x.{word}")) - len(vocabulary.encode("x.")) for word in words]
+    assert sum(n == 1 for n in alone) > len(words) / 2
+
+
+def test_special_ids_are_t5s(vocabulary):
+    assert (vocabulary.pad_id, vocabulary.eos_id, vocabulary.processor.unk_id()) == (0, 1, 2)
+    assert vocabulary.processor.bos_id() == -1
+    assert vocabulary.vocab_size % 128 == 0
+    assert vocabulary.sentinel(0) == vocabulary.vocab_size - 1
+    assert vocabulary.sentinel(EXTRA_IDS - 1) == vocabulary.processor.GetPieceSize()
+    with pytest.raises(ValueError, match="from 0 to 99, got 100"):
+        vocabulary.sentinel(100)
+
+
+def test_decoding_stops_at_the_end_token_and_spells_sentinels(vocabulary):
+    a, b = vocabulary.encode("one two"), vocabulary.encode("three")
+    assert vocabulary.decode([*a, 0, 0, 1, *b]) == "one two"
+    mixed = [vocabulary.sentinel(0), *a, vocabulary.sentinel(1), *b, 1]
+    assert vocabulary.decode(mixed) == "<extra_id_0> one two <extra_id_1> three"
+
+
+def test_the_fingerprint_is_of_file_and_sentinels(tmp_path, vocabulary):
+    copy = tmp_path / "copy.model"
+    copy.write_bytes(PYDOCS_MODEL.read_bytes())
+    assert Vocabulary(copy).fingerprint == vocabulary.fingerprint
+    assert Vocabulary(copy, extra_ids=0).fingerprint != vocabulary.fingerprint
+    copy.write_bytes(PYDOCS_MODEL.read_bytes() + b"\0")
+    assert Vocabulary(copy).fingerprint != vocabulary.fingerprint
+
+
+def test_wrong_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="No vocabulary file .*absent"):
+        Vocabulary(tmp_path / "absent")
+    (tmp_path / "text").write_text("no model")
+    with pytest.raises(ValueError, match="is not a SentencePiece model"):
+        Vocabulary(tmp_path / "text").vocab_size  # noqa: B018
+    with pytest.raises(ValueError, match="extra_ids must be 0 or more"):
+        Vocabulary(extra_ids=-1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_seqio_sees_the_same_ids(vocabulary):
+    pytest.importorskip("seqio")
+    theirs = vocabulary.seqio()
+    assert theirs.vocab_size == vocabulary.vocab_size
+    assert (theirs.pad_id, theirs.eos_id) == (vocabulary.pad_id, vocabulary.eos_id)
+    for text in TEXTS:
+        assert list(theirs.encode(text)) == vocabulary.encode(text)
+        assert theirs.encode_tf(text).numpy().tolist() == vocabulary.encode(text)
+    assert theirs.encode("<extra_id_0>")[-1] == vocabulary.sentinel(0)
+    assert theirs.decode([vocabulary.sentinel(3)]) == "<extra_id_3>"
