@@ -40,8 +40,8 @@ class JaxSystem:
         if config.memory_layers:
             path = f"{self._folder.name}/store"
             lookup = build_lookup(model, params, mesh, self._tokens_NP, setting, path)
-        params, platform = param_layout.one_by_one(model, params), jax.default_backend()
-        model = param_layout.looped(model, platform)
+        params, platform = param_layout.unstack(model, params), jax.default_backend()
+        model = param_layout.unrolled(model, platform)
         params = param_layout.lay_out(model, params, 1, platform)
         self._model, self._params, self._lookup = model, params, lookup
         self._predict = Predict(model, mesh, lookup)

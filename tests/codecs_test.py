@@ -1,4 +1,7 @@
-"""Codecs, and rounding at the cut with the gradient of the identity."""
+"""Codecs compared with numpy, outliers, and the straight-through gradient at the cut."""
+
+import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +9,12 @@ import numpy as np
 import pytest
 
 from glimmer_jax import codecs
+from glimmer_jax.codecs import nearest
+from glimmer_jax.memory import codebooks
+from glimmer_jax.partitioning import MeshConfig, make_mesh
 
+SMALL = dataclasses.replace(codecs.get("pq"), bits=4)
+D = 16
 STATES = (np.random.default_rng(0).normal(size=(3, 5, 8)) * 100).astype(np.float32)
 
 
@@ -22,19 +30,19 @@ def test_encoded_arrays_have_the_specified_shapes_and_dtypes(name):
         assert arrays[key].dtype == want
 
 
-def test_decoding_gives_the_dtype_asked_for():
+def test_decoding_returns_the_requested_dtype():
     arrays = codecs.get("bf16").encode(STATES)
     assert codecs.get("bf16").decode(arrays, jnp.float32).dtype == jnp.float32
     np.testing.assert_array_equal(codecs.get("f32").decode({"states": STATES}, np.float32), STATES)
 
 
-def test_an_unknown_codec_is_refused():
-    with pytest.raises(ValueError, match=r"Unknown memory codec 'int3'; choose one of \['bf16'"):
+def test_unknown_codecs_are_rejected():
+    with pytest.raises(ValueError, match=r"memory_codec.*bf16.*int3"):
         codecs.get("int3")
 
 
 def _int8_by_numpy(states):
-    """What the int8 codec gives back, written the plain way."""
+    """A reference implementation of the int8 round trip."""
     out = np.empty_like(states)
     kept = max(4, states.shape[-1] // 96)
     for index in np.ndindex(states.shape[:-1]):
@@ -60,13 +68,13 @@ def _relative_rms(error, of):
 
 
 @pytest.mark.parametrize("outliers", [0, 1, 4, 8])
-def test_int8_loses_less_than_one_percent_also_beside_outliers(outliers):
+def test_int8_error_is_below_one_percent_beside_outliers(outliers):
     states, codec = _normal(outliers), codecs.get("int8")
     decoded = np.asarray(codec.decode(jax.jit(codec.encode)(states), jnp.float32))
     np.testing.assert_allclose(decoded, _int8_by_numpy(states), rtol=1e-6, atol=1e-6)
     error = decoded - states
     assert _relative_rms(error, states) < 0.01
-    # The channels beside the outliers, measured by themselves.
+    # The error of the other channels alone.
     assert 0.004 < _relative_rms(error[:, outliers:], states[:, outliers:]) < 0.01
 
 
@@ -82,14 +90,14 @@ def test_int8_is_within_half_a_step_of_every_channel():
 
 
 @pytest.mark.parametrize("value", [0.0, -3.0, 1e-45, 3e38])
-def test_int8_holds_at_the_edges_of_float32(value):
+def test_int8_handles_the_extremes_of_float32(value):
     states = np.full((2, 16), value, np.float32)
     decoded = np.asarray(codecs.get("int8").decode(codecs.get("int8").encode(states), np.float32))
     np.testing.assert_allclose(decoded, states, rtol=0.004, atol=1e-38)
 
 
-def test_int8_sorts_no_more_than_it_keeps():
-    # A whole sort of every token costs a hundred times as much.
+def test_int8_does_not_sort_all_channels():
+    # A complete sort of every token costs a hundred times as much.
     text = jax.jit(codecs.get("int8").encode).lower(_normal(0)).compile().as_text()
     assert "TopK" in text and " sort(" not in text
 
@@ -104,7 +112,7 @@ def test_int8_takes_about_half_of_bfloat16():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_straight_through_int8_is_what_a_store_gives_with_the_gradient_of_the_identity(dtype):
+def test_straight_through_int8_equals_the_store_with_identity_gradient(dtype):
     codec, states = codecs.get("int8"), jnp.asarray(_normal(2, emb_dim=64), dtype)
     out, vjp = jax.vjp(jax.jit(lambda x: codecs.straight_through(codec, x)), states)
     stored = codec.decode(jax.jit(codec.encode)(states), dtype)
@@ -115,13 +123,13 @@ def test_straight_through_int8_is_what_a_store_gives_with_the_gradient_of_the_id
 
 
 @pytest.mark.parametrize("jit", [False, True])
-def test_straight_through_rounds_exactly_and_has_the_gradient_of_the_identity(jit):
+def test_straight_through_rounds_exactly_with_identity_gradient(jit):
     codec = codecs.get("bf16")
 
     def rounded(x):
         return codecs.straight_through(codec, x)
 
-    # Numpy rounds to nearest even by itself: the compiler may not skip the round trip under jit.
+    # Numpy rounds to nearest even. Under jit the compiler must not remove the round trip.
     want = STATES.astype(jnp.bfloat16).astype(np.float32)
     cotangent = np.random.default_rng(1).normal(size=STATES.shape).astype(np.float32)
     out, vjp = jax.vjp(jax.jit(rounded) if jit else rounded, STATES)
@@ -142,3 +150,126 @@ def test_straight_through_rounds_between_fused_operations():
 def test_straight_through_keeps_the_dtype():
     out = codecs.straight_through(codecs.get("bf16"), jnp.asarray(STATES, jnp.bfloat16))
     assert out.dtype == jnp.bfloat16
+
+
+def _codebooks(codec=SMALL, emb_dim=D, seed=0):
+    rng = np.random.default_rng(seed)
+    books = {
+        name: rng.normal(size=shape).astype(np.float32)
+        for name, shape in codec.codebook_specs(emb_dim).items()
+    }
+    books["basis"] = np.linalg.qr(books["basis"])[0]
+    books["scale"] = np.exp(books["scale"])
+    return books
+
+
+def _states(rows=40, emb_dim=D):
+    return np.random.default_rng(1).normal(size=(2, rows // 2, emb_dim)).astype(np.float32)
+
+
+def _codes_by_numpy(codec, states, books):
+    turned = ((states - books["mean"]) / books["scale"]) @ books["basis"]
+    parts = turned.reshape(*states.shape[:-1], -1, 1, codec.channels)
+    return np.square(parts - books["centroids"]).sum(-1).argmin(-1)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_pq_equals_numpy(jit):
+    books, states = _codebooks(), _states()
+    encode, decode = SMALL.encode, lambda a, b: SMALL.decode(a, jnp.float32, b)
+    if jit:
+        encode, decode = jax.jit(encode), jax.jit(decode)
+    arrays = encode(states, books)
+    codes = _codes_by_numpy(SMALL, states, books)
+    assert arrays["codes"].dtype == np.uint8 and arrays["codes"].shape == (2, 20, 2)
+    np.testing.assert_array_equal(arrays["codes"], codes)
+    parts = books["centroids"][np.arange(2), codes].reshape(2, 20, D)
+    wanted = (parts @ books["basis"].T) * books["scale"] + books["mean"]
+    np.testing.assert_allclose(decode(arrays, books), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_large_codebooks_are_searched_in_blocks():
+    rng = np.random.default_rng(0)
+    points, centroids = (rng.normal(size=(n, 4)).astype(np.float32) for n in (30, 3 * 4096))
+    wanted = np.square(points[:, None] - centroids).sum(-1).argmin(-1)
+    np.testing.assert_array_equal(jax.jit(nearest)(points, centroids), wanted)
+    # Ties go to the first, within a block and across blocks.
+    twice = jnp.tile(centroids[:4096], (2, 1))
+    assert (nearest(points, twice) < 4096).all()
+    assert nearest(points[:1] * 0, jnp.zeros((8, 4))).tolist() == [0]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("pq", np.uint8), ("pq16", np.uint16)])
+@pytest.mark.parametrize("emb_dim", [128, 768, 4096])
+def test_pq_takes_a_sixteenth_of_bfloat16(name, kind, emb_dim):
+    ((trailing, dtype),) = codecs.get(name).array_specs(emb_dim).values()
+    assert dtype == kind and np.prod(trailing) * dtype.itemsize * 16 == 2 * emb_dim
+    assert codecs.get(name).codebook_specs(emb_dim)["centroids"] == (
+        *trailing,
+        2 ** (8 * dtype.itemsize),
+        8 * dtype.itemsize,
+    )
+
+
+def test_pq_rejects_widths_that_do_not_divide():
+    with pytest.raises(ValueError, match="'pq'.*emb_dim.*8.*12"):
+        codecs.get("pq").array_specs(12)
+
+
+def test_straight_through_trains_states_and_chosen_centroids():
+    books, states = _codebooks(), _states()
+
+    def rounded(states, centroids):
+        return codecs.straight_through(SMALL, states, {**books, "centroids": centroids})
+
+    out, vjp = jax.vjp(jax.jit(rounded), states, books["centroids"])
+    arrays = SMALL.encode(states, books)
+    stored = jax.jit(lambda a, b: SMALL.decode(a, jnp.float32, b))(arrays, books)
+    np.testing.assert_allclose(out, stored, rtol=1e-5, atol=1e-5)
+    cotangent = np.random.default_rng(2).normal(size=states.shape).astype(np.float32)
+    to_states, to_centroids = vjp(cotangent)
+    np.testing.assert_array_equal(to_states, cotangent)
+    parts = ((cotangent * books["scale"]) @ books["basis"]).reshape(-1, 2, 8)
+    wanted = np.zeros_like(books["centroids"])
+    for part, codes in zip(parts, np.asarray(arrays["codes"]).reshape(-1, 2), strict=True):
+        wanted[np.arange(2), codes] += part
+    np.testing.assert_allclose(to_centroids, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_many_points_are_searched_in_blocks(monkeypatch):
+    monkeypatch.setattr(codecs, "_POINT_BLOCK", 16)
+    rng = np.random.default_rng(0)
+    points, centroids = (rng.normal(size=(n, 4)).astype(np.float32) for n in (16 * 3 + 5, 40))
+    wanted = np.square(points[:, None] - centroids).sum(-1).argmin(-1)
+    np.testing.assert_array_equal(jax.jit(nearest)(points, centroids), wanted)
+    # No array of all points and all centroids.
+    sizes = re.findall(
+        r"f32\[(\d+),(\d+)\]", jax.jit(nearest).lower(points, centroids).as_text("hlo")
+    )
+    assert max(int(a) * int(b) for a, b in sizes) < 53 * 40
+    # Each device in blocks of its own; the last block of each is padded.
+    mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    rows = jax.sharding.PartitionSpec(mesh.axis_names)
+    spread = jax.shard_map(
+        nearest, mesh=mesh, in_specs=(rows, jax.sharding.PartitionSpec()), out_specs=rows
+    )
+    np.testing.assert_array_equal(jax.jit(spread)(points[:52], centroids), wanted[:52])
+
+
+def test_pq16_loses_less_than_pq_at_equal_size():
+    codec = codecs.get("pq16")
+    rng = np.random.default_rng(0)
+    states = rng.normal(size=(2**16 + 300, 16)).astype(np.float32)
+    mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    books = codebooks.learn(codec, states, mesh, iterations=0)  # sampled states: k-means takes long
+    assert books["centroids"].shape == (1, 2**16, 16)
+    arrays = codec.encode(states[-100:], books)
+    assert arrays["codes"].dtype == np.uint16 and arrays["codes"].shape == (100, 1)
+    assert arrays["codes"].max() > 255
+    # As many bytes per token as 8-bit codes of 8 channels, with a smaller error on unseen states.
+    unseen = rng.normal(size=(200, 16)).astype(np.float32)
+    small = codecs.get("pq")
+    others = codebooks.learn(small, states[:4096], mesh, iterations=10)
+    lost = codebooks.relative_error(codec, books, unseen)
+    assert lost < codebooks.relative_error(small, others, unseen)
+    assert codec.encode_cost(768) == (2**16 + 768) * 768

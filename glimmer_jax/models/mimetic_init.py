@@ -26,7 +26,7 @@ PLACE_BIAS = 4.0
 FAR_LIKENESS = 0.3
 
 
-def matching_start(params: Params, config: T5Config) -> Params:
+def mimetic_init(params: Params, config: T5Config) -> Params:
     """Fresh parameters of any cut, rearranged; shapes and dtypes stay. Traceable.
 
     Raises:

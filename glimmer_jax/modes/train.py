@@ -14,7 +14,7 @@ from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.memory.fingerprint import encoder_fingerprint, passages_fingerprint
 from glimmer_jax.memory.lookup import DiskLookup
 from glimmer_jax.memory.store import MemoryStore
-from glimmer_jax.models.mimetic_init import matching_start
+from glimmer_jax.models.mimetic_init import mimetic_init
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
 from glimmer_jax.partitioning import MeshConfig, check_divisible, make_mesh, own_rows
@@ -247,7 +247,7 @@ def fresh_params(model: GlimmerModel, lengths: Lengths, seed: int, matching: boo
         "decoder_input_tokens": (1, lengths.target),
     }
     params = model.get_initial_variables(jax.random.key(seed), shapes)["params"]
-    return matching_start(params, model.config.t5) if matching else params
+    return mimetic_init(params, model.config.t5) if matching else params
 
 
 def check_best_metric(

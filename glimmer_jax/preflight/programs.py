@@ -67,7 +67,7 @@ def train(settings: Settings, mesh: Mesh) -> Program:
 def answer(settings: Settings, mesh: Mesh) -> Program:
     """A batch of questions to answers, from memory where there is one, as `Predictor` prepares it."""
     platform = mesh.devices.flat[0].platform
-    model = param_layout.looped(settings["model"], platform)
+    model = param_layout.unrolled(settings["model"], platform)
     lengths = check_lengths(settings["task_feature_lengths"])
     from_memory = settings.get("memory_dir") is not None
     batch = batch_shapes(model, lengths, settings["batch_size"], mesh, from_memory)

@@ -23,27 +23,27 @@ Params = dict[str, Any]
 CPU_CHUNK = 5
 
 
-def looped(model: GlimmerModel, platform: str) -> GlimmerModel:
+def unrolled(model: GlimmerModel, platform: str) -> GlimmerModel:
     """The same model with its layers one by one; `platform` is JAX's name for the devices' kind."""
     config = model.config
     chunk = config.read_chunk
     if chunk is None and platform == "cpu":
         chunk = CPU_CHUNK
     t5 = dataclasses.replace(config.t5, scan_layers=False)
-    looped_config = dataclasses.replace(config, t5=t5, read_chunk=chunk)
-    return GlimmerModel(looped_config, model.loss, model.decode, eos_id=model.eos_id)
+    unrolled_config = dataclasses.replace(config, t5=t5, read_chunk=chunk)
+    return GlimmerModel(unrolled_config, model.loss, model.decode, eos_id=model.eos_id)
 
 
-def one_by_one(model: GlimmerModel, params: Params) -> Params:
-    """Parameters of `model`, which may lie in files, as `looped` has them."""
+def unstack(model: GlimmerModel, params: Params) -> Params:
+    """Parameters of `model`, which may lie in files, as `unrolled` reads them."""
     return unstack_layers(params) if model.config.t5.scan_layers else params
 
 
 def lay_out(model: GlimmerModel, params: Params, rows: int, platform: str) -> Params:
-    """Parameters that have been placed, as `model`, looped, multiplies them.
+    """Parameters that have been placed, as `model`, unrolled, multiplies them.
 
     Args:
-      model: from `looped`.
+      model: from `unrolled`.
       params: its parameters, JAX arrays in dicts, which are emptied: each array is let go when its
         successor is there, so that no second copy of all is held.
       rows: tokens that a step of decoding multiplies: questions times beams.

@@ -136,8 +136,8 @@ class Predictor:
                 store, devices, lengths.passage, memory_bytes_per_device, unknown_passages
             )
         platform = devices.devices.flat[0].platform
-        host_params = param_layout.one_by_one(model, host_params)
-        model = param_layout.looped(model, platform)
+        host_params = param_layout.unstack(model, host_params)
+        model = param_layout.unrolled(model, platform)
         params = parameters.place(host_params, model, devices)
         params = param_layout.lay_out(
             model, params, max(batch_sizes) * model.decode.beams, platform

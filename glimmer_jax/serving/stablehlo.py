@@ -82,8 +82,8 @@ def export_program(
     if config.from_memory and not model.config.memory_layers:
         raise ValueError("FiD has no memory: set FROM_MEMORY = False, or export LUMEN or GLIMMER.")
     # One program for all platforms: nothing in it is for one of them.
-    looped = param_layout.looped(model, "any")
-    flat = flax.traverse_util.flatten_dict(param_layout.one_by_one(model, params), sep="/")
+    looped = param_layout.unrolled(model, "any")
+    flat = flax.traverse_util.flatten_dict(param_layout.unstack(model, params), sep="/")
     flat = {name: np.asarray(leaf) for name, leaf in flat.items()}
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in flat.items()}
     programs = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from glimmer_jax.models.glimmer import GlimmerConfig
-from glimmer_jax.models.mimetic_init import matching_start
+from glimmer_jax.models.mimetic_init import mimetic_init
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.models.stacking import stack_layers
 from glimmer_jax.models.t5 import T5Config
@@ -43,13 +43,13 @@ def fresh(config):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_only_values_change(name):
     params = fresh(SETTINGS[name])
-    made = matching_start(params, T5)
+    made = mimetic_init(params, T5)
     describe = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
     assert describe(made) == describe(params)
 
 
 def test_every_token_of_a_text_attends_most_to_its_equals():
-    params = matching_start(fresh(SETTINGS["glimmer"]), T5)
+    params = mimetic_init(fresh(SETTINGS["glimmer"]), T5)
     x = params["token_embedder"]["embedding"]
     x = x / jnp.sqrt(jnp.mean(jnp.square(x), -1, keepdims=True))
     for attention in (
@@ -62,7 +62,7 @@ def test_every_token_of_a_text_attends_most_to_its_equals():
 
 
 def test_what_is_attended_to_is_the_output_that_is_likeliest():
-    params = matching_start(fresh(SETTINGS["glimmer"]), T5)
+    params = mimetic_init(fresh(SETTINGS["glimmer"]), T5)
     attention = params["decoder"]["layers_0"]["encoder_decoder_attention"]
     embedding = params["token_embedder"]["embedding"]
     read = embedding @ attention["value"]["kernel"] @ attention["out"]["kernel"]
@@ -73,7 +73,7 @@ def test_what_is_attended_to_is_the_output_that_is_likeliest():
 
 def test_two_heads_prefer_the_neighbours_and_the_last_one_what_is_far_back():
     config = SETTINGS["glimmer"]
-    before, after = fresh(config), matching_start(fresh(config), T5)
+    before, after = fresh(config), mimetic_init(fresh(config), T5)
     for stack in ("memory_encoder", "live_encoder"):
         module_table = [p[stack]["relpos_bias"]["rel_embedding"] for p in (before, after)]
         assert np.argwhere(np.asarray(module_table[1] - module_table[0])).tolist() == [
@@ -85,14 +85,14 @@ def test_two_heads_prefer_the_neighbours_and_the_last_one_what_is_far_back():
 
 def test_all_heads_of_the_decoder_but_the_last_look_at_the_tokens_before():
     config = SETTINGS["glimmer"]
-    before, after = fresh(config), matching_start(fresh(config), T5)
+    before, after = fresh(config), mimetic_init(fresh(config), T5)
     tables = [p["decoder"]["relpos_bias"]["rel_embedding"] for p in (before, after)]
     changed = np.argwhere(np.asarray(tables[1] - tables[0]))
     assert changed.tolist() == [[0, 1], [1, 2], [2, 3]]
 
 
 def test_in_the_last_head_of_an_encoder_place_comes_before_likeness():
-    params = matching_start(fresh(SETTINGS["glimmer"]), T5)
+    params = mimetic_init(fresh(SETTINGS["glimmer"]), T5)
     for part, share in (("live_encoder", 0.3), ("decoder", 1.0)):
         tree = params[part]["live_a"] if part == "live_encoder" else params[part]
         attention = tree["layers_0"]["attention" if part == "live_encoder" else "self_attention"]
@@ -106,11 +106,11 @@ def test_scanned_layers_start_as_looped_ones():
     scanned = dataclasses.replace(T5, scan_layers=True)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
-        stack_layers(matching_start(params, T5)),
-        matching_start(stack_layers(params), scanned),
+        stack_layers(mimetic_init(params, T5)),
+        mimetic_init(stack_layers(params), scanned),
     )
 
 
 def test_two_heads_are_refused():
     with pytest.raises(ValueError, match="num_heads >= 3 and relpos_buckets >= 8, got 2 and 32"):
-        matching_start({}, dataclasses.replace(T5, num_heads=2))
+        mimetic_init({}, dataclasses.replace(T5, num_heads=2))

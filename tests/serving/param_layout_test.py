@@ -34,8 +34,8 @@ def prepared(model, rows):
 
 
 def looped(model):
-    params = param_layout.one_by_one(model, tiny.params(model.config))
-    return param_layout.looped(model, "cpu"), params
+    params = param_layout.unstack(model, tiny.params(model.config))
+    return param_layout.unrolled(model, "cpu"), params
 
 
 def answers(model, params, batch):
@@ -77,7 +77,7 @@ def leaves(params):
 
 def test_kernels_of_single_tokens_lie_row_by_row_in_the_dtype_of_the_product():
     found = leaves(prepared(model_of("operands"), 1)[1])
-    own = tiny.params(param_layout.looped(model_of("operands"), "cpu").config)
+    own = tiny.params(param_layout.unrolled(model_of("operands"), "cpu").config)
     turned = found["decoder/layers_0/mlp/wi_0/rows"]
     assert turned.dtype == jnp.bfloat16
     kernel = own["decoder"]["layers_0"]["mlp"]["wi_0"]["kernel"]
@@ -117,10 +117,10 @@ def test_looped_parameters_are_left_alone():
     t5 = dataclasses.replace(tiny.T5, scan_layers=False)
     model = GlimmerModel(dataclasses.replace(tiny.GLIMMER, t5=t5, read_chunk=3))
     params = {"a": 1}
-    assert param_layout.one_by_one(model, params) is params
-    assert param_layout.looped(model, "cpu").config == model.config
+    assert param_layout.unstack(model, params) is params
+    assert param_layout.unrolled(model, "cpu").config == model.config
 
 
 def test_passages_are_read_a_few_at_a_time_on_cpus_alone():
     for platform, chunk in (("cpu", param_layout.CPU_CHUNK), ("tpu", None)):
-        assert param_layout.looped(model_of("float32"), platform).config.read_chunk == chunk
+        assert param_layout.unrolled(model_of("float32"), platform).config.read_chunk == chunk
