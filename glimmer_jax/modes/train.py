@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -133,20 +133,6 @@ def train(
             parameters.load, initial_checkpoint_path, model, vocabulary.fingerprint
         )
     config_text = operative_config()
-    lookup: DiskLookup | None = None
-    predict: Predict | None = None
-
-    def on_start(state: TrainState) -> None:
-        nonlocal lookup, predict
-        if memory_dir is not None:
-            fingerprint = encoder_fingerprint(state.params, model.config)
-            store = MemoryStore.open(memory_dir, fingerprint, vocabulary.fingerprint)
-            if corpus is not None:
-                store.check_passages(corpus)
-            lookup = DiskLookup(store, lengths.passage)
-        predict = Predict(model, devices, lookup)
-        _save_config(model_dir, config_text)
-
     # seqio and tensorflow take seconds to import: not before the checks above.
     from glimmer_jax.data import pipeline, retrieved_tasks
     from glimmer_jax.data.evaluation import Evaluation
@@ -164,21 +150,7 @@ def train(
     )
     print("First examples: " + ", ".join(f"{name} {n}" for name, n in counts.items()))
 
-    def make_batches(step: int) -> Iterator[dict[str, Any]]:
-        batches = pipeline.batches(
-            mixture_or_task_name,
-            split,
-            task_feature_lengths,
-            batch_size,
-            seed=loop_config.seed,
-            start_step=step,
-            passages=passages,
-            use_cached=use_cached_tasks,
-            own_rows=own_rows(devices, batch_size),
-        )
-        return batches if lookup is None else lookup.prefetch(batches)
-
-    evaluate = None
+    dev: Evaluation | None = None
     if loop_config.eval_every:
         dev = Evaluation(
             mixture_or_task_name,
@@ -188,7 +160,7 @@ def train(
             passages=passages,
             num_examples=evaluation.num_examples,
             use_cached=use_cached_tasks,
-            # seqio's logger renames files, which only one process may.
+            # seqio's logger renames files, which only one process may do.
             log_dir=str(epath.Path(model_dir) / "dev") if jax.process_index() == 0 else None,
         )
         if loop_config.best_metric is not None:
@@ -202,41 +174,57 @@ def train(
             )
             check_best_metric(loop_config.best_metric, probe, lengths, model.config.num_kept)
 
+    metadata = {
+        **describe(model.config, vocabulary.fingerprint),
+        "mixture_or_task_name": mixture_or_task_name,
+        "split": split,
+        "task_feature_lengths": dict(task_feature_lengths),
+        "batch_size": batch_size,
+        "min_bleu_score": min_bleu_score,
+        "use_cached_tasks": use_cached_tasks,
+        "initial_checkpoint_path": initial_checkpoint_path,
+        "schedule_end": optimizer.schedule_end(),
+        "operative_config": config_text,
+    }
+    trained = make_optimizer(optimizer, names, model.frozen(shapes))
+    with loop.Run(loop_config, model, trained, devices, model_dir, metadata) as run:
+        state = run.restore(
+            lambda: fresh_params(model, lengths, loop_config.seed, matching), initial
+        )
+        lookup: DiskLookup | None = None
+        if memory_dir is not None:
+            fingerprint = encoder_fingerprint(state.params, model.config)
+            store = MemoryStore.open(memory_dir, fingerprint, vocabulary.fingerprint)
+            if corpus is not None:
+                store.check_passages(corpus)
+            lookup = DiskLookup(store, lengths.passage)
+        _save_config(model_dir, config_text)
+        batches = pipeline.batches(
+            mixture_or_task_name,
+            split,
+            task_feature_lengths,
+            batch_size,
+            seed=loop_config.seed,
+            start_step=int(state.step),
+            passages=passages,
+            use_cached=use_cached_tasks,
+            own_rows=own_rows(devices, batch_size),
+        )
+        if lookup is not None:
+            batches = lookup.prefetch(batches)
+        predict = Predict(model, devices, lookup)
+
         def evaluate(state: TrainState, poll: Callable[[], None]) -> dict[str, float]:
-            answers = predict
-            assert answers is not None
+            assert dev is not None
 
             def answer(batch: dict[str, Any]) -> Any:
                 poll()
-                return answers(state.params, batch)
+                return predict(state.params, batch)
 
             step = int(state.step)
-            return qa.with_mean(dev.run(answer, step=step, prefetch=answers.prefetch))
+            return qa.with_mean(dev.run(answer, step=step, prefetch=predict.prefetch))
 
-    loop.train(
-        loop_config,
-        model,
-        make_optimizer(optimizer, names, model.frozen(shapes)),
-        devices,
-        model_dir,
-        make_batches,
-        lambda: fresh_params(model, lengths, loop_config.seed, matching),
-        initial_params=initial,
-        on_start=on_start,
-        evaluate=evaluate,
-        metadata={
-            **describe(model.config, vocabulary.fingerprint),
-            "mixture_or_task_name": mixture_or_task_name,
-            "split": split,
-            "task_feature_lengths": dict(task_feature_lengths),
-            "batch_size": batch_size,
-            "min_bleu_score": min_bleu_score,
-            "use_cached_tasks": use_cached_tasks,
-            "initial_checkpoint_path": initial_checkpoint_path,
-            "schedule_end": optimizer.schedule_end(),
-            "operative_config": config_text,
-        },
-    )
+        run.train(state, batches, evaluate)
 
 
 def fresh_params(model: GlimmerModel, lengths: Lengths, seed: int, matching: bool = False) -> Any:

@@ -1,30 +1,105 @@
-"""Where a run's numbers go: TensorBoard, a JSON Lines log, and one line on stderr."""
+"""Training metrics: TensorBoard files, a JSON Lines log, and one line on stderr."""
 
-import contextlib
-import dataclasses
 import json
 import math
 import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 import jax
 import numpy as np
 from etils import epath
 
-# About when the process began: modules are imported first.
-_BEGIN = time.monotonic()
+from glimmer_jax.training.goodput import Goodput, PreviousRuns
 
 
 class NonFiniteError(Exception):
-    """The loss or its gradient is no longer a number."""
+    """The loss or its gradient was not finite for too many consecutive steps."""
+
+
+class TrainingLog:
+    """Logs the metrics of each step, one step late. A context.
+
+    Reading the metrics of a step waits for the devices to finish it. The host reads step n - 1 while
+    the devices compute step n, so that they always have a next step queued. `flush` reads the last
+    step too; it precedes everything that must know whether all steps were finite.
+    """
+
+    def __init__(
+        self, directory: Any, *, start_step: int, total_steps: int, log_every: int, max_skipped: int
+    ):
+        """Opens the log.
+
+        Args:
+          directory: gets TensorBoard files and `metrics.jsonl`.
+          start_step: lines of later steps are dropped; a kill undid these steps.
+          total_steps: of the run.
+          log_every: steps between two log lines.
+          max_skipped: consecutive steps that may be skipped.
+        """
+        self._total_steps = total_steps
+        self._log_every = log_every
+        self._first_step = start_step + 1
+        self._writer = MetricWriter(directory, start_step)
+        self._averages = Averages()
+        self._skipped = SkippedSteps(max_skipped, self._writer.previous.skipped_steps)
+        self.goodput = Goodput(previous=self._writer.previous)
+        self._unread: tuple[int, Any] | None = None
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> "TrainingLog":
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, *_: Any) -> None:
+        if exc_type is None:
+            self.flush()
+        self._writer.close()
+
+    def add(self, step: int, metrics: Any, batch_size: int) -> None:
+        """Takes the metrics of a step that was dispatched, and reads those of the previous step."""
+        if self._progress is None:
+            self._progress = Progress(step, self._total_steps, batch_size)
+        unread, self._unread = self._unread, (step, metrics)
+        self._read(unread)
+
+    def flush(self) -> None:
+        """Reads the metrics that have not been read.
+
+        Raises:
+          NonFiniteError: too many consecutive steps were not finite.
+        """
+        unread, self._unread = self._unread, None
+        self._read(unread)
+
+    def write_dev(self, step: int, dev_metrics: dict[str, float]) -> None:
+        """Logs dev metrics and excludes the time of the evaluation from the speed."""
+        self._writer.write(step, dev_metrics, "dev")
+        print_once(f"step {step}  dev  {format_scalars(dev_metrics)}")
+        if self._progress is not None:
+            self._progress.restart(step)
+
+    def _read(self, unread: tuple[int, Any] | None) -> None:
+        if unread is None:
+            return
+        step, metrics = unread[0], jax.device_get(unread[1])
+        if not self._skipped.add(step, metrics):
+            self._averages.add(metrics)
+        assert self._progress is not None
+        if step == self._first_step:
+            self._progress.restart(step)  # The first step compiles.
+            self.goodput.mark_started()
+        if step % self._log_every == 0 or step == self._total_steps:
+            scalars = self._averages.take()
+            speeds = self._progress.report(step, scalars)
+            totals = {**self.goodput.report(), "skipped_steps": self._skipped.total}
+            self._writer.write(step, {**scalars, **speeds, **totals}, "train")
 
 
 def means(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
-    """`{name: (total, weight)}` -> `{name: total / weight}`; names without weight are left out."""
+    """`{name: (total, weight)}` -> `{name: total / weight}`, without names of zero weight."""
     return {
         name: float(total) / float(weight)
         for name, (total, weight) in sums.items()
@@ -32,44 +107,20 @@ def means(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class Earlier:
-    """What a run came to before this process began, as far as its log tells.
-
-    Time between the last line and the end of a life is not known, and counts nowhere.
-    """
-
-    alive: float = 0.0  # seconds of all lives
-    useful: float = 0.0  # of them, in training steps; not in those that a kill has undone
-    skipped: int = 0  # steps, as `Skips` counts them
-
-    @classmethod
-    def of(cls, lines: list[dict[str, Any]], step: int) -> "Earlier":
-        """From all lines of the log, of which those up to `step` still count."""
-        told = [line for line in lines if "train/alive_seconds" in line]
-        if not told:
-            return cls()
-        alive, kept = told[-1]["train/alive_seconds"], [one for one in told if one["step"] <= step]
-        if not kept:
-            return cls(alive)
-        useful = kept[-1]["train/goodput"] * kept[-1]["train/alive_seconds"]
-        return cls(alive, useful, int(kept[-1]["train/skipped_steps"]))
-
-
 class Averages:
-    """Metrics of several steps made one: sums are added, scalars averaged."""
+    """Averages of metrics over steps: sums are added before they are divided, scalars averaged."""
 
     def __init__(self) -> None:
         self._scalars: dict[str, list[float]] = {}
         self._sums: dict[str, np.ndarray] = {}
 
     def add(self, metrics: Mapping[str, Any]) -> None:
-        """One step's metrics, already on the host."""
+        """Adds the metrics of one step, which are on the host."""
         for name, value in metrics.items():
             if name not in ("sums", "skipped"):
                 self._scalars.setdefault(name, []).append(float(value))
         for name, pair in metrics["sums"].items():
-            # float64: thousands of float32 token counts are added.
+            # In float64, because thousands of float32 token counts are added.
             self._sums[name] = self._sums.get(name, 0.0) + np.asarray(pair, np.float64)
 
     def take(self) -> dict[str, float]:
@@ -80,91 +131,64 @@ class Averages:
         return result
 
 
-class Skips:
-    """Steps whose loss or gradient was not finite, which have changed nothing.
+class SkippedSteps:
+    """Counts steps with a non-finite loss or gradient, which leave the state unchanged.
 
-    One comes from an unlucky batch now and then; many in a row come from parameters that are beyond
-    help, and the run ends.
+    A single one comes from an unusual batch. Many in a row come from diverged parameters, and end
+    the run.
     """
 
-    def __init__(self, at_most: int, total: int = 0):
-        """`at_most` in a row are borne; `total` were skipped before."""
+    def __init__(self, max_consecutive: int, total: int = 0):
+        """Starts counting.
+
+        Args:
+          max_consecutive: consecutive skips allowed.
+          total: steps that previous processes of the run skipped.
+        """
         self.total = total
-        self._at_most = at_most
-        self._row = 0
+        self._max_consecutive = max_consecutive
+        self._consecutive = 0
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> bool:
-        """Whether the step was skipped; tells of it.
+        """Whether the step was skipped; logs each skipped step.
 
         Raises:
-          NonFiniteError: one too many in a row; names the step and the values.
+          NonFiniteError: more than `max_consecutive` consecutive steps were skipped.
         """
         if not float(metrics["skipped"]):
-            self._row = 0
+            self._consecutive = 0
             return False
         self.total += 1
-        self._row += 1
-        what = (
+        self._consecutive += 1
+        values = (
             f"Step {step}: loss {float(metrics['loss'])}, gradient norm "
             f"{float(metrics['grad_norm'])}"
         )
-        if self._row > self._at_most:
+        if self._consecutive > self._max_consecutive:
             raise NonFiniteError(
-                f"{what}; not finite {self._row} times in a row, of which {self._at_most} are borne "
-                "(MAX_SKIPPED_STEPS). The parameters are those from before; go on from the last "
-                f"checkpoint with a lower learning rate, or look at the batch of step {step}."
+                f"{values}. {self._consecutive} consecutive steps were not finite; "
+                f"MAX_SKIPPED_STEPS={self._max_consecutive} are allowed. They did not change the "
+                "parameters. Resume from the last checkpoint with a lower learning rate, or inspect "
+                f"the batch of step {step}."
             )
-        print_once(f"{what}: skipped, {self._row} in a row, {self.total} in all.")
+        print_once(f"{values}: skipped, {self._consecutive} consecutive, {self.total} in total.")
         return True
 
 
-class Goodput:
-    """Share of a run's lives that went into training steps.
-
-    What is lost is named by the caller: all until the first step is done, evaluations, waiting for
-    checkpoints. So is what a killed process had trained and not saved; `Earlier` knows of it.
-    """
-
-    def __init__(self, now: Callable[[], float] = time.monotonic, earlier: Earlier = Earlier()):
-        self._now = now
-        self._earlier = earlier
-        self._begin = min(_BEGIN, now())
-        self._lost = 0.0
-
-    def started(self) -> None:
-        """All time so far is lost."""
-        self._lost = self._now() - self._begin
-
-    @contextlib.contextmanager
-    def lost(self) -> Iterator[None]:
-        """The time inside is lost."""
-        begin = self._now()
-        try:
-            yield
-        finally:
-            self._lost += self._now() - begin
-
-    def report(self) -> dict[str, float]:
-        """The share, from 0 to 1, and the seconds that it is of."""
-        life = self._now() - self._begin
-        alive, useful = self._earlier.alive + life, self._earlier.useful + life - self._lost
-        return {"goodput": useful / alive if alive > 0 else 0.0, "alive_seconds": alive}
-
-
 class MetricWriter:
-    """Writes scalars to `metrics.jsonl` and to TensorBoard; only process 0 does.
+    """Writes scalars to `metrics.jsonl` and to TensorBoard, on process 0 only.
 
-    Started again at a step, it forgets what a killed run logged after that step, but for the time it
-    took (`earlier`). In a bucket, where nothing can be appended, the log is written anew each time, and
-    so is TensorBoard's file, which may lack the newest numbers until the next ones come.
+    Opened at a step, it drops the lines of later steps, which a kill undid; `previous` keeps their
+    time. Buckets cannot append to a file, so that both files are rewritten there after every line.
+    TensorBoard's file in a bucket may lack the newest values until the next line.
     """
 
     def __init__(self, directory: Any, start_step: int = 0):
-        self.earlier = Earlier()
+        self.previous = PreviousRuns()
         self._tensorboard: Any = None
         self._file: TextIO | None = None
-        # Where TensorBoard's file, which its library writes to a local disk alone, is copied from.
-        self._copied: tempfile.TemporaryDirectory[str] | None = None
+        # TensorBoard's library writes to a local disk only; its file is copied from here.
+        self._local_copy: tempfile.TemporaryDirectory[str] | None = None
         if jax.process_index() != 0:
             return
         self._path = epath.Path(directory)
@@ -172,24 +196,23 @@ class MetricWriter:
         self._log = self._path / "metrics.jsonl"
         self._lines: list[str] = []
         if self._log.exists():
-            lines = [line for line in self._log.read_text().splitlines() if _logged(line)]
-            self._lines = [line for line in lines if _logged(line)["step"] <= start_step]
-            self.earlier = Earlier.of([_logged(line) for line in lines], start_step)
+            lines = [line for line in self._log.read_text().splitlines() if _parse(line)]
+            self._lines = [line for line in lines if _parse(line)["step"] <= start_step]
+            self.previous = PreviousRuns.from_log([_parse(line) for line in lines], start_step)
             partial = self._path / "metrics.jsonl.partial"
-            partial.write_text(_text(self._lines))
+            partial.write_text(_join(self._lines))
             partial.replace(self._log)
         if "://" in str(directory):
-            self._copied = tempfile.TemporaryDirectory(prefix="glimmer-tensorboard-")
+            self._local_copy = tempfile.TemporaryDirectory(prefix="glimmer-tensorboard-")
         else:
             self._file = self._log.open("a")
-        # Here, because it imports torch wherever torch is installed, which takes seconds.
+        # Imported here, because it imports torch if torch is installed, which takes seconds.
         import tensorboardX
 
-        local = str(self._path) if self._copied is None else self._copied.name
         self._tensorboard = tensorboardX.SummaryWriter(
-            local,
+            str(self._path) if self._local_copy is None else self._local_copy.name,
             purge_step=start_step + 1,
-            # Its names are of the second: a copy must not replace that of an earlier life.
+            # File names have a resolution of one second: two starts must not share a name.
             filename_suffix=f".{start_step}",
         )
 
@@ -206,7 +229,7 @@ class MetricWriter:
             self._file.flush()
             return
         self._lines.append(line)
-        self._log.write_text(_text(self._lines))
+        self._log.write_text(_join(self._lines))
         self._tensorboard.flush()
         self._copy()
 
@@ -215,28 +238,28 @@ class MetricWriter:
             self._tensorboard.close()
         if self._file is not None:
             self._file.close()
-        if self._copied is not None:
+        if self._local_copy is not None:
             self._copy()
-            self._copied.cleanup()
+            self._local_copy.cleanup()
 
     def _copy(self) -> None:
-        # What a thread of the library has still to write comes with the next copy, or the last.
-        assert self._copied is not None
-        for file in pathlib.Path(self._copied.name).iterdir():
+        # The library writes from a thread: values it has not written yet come with a later copy.
+        assert self._local_copy is not None
+        for file in pathlib.Path(self._local_copy.name).iterdir():
             (self._path / file.name).write_bytes(file.read_bytes())
 
 
-def _text(lines: list[str]) -> str:
+def _join(lines: list[str]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _logged(line: str) -> dict[str, Any]:
-    # The line that a kill cut in two belongs to no step.
+def _parse(line: str) -> dict[str, Any]:
+    # A line that a kill truncated belongs to no step.
     try:
-        found = json.loads(line)
+        values = json.loads(line)
     except json.JSONDecodeError:
         return {}
-    return found if "step" in found else {}
+    return values if isinstance(values, dict) and "step" in values else {}
 
 
 def print_once(line: str) -> None:
@@ -246,7 +269,7 @@ def print_once(line: str) -> None:
 
 
 class Progress:
-    """Speed and time left, measured between reports."""
+    """Speed and remaining time, measured between reports."""
 
     def __init__(self, start_step: int, total_steps: int, batch_size: int):
         self._total_steps = total_steps
@@ -254,11 +277,11 @@ class Progress:
         self.restart(start_step)
 
     def restart(self, step: int) -> None:
-        """Starts measuring here; called after what should not count, compiling above all."""
+        """Starts a new measurement, after time that must not count (compilation, evaluation)."""
         self._step, self._time = step, time.monotonic()
 
     def report(self, step: int, scalars: Mapping[str, float]) -> dict[str, float]:
-        """Prints one line on stderr, starts measuring anew, returns the speeds as scalars."""
+        """Prints one line on stderr, starts a new measurement, and returns the speeds as scalars."""
         seconds = max(time.monotonic() - self._time, 1e-9)
         steps_per_second = (step - self._step) / seconds
         left = (self._total_steps - step) / steps_per_second if steps_per_second else math.inf

@@ -1,7 +1,4 @@
-"""Where a run's first state comes from.
-
-Whether a run's checkpoint and the command that would go on with it are of one run.
-"""
+"""The initial state of a run: its own checkpoint, given parameters, or random ones."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -15,46 +12,10 @@ from glimmer_jax.training.optimizer import Optimizer
 from glimmer_jax.training.state import TrainState, abstract_state, init_state, state_from_params
 from glimmer_jax.weights.model_config import config_from, differences
 
-
-def start_state(
-    checkpoints: Checkpoints,
-    optimizer: Optimizer,
-    mesh: Mesh,
-    fresh: Callable[[], Any],
-    initial: Callable[[], Any] | None = None,
-) -> tuple[TrainState, str]:
-    """The state a run begins with, and in words where it came from.
-
-    Args:
-      checkpoints: the run's own.
-      optimizer: of the run.
-      mesh: where the state is to lie.
-      fresh: traceable; new parameters.
-      initial: loads the parameters that the user gave: any checkpoint of ours, or public T5
-        weights (`weights.load`, recut if need be). Called only if they are needed.
-
-    Raises:
-      ValueError: the run's own checkpoint is of another run, or damaged.
-    """
-    # 1. The run's own newest checkpoint: a restarted command goes on where it was.
-    if (step := checkpoints.latest_step()) is not None:
-        metadata = checkpoints.metadata(step)
-        check_same_run(metadata, checkpoints.run_metadata, checkpoints.directory)
-        target = abstract_state(optimizer, jax.eval_shape(fresh), mesh)
-        return checkpoints.restore(target, step), f"step {step} of {checkpoints.directory}"
-    # 2. The weights the user gave: parameters only, the optimiser begins anew.
-    if initial is not None:
-        return state_from_params(initial(), optimizer, mesh), "the given weights"
-    # 3. Nothing: random parameters.
-    return init_state(fresh, optimizer, mesh), "random parameters"
-
-
-# What two starts of one run must share, by its name in the metadata. The position in the stream of
-# examples is step x batch size, in an order that mixture, split, lengths and seed decide, of those that
-# the filter by provenance lets through. A run that goes on reads its own parameters: another initial
-# checkpoint would be passed over without a word, as would the steps taken at the rates of a schedule with
-# another end.
-SAME_RUN = (
+# Metadata that must not change when a run resumes. The position in the data is `step * batch_size`
+# within an order that depends on the seed, the mixture, its split, its lengths and its filter. The
+# initial checkpoint and the end of the schedule would be ignored for the steps that are done.
+RESUME_SETTINGS = (
     "vocabulary_fingerprint",
     "seed",
     "mixture_or_task_name",
@@ -68,27 +29,65 @@ SAME_RUN = (
 )
 
 
-def check_same_run(saved: Mapping[str, Any], ours: Mapping[str, Any], directory: Any) -> None:
-    """Compares the metadata of a checkpoint with that of the run that is about to go on.
+def restore(
+    checkpoints: Checkpoints,
+    optimizer: Optimizer,
+    mesh: Mesh,
+    fresh_params: Callable[[], Any],
+    load_initial: Callable[[], Any] | None = None,
+) -> tuple[TrainState, str]:
+    """The initial state of a run, placed on `mesh`, and a description of its source.
 
-    Settings of the model count where they change what it computes. What an older checkpoint does
-    not say is not compared.
+    Args:
+      checkpoints: those of the run.
+      optimizer: that of the run.
+      mesh: the devices that will hold the state.
+      fresh_params: traceable; returns random parameters.
+      load_initial: loads the parameters of `INITIAL_CHECKPOINT_PATH` (`weights.parameters.load`). It
+        is called only if the run has no checkpoint.
 
     Raises:
-      ValueError: they differ; everything that does is named with both its values.
+      ValueError: the run's checkpoint has other settings, or does not fit `optimizer`.
     """
-    ours = json.loads(json.dumps(ours))  # as it would be saved: tuples are lists
+    # 1. The newest intact checkpoint of the run itself: a restarted command resumes.
+    if (step := checkpoints.latest_step()) is not None:
+        check_resume_compatible(
+            checkpoints.metadata(step), checkpoints.run_metadata, checkpoints.directory
+        )
+        target = abstract_state(optimizer, jax.eval_shape(fresh_params), mesh)
+        return checkpoints.restore(target, step), f"step {step} of {checkpoints.directory}"
+    # 2. Parameters of a given checkpoint, recut from FiD, LUMEN or GLIMMER.
+    # 3. Parameters of a public T5, recut likewise. Both start at step 0 with a new optimiser state.
+    if load_initial is not None:
+        return state_from_params(load_initial(), optimizer, mesh), "INITIAL_CHECKPOINT_PATH"
+    # 4. Random parameters.
+    return init_state(fresh_params, optimizer, mesh), "random parameters"
+
+
+def check_resume_compatible(
+    saved: Mapping[str, Any], current: Mapping[str, Any], directory: Any
+) -> None:
+    """Compares a checkpoint's metadata with the settings of the run that resumes from it.
+
+    Model settings are compared if they change what the model computes. A setting that an older
+    checkpoint does not record is not compared.
+
+    Raises:
+      ValueError: settings differ; the message names each of them with both values.
+    """
+    current = json.loads(json.dumps(current))  # Tuples become lists, as in the saved metadata.
     differing = {
-        key: (saved[key], ours.get(key))
-        for key in SAME_RUN
-        if key in saved and saved[key] != ours.get(key)
+        key: (saved[key], current.get(key))
+        for key in RESUME_SETTINGS
+        if key in saved and saved[key] != current.get(key)
     }
-    configs = (config_from(saved, directory), config_from(ours, directory))
+    configs = (config_from(saved, directory), config_from(current, directory))
     if configs[0] is not None and configs[1] is not None:
         differing |= differences(configs[0], configs[1])
     if differing:
-        named = "; ".join(f"{key} {a!r}, and this one {b!r}" for key, (a, b) in differing.items())
+        listed = "; ".join(f"{key} was {a!r} and is now {b!r}" for key, (a, b) in differing.items())
         raise ValueError(
-            f"{directory} holds a run with {named}. Choose another MODEL_DIR, or the settings of "
-            "that run; to start from its parameters, give it as INITIAL_CHECKPOINT_PATH."
+            f"MODEL_DIR: the run in {directory} has other settings: {listed}. Restore these settings "
+            "or choose another MODEL_DIR. To start a new run from its parameters, set "
+            "INITIAL_CHECKPOINT_PATH to it."
         )

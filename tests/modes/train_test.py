@@ -48,13 +48,13 @@ def test_a_run_from_memory_goes_on_from_its_own_state_alone(work, tmp_path, capf
     # Another batch size is refused, and the run's configuration stays what it was.
     config = (tmp_path / "run" / "config.gin").read_text()
     assert train(work, tmp_path / "run", *lumen, **shared, TRAIN_STEPS=2, BATCH_SIZE=16) == 2
-    assert "holds a run with batch_size 8, and this one 16" in capfd.readouterr().err
+    assert "batch_size was 8 and is now 16" in capfd.readouterr().err
     assert (tmp_path / "run" / "config.gin").read_text() == config
 
     # So is a rate that would have fallen otherwise.
     linear = {**shared, "SCHEDULE": "linear"}
     assert train(work, tmp_path / "run", *lumen, **linear, TRAIN_STEPS=2) == 2
-    assert "schedule_end None, and this one 2" in capfd.readouterr().err
+    assert "schedule_end was None and is now 2" in capfd.readouterr().err
 
     # What it started from may be gone.
     shutil.rmtree(first)

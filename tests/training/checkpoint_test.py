@@ -1,7 +1,5 @@
 """Checkpoints: what is kept, what is noticed, and that every bit comes back on any mesh."""
 
-import dataclasses
-import json
 import logging
 import shutil
 import threading
@@ -14,13 +12,10 @@ from etils import epath
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.training.checkpoint import Checkpoints, steps_to_keep
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
-from glimmer_jax.training.restore import check_same_run, start_state
 from glimmer_jax.training.state import TrainState, abstract_state, init_state
 from glimmer_jax.weights.checksums import SIDECAR, verify_sidecar
 from glimmer_jax.weights.load import load
-from glimmer_jax.weights.model_config import describe
 from glimmer_jax.weights.steps import best_step, find_step, restore_params
-from tests.models import tiny
 from tests.training.toy_model import ToyModel
 
 MODEL = ToyModel()
@@ -225,63 +220,6 @@ def test_a_step_that_is_not_there_is_refused(saved, mesh, tmp_path):
         find_step(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="keep_latest must be at least 1"):
         Checkpoints(tmp_path, keep_latest=0)
-
-
-def test_order_of_preference(saved, mesh, tmp_path):
-    given = jax.tree.map(lambda x: np.full(x.shape, 2, x.dtype), jax.eval_shape(fresh))
-    run = {"seed": 0, "vocabulary_fingerprint": "v"}
-
-    def start(directory, initial=None):
-        with Checkpoints(directory, metadata=run) as checkpoints:
-            state, source = start_state(checkpoints, OPTIMIZER, mesh, fresh, initial)
-        return int(state.step), float(state.params["output"]["kernel"][0, 0]), source
-
-    # A run that goes on does not even look at what it was given.
-    assert start(saved, lambda: pytest.fail("loaded"))[0] == 4
-    assert start(tmp_path, lambda: given) == (0, 2.0, "the given weights")
-    assert start(tmp_path)[2] == "random parameters"
-
-
-def test_the_checkpoint_of_another_run_is_refused(saved, mesh):
-    metadata = {"seed": 0, "vocabulary_fingerprint": "w"}
-    with (
-        Checkpoints(saved, metadata=metadata) as checkpoints,
-        pytest.raises(ValueError, match="vocabulary_fingerprint 'v', and this one 'w'"),
-    ):
-        start_state(checkpoints, OPTIMIZER, mesh, fresh)
-
-
-def test_a_run_is_its_data_and_what_its_model_computes():
-    def run(config=tiny.GLIMMER, **changes):
-        data = {"batch_size": 8, "task_feature_lengths": {"passages": (3, 6)}}
-        data |= {"initial_checkpoint_path": "t5", "schedule_end": 100}
-        data |= {"min_bleu_score": 0.5, "use_cached_tasks": False}
-        return {**describe(config, "v"), **data, "mixture_or_task_name": "a", **changes}
-
-    def t5(**changes):
-        return dataclasses.replace(tiny.GLIMMER, t5=dataclasses.replace(tiny.T5, **changes))
-
-    saved = json.loads(json.dumps(run()))
-    check_same_run(saved, run(), "here")
-    check_same_run({"step": 3}, run(), "here")  # by an older version
-    check_same_run(saved, run(t5(dropout_rate=0.1, dtype="bfloat16", remat_policy="full")), "here")
-    for other, message in (
-        (run(batch_size=16), "here holds a run with batch_size 8, and this one 16"),
-        (
-            run(initial_checkpoint_path="other"),
-            "initial_checkpoint_path 't5', and this one 'other'",
-        ),
-        (run(min_bleu_score=0.1), "min_bleu_score 0.5, and this one 0.1"),
-        (run(use_cached_tasks=True), "use_cached_tasks False, and this one True"),
-        (run(schedule_end=200), "schedule_end 100, and this one 200"),
-        (run(mixture_or_task_name="b"), "mixture_or_task_name 'a', and this one 'b'"),
-        (run(task_feature_lengths={"passages": (4, 6)}), r"\[3, 6\]\}, and this one .*\[4, 6\]"),
-        (run(t5(mlp_activations=("relu", "linear"))), r"\('gelu', 'linear'\), and this one"),
-        (run(t5(relpos_max_distance=64)), "relpos_max_distance 128, and this one 64"),
-        (run(dataclasses.replace(tiny.GLIMMER, num_kept=1)), "num_kept 2, and this one 1"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            check_same_run(saved, other, "here")
 
 
 def test_readers_take_the_best_step_of_a_run_that_named_a_metric(tmp_path, state):

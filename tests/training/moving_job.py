@@ -18,9 +18,9 @@ from glimmer_jax import partitioning
 from glimmer_jax.main import START_AGAIN, parse_flags
 from glimmer_jax.runtime.distributed import join
 from glimmer_jax.runtime.preemption import Preempted
-from glimmer_jax.training.loop import TrainConfig, train
+from glimmer_jax.training.loop import TrainConfig
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
-from tests.training.toy_model import ToyModel, batch_at
+from tests.training.toy_model import ToyModel, batch_at, train
 
 
 def main(argv):
@@ -72,7 +72,7 @@ def main(argv):
         model_dir,
         make_batches,
         model.init,
-        on_start=compare,
+        check_restored=compare,
         evaluate=evaluate,
     )
     whole = multihost_utils.process_allgather(named(state), tiled=True)

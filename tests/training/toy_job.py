@@ -18,9 +18,9 @@ if __name__ == "__main__":
 
 from glimmer_jax import partitioning
 from glimmer_jax.runtime.distributed import join
-from glimmer_jax.training.loop import TrainConfig, train
+from glimmer_jax.training.loop import TrainConfig
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
-from tests.training.toy_model import ToyModel, batch_at
+from tests.training.toy_model import ToyModel, batch_at, train
 
 
 def run(model_dir, steps, devices=None, pause=0.0):

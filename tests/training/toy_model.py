@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from glimmer_jax.training.loop import Run
+
 V, D, F, L = 32, 16, 24, 3
 
 
@@ -101,3 +103,24 @@ def batches_from(step, **kwargs):
     while True:
         yield batch_at(step, **kwargs)
         step += 1
+
+
+def train(
+    config,
+    model,
+    optimizer,
+    mesh,
+    model_dir,
+    make_batches,
+    fresh_params,
+    *,
+    check_restored=None,
+    evaluate=None,
+    metadata=None,
+):
+    """Restores and trains a run; `make_batches(step)` iterates from a step on."""
+    with Run(config, model, optimizer, mesh, model_dir, metadata) as run:
+        state = run.restore(fresh_params)
+        if check_restored is not None:
+            check_restored(state)
+        return run.train(state, make_batches(int(state.step)), evaluate)

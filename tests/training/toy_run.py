@@ -10,9 +10,9 @@ import sys
 import jax
 
 from glimmer_jax.partitioning import MeshConfig, make_mesh
-from glimmer_jax.training.loop import TrainConfig, train
+from glimmer_jax.training.loop import TrainConfig
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
-from tests.training.toy_model import ToyModel, batch_at
+from tests.training.toy_model import ToyModel, batch_at, train
 
 
 def main(model_dir, total_steps, kill_at=None):

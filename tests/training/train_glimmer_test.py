@@ -12,11 +12,12 @@ from glimmer_jax.models.model import GlimmerModel, LossConfig
 from glimmer_jax.models.stacking import stack_layers, unstack_layers
 from glimmer_jax.models.t5 import T5Config
 from glimmer_jax.partitioning import MeshConfig, make_mesh, put_batch
-from glimmer_jax.training.loop import TrainConfig, train
+from glimmer_jax.training.loop import TrainConfig
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
 from glimmer_jax.training.state import state_from_params, state_shardings
 from glimmer_jax.training.step import jit_train_step, make_train_step
 from tests.models import tiny
+from tests.training.toy_model import train
 
 T5 = T5Config(
     vocab_size=32,
