@@ -86,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "eval",
             f"pydocs_{name}_eval",
             CHECKPOINT_PATH=weights[name],
-            NUM_EXAMPLES=args.num_examples,
-            OUTPUT_DIR=runs / f"{name}_eval",
+            EVALUATOR_NUM_EXAMPLES=args.num_examples,
+            EVAL_OUTPUT_DIR=runs / f"{name}_eval",
             **shared,
             **given,
         )
@@ -116,9 +116,12 @@ def _answer_a_few(data: Path, runs: Path, checkpoint: Path, memory: Path) -> Non
         PASSAGES_DIR=data / "passages",
         MEMORY_DIR=memory,
         QUESTIONS=runs / "questions.jsonl",
-        OUTPUT_PATH=runs / "answers.jsonl",
+        INFER_OUTPUT_DIR=runs / "answers",
     )
-    answers = {line["id"]: line for _, line in read_json_lines(runs / "answers.jsonl")}
+    answers = {
+        line["id"]: line
+        for _, line in read_json_lines(runs / "answers" / "predictions-questions.jsonl")
+    }
     for question in asked:
         answer = answers[question["id"]]
         best = answer["passages"][0]["title"]

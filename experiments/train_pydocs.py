@@ -134,7 +134,7 @@ def first_stage(output: Path) -> Path:
     for seed in SEEDS:
         run = output / f"start1_seed{seed}"
         # On two devices, by chance or not, no run has learnt to choose.
-        glimmer("train", "pydocs_start_train", devices=1, MODEL_DIR=run, SEED=seed, **FIRST)
+        glimmer("train", "pydocs_start_train", devices=1, MODEL_DIR=run, RANDOM_SEED=seed, **FIRST)
         if metrics(run)[-1]["train/first_token"] < CHOOSES:
             return run
     raise SystemExit(

@@ -17,6 +17,20 @@ from gin import config as gin_config
 
 from glimmer_jax import shipped
 
+# Earlier macro names -> their present ones, which are T5X's.
+RENAMED = {
+    "BEAMS": "BEAM_SIZE",
+    "DTYPE": "ACTIVATION_DTYPE",
+    "EVAL_EVERY": "EVAL_PERIOD",
+    "EVAL_EXAMPLES": "EVALUATOR_NUM_EXAMPLES",
+    "MATCHING_START": "MIMETIC_INIT",
+    "NUM_EXAMPLES": "EVALUATOR_NUM_EXAMPLES",
+    "OUTPUT_DIR": "EVAL_OUTPUT_DIR",
+    "OUTPUT_PATH": "INFER_OUTPUT_DIR",
+    "SEED": "RANDOM_SEED",
+    "SPLIT": "MIXTURE_OR_TASK_SPLIT",
+}
+
 
 class ConfigError(ValueError):
     """A gin file or binding at fault; the message is one line."""
@@ -141,6 +155,8 @@ def _macros() -> tuple[set[str], set[str]]:
 
 def _unused(name: str, used: set[str]) -> str:
     close = difflib.get_close_matches(name, used, n=1)
+    if RENAMED.get(name) in used:
+        close = [RENAMED[name]]
     known = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(used))}."
     return f"{name} is set, but nothing uses it: {known}"
 

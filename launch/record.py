@@ -20,17 +20,17 @@ from glimmer_jax.main import JOBS, parse_flags
 # Run mode -> macro with the folder or file that it writes.
 OUTPUTS = {
     "train": "MODEL_DIR",
-    "eval": "OUTPUT_DIR",
+    "eval": "EVAL_OUTPUT_DIR",
     "build_memory": "MEMORY_DIR",
     "passages": "PASSAGES_DIR",
     "retrieve": "DATA_DIR",
-    "infer": "OUTPUT_PATH",
+    "infer": "INFER_OUTPUT_DIR",
     "export": "OUTPUT_PATH",
     "codebooks": "OUTPUT_PATH",
     "memory": "MEMORY_DIR",
 }
 # Modes whose folder holds all of a run. The other outputs hold nothing that is not theirs.
-INSIDE = ("train", "eval")
+INSIDE = ("train", "eval", "infer")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -204,6 +204,15 @@ def test_a_misspelt_macro_is_an_error_with_a_suggestion():
         configuration.parse(files, bindings)
 
 
+@pytest.mark.parametrize(("old", "new"), configuration.RENAMED.items())
+def test_renamed_macros_are_errors_that_name_the_new_one(old, new):
+    run = "infer" if old in ("OUTPUT_PATH", "SEED") else "eval"
+    run = "finetune" if old in ("EVAL_EVERY", "MATCHING_START") else run
+    files = ["gin/sizes/tiny.gin", "gin/models/glimmer.gin", f"gin/runs/{run}.gin"]
+    with pytest.raises(configuration.ConfigError, match=rf"\b{old} is set.*\b{new}\?"):
+        configuration.parse(files, [*RUNS[run][1], f"{old} = 1"])
+
+
 def test_macros_without_value_are_named():
     with pytest.raises(ValueError, match=r"No value for QUESTIONS.*--gin\.QUESTIONS="):
         configuration.parse(["gin/runs/score.gin"], ["PREDICTIONS = 'p'"])

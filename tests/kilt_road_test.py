@@ -108,15 +108,19 @@ def test_from_training_to_scores_of_a_submission(mini, tmp_path, capsys):
     model_dir, memory = str(tmp_path / "run"), str(tmp_path / "memory")
     data = {"PASSAGES_DIR": str(mini / "passages"), "DATA_DIR": str(mini / "retrieved")}
     training = {"MODEL_DIR": model_dir, "TRAIN_STEPS": 4, "BATCH_SIZE": 8, "LOG_EVERY": 1}
-    training |= {"EVAL_EVERY": 0, "BEST_METRIC": None, "SUPERVISED_WEIGHT": 1.0}
+    training |= {"EVAL_PERIOD": 0, "BEST_METRIC": None, "SUPERVISED_WEIGHT": 1.0}
     sized = {**TINY, "TASK_FEATURE_LENGTHS": LENGTHS}
     assert run("train", *GLIMMER, "runs/finetune", "data/kilt", **training, **data, **sized) == 0
     shared = {"CHECKPOINT_PATH": model_dir, "PASSAGES_DIR": data["PASSAGES_DIR"]}
     building = {**shared, "MEMORY_DIR": memory, "MAX_PASSAGE_TOKENS": 32, "BATCH_SIZE": 2}
     assert run("build_memory", *GLIMMER, "runs/build_memory", **building, **TINY) == 0
 
-    evaluating = {"MEMORY_DIR": memory, "DATA_DIR": data["DATA_DIR"], "SPLIT": "validation"}
-    evaluating |= {"OUTPUT_DIR": str(tmp_path / "eval"), "BATCH_SIZE": 8}
+    evaluating = {
+        "MEMORY_DIR": memory,
+        "DATA_DIR": data["DATA_DIR"],
+        "MIXTURE_OR_TASK_SPLIT": "validation",
+    }
+    evaluating |= {"EVAL_OUTPUT_DIR": str(tmp_path / "eval"), "BATCH_SIZE": 8}
     assert run("eval", *GLIMMER, "runs/eval", "data/kilt", **shared, **evaluating, **sized) == 0
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     for task in SIX:
@@ -124,12 +128,16 @@ def test_from_training_to_scores_of_a_submission(mini, tmp_path, capsys):
         assert 0 <= metrics[f"kilt_{task}/{right}"] <= 1
         assert metrics[f"kilt_{task}/recall_kept"] > 0
 
-    answers = tmp_path / "hotpotqa-dev-guess.jsonl"
+    answers = tmp_path / "guess" / "predictions-hotpotqa-dev.jsonl"
     questions = tmp_path / "hotpotqa-dev.jsonl"
     asked = lines(mini / "retrieved" / "hotpotqa-dev.jsonl")
     long = {**asked[0], "id": "long", "input": "Which river, and which " + "other river " * 40}
     mini_kilt.write_lines(questions, [*asked, long])
-    asking = {"MEMORY_DIR": memory, "QUESTIONS": str(questions), "OUTPUT_PATH": str(answers)}
+    asking = {
+        "MEMORY_DIR": memory,
+        "QUESTIONS": str(questions),
+        "INFER_OUTPUT_DIR": str(answers.parent),
+    }
     capsys.readouterr()
     assert run("infer", *GLIMMER, "runs/infer", **shared, **asking, **sized) == 0
     assert "1 questions are longer than 64 tokens and are cut." in capsys.readouterr().out
@@ -211,7 +219,7 @@ def test_missing_questions_and_labels_are_named(mini, tmp_path, capfd):
     twice = tmp_path / "twice.jsonl"
     text = (mini / "retrieved" / "nq-test.jsonl").read_text()
     twice.write_text(text + text)
-    asking = {"QUESTIONS": str(twice), "OUTPUT_PATH": "o", "TASK_FEATURE_LENGTHS": LENGTHS}
+    asking = {"QUESTIONS": str(twice), "INFER_OUTPUT_DIR": "o", "TASK_FEATURE_LENGTHS": LENGTHS}
     assert run("infer", *GLIMMER, "runs/infer", **given, **asking) == 2
     assert "twice.jsonl:7: the id 'nq_test_0' was given before" in capfd.readouterr().err
     asking["QUESTIONS"] = str(mini / "questions" / "triviaqa-test_id_without_answers-kilt.jsonl")

@@ -101,7 +101,7 @@ def data(work):
 
 
 def train(work, model_dir, *files, **macros):
-    defaults = {"MODEL_DIR": str(model_dir), "TRAIN_STEPS": 5, "BATCH_SIZE": 8, "EVAL_EVERY": 0}
+    defaults = {"MODEL_DIR": str(model_dir), "TRAIN_STEPS": 5, "BATCH_SIZE": 8, "EVAL_PERIOD": 0}
     # The questions of this test, under their own names.
     quiet = {"BEST_METRIC": None, "LOG_EVERY": 1, "MIXTURE_OR_TASK_NAME": "pydocs"}
     files = files or ("examples/pydocs_glimmer_train",)
@@ -116,7 +116,7 @@ def losses(model_dir):
 @pytest.fixture(scope="module")
 def trained(work, tmp_path_factory):
     model_dir = tmp_path_factory.mktemp("run")
-    assert train(work, model_dir, EVAL_EVERY=5, BEST_METRIC="mean", EVAL_EXAMPLES=8) == 0
+    assert train(work, model_dir, EVAL_PERIOD=5, BEST_METRIC="mean", EVALUATOR_NUM_EXAMPLES=8) == 0
     return model_dir
 
 
@@ -158,7 +158,7 @@ def test_all_modes_after_training(work, trained, capsys):
     for name, extra in (("tokens", {}), ("memory", {"MEMORY_DIR": memory})):
         out = work / f"out_{name}"
         evaluated = {
-            "OUTPUT_DIR": str(out),
+            "EVAL_OUTPUT_DIR": str(out),
             "BATCH_SIZE": 8,
             "CANDIDATES": ["red", "blue"],
             **extra,
@@ -176,8 +176,12 @@ def test_all_modes_after_training(work, trained, capsys):
         assert one["prediction"] in ("red", "blue")
 
     questions = str(work / "retrieved" / "which_function-test.jsonl")
-    predictions = str(work / "answers.jsonl")
-    infer = {"QUESTIONS": questions, "OUTPUT_PATH": predictions, "MEMORY_DIR": memory}
+    predictions = str(work / "answers" / "predictions-which_function-test.jsonl")
+    infer = {
+        "QUESTIONS": questions,
+        "INFER_OUTPUT_DIR": str(work / "answers"),
+        "MEMORY_DIR": memory,
+    }
     assert run("infer", "examples/pydocs_glimmer_infer", **shared, **infer) == 0
     record = json.loads(pathlib.Path(predictions).read_text().splitlines()[0])
     assert {one["title"] for one in record["passages"]} >= {"red"}

@@ -139,7 +139,7 @@ def train(work, model, start, model_dir, steps):  # noqa: F811
         INITIAL_CHECKPOINT_PATH=str(start),
         TRAIN_STEPS=steps,
         BATCH_SIZE=8,
-        SAVE_PERIOD=3,
+        CHECKPOINT_EVERY=3,
         EVAL_PERIOD=3,
         EVAL_STEPS=1,
         EVALUATOR_NUM_EXAMPLES=4,

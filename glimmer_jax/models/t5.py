@@ -91,7 +91,7 @@ class T5Config:
         if self.attention == "cudnn" and (self.dtype != "bfloat16" or self.head_dim % 8):
             raise ValueError(
                 "attention='cudnn' computes in bfloat16, with heads of a multiple of 8 channels; got "
-                f"dtype={self.dtype!r} and head_dim={self.head_dim}. Set DTYPE='bfloat16', or "
+                f"dtype={self.dtype!r} and head_dim={self.head_dim}. Set ACTIVATION_DTYPE='bfloat16', or "
                 "ATTENTION='plain'."
             )
         for name in ("kv_heads", "num_heads", "head_dim", "mlp_dim"):

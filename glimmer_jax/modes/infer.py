@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+from etils import epath
 
 from glimmer_jax import axes, partitioning
 from glimmer_jax.kilt.examples import check_example
@@ -30,7 +31,7 @@ def infer(
     passages_dir: str,
     memory_dir: str | None = None,
     questions: str | None = None,
-    output_path: str | None = None,
+    output_dir: str | None = None,
     batch_size: int = 8,
     bm25: Bm25Config = Bm25Config(),
     mesh: MeshConfig = MeshConfig(),
@@ -53,7 +54,7 @@ def infer(
       memory_dir: read passages as memory.
       questions: JSON Lines of `{"id", "input"}`, with `retrieved` or without (then BM25 retrieves);
         None asks at the prompt, one question a line.
-      output_path: gets JSON Lines; needed with `questions`.
+      output_dir: gets `predictions-NAME.jsonl`, NAME that of `questions`; needed with `questions`.
       batch_size: questions at a time over all devices.
       bm25: settings of the index.
       mesh: devices.
@@ -76,7 +77,7 @@ def infer(
         encode_candidates(candidates, vocabulary, lengths.target)
     examples = None
     if questions is not None:
-        checks.required(OUTPUT_PATH=output_path)
+        checks.required(INFER_OUTPUT_DIR=output_dir)
         examples = _read_questions(checks.existing_file("QUESTIONS", questions))
     else:
         batch_size = partitioning.parts(devices.shape, axes.BATCH)  # one question at a time
@@ -107,8 +108,9 @@ def infer(
         if jax.process_index():
             deque(answers, maxlen=0)  # of a job, one process writes what all compute
             return
-        count = write_json_lines(str(output_path), answers)
-        print(f"Wrote {count} answers to {output_path}.")
+        path = epath.Path(str(output_dir)) / f"predictions-{Path(str(questions)).stem}.jsonl"
+        count = write_json_lines(path, answers)
+        print(f"Wrote {count} answers to {path}.")
         if predictor.masked:
             print(f"{predictor.masked} of their passages are not in the memory, and were left out.")
         return

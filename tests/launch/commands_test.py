@@ -62,7 +62,7 @@ def test_many_processes_train_build_and_evaluate_as_one(mini, tmp_path, count):
     apart, together = (tmp_path / "apart", count, 1), (tmp_path / "together", 1, count)
 
     training = {**data, **task, **sized, "TRAIN_STEPS": STEPS, "BATCH_SIZE": 8, "LOG_EVERY": 1}
-    training |= {"EVAL_EVERY": 0, "BEST_METRIC": None, "MESH_DATA": 1, "MESH_FSDP": count}
+    training |= {"EVAL_PERIOD": 0, "BEST_METRIC": None, "MESH_DATA": 1, "MESH_FSDP": count}
     for folder, *job in (apart, together):
         run = {**training, "MODEL_DIR": str(folder)}
         launch(*job, "train", *GLIMMER, "runs/finetune", "data/kilt", **run)
@@ -88,14 +88,21 @@ def test_many_processes_train_build_and_evaluate_as_one(mini, tmp_path, count):
         launch(
             *job, "build_memory", *GLIMMER, "runs/build_memory", **building, MEMORY_DIR=str(memory)
         )
-        places = {"MEMORY_DIR": str(memory), "OUTPUT_DIR": str(output), "SPLIT": "validation"}
+        places = {
+            "MEMORY_DIR": str(memory),
+            "EVAL_OUTPUT_DIR": str(output),
+            "MIXTURE_OR_TASK_SPLIT": "validation",
+        }
         launch(*job, "eval", *GLIMMER, "runs/eval", "data/kilt", **asking, **places)
         metrics = json.loads((output / "metrics.json").read_text())
         assert metrics.pop("seconds_waiting_for_memory") >= 0
         predictions = (output / "predictions-kilt_fever.jsonl").read_text()
-        answers = output / "answers.jsonl"
+        answers = output / "predictions-fever-dev.jsonl"
         asked = {**shared, **sized, "MEMORY_DIR": str(memory), "BATCH_SIZE": 8}
-        asked |= {"QUESTIONS": f"{data['DATA_DIR']}/fever-dev.jsonl", "OUTPUT_PATH": str(answers)}
+        asked |= {
+            "QUESTIONS": f"{data['DATA_DIR']}/fever-dev.jsonl",
+            "INFER_OUTPUT_DIR": str(output),
+        }
         launch(*job, "infer", *GLIMMER, "runs/infer", **asked)
         found.append((metrics, predictions, contents(memory), answers.read_text()))
     for one, other in zip(*found, strict=True):
@@ -108,7 +115,7 @@ def test_two_processes_learn_the_codebooks_of_one(mini, tmp_path):
     run = {**TINY, "MODEL_DIR": str(tmp_path / "run"), "TASK_FEATURE_LENGTHS": LENGTHS}
     run |= {"PASSAGES_DIR": str(mini / "passages"), "DATA_DIR": str(mini / "retrieved")}
     run |= {"MIXTURE_OR_TASK_NAME": "kilt_fever", "TRAIN_STEPS": 1, "BATCH_SIZE": 8}
-    run |= {"EVAL_EVERY": 0, "BEST_METRIC": None}
+    run |= {"EVAL_PERIOD": 0, "BEST_METRIC": None}
     launch(1, 1, "train", *GLIMMER, "runs/finetune", "data/kilt", **run)
     books = {**TINY, "MAX_PASSAGE_TOKENS": 32, "BATCH_SIZE": 2, "ITERATIONS": 2}
     books |= {"CHECKPOINT_PATH": str(tmp_path / "run"), "PASSAGES_DIR": run["PASSAGES_DIR"]}

@@ -152,9 +152,9 @@ def test_what_does_not_fit_is_refused(options, message, monkeypatch):
 
 
 def test_output_on_a_machine_that_is_deleted_is_refused(monkeypatch):
-    flags = ["--run_mode=eval", "--gin.OUTPUT_DIR='runs/x'"]
+    flags = ["--run_mode=eval", "--gin.EVAL_OUTPUT_DIR='runs/x'"]
     for name in ("tpu_vm", "queued_resource", "jobset"):
-        with pytest.raises(ValueError, match="OUTPUT_DIR='runs/x' would be deleted"):
+        with pytest.raises(ValueError, match="EVAL_OUTPUT_DIR='runs/x' would be deleted"):
             plan(OPTIONS[name], monkeypatch, flags)
 
 
@@ -169,7 +169,7 @@ def test_output_that_only_a_gin_file_names_is_refused(monkeypatch, bindings):
 
 def test_where_nothing_is_written_no_bucket_is_asked_for(monkeypatch):
     for name in ("tpu_vm", "queued_resource", "jobset"):
-        plan(OPTIONS[name], monkeypatch, ["--run_mode=eval", "--gin.OUTPUT_DIR=None"])
+        plan(OPTIONS[name], monkeypatch, ["--run_mode=eval", "--gin.EVAL_OUTPUT_DIR=None"])
 
 
 @pytest.mark.parametrize("mode", ["export", "passages", "score", "memory", main.PREFLIGHT])
@@ -212,7 +212,7 @@ def test_a_jobset_whose_name_is_taken_is_not_submitted(tmp_path, monkeypatch, ca
     (tmp_path / "kubectl").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
-    flags = ["--run_mode=eval", "--gin.OUTPUT_DIR=None"]
+    flags = ["--run_mode=eval", "--gin.EVAL_OUTPUT_DIR=None"]
     argv = [*shlex.split(OPTIONS["jobset"]), "--", *flags]
     assert command_line.main(argv) == 0
     assert "launch: submitted" in capfd.readouterr().out

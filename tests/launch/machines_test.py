@@ -17,7 +17,7 @@ from launch import local, plans, record, tpu
 
 HERE = pathlib.Path(__file__).parent
 OPTIONS = ["--name=run1", "--zone=z", "--accelerator_type=v5p-8", "--version=v2-alpha-tpuv5"]
-FLAGS = ["--run_mode=eval", "--gin.OUTPUT_DIR=None", "--gin.QUESTIONS='it''s $HOME; \"a b\"'"]
+FLAGS = ["--run_mode=eval", "--gin.EVAL_OUTPUT_DIR=None", "--gin.QUESTIONS='it''s $HOME; \"a b\"'"]
 SETUP = "mkdir -p .venv/bin && cp fake_python .venv/bin/python"
 PREEMPTED = (
     '[ "$verb" = run ] && touch "taken$life" && exit 255\n[ -e "taken$life" ] && state=PREEMPTED'

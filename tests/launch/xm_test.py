@@ -81,18 +81,20 @@ def test_a_sweep_trains_each_unit_with_its_seed(home, monkeypatch):
     asked = {"QUESTIONS": "questions/fever-*-kilt.jsonl", "QUESTION_WORDS": 12}
     glimmer("retrieve", **asked, **retrieved, NUM_PASSAGES=3)
 
-    steps = {"TRAIN_STEPS": 2, "BATCH_SIZE": 8, "LOG_EVERY": 1, "EVAL_EVERY": 0}
+    steps = {"TRAIN_STEPS": 2, "BATCH_SIZE": 8, "LOG_EVERY": 1, "EVAL_PERIOD": 0}
     task = {"MIXTURE_OR_TASK_NAME": "kilt_fever", "TASK_FEATURE_LENGTHS": LENGTHS}
     files = [f"--gin_file=gin/{name}.gin" for name in (*GLIMMER, "runs/finetune", "data/kilt")]
     run = {**TINY, **task, **retrieved, **steps, "BEST_METRIC": None, "MODEL_DIR": "runs"}
-    own = ["xm", "--sweep=SEED=[0, 1]", "--parallel=2", "local", "--", "--run_mode=train"]
+    own = ["xm", "--sweep=RANDOM_SEED=[0, 1]", "--parallel=2", "local", "--", "--run_mode=train"]
     argv = [sys.executable, "-m", "launch", *own, *files, *bindings(**run)]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     losses = []
     for unit, seed in ((1, 0), (2, 1)):
         folder = home / "runs" / str(unit)
-        assert f"--gin.SEED={seed}" in json.loads((folder / "launch.json").read_text())["argv"]
+        assert (
+            f"--gin.RANDOM_SEED={seed}" in json.loads((folder / "launch.json").read_text())["argv"]
+        )
         assert (folder / "checkpoints" / "2" / "checksums.json").is_file()
         logged = (folder / "train" / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in logged] == [1, 2]

@@ -214,7 +214,10 @@ def test_settings_that_contradict_themselves_are_refused(kwargs, match):
         (dict(matmul_dtype="int8"), r"matmul_dtype must be None or 'bfloat16', got 'int8'"),
         (dict(remat_policy="some"), r"remat_policy must be one of none, .*got 'some'"),
         (dict(attention="flash"), r"attention must be 'plain' or 'cudnn', got 'flash'"),
-        (dict(attention="cudnn"), r"in bfloat16.*got dtype='float32' and head_dim=4\. Set DTYPE"),
+        (
+            dict(attention="cudnn"),
+            r"in bfloat16.*got dtype='float32' and head_dim=4\. Set ACTIVATION_DTYPE",
+        ),
         (dict(dropout_rate=1.0), r"dropout_rate must be in \[0, 1\), got 1\.0"),
         (dict(mlp_activations=("swish",)), r"mlp_activations must be names out of .*swish"),
         (dict(mlp_activations=()), r"mlp_activations must be names out of"),
