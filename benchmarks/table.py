@@ -10,7 +10,7 @@ Row = dict[str, Any]
 
 HEAD = (
     *("system", "dtype", "seconds", "GFLOP", "peak GB"),
-    *("faster than PyTorch float32", "than bfloat16", "of matrix peak", "of floor", "runs"),
+    *("faster than PyTorch float32", "than bfloat16", "of matrix peak", "of bound", "runs"),
 )
 
 

@@ -88,7 +88,7 @@ def test_with_jax_alone_the_program_of_the_docs_answers_as_the_model(exported, t
     site.mkdir()
     for name in PACKAGES:
         (site / name).symlink_to(pathlib.Path(importlib.util.find_spec(name).origin).parent)
-    code = ALONE + reader + ANSWER
+    code = ALONE + reader.replace('"runs/program"', "folder") + ANSWER
     # -I and -S: no folder of packages but that one.
     run = subprocess.run(
         [sys.executable, "-I", "-S", "-c", code, site, folder, inputs, outputs],

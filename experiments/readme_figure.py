@@ -1,0 +1,79 @@
+"""The README's figure, from the results table of the model card.
+
+    python -m experiments.readme_figure
+
+After training new models, update the table in glimmer_jax/checkpoints/README.md and rerun this.
+"""
+
+from pathlib import Path
+
+from glimmer_jax.shipped import CHECKPOINTS
+
+CARD = CHECKPOINTS / "README.md"
+FIGURE = Path("docs") / "quality_compute.png"
+MARKER = "<!-- results -->"  # in the card, just before the table
+MODELS = ("FiD", "LUMEN", "GLIMMER")
+BASELINE = "BM25's first title"
+QUALITY = "which function, exact match"
+COST = "GFLOP per question"
+SPEED = "questions per second"
+
+
+def results(card: str) -> dict[str, dict[str, str]]:
+    """Row name -> column name -> cell, of the table that follows `MARKER`.
+
+    Raises:
+      ValueError: the card has no such table, or a row or column is missing.
+    """
+    lines = card.partition(MARKER)[2].strip().partition("\n\n")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    table = {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
+    for name in (*MODELS, BASELINE):
+        if name not in table:
+            raise ValueError(f"{CARD.name}: the table after {MARKER} has no row {name!r}.")
+    for column in (QUALITY, COST, SPEED):
+        if column not in rows[0]:
+            raise ValueError(f"{CARD.name}: the table after {MARKER} has no column {column!r}.")
+    return table
+
+
+def plot(table: dict[str, dict[str, str]], path: Path) -> None:
+    """Writes a PNG: exact match over counted compute, one point per model."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen needed
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for name in MODELS:
+        row = table[name]
+        cost, quality = float(row[COST]), 100 * float(row[QUALITY])
+        axes.scatter([cost], [quality], s=70, zorder=2)
+        axes.annotate(
+            f"{name}, {float(row[SPEED]):.0f} questions/s",
+            (cost, quality),
+            xytext=(0, 9),
+            textcoords="offset points",
+            ha="center",
+        )
+    baseline = 100 * float(table[BASELINE][QUALITY])
+    axes.axhline(baseline, color="grey", linestyle="--", linewidth=1, zorder=1)
+    axes.annotate(
+        BASELINE, (0.01, baseline), xycoords=("axes fraction", "data"), va="bottom", color="grey"
+    )
+    costs = [float(table[name][COST]) for name in MODELS]
+    best = max(100 * float(table[name][QUALITY]) for name in MODELS)
+    axes.set_xlim(0, 1.25 * max(costs))
+    axes.set_ylim(baseline - 3, best + 4)
+    axes.set_xlabel("GFLOP per question")
+    axes.set_ylabel("exact match, %")
+    axes.set_title("Built-in corpus, which function, held-out modules", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    # No version of matplotlib in the file: unchanged figures give unchanged bytes.
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    plot(results(CARD.read_text(encoding="utf-8")), FIGURE)
+    print(f"Wrote {FIGURE}.")
