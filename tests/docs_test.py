@@ -37,7 +37,17 @@ VARIABLES = {
     "XLA_FLAGS",
 }
 NOT_MACROS = {"ALREADY_EXISTS", "FAILED", "NOT_FOUND", "RESOURCE_EXHAUSTED", "SIGKILL", "SIGTERM"}
-NOT_MACROS |= {"GLIMMER", "LUMEN", "IMAGE", "NAME", "REFUTES", "SUPPORTS", "START_ENT", "END_ENT"}
+NOT_MACROS |= {
+    "GLIMMER",
+    "LUMEN",
+    "IMAGE",
+    "MACRO",
+    "NAME",
+    "REFUTES",
+    "SUPPORTS",
+    "START_ENT",
+    "END_ENT",
+}
 LANGUAGES = {"sh", "python", "text", "json", "dockerfile"}
 # What a block may need beyond the checkout, its environment and the built-in corpus.
 NEEDS = {
