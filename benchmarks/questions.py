@@ -10,7 +10,6 @@ from experiments.command import glimmer
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.pydocs.questions import TASKS
-from glimmer_jax.vocabulary import Vocabulary
 
 LENGTHS: dict[str, Any] = {"inputs": 36, "targets": 32, "passages": (10, 80)}
 
@@ -40,7 +39,7 @@ class Questions:
     def __init__(self, data: Path, num_examples: int):
         from glimmer_jax.data import pipeline, retrieved_tasks
 
-        retrieved_tasks.use(str(data / "retrieved"), vocabulary=Vocabulary())
+        retrieved_tasks.configure(data / "retrieved")
         pipeline.import_tasks("tasks.pydocs")
         self._data, self._count = data, num_examples
 

@@ -1,7 +1,7 @@
-"""Our models for T5X's `train`, `eval` and `infer`, where T5X is installed; see docs/t5x.md.
+"""Our models for T5X's `train`, `eval` and `infer`, with T5X installed; see docs/t5x.md.
 
-`T5XModel` has the methods of `t5x.models.BaseModel`, `partitioner` gives T5X our mesh and rule table.
-T5X, clu and seqio are imported when T5X asks for what needs them, never when this module is imported.
+`T5XModel` has the methods of `t5x.models.BaseModel`. `partitioner` gives T5X our mesh and rule table.
+Importing this module imports neither T5X nor clu nor seqio; the functions that need them do.
 """
 
 import functools
@@ -18,11 +18,11 @@ from glimmer_jax.models.glimmer import Batch
 from glimmer_jax.models.model import GlimmerModel, Params
 from glimmer_jax.modes import checks
 from glimmer_jax.partitioning import AXIS_RULES, MeshConfig, make_mesh, spec
-from glimmer_jax.vocabulary import Vocabulary
+from glimmer_jax.vocabulary import PYDOCS_MODEL, Vocabulary
 
 
 class T5XModel:
-    """FiD, LUMEN or GLIMMER with the methods of `t5x.models.BaseModel`. Passages are read as tokens."""
+    """FiD, LUMEN or GLIMMER with the methods of `t5x.models.BaseModel`; passages are tokens."""
 
     def __init__(
         self,
@@ -30,20 +30,52 @@ class T5XModel:
         task_feature_lengths: Mapping[str, Any],
         passages_dir: str | None = None,
         optimizer_def: Any = None,
-        vocabulary: Vocabulary = Vocabulary(),
+        vocabulary: Vocabulary | str | None = None,
+        data_dir: str | None = None,
+        min_bleu_score: float | None = None,
+        label_smoothing: float = 0.0,
+        loss_normalizing_factor: Any = None,
     ):
-        """Checks what can be checked before anything is compiled.
+        """Checks the settings and configures the retrieved tasks; nothing is compiled.
 
         Args:
           model: FiD, LUMEN or GLIMMER.
           task_feature_lengths: `{"inputs": Q, "targets": T, "passages": (K, P)}`.
           passages_dir: passages folder for tasks with `passage_ids`.
           optimizer_def: a `t5x.optimizers.OptimizerDef`; None for eval and infer.
-          vocabulary: of tasks and passages.
+          vocabulary: of tasks and passages, or the path of its SentencePiece model; None for the
+            built-in one.
+          data_dir: folder of the retrieved files, for tasks that read them.
+          min_bleu_score: training answers with a lower `bleu_score` are left out.
+          label_smoothing: T5X's macro; only 0 is supported.
+          loss_normalizing_factor: T5X's macro; only None is supported.
 
         Raises:
-          ValueError: lengths, vocabulary or passages that do not fit the model.
+          ValueError: lengths, vocabulary or passages that do not fit the model, or a setting of T5X
+            that our losses do not have.
         """
+        if label_smoothing:
+            raise ValueError(
+                f"LABEL_SMOOTHING={label_smoothing} is not supported: our losses smooth no labels. "
+                "Remove it. The weights of our losses are Z_LOSS, DISTILLATION_WEIGHT and "
+                "SUPERVISED_WEIGHT."
+            )
+        if loss_normalizing_factor is not None:
+            raise ValueError(
+                f"LOSS_NORMALIZING_FACTOR={loss_normalizing_factor} is not supported: our loss is the "
+                "mean per target token. Remove it, and scale LEARNING_RATE instead."
+            )
+        if vocabulary is None or isinstance(vocabulary, str):
+            vocabulary = Vocabulary(vocabulary or PYDOCS_MODEL)
+        if not hasattr(vocabulary, "fingerprint"):
+            raise ValueError(
+                f"VOCABULARY must be the path of a SentencePiece model, got {vocabulary!r}. Set for "
+                "example --gin.VOCABULARY=\"'t5/spiece.model'\"."
+            )
+        if data_dir is not None or min_bleu_score is not None:
+            from glimmer_jax.data import retrieved_tasks
+
+            retrieved_tasks.configure(data_dir, min_bleu_score, vocabulary)
         self._model = model
         self._lengths = checks.lengths_for(model.config, task_feature_lengths)
         checks.vocabulary_fits(model, vocabulary)
@@ -56,7 +88,7 @@ class T5XModel:
 
     @property
     def FEATURE_CONVERTER_CLS(self) -> Callable[..., Any]:  # noqa: N802 (T5X's name)
-        """Makes the seqio feature converter; T5X calls it with `pack`, which must be False."""
+        """Constructor of the seqio feature converter; T5X passes `pack`, which must be False."""
         from glimmer_jax.data.features import TokensConverter
 
         return functools.partial(TokensConverter, self._lengths, self._passages)
@@ -99,7 +131,7 @@ class T5XModel:
     def predict_batch_with_aux(
         self, params: Params, batch: Batch, rng: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Answers, and what metrics read: `GlimmerModel`'s, and `gold_passages` where known."""
+        """Answers and the arrays that metrics read: `GlimmerModel`'s, and `gold_passages` if known."""
         tokens, aux = self._model.predict_batch_with_aux(params, batch, rng)
         if "gold_passages" in batch:
             aux = {**aux, "gold_passages": batch["gold_passages"]}
@@ -121,10 +153,10 @@ def _with_clu_metrics(loss: jax.Array, sums: Mapping[str, Any]) -> tuple[jax.Arr
 
 
 def factor_rules() -> Any:
-    """`logical_factor_rules` for T5X's Adafactor: its own, and our names that it does not know."""
+    """`logical_factor_rules` for T5X's Adafactor: its own plus the axis names of our codebooks."""
     from t5x import adafactor
 
-    # As our own Adafactor has them: the moments of codebooks are kept whole.
+    # As in our own Adafactor, the second moments of codebooks are not factored.
     ours = dict.fromkeys((axes.CODEBOOK, axes.CODE, axes.CODE_CHANNEL), adafactor.FactorDim.NONE)
     return {**adafactor.standard_logical_factor_rules(), **ours}
 
@@ -132,9 +164,9 @@ def factor_rules() -> Any:
 def partitioner(mesh: MeshConfig = MeshConfig()) -> Any:
     """A `t5x.partitioning.PjitPartitioner` over our mesh, with our rule table.
 
-    T5X's own enters `with mesh:`, which jax has deprecated and can forbid
-    (`jax_disallow_mesh_context_manager`), and which leaves our models' activations unconstrained. This
-    one uses `jax.set_mesh`, and shards parameters over `fsdp` as well.
+    T5X's own partitioner enters `with mesh:`. JAX has deprecated that context, can forbid it
+    (`jax_disallow_mesh_context_manager`), and ignores our models' activation constraints under it. This
+    partitioner uses `jax.set_mesh` and also shards parameters over `fsdp`.
     """
     from t5x import partitioning as t5x_partitioning
 
@@ -165,7 +197,7 @@ def partitioner(mesh: MeshConfig = MeshConfig()) -> Any:
             )
 
     def _shardings(resources: Any) -> Any:
-        # None means whole on every device to T5X, and whatever the compiler likes to jit.
+        # None means replicated to T5X, but unspecified to jit.
         is_leaf = lambda leaf: leaf is None or isinstance(leaf, PartitionSpec)  # noqa: E731
         return jax.tree.map(
             lambda leaf: NamedSharding(devices, PartitionSpec() if leaf is None else leaf),
@@ -180,7 +212,7 @@ def partitioner(mesh: MeshConfig = MeshConfig()) -> Any:
 
 
 class _InMesh:
-    """A jitted function that is called and lowered with the mesh in scope, as T5X calls and lowers."""
+    """A jitted function whose calls and lowerings, as T5X makes them, have the mesh in scope."""
 
     def __init__(self, jitted: Any, mesh: jax.sharding.Mesh):
         self._jitted = jitted

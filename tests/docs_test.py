@@ -30,7 +30,6 @@ MACROS = {
 # Identifiers in code spans that are not macros.
 VARIABLES = {
     "GLIMMER_CACHE",
-    "GLIMMER_DATA_DIR",
     "GLIMMER_TEST_PLATFORM",
     "JAX_COMPILATION_CACHE_DIR",
     "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS",

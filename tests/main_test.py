@@ -32,10 +32,8 @@ LENGTHS = "--gin.TASK_FEATURE_LENGTHS={'inputs': 24, 'targets': 16, 'passages': 
 
 
 @pytest.fixture(autouse=True)
-def clear(monkeypatch):
-    monkeypatch.delenv("GLIMMER_DATA_DIR", raising=False)
+def clear():
     yield
-    os.environ.pop("GLIMMER_DATA_DIR", None)
     gin.clear_config()
 
 

@@ -1,4 +1,4 @@
-"""T5X's contract, held without T5X: names, signatures, axes, metrics; and with it where it is there."""
+"""T5X's contract: names, signatures, axes and metrics; compared with T5X itself if installed."""
 
 import dataclasses
 import inspect
@@ -24,7 +24,7 @@ CONTRACT = {
     "predict_batch_with_aux": ("params", "batch", "rng"),
     "score_batch": ("params", "batch", "return_intermediates"),
 }
-# Of `t5x.adafactor.standard_logical_factor_rules`, and what `factor_rules` adds to them.
+# Names of `t5x.adafactor.standard_logical_factor_rules`, and those that `factor_rules` adds.
 STANDARD = {"vocab", "embed", "mlp", "heads", "kv", "joined_kv", "relpos_buckets", "layers"}
 FACTORED = STANDARD | {"codebook", "code", "code_channel"}
 LENGTHS = {"inputs": tiny.Q, "targets": tiny.T, "passages": (tiny.K, tiny.P)}
@@ -48,7 +48,7 @@ def adapter(config=tiny.GLIMMER):
 
 @pytest.mark.parametrize("cls", [GlimmerModel, T5XModel])
 @pytest.mark.parametrize("method", CONTRACT)
-def test_methods_have_t5xs_arguments_and_further_ones_have_defaults(cls, method):
+def test_methods_have_t5x_arguments_and_others_have_defaults(cls, method):
     parameters = list(inspect.signature(getattr(cls, method)).parameters.values())[1:]
     wanted = CONTRACT[method]
     assert tuple(one.name for one in parameters[: len(wanted)]) == wanted
@@ -72,7 +72,7 @@ def test_every_parameter_names_axes_that_t5x_can_factor(config):
     jax.tree.map(check, variables["params"], names)
 
 
-def test_metrics_are_clus_and_merge_like_sums(monkeypatch):
+def test_metrics_are_clu_metrics_and_merge_like_sums(monkeypatch):
     pytest.importorskip("clu")
     sums = {"cross_entropy": (jnp.float32(6), jnp.float32(4)), "z_loss": (jnp.float32(1), 2.0)}
     for method in ("loss_fn", "eval_fn"):
@@ -88,7 +88,7 @@ def test_metrics_are_clus_and_merge_like_sums(monkeypatch):
     assert metrics["cross_entropy"].merge(again["z_loss"]).compute() == pytest.approx(7 / 6)
 
 
-def test_predictions_carry_what_metrics_read():
+def test_predictions_carry_the_arrays_that_metrics_read():
     abstract = tiny.abstract(tiny.GLIMMER)[0]
     tokens, aux = jax.eval_shape(adapter().predict_batch_with_aux, abstract, tiny.batch())
     assert tokens.shape == (tiny.B, tiny.T) and tokens.dtype == jnp.int32
@@ -102,7 +102,7 @@ def test_predictions_carry_what_metrics_read():
     assert "gold_passages" not in aux
 
 
-def test_frozen_memory_gets_no_gradient_from_a_trainer_that_does_not_know_of_it():
+def test_frozen_memory_has_zero_gradients_under_any_trainer():
     params = tiny.params(tiny.FROZEN)
     _, grads = tiny.loss_and_grad(tiny.FROZEN, tiny.LIGHT_LOSS)(params, tiny.batch())
     frozen = GlimmerModel(tiny.FROZEN).frozen(params)
@@ -114,17 +114,41 @@ def test_frozen_memory_gets_no_gradient_from_a_trainer_that_does_not_know_of_it(
     assert still and all(still)
 
 
-def test_what_does_not_fit_is_refused_before_t5x_starts():
+@pytest.mark.parametrize(
+    ("settings", "facts"),
+    [
+        ({"label_smoothing": 0.1}, "LABEL_SMOOTHING=0.1 .*Z_LOSS"),
+        ({"loss_normalizing_factor": 233472}, "LOSS_NORMALIZING_FACTOR=233472 .*LEARNING_RATE"),
+        ({"vocabulary": object()}, "VOCABULARY .*path.*--gin.VOCABULARY="),
+        ({"min_bleu_score": 2.0}, "MIN_BLEU_SCORE.*2.0"),
+    ],
+)
+def test_t5x_settings_without_counterpart_are_rejected(settings, facts):
+    given = {"vocabulary": Vocabulary(), **settings}
+    with pytest.raises(ValueError, match=facts):
+        T5XModel(GlimmerModel(tiny.GLIMMER), LENGTHS, **given)
+
+
+def test_data_dir_configures_the_retrieved_tasks():
+    pytest.importorskip("seqio")
+    from glimmer_jax.data import retrieved_tasks
+
+    T5XModel(GlimmerModel(tiny.GLIMMER), LENGTHS, vocabulary=Vocabulary(), data_dir="d")
+    assert retrieved_tasks.settings().data_dir == "d"
+    retrieved_tasks.configure()
+
+
+def test_settings_that_do_not_fit_are_rejected_before_t5x_starts():
     model = GlimmerModel(tiny.GLIMMER)
     with pytest.raises(ValueError, match="keeps 2 passages"):
         T5XModel(model, {**LENGTHS, "passages": (1, 6)}, vocabulary=Vocabulary())
-    with pytest.raises(ValueError, match="has 2048 ids, and the model's embedding 32 rows"):
+    with pytest.raises(ValueError, match="2048 .*32 .*VOCAB_SIZE"):
         T5XModel(model, LENGTHS)
     with pytest.raises(ValueError, match="No passages folder nowhere"):
         T5XModel(model, LENGTHS, passages_dir="nowhere", vocabulary=Vocabulary())
 
 
-def test_t5x_itself_has_the_contract_held_here():
+def test_the_contract_equals_that_of_t5x():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         models = pytest.importorskip("t5x.models")
@@ -137,7 +161,7 @@ def test_t5x_itself_has_the_contract_held_here():
 
 
 @pytest.mark.parametrize("config", FAMILY.values(), ids=FAMILY)
-def test_t5xs_adafactor_has_a_state_for_every_parameter(config):
+def test_t5x_adafactor_has_a_state_for_every_parameter(config):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adafactor = pytest.importorskip("t5x.adafactor")

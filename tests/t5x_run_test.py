@@ -72,12 +72,11 @@ RUNS = [(model, count) for model in CUTS for count in (1, 4)] + [("glimmer", 8)]
 
 
 @pytest.fixture(autouse=True)
-def t5x_process(monkeypatch, work):  # noqa: F811
+def t5x_process(monkeypatch):
     """What a command line of T5X is: its function in `__main__`. And jax forbids `with mesh:`."""
     main = types.ModuleType("__main__")
     main.train, main.evaluate, main.infer = t5x.train.train, t5x.eval.evaluate, t5x.infer.infer
     monkeypatch.setitem(sys.modules, "__main__", main)
-    monkeypatch.setenv("GLIMMER_DATA_DIR", data(work)["DATA_DIR"])
     shipped.make_importable()
     gin.enter_interactive_mode()  # a process of T5X reads its gin files only once
     jax.config.update("jax_disallow_mesh_context_manager", True)
@@ -105,8 +104,7 @@ def configure(work, model, run, **settings):  # noqa: F811
     size = work / "size.gin"
     size.write_text(SIZE)
     files = ["gin/sizes/tiny.gin", str(size), f"gin/models/{model}.gin", f"gin/t5x/{run}.gin"]
-    passages = {"PASSAGES_DIR": data(work)["PASSAGES_DIR"]}
-    given = {**SETTINGS, **CUTS[model], **passages, **settings}
+    given = {**SETTINGS, **CUTS[model], **data(work), **settings}
     bindings = [f"{name} = {value!r}" for name, value in given.items()]
     paths = [str(shipped.root()), *t5x.train._DEFAULT_GIN_SEARCH_PATHS]
     gin_utils.parse_gin_flags(paths, files, bindings)

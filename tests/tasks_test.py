@@ -58,11 +58,12 @@ def task():
 
 
 @pytest.fixture
-def data_dir(tmp_path, monkeypatch):
-    monkeypatch.setenv(retrieved_tasks.DATA_DIR_VARIABLE, str(tmp_path / "retrieved"))
+def data_dir(tmp_path):
+    retrieved_tasks.configure(tmp_path / "retrieved")
     write_lines(tmp_path / "retrieved", [line(i, passages=i % 4) for i in range(10)])
     write_lines(tmp_path / "retrieved", [line(i) for i in range(5)], "dev")
-    return tmp_path / "retrieved"
+    yield tmp_path / "retrieved"
+    retrieved_tasks.configure()
 
 
 @pytest.fixture(scope="module")
@@ -219,9 +220,7 @@ def test_a_second_epoch_draws_other_answers(data_dir):
 def test_bad_data_ends_before_anything_is_computed(data_dir, passages):
     with pytest.raises(ValueError, match="No mixture or task 'typo'"):
         pipeline.batches("typo", "train", LENGTHS, 4)
-    with pytest.raises(
-        ValueError, match=r"No retrieved file .*which-test\.jsonl.*run_mode=retrieve"
-    ):
+    with pytest.raises(ValueError, match=r"DATA_DIR.*which-test\.jsonl.*run_mode=retrieve"):
         pipeline.batches(TASK, "test", LENGTHS, 4)
     with pytest.raises(ValueError, match="Splits are train, validation, test; got 'dev'"):
         retrieved_tasks.retrieved_file("which", "dev")
@@ -262,29 +261,26 @@ def test_splits_and_labels_that_are_not_there_are_named(data_dir):
         pipeline.check_fit(TASK, "other", LENGTHS, vocabulary=Vocabulary(), has_passages=True)
 
 
-def test_the_relevance_filter_is_a_setting_of_the_process(data_dir, monkeypatch, caplog):
+def test_the_relevance_filter_is_a_setting_of_the_process(data_dir, caplog):
     write_lines(data_dir, [line(i, bleu=i / 10) for i in range(10)])
-    monkeypatch.setenv(retrieved_tasks.MIN_BLEU_VARIABLE, "0.5")
     read = seqio.get_mixture_or_task(TASK).get_dataset
     with caplog.at_level("INFO"):
         assert len(list(read(None, "train", shuffle=False))) == 5
     assert "5 of 10 examples are left out" in caplog.text
-    retrieved_tasks.use(min_bleu_score=0.0)
+    retrieved_tasks.configure(data_dir, min_bleu_score=0.0)
     assert len(list(read(None, "train", shuffle=False))) == 10
-    for wrong in ("1.5", "half"):
-        monkeypatch.setenv(retrieved_tasks.MIN_BLEU_VARIABLE, wrong)
-        with pytest.raises(ValueError, match=f"number from 0 to 1, got '{wrong}'"):
-            retrieved_tasks.min_bleu_score()
+    for wrong in (1.5, "half", True):
+        with pytest.raises(ValueError, match=f"MIN_BLEU_SCORE.*0 to 1.*{wrong!r}"):
+            retrieved_tasks.configure(min_bleu_score=wrong)
 
 
-def test_tasks_are_registered_with_the_vocabulary_in_use(tmp_path, monkeypatch):
-    monkeypatch.delenv(retrieved_tasks.VOCABULARY_VARIABLE, raising=False)
-    assert retrieved_tasks.vocabulary() == Vocabulary()
+def test_tasks_are_registered_with_the_configured_vocabulary(tmp_path):
+    assert retrieved_tasks.settings().vocabulary == Vocabulary()
     copy = tmp_path / "copy.model"
     copy.write_bytes(Vocabulary().path.read_bytes())
-    monkeypatch.setenv(retrieved_tasks.VOCABULARY_VARIABLE, "")
-    retrieved_tasks.use(vocabulary=Vocabulary(copy))
+    retrieved_tasks.configure(vocabulary=Vocabulary(copy))
     found = retrieved_tasks.register("with_copy", "which", [])
+    retrieved_tasks.configure()
     seqio.TaskRegistry.remove("with_copy")
     assert found.output_features["inputs"].vocabulary == Vocabulary(copy).seqio()
 

@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache_dir", required=True)
     parser.add_argument("--min_bleu_score", type=float, help="as MIN_BLEU_SCORE of training")
     args = parser.parse_args(argv)
-    retrieved_tasks.use(args.data_dir, args.min_bleu_score)
+    retrieved_tasks.configure(args.data_dir, args.min_bleu_score)
     pipeline.import_tasks(args.module)
     for task in seqio.get_subtasks(pipeline.find_mixture_or_task(args.name)):
         if is_complete(task.name, args.cache_dir):

@@ -1,12 +1,12 @@
-"""Tasks over retrieved files: `<data_dir>/<task>-<split>.jsonl`, registered with seqio in one call.
+"""seqio tasks over retrieved files, `<data_dir>/<task>-<split>.jsonl`.
 
-Where the files lie, which training answers are sound and which vocabulary is the model's are settings of
-the process (`use`), since seqio's tasks take none. They are environment variables, so that a program of
-somebody else that imports the tasks can have them too.
+seqio's tasks take no settings. The folder of the files, the filter of training answers and the
+vocabulary therefore belong to the process: `configure` sets them before the tasks are registered.
 """
 
+import collections
+import dataclasses
 import logging
-import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,61 +22,60 @@ from glimmer_jax.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
-# File names say dev, seqio says validation.
+# File names use dev, seqio uses validation.
 FILE_SPLITS = {"train": "train", "validation": "dev", "test": "test"}
-DATA_DIR_VARIABLE = "GLIMMER_DATA_DIR"
-MIN_BLEU_VARIABLE = "GLIMMER_MIN_BLEU_SCORE"
-VOCABULARY_VARIABLE = "GLIMMER_VOCABULARY"
-DEFAULT_DATA_DIR = "data/retrieved"
 
 
-def data_dir() -> str:
-    """Folder of the retrieved files: environment variable GLIMMER_DATA_DIR, or data/retrieved."""
-    return os.environ.get(DATA_DIR_VARIABLE, DEFAULT_DATA_DIR)
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Settings of all retrieved tasks of this process."""
+
+    data_dir: str = "data/retrieved"
+    min_bleu_score: float = preprocessors.MIN_BLEU  # threshold of KILT's `bleu_score`, 0 to 1
+    vocabulary: Vocabulary = Vocabulary()
+
+    def __post_init__(self) -> None:
+        score = self.min_bleu_score
+        if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
+            raise ValueError(f"MIN_BLEU_SCORE must be a number from 0 to 1, got {score!r}.")
 
 
-def min_bleu_score() -> float:
-    """`preprocessors.answered_by_source`'s threshold: GLIMMER_MIN_BLEU_SCORE, or 0.5.
-
-    Raises ValueError where the variable holds no number from 0 to 1.
-    """
-    text = os.environ.get(MIN_BLEU_VARIABLE, str(preprocessors.MIN_BLEU))
-    try:
-        found = float(text)
-    except ValueError:
-        found = -1.0
-    if not 0 <= found <= 1:
-        raise ValueError(
-            f"MIN_BLEU_SCORE (or {MIN_BLEU_VARIABLE}) must be a number from 0 to 1, got {text!r}."
-        )
-    return found
+_settings = Settings()
 
 
-def vocabulary() -> Vocabulary:
-    """Of tasks registered without one: the file in GLIMMER_VOCABULARY, or the built-in one."""
-    path = os.environ.get(VOCABULARY_VARIABLE)
-    return Vocabulary() if path is None else Vocabulary(path)
+def settings() -> Settings:
+    """The settings in force."""
+    return _settings
 
 
-def use(
+def configure(
     data_dir: str | Path | None = None,
     min_bleu_score: float | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> None:
-    """Sets these for all tasks of this process; None leaves one as it is.
+    """Replaces the settings of all retrieved tasks; None stands for the default.
 
-    The vocabulary counts for tasks that are registered afterwards.
+    Call it before the tasks are registered: a registered task keeps its vocabulary.
+
+    Args:
+      data_dir: folder of the retrieved files, local or in a bucket.
+      min_bleu_score: training answers with a lower `bleu_score` are left out.
+      vocabulary: of questions and answers.
+
+    Raises:
+      ValueError: the score is no number from 0 to 1.
     """
-    if data_dir is not None:
-        os.environ[DATA_DIR_VARIABLE] = str(data_dir)
-    if min_bleu_score is not None:
-        os.environ[MIN_BLEU_VARIABLE] = str(min_bleu_score)
-    if vocabulary is not None:
-        os.environ[VOCABULARY_VARIABLE] = str(vocabulary.path)
+    global _settings
+    given = {
+        "data_dir": None if data_dir is None else str(data_dir),
+        "min_bleu_score": min_bleu_score,
+        "vocabulary": vocabulary,
+    }
+    _settings = Settings(**{name: value for name, value in given.items() if value is not None})
 
 
 def retrieved_file(task: str, split: str) -> Path:
-    """The file of a task and split; of a bucket's, its copy on this disk.
+    """The file of a task and split; for a bucket, its local copy.
 
     Raises:
       ValueError: no such split or file.
@@ -84,12 +83,11 @@ def retrieved_file(task: str, split: str) -> Path:
     if split not in FILE_SPLITS:
         raise ValueError(f"Splits are {', '.join(FILE_SPLITS)}; got {split!r}.")
     file = f"{task}-{FILE_SPLITS[split]}.jsonl"
-    path = local_copy.fetch_file("DATA_DIR", f"{data_dir().rstrip('/')}/{file}")
+    path = local_copy.fetch_file("DATA_DIR", f"{settings().data_dir.rstrip('/')}/{file}")
     if not path.is_file():
         raise ValueError(
-            f"No retrieved file {path}. Set DATA_DIR (or {DATA_DIR_VARIABLE}) to the folder that "
-            "--run_mode=retrieve has written, or run it: --run_mode=retrieve "
-            "--gin_file=gin/runs/retrieve.gin."
+            f"DATA_DIR: there is no retrieved file {path}. Set DATA_DIR to the folder that "
+            "--run_mode=retrieve wrote, or run it with --gin_file=gin/runs/retrieve.gin."
         )
     return path
 
@@ -99,31 +97,29 @@ def read_split(
 ) -> preprocessors.Columns:
     """Features of all examples; training examples are filtered by provenance.
 
-    The file is read whole and checked before anything is computed, so that a bad line ends a job in
-    its first seconds.
+    The complete file is read and checked first, so that a bad line ends a job in its first seconds.
 
     Raises:
       ValueError: file or line at fault, or nothing is left.
     """
     path = retrieved_file(task, split)
     threshold = min_bleu if split == "train" else 0.0
-    left_out = 0
+    seen: collections.Counter[bool] = collections.Counter()
 
     def features() -> Iterator[dict[str, Any]]:
-        nonlocal left_out
         for line in read_examples(path):
-            one = preprocessors.example_features(line, threshold)
-            if one is not None:
-                yield one
-            else:
-                left_out += 1
+            example = preprocessors.example_features(line, threshold)
+            seen[example is not None] += 1
+            if example is not None:
+                yield example
 
     kept = preprocessors.Columns(features())
+    left_out = seen[False]
     if not len(kept):
         raise ValueError(f"{path} holds no example{' with sound provenance' if left_out else ''}.")
     if left_out:
         logger.info(
-            "%s: %d of %d examples are left out, no answer of theirs has a bleu_score of %g.",
+            "%s: %d of %d examples are left out: all their answers have a bleu_score below %g.",
             path, left_out, left_out + len(kept), threshold,
         )  # fmt: skip
     return kept
@@ -149,16 +145,16 @@ def register(
     """
 
     def dataset_fn(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-        examples = read_split(file_task, split, min_bleu_score())
+        examples = read_split(file_task, split, settings().min_bleu_score)
         if not shuffle_files:
             return examples.dataset()
-        # The whole file, once; seqio's buffer then changes the order from epoch to epoch. A larger
-        # buffer would do both, and hold up every start until it is full.
+        # The complete file is shuffled once; seqio's buffer then changes the order between epochs.
+        # A larger buffer would do both, but delay every start until it is full.
         order = list(range(len(examples)))
         random.Random(seed).shuffle(order)
         return examples.dataset(order)
 
-    text = vocabulary().seqio()
+    text = settings().vocabulary.seqio()
     ids = seqio.PassThroughVocabulary(size=2**63 - 1)
     return seqio.TaskRegistry.add(
         name,

@@ -103,7 +103,7 @@ def evaluate(
     from glimmer_jax.data.evaluation import Evaluation
     from glimmer_jax.metrics import qa
 
-    retrieved_tasks.use(data_dir, vocabulary=vocabulary)
+    retrieved_tasks.configure(data_dir, vocabulary=vocabulary)
     pipeline.import_tasks(mixture_or_task_module)
     counts = pipeline.check_fit(
         mixture_or_task_name,

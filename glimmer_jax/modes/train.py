@@ -138,7 +138,7 @@ def train(
     from glimmer_jax.data.evaluation import Evaluation
     from glimmer_jax.metrics import qa
 
-    retrieved_tasks.use(data_dir, min_bleu_score, vocabulary)
+    retrieved_tasks.configure(data_dir, min_bleu_score, vocabulary)
     pipeline.import_tasks(mixture_or_task_module)
     counts = pipeline.check_fit(
         mixture_or_task_name,

@@ -10,7 +10,6 @@ from benchmarks import codec_quality, fast_modes
 from benchmarks.questions import LENGTHS
 from glimmer_jax import shipped
 from glimmer_jax.corpus.passages_writer import write_passages
-from glimmer_jax.data import retrieved_tasks
 from glimmer_jax.pydocs.questions import TASKS
 from glimmer_jax.vocabulary import Vocabulary
 
@@ -19,8 +18,7 @@ COUNT = LENGTHS["passages"][0]
 
 
 @pytest.fixture
-def data(tmp_path, monkeypatch):
-    monkeypatch.setenv(retrieved_tasks.DATA_DIR_VARIABLE, "")
+def data(tmp_path):
     vocabulary = Vocabulary()
     records = [
         {

@@ -9,7 +9,7 @@ import pytest
 from glimmer_jax import main as command_line
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.corpus.passages_writer import write_passages
-from glimmer_jax.data.retrieved_tasks import read_split, use
+from glimmer_jax.data.retrieved_tasks import configure, read_split
 from glimmer_jax.modes.retrieve import retrieve
 from glimmer_jax.retrieval import bm25, corpus_check, dense, top_k
 from glimmer_jax.retrieval import retriever as retrievers
@@ -78,7 +78,7 @@ def settings(work, data_dir, **more):
 
 @pytest.mark.parametrize("retriever", ["bm25", "dense", "hybrid"])
 def test_files_have_passages_and_scores_and_training_sees_its_own(
-    work, tmp_path, retriever, capsys, monkeypatch
+    work, tmp_path, retriever, capsys
 ):
     report = retrieve(**settings(work, tmp_path, retriever=retriever))
     rows = [row for _, row in read_json_lines(tmp_path / "task-test.jsonl")]
@@ -97,9 +97,9 @@ def test_files_have_passages_and_scores_and_training_sees_its_own(
     assert "4/4" in shown and "questions/s" in shown
     assert "R@1" in shown and "KILT's R-precision" in shown and "Rprec" in shown
     # The files are what tasks read.
-    monkeypatch.setenv("GLIMMER_DATA_DIR", "")
-    use(tmp_path)
+    configure(tmp_path)
     read = read_split("task", "test").dataset().as_numpy_iterator()
+    configure()
     assert [one["passage_ids"][0] for one in read] == [54, 55, 56, 57]
 
 

@@ -170,12 +170,11 @@ def test_threads_may_fetch_the_same_file_at_once(tmp_path):
     assert not [path for path in found[0].parent.iterdir() if path.name != "a.txt"]
 
 
-def test_a_vocabulary_and_retrieved_files_may_lie_in_a_bucket(tmp_path, monkeypatch):
+def test_a_vocabulary_and_retrieved_files_may_lie_in_a_bucket(tmp_path):
     assert Vocabulary(f"file://{PYDOCS_MODEL}").fingerprint == Vocabulary().fingerprint
-    monkeypatch.setenv(retrieved_tasks.VOCABULARY_VARIABLE, f"file://{PYDOCS_MODEL}")
-    assert retrieved_tasks.vocabulary().fingerprint == Vocabulary().fingerprint
     (tmp_path / "nq-dev.jsonl").write_text("{}\n")
-    monkeypatch.setenv(retrieved_tasks.DATA_DIR_VARIABLE, f"file://{tmp_path}/")
+    retrieved_tasks.configure(f"file://{tmp_path}/")
     assert retrieved_tasks.retrieved_file("nq", "validation").read_text() == "{}\n"
     with pytest.raises(ValueError, match=r"DATA_DIR: there is no file file://.*nq-train\.jsonl"):
         retrieved_tasks.retrieved_file("nq", "train")
+    retrieved_tasks.configure()
