@@ -22,6 +22,7 @@ from glimmer_jax.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
+BUILT_IN = Vocabulary()
 # File names use dev, seqio uses validation.
 FILE_SPLITS = {"train": "train", "validation": "dev", "test": "test"}
 
@@ -32,7 +33,7 @@ class Settings:
 
     data_dir: str = "data/retrieved"
     min_bleu_score: float = preprocessors.MIN_BLEU  # threshold of KILT's `bleu_score`, 0 to 1
-    vocabulary: Vocabulary = Vocabulary()
+    vocabulary: Vocabulary = BUILT_IN
 
     def __post_init__(self) -> None:
         score = self.min_bleu_score
@@ -66,12 +67,11 @@ def configure(
       ValueError: the score is no number from 0 to 1.
     """
     global _settings
-    given = {
-        "data_dir": None if data_dir is None else str(data_dir),
-        "min_bleu_score": min_bleu_score,
-        "vocabulary": vocabulary,
-    }
-    _settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    _settings = Settings(
+        data_dir=Settings.data_dir if data_dir is None else str(data_dir),
+        min_bleu_score=Settings.min_bleu_score if min_bleu_score is None else min_bleu_score,
+        vocabulary=BUILT_IN if vocabulary is None else vocabulary,
+    )
 
 
 def retrieved_file(task: str, split: str) -> Path:
