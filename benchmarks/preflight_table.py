@@ -42,9 +42,9 @@ INFER: tuple[tuple[str, str, dict[str, Any]], ...] = (
 MODELS = {"train": ("fid", "glimmer"), "infer": ("glimmer",)}
 RUNS = {"train": "finetune", "infer": "infer"}
 HEAD = (
-    "| job | model | size | slice | chips | mesh | batch | fits | GiB per chip | of HBM | "
-    "TFLOP per step | peak bound | compiler's estimate |",
-    "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    "| job | model | size | slice | mesh | batch | fits | GiB per chip, of HBM | TFLOP per step "
+    "| peak bound | compiler's estimate |",
+    "|---|---|---|---|---|---|---|---|---|---|---|",
 )
 TEXT = """# Which job fits which slice
 
@@ -83,12 +83,10 @@ def row(job: str, model: str, size: str, report: dict[str, Any], settings: str) 
         model,
         size + settings,
         report["topology"],
-        report["chips"],
         mesh,
         report["batch_size"],
         "yes" if report["fits"] else "no",
-        f"{total / GIB:.1f}",
-        f"{total / hbm:.0%}",
+        f"{total / GIB:.1f}, {total / hbm:.0%}",
         f"{report['flops_per_step'] / 1e12:,.0f}",
         f"{report['compute_seconds']:.3f} s",
         f"{estimate:.3f} s, {use:.0%}" if estimate else "",
