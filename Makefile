@@ -14,8 +14,8 @@ help:
 	@echo "make quickstart   train, build memory, evaluate and answer on the built-in corpus (minutes)"
 	@echo "make test         the default tests"
 	@echo "make lint         ruff, mypy and the other pre-commit hooks over all files"
-	@echo "make format       let ruff rewrite what it can"
-	@echo "make env          only the environment, in $(VENV); PYTHON=... chooses the interpreter"
+	@echo "make format       reformat with ruff and apply its automatic fixes"
+	@echo "make env          create only the environment, in $(VENV); PYTHON=... chooses the interpreter"
 
 env: $(STAMP)
 
