@@ -51,7 +51,7 @@ LANGUAGES = {"sh", "python", "text", "json", "dockerfile"}
 # What a block may need beyond the checkout, its environment and the built-in corpus.
 NEEDS = {
     *("beam", "checkpoint", "data", "docker", "download", "encoder", "gcloud", "gpu", "kilt"),
-    *("kubernetes", "libtpu", "slurm", "t5x", "terminal", "xmanager"),
+    *("kubernetes", "libtpu", "slurm", "t5x", "terminal", "torch", "xmanager"),
 }
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
