@@ -14,10 +14,11 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from etils import epath
 
-from glimmer_jax.corpus.files import Span, make_spans
+from glimmer_jax.corpus.files import make_spans
 from glimmer_jax.corpus.reading import Reading, span_passages
 from glimmer_jax.corpus.report import Report, merge
 from glimmer_jax.storage.json_lines import dump_line
+from glimmer_jax.storage.lines import Span
 
 # Number of the span, and of the line in it.
 Place = tuple[int, int]

@@ -1,45 +1,41 @@
-"""Corpus files by name, pattern or `gs://` path, and the spans that they are read in.
+"""Corpus files by name, pattern or `gs://` path, and the spans in which they are read.
 
-Access is etils' `epath`, as for checkpoints: a bucket needs what epath needs for it (tensorflow or
-gcsfs). Patterns may use `*`, `?` and `[…]` in any part of a path.
+Access goes through etils' `epath`, as for checkpoints: a bucket needs what epath needs for it
+(tensorflow or gcsfs). Patterns may use `*`, `?` and `[…]` in any part of a path.
 """
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 from etils import epath
 
+from glimmer_jax.storage.lines import GZIP, PARQUET, Span, check_encoding, is_regular_file
+
 SPAN_BYTES = 64 * 2**20
-GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
-UTF8_MARK = b"\xef\xbb\xbf"
-_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-_WILD = re.compile(r"[*?\[]")
+_WILDCARD = re.compile(r"[*?\[]")
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\..*)?")
 
 
-class Span(NamedTuple):
-    """The lines that begin in bytes [start, end) of a file; up to its end for None."""
-
-    path: str
-    start: int = 0
-    end: int | None = None
-
-
 def find_files(pattern: str) -> list[str]:
-    """Paths that match, sorted; a name without wildcards is one file.
+    """Matching paths, sorted; a name without wildcards is one file.
 
-    Raises ValueError where nothing matches, and where shards `…-00003-of-00008…` have gaps.
+    Raises:
+      ValueError: nothing matches, a match is a pipe, socket or device, or shards
+        `…-00003-of-00008…` have gaps.
     """
-    if epath.Path(pattern).is_file():
+    if is_regular_file(pattern):
         return [pattern]
-    if not _WILD.search(pattern):
-        raise ValueError(f"CORPUS: there is no file {pattern}. Check the path.")
+    if not _WILDCARD.search(pattern):
+        kind = "is not a regular file" if epath.Path(pattern).exists() else "does not exist"
+        raise ValueError(f"CORPUS: {pattern} {kind}. Give a file or a pattern of files.")
     parts = pattern.split("/")
-    first = next(place for place, part in enumerate(parts) if _WILD.search(part))
+    first = next(index for index, part in enumerate(parts) if _WILDCARD.search(part))
     root = "/".join(parts[:first]) + ("/" if first else "")
-    found = epath.Path(root or ".").glob("/".join(parts[first:]))
-    paths = sorted(str(path) for path in found if path.is_file())
+    matches = sorted(epath.Path(root or ".").glob("/".join(parts[first:])), key=str)
+    paths = [str(path) for path in matches if not path.is_dir()]
+    for path in paths:
+        if not is_regular_file(path):
+            raise ValueError(f"CORPUS: {path} is not a regular file. Narrow the pattern.")
     if not paths:
         raise ValueError(f"CORPUS: no file matches {pattern}. Check the pattern.")
     _check_shards(paths)
@@ -47,34 +43,23 @@ def find_files(pattern: str) -> list[str]:
 
 
 def _check_shards(paths: list[str]) -> None:
-    sets: dict[tuple[str, int, str], set[int]] = {}
+    shards: dict[tuple[str, int, str], set[int]] = {}
     for path in paths:
         if match := _SHARD.fullmatch(path):
             key = match[1], int(match[3]), match[4] or ""
-            sets.setdefault(key, set()).add(int(match[2]))
-    for (stem, count, ending), numbers in sets.items():
-        if missing := sorted(set(range(count)) - numbers):
+            shards.setdefault(key, set()).add(int(match[2]))
+    for (stem, count, suffix), numbers in shards.items():
+        missing = count - len(numbers)
+        if missing > 0:
+            first = next(number for number in range(count) if number not in numbers)
             raise ValueError(
-                f"{len(missing)} of {count} shards are missing, the first is "
-                f"{stem}-{missing[0]:05d}-of-{count:05d}{ending}. Copy or write the corpus again."
+                f"CORPUS: {missing} of {count} shards are missing, the first is "
+                f"{stem}-{first:05d}-of-{count:05d}{suffix}. Copy or write the corpus again."
             )
 
 
-def check_encoding(path: str) -> bytes:
-    """The first bytes of a file. Raises ValueError where they are UTF-16's or another packer's."""
-    with epath.Path(path).open("rb") as file:
-        head = file.read(64)
-    known = head.startswith((GZIP, PARQUET))
-    if head.startswith(_UTF16_MARKS) or (b"\0" in head and not known):
-        raise ValueError(
-            f"{path} is neither UTF-8 nor gzip: it begins as UTF-16 or a packed file does. Convert it, "
-            "for instance with iconv -f UTF-16 -t UTF-8, or unpack it."
-        )
-    return head
-
-
 def make_spans(paths: Iterable[str], span_bytes: int = SPAN_BYTES) -> Iterator[Span]:
-    """Spans of about `span_bytes`, in order; files that cannot be entered midway are one span.
+    """Spans of about `span_bytes`, in order; a gzip or Parquet file is a single span.
 
     Raises ValueError as `check_encoding`.
     """

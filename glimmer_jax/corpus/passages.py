@@ -1,15 +1,18 @@
-"""Passages: the corpus tokenised once, a folder of flat arrays read by external id.
+"""Passages: the tokenised corpus, a folder of flat arrays read by row.
 
-    manifest.json        written last: versions, counts, fingerprints, sizes and checksums
+    manifest.json        written last, see `manifest`
     tokens.npy           uint16 or int32, all passages end to end, end tokens included
     offsets.npy          int64 [n + 1], where each passage's tokens start
-    ids.npy              int64 [n], external ids
-    passages.jsonl       the records, one a line, in the same order
+    ids.npy              int64 [n], numbers of the external ids, see `ids`
+    passages.jsonl       the records, one per line, in the same order
     text_offsets.npy     int64 [n + 1], where each line starts
 
-The folder appears whole or not at all. Files and examples carry external ids; `rows` turns them into
-rows of this version. One text format serves memory, training and inference alike, so that a passage
-is the same tokens everywhere (GLIMMER, arXiv 2306.10231, section 3).
+Files and examples carry external ids, batches carry numbers, and `rows` maps numbers to rows of this
+folder. One text format serves memory, training and inference, so that a passage has the same tokens
+everywhere (GLIMMER, arXiv 2306.10231, section 3).
+
+Every byte is compared with a checksum before it is used (`checked_file`), and every value with the range
+that the manifest gives.
 """
 
 import fcntl
@@ -17,26 +20,32 @@ import functools
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from glimmer_jax.corpus.checked_file import CheckedArray, CheckedFile
+from glimmer_jax.corpus.ids import id_number
+from glimmer_jax.corpus.manifest import FILES, MANIFEST, read_manifest, token_dtype
 from glimmer_jax.storage import local_copy
 from glimmer_jax.storage.json_lines import parse_line
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
-ASIDE = "-old"
-MANIFEST = "manifest.json"
-FILES = ("tokens.npy", "offsets.npy", "ids.npy", "passages.jsonl", "text_offsets.npy")
+BACKUP_SUFFIX = "-old"
+_INT64 = np.dtype("<i8")
+_RECORDS_AT_ONCE = 1024
 
 
-def claim(folder: Path) -> int | None:
-    """A descriptor that keeps others off the folder until it is closed; None if another has it."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def try_lock(folder: Path) -> int | None:
+    """A descriptor that locks a folder until it is closed; None where another process has the lock."""
+    try:
+        # Anything but a folder, such as a pipe, fails at once instead of blocking.
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except NotADirectoryError:
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -45,87 +54,70 @@ def claim(folder: Path) -> int | None:
     return descriptor
 
 
-def put_back(target: Path) -> None:
-    """Gives a folder its name again that a killed writer had moved aside, and not yet replaced."""
+def restore_backup(target: Path) -> None:
+    """Renames the backup of a folder back, where a writer was killed before replacing the folder."""
     if target.exists() or not target.parent.is_dir():
         return
-    for aside in sorted(target.parent.glob(f".{target.name}.writing-*{ASIDE}")):
-        if not (aside / MANIFEST).is_file():
+    for backup in sorted(target.parent.glob(f".{target.name}.writing-*{BACKUP_SUFFIX}")):
+        if not (backup / MANIFEST).is_file():
             continue
-        working = aside.with_name(aside.name.removesuffix(ASIDE))
-        held = claim(working) if working.exists() else -1
-        if held is None:
-            return  # its writer lives, and is about to put the new folder there
-        os.replace(aside, target)
-        if held >= 0:
-            os.close(held)
+        working = backup.with_name(backup.name.removesuffix(BACKUP_SUFFIX))
+        lock = try_lock(working) if working.exists() else -1
+        if lock is None:
+            return  # The writer is running and about to rename the new folder.
+        os.replace(backup, target)
+        if lock >= 0:
+            os.close(lock)
         return
-
-
-def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Passages:
-    """A passages folder, opened for reading; arrays are memory-mapped."""
+    """A passages folder, opened for reading; all but the ids stays on disk.
+
+    Attributes:
+      path: the folder on this disk.
+      place: the folder as it was given, possibly a bucket's URL.
+      manifest: see `manifest`.
+      ids: int64 [n], numbers of the external ids.
+    """
 
     def __init__(self, path: Path, manifest: Mapping[str, Any], place: str) -> None:
         self.path = path
-        self.place = place  # as it was given: a bucket's URL, where `path` is its copy
+        self.place = place
         self.manifest = manifest
-        self.ids: np.ndarray = np.load(path / "ids.npy")
-        self._tokens = np.load(path / "tokens.npy", mmap_mode="r")
-        self._offsets = np.load(path / "offsets.npy", mmap_mode="r")
-        self._text_offsets = np.load(path / "text_offsets.npy", mmap_mode="r")
+        self._files = {
+            name: CheckedFile(path / name, manifest["files"][name]["blocks"]) for name in FILES
+        }
+        count = manifest["num_passages"]
+        self._num_tokens = manifest["num_tokens"]
+        dtype = token_dtype(manifest["vocab_size"])
+        self._tokens = CheckedArray(self._files["tokens.npy"], dtype, self._num_tokens)
+        self._offsets = CheckedArray(self._files["offsets.npy"], _INT64, count + 1)
+        self._text_offsets = CheckedArray(self._files["text_offsets.npy"], _INT64, count + 1)
+        ids = CheckedArray(self._files["ids.npy"], _INT64, count)
+        self.ids: np.ndarray = ids.slice(0, count).astype(np.int64)
 
     @classmethod
     def open(cls, path: str | Path, fingerprint: str | None = None) -> "Passages":
-        """Opens a folder after cheap checks: version, sizes, and the vocabulary if given.
+        """Opens a folder; one in a bucket is copied to this disk first.
 
-        One in a bucket is copied to this disk first (`fetch`).
+        Args:
+          path: local, or a bucket's URL.
+          fingerprint: of the vocabulary; None skips the comparison.
 
-        Raises ValueError where the folder is missing, unfinished or damaged, of another format, or
-        made with another vocabulary.
+        Raises:
+          ValueError: the folder is missing, unfinished, damaged, of another format, or was tokenised
+            with another vocabulary.
         """
         folder = local_copy.fetch_folder("PASSAGES_DIR", path, MANIFEST, FILES)
-        put_back(folder)
-        if not folder.is_dir():
+        restore_backup(folder)
+        manifest = read_manifest(folder)
+        vocabulary = manifest["vocabulary_fingerprint"]
+        if fingerprint is not None and fingerprint != vocabulary:
             raise ValueError(
-                f"No passages folder {path}. Write one with --run_mode=passages, or check the path."
-            )
-        if not (folder / MANIFEST).is_file():
-            raise ValueError(
-                f"{path} has no {MANIFEST}: it is not a passages folder. Write one with "
-                "--run_mode=passages."
-            )
-        try:
-            manifest = parse_line((folder / MANIFEST).read_bytes(), str(folder / MANIFEST))
-            version, files = manifest["format_version"], manifest["files"]
-            made_with = manifest["vocabulary_fingerprint"]
-        except KeyError as error:
-            raise ValueError(
-                f"{folder / MANIFEST} lacks {error}. Write the passages again."
-            ) from None
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"{path} has format version {version}, this program reads {FORMAT_VERSION}. Write "
-                "the passages again with this version."
-            )
-        for name in FILES:
-            wanted = files[name]["bytes"]
-            got = (folder / name).stat().st_size if (folder / name).is_file() else None
-            if got != wanted:
-                found = "no such file" if got is None else f"{got} bytes"
-                raise ValueError(
-                    f"{folder / name}: wanted {wanted} bytes, got {found}. Copy the folder again "
-                    "or write it again."
-                )
-        if fingerprint is not None and fingerprint != made_with:
-            raise ValueError(
-                f"{path} was tokenised with vocabulary {made_with}, the model's is {fingerprint}. "
-                "Write the passages with the model's vocabulary, or load the matching model."
+                f"PASSAGES_DIR: {path} was tokenised with vocabulary {vocabulary}, the model's is "
+                f"{fingerprint}. Rerun --run_mode=passages with the model's VOCABULARY, or load the "
+                "matching model."
             )
         return cls(folder, manifest, os.fspath(path))
 
@@ -142,17 +134,26 @@ class Passages:
         """Fingerprint of the vocabulary."""
         return str(self.manifest["vocabulary_fingerprint"])
 
+    @property
+    def have_pages(self) -> bool:
+        """Whether every passage names its page."""
+        return bool(self.manifest["num_pages"] == len(self))
+
     def verify(self) -> None:
-        """Reads every file and compares checksums. Raises ValueError naming the damaged one."""
-        size = sum(wanted["bytes"] for wanted in self.manifest["files"].values())
-        logger.info("reading %s once against its checksums, %.3f GB", self.path, size / 1e9)
-        for name, wanted in self.manifest["files"].items():
-            got = sha256(self.path / name)
-            if got != wanted["sha256"]:
+        """Reads every file and compares checksums and values. Raises ValueError naming the damage."""
+        size = sum(entry["bytes"] for entry in self.manifest["files"].values())
+        logger.info("verifying the checksums of %s, %.3f GB", self.path, size / 1e9)
+        for name, entry in self.manifest["files"].items():
+            with (self.path / name).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != entry["sha256"]:
                 raise ValueError(
-                    f"{self.path / name} is damaged: wanted sha256 {wanted['sha256']}, got {got}. "
-                    "Copy the folder again or write it again."
+                    f"{self.path / name} is damaged: expected sha256 {entry['sha256']}, got {digest}. "
+                    "Copy the folder again, or rerun --run_mode=passages."
                 )
+        for start in range(0, len(self), 2**20):
+            self.lengths(np.arange(start, min(start + 2**20, len(self))))
+        self._sorted_ids  # noqa: B018
 
     @functools.cached_property
     def _order(self) -> np.ndarray:
@@ -160,68 +161,103 @@ class Passages:
 
     @functools.cached_property
     def _sorted_ids(self) -> np.ndarray:
-        return self.ids[self._order]
+        ids = self.ids[self._order]
+        if ids[0] < 0 or (ids[1:] == ids[:-1]).any():
+            raise ValueError(
+                f"{self.path / 'ids.npy'}: ids must be distinct and not negative. Rerun "
+                "--run_mode=passages."
+            )
+        return ids
 
-    def rows(self, ids: Any) -> np.ndarray:
-        """External ids, any shape -> int32 rows of the same shape; -1 (no passage) stays -1.
+    def rows(self, numbers: Any) -> np.ndarray:
+        """Numbers of ids, any shape -> int32 rows of the same shape; -1 (no passage) stays -1.
 
         Raises ValueError naming the ids that are not in this folder.
         """
-        wanted = np.asarray(ids, np.int64)
-        places = np.minimum(np.searchsorted(self._sorted_ids, wanted), len(self) - 1)
-        absent = wanted == -1
-        unknown = (self._sorted_ids[places] != wanted) & ~absent
+        return self._rows(np.asarray(numbers, np.int64), numbers)
+
+    def rows_of(self, external_ids: Sequence[int | str]) -> np.ndarray:
+        """External ids -> int32 rows [n]. Raises ValueError naming the ids not in this folder."""
+        numbers = np.array([id_number(name) for name in external_ids], np.int64)
+        return self._rows(numbers, external_ids)
+
+    def _rows(self, numbers: np.ndarray, names: Any) -> np.ndarray:
+        places = np.minimum(np.searchsorted(self._sorted_ids, numbers), len(self) - 1)
+        absent = numbers == -1
+        unknown = (self._sorted_ids[places] != numbers) & ~absent
         if unknown.any():
-            some = np.unique(wanted[unknown])
-            shown = ", ".join(str(one) for one in some[:5]) + (", …" if len(some) > 5 else "")
+            missing = sorted({str(name) for name in np.array(names, object)[unknown]})
+            shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
             raise ValueError(
-                f"{len(some)} passage ids are not in {self.path}: {shown}. The examples were "
-                "retrieved from another corpus: retrieve again from this one."
+                f"{len(missing)} passage ids are not in {self.path}: {shown}. The examples were "
+                "retrieved from another corpus: rerun --run_mode=retrieve with this one."
             )
         return np.where(absent, -1, self._order[places]).astype(np.int32)
 
+    def _spans(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """First token and number of tokens, 0 for row -1, of rows of any shape."""
+        first = np.maximum(rows, 0)
+        starts, stops = self._offsets.take(first), self._offsets.take(first + 1)
+        counts = stops - starts
+        if ((counts < 1) | (counts > self.max_length) | (starts < 0)).any() or (
+            stops > self._num_tokens
+        ).any():
+            raise ValueError(
+                f"{self.path / 'offsets.npy'}: passages must have 1 to {self.max_length} tokens, one "
+                "after another. Rerun --run_mode=passages."
+            )
+        return starts, np.where(rows < 0, 0, counts)
+
     def lengths(self, rows: Any) -> np.ndarray:
         """Rows, any shape -> int32 numbers of tokens of the same shape, 0 for row -1."""
-        rows = np.asarray(rows, np.int64)
-        spans = self._offsets[np.maximum(rows, 0) + 1] - self._offsets[np.maximum(rows, 0)]
-        return np.where(rows < 0, 0, spans).astype(np.int32)
+        return self._spans(np.asarray(rows, np.int64))[1].astype(np.int32)
 
     def warn_of_cuts(self, length: int) -> None:
-        """Logs how many passages `tokens` would cut at `length`, if it is any."""
-        count = int((np.diff(self._offsets) > length).sum())
+        """Logs how many passages `tokens` would truncate at `length`, if any."""
+        offsets = self._offsets.slice(0, len(self) + 1)
+        count = int((np.diff(offsets) > length).sum())
         if count:
             logger.warning(
-                "%d of %d passages of %s are longer than %d tokens and are cut.",
+                "%d of %d passages of %s are longer than %d tokens and are truncated.",
                 count, len(self), self.path, length,
             )  # fmt: skip
 
     def tokens(self, rows: Any, length: int) -> np.ndarray:
         """Rows [...] -> int32 tokens [..., length], left-aligned, 0 beyond; all 0 for row -1.
 
-        Longer passages are cut at `length`, and lose their end token with the rest.
+        Longer passages are truncated at `length`, and lose their end token with the rest.
         """
         rows = np.asarray(rows, np.int64)
-        found = np.zeros((rows.size, length), np.int32)
-        lengths = np.minimum(self.lengths(rows.ravel()), length)
-        for place, (row, count) in enumerate(zip(rows.ravel(), lengths, strict=True)):
-            start = self._offsets[max(row, 0)]
-            found[place, :count] = self._tokens[start : start + count]
-        return found.reshape(*rows.shape, length)
+        tokens = np.zeros((rows.size, length), np.int32)
+        starts, counts = self._spans(rows.ravel())
+        counts = np.minimum(counts, length)
+        for index, (start, count) in enumerate(zip(starts.tolist(), counts.tolist(), strict=True)):
+            tokens[index, :count] = self._tokens.slice(start, start + count)
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.manifest["vocab_size"]:
+            raise ValueError(
+                f"{self.path / 'tokens.npy'}: token ids must be below "
+                f"{self.manifest['vocab_size']}, the vocabulary's size. Rerun --run_mode=passages."
+            )
+        return tokens.reshape(*rows.shape, length)
 
     def text(self, row: int) -> dict[str, Any]:
-        """The record of one row. Raises ValueError for a row that is not there."""
+        """The record of one row. Raises ValueError for a row out of range."""
         if not 0 <= row < len(self):
-            raise ValueError(f"Rows of {self.path} go from 0 to {len(self) - 1}, got {row}.")
-        with (self.path / "passages.jsonl").open("rb") as file:
-            file.seek(int(self._text_offsets[row]))
-            line = file.read(int(self._text_offsets[row + 1] - self._text_offsets[row]))
-        return parse_line(line, f"{self.path / 'passages.jsonl'}, row {row}")
+            raise ValueError(f"Rows of {self.path} are 0 to {len(self) - 1}, got {row}.")
+        return next(self.records(row, row + 1))
 
     def records(self, start: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
         """The records of rows [start, stop), by default of all, in order."""
-        path = self.path / "passages.jsonl"
-        rows = range(start, len(self) if stop is None else stop)
-        with path.open("rb") as file:
-            file.seek(int(self._text_offsets[start]))
-            for row in rows:
-                yield parse_line(file.readline(), f"{path}, row {row}")
+        path, file = self.path / "passages.jsonl", self._files["passages.jsonl"]
+        stop = len(self) if stop is None else stop
+        for first in range(start, stop, _RECORDS_AT_ONCE):
+            last = min(first + _RECORDS_AT_ONCE, stop)
+            offsets = self._text_offsets.slice(first, last + 1)
+            if offsets[0] < 0 or offsets[-1] > len(file.bytes) or (np.diff(offsets) < 1).any():
+                raise ValueError(
+                    f"{self.path / 'text_offsets.npy'}: offsets must increase from 0 to the size of "
+                    "passages.jsonl. Rerun --run_mode=passages."
+                )
+            for row in range(first, last):
+                begin, end = offsets[row - first : row - first + 2].tolist()
+                yield parse_line(file.read(begin, end).tobytes(), f"{path}, row {row}")

@@ -1,7 +1,6 @@
-"""Writes a passages folder (`passages`): whole or not at all, on disk before it has its name."""
+"""Writes a passages folder (`passages`) atomically: complete and on disk before it gets its name."""
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,28 +9,28 @@ from typing import Any
 
 import numpy as np
 
-from glimmer_jax.corpus.passages import (
-    ASIDE,
+from glimmer_jax.corpus.checked_file import NPY_HEADER_BYTES, file_checksums, npy_header
+from glimmer_jax.corpus.ids import id_number
+from glimmer_jax.corpus.manifest import (
     FILES,
     FORMAT_VERSION,
     MANIFEST,
-    claim,
-    put_back,
-    sha256,
+    token_dtype,
+    write_manifest,
 )
+from glimmer_jax.corpus.passages import BACKUP_SUFFIX, restore_backup, try_lock
 from glimmer_jax.storage.folder import local
-from glimmer_jax.storage.json_lines import dump_line
-from glimmer_jax.vocabulary import passage_text
+from glimmer_jax.storage.json_lines import dump_line, parse_line
+from glimmer_jax.vocabulary import EOS_ID, passage_text
 
-EOS_ID = 1
-_NPY_HEADER = 128
+_INT64 = np.dtype("<i8")
 
 
 def check_absent(path: str | Path, overwrite: bool) -> None:
-    """Raises ValueError where a folder is there already and may not be replaced."""
+    """Raises ValueError where a folder exists and may not be replaced."""
     if Path(path).exists() and not overwrite:
         raise ValueError(
-            f"{path} exists already. Remove it, write elsewhere, or allow it to be overwritten."
+            f"{path} exists already. Remove it, write elsewhere, or set OVERWRITE=True."
         )
 
 
@@ -44,39 +43,43 @@ def write_passages(
     *,
     vocab_size: int,
     eos_id: int = EOS_ID,
+    unk_id: int | None = None,
     source: str = "",
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Writes a passages folder; returns its manifest.
 
     Args:
-      path: folder to make.
+      path: the folder to create.
       records: `{"id", "title", "text", …}`, in the order of the rows; further fields are kept.
       encode: text to token ids, without end token.
       fingerprint: of the vocabulary behind `encode`.
-      max_length: most tokens a passage keeps, the end token included.
-      vocab_size: above every token id; up to 65,536 tokens are stored in two bytes.
+      max_length: most tokens that a passage keeps, the end token included.
+      vocab_size: above every token id.
       eos_id: the end token.
-      source: where the corpus comes from, for people.
-      overwrite: whether a folder already there may be replaced.
+      unk_id: the unknown token, to be counted; None counts none.
+      source: name of the corpus, for people.
+      overwrite: replace an existing folder.
 
     Raises:
-      ValueError: the folder exists, an id is given twice, a token id does not fit `vocab_size`,
-        there is no passage, or `max_length` is below 2.
+      ValueError: the folder exists, an id occurs twice, two ids have one number, a token id is out of
+        range, there is no passage, or `max_length` is below 2.
     """
     target = local("PASSAGES_DIR", path)
     if max_length < 2:
-        raise ValueError(f"max_length must be 2 or more, a token and the end, got {max_length}.")
-    put_back(target)
+        raise ValueError(
+            f"MAX_PASSAGE_TOKENS must be at least 2, a token and the end token, got {max_length}."
+        )
+    restore_backup(target)
     check_absent(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     working = target.parent / f".{target.name}.writing-{os.getpid()}"
     shutil.rmtree(working, ignore_errors=True)
     working.mkdir()
-    alive = claim(working)
+    lock = try_lock(working)
     try:
-        dtype = np.dtype(np.uint16 if vocab_size <= 65536 else np.int32)
-        counts = _write_arrays(working, records, encode, max_length, vocab_size, eos_id, dtype)
+        counts = _write_arrays(working, records, encode, max_length, vocab_size, eos_id, unk_id)
+        _check_ids(working)
         manifest = {
             "format_version": FORMAT_VERSION,
             **counts,
@@ -85,14 +88,10 @@ def write_passages(
             "vocab_size": vocab_size,
             "eos_id": eos_id,
             "source": source,
-            "files": {
-                name: {"bytes": (working / name).stat().st_size, "sha256": sha256(working / name)}
-                for name in FILES
-            },
+            "files": {name: file_checksums(working / name) for name in FILES},
         }
-        with (working / MANIFEST).open("w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=2)
-        # On disk before the folder has its name, or a power cut could leave the name without the bytes.
+        manifest = write_manifest(working, manifest)
+        # Synced before the rename: a power cut must not leave the name without the bytes.
         for part in (*FILES, MANIFEST, "."):
             _sync(working / part)
         _move_into_place(working, target)
@@ -100,13 +99,13 @@ def write_passages(
         shutil.rmtree(working, ignore_errors=True)
         raise
     finally:
-        if alive is not None:
-            os.close(alive)
-    # Now that the new folder is in its place, what killed writers left is of no use.
-    for left in target.parent.glob(f".{target.name}.writing-*"):
-        if (held := claim(left)) is not None:
-            shutil.rmtree(left, ignore_errors=True)
-            os.close(held)
+        if lock is not None:
+            os.close(lock)
+    # The new folder is in place, so what killed writers left behind is useless.
+    for stale in target.parent.glob(f".{target.name}.writing-*"):
+        if (stale_lock := try_lock(stale)) is not None:
+            shutil.rmtree(stale, ignore_errors=True)
+            os.close(stale_lock)
     return manifest
 
 
@@ -117,59 +116,81 @@ def _write_arrays(
     max_length: int,
     vocab_size: int,
     eos_id: int,
-    dtype: np.dtype,
+    unk_id: int | None,
 ) -> dict[str, int]:
-    truncated = 0
+    """Writes all files but the manifest; returns its counts."""
+    truncated = unknown = pages = text_bytes = 0
     with contextlib.ExitStack() as stack:
-        tokens_file = stack.enter_context(_Npy(folder / "tokens.npy", dtype))
+        tokens_file = stack.enter_context(
+            _NpyWriter(folder / "tokens.npy", token_dtype(vocab_size))
+        )
         ids, offsets, text_offsets = (
-            stack.enter_context(_Npy(folder / f"{name}.npy", np.dtype(np.int64)))
+            stack.enter_context(_NpyWriter(folder / f"{name}.npy", _INT64))
             for name in ("ids", "offsets", "text_offsets")
         )
         lines_file = stack.enter_context((folder / "passages.jsonl").open("wb"))
-        num_bytes = 0
         offsets.append([0])
         text_offsets.append([0])
         for record in records:
             tokens = list(encode(passage_text(record["title"], record["text"])))
             if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
                 raise ValueError(
-                    f"Passage {record['id']} has a token id outside 0..{vocab_size - 1}. Give "
+                    f"Passage {record['id']!r} has a token id outside 0..{vocab_size - 1}. Give the "
                     "vocab_size of the vocabulary that encodes."
                 )
             truncated += len(tokens) >= max_length
+            unknown += 0 if unk_id is None else tokens.count(unk_id)
+            pages += "page" in record
             tokens_file.append([*tokens[: max_length - 1], eos_id])
             line = dump_line(dict(record)).encode("utf-8")
             lines_file.write(line)
-            num_bytes += len(line)
-            ids.append([record["id"]])
+            text_bytes += len(line)
+            ids.append([id_number(record["id"])])
             offsets.append([tokens_file.length])
-            text_offsets.append([num_bytes])
+            text_offsets.append([text_bytes])
     if not ids.length:
-        raise ValueError("The corpus has no passage. Check the file it was read from.")
-    every = np.load(folder / "ids.npy")
-    every.sort()
-    twice = every[1:][every[1:] == every[:-1]]
-    if len(twice):
-        raise ValueError(f"Passage id {twice[0]} is given twice. External ids must be unique.")
+        raise ValueError("CORPUS has no passage. Check the file that was read.")
     return {
         "num_passages": ids.length,
         "num_tokens": tokens_file.length,
         "num_truncated": truncated,
+        "num_unknown": unknown,
+        "num_pages": pages,
     }
 
 
-class _Npy:
-    """A .npy file of one dimension that grows on disk: corpora are larger than memory."""
+def _check_ids(folder: Path) -> None:
+    """Raises ValueError for two passages with one id, and for two ids with one number."""
+    ids = np.load(folder / "ids.npy")
+    ids.sort()
+    repeated = ids[1:][ids[1:] == ids[:-1]]
+    if not repeated.size:
+        return
+    ids = np.load(folder / "ids.npy")
+    text_offsets = np.load(folder / "text_offsets.npy", mmap_mode="r")
+    names = []
+    for row in np.flatnonzero(ids == repeated[0])[:2].tolist():
+        with (folder / "passages.jsonl").open("rb") as file:
+            file.seek(int(text_offsets[row]))
+            names.append(parse_line(file.readline(), f"row {row}")["id"])
+    if str(names[0]) == str(names[1]):
+        raise ValueError(f"CORPUS: passage id {names[0]!r} occurs twice. Ids must be unique.")
+    raise ValueError(
+        f"CORPUS: passage ids {names[0]!r} and {names[1]!r} have the same 63-bit number. Rename one."
+    )
+
+
+class _NpyWriter:
+    """A .npy file of one dimension that is appended to: corpora are larger than memory."""
 
     def __init__(self, path: Path, dtype: np.dtype) -> None:
         self.length = 0
         self._file = path.open("wb")
         self._dtype = dtype
-        # Room for the header, which tells the length.
-        self._file.write(b"\0" * _NPY_HEADER)
+        # The header holds the length, so it is written at the end.
+        self._file.write(b"\0" * NPY_HEADER_BYTES)
 
-    def __enter__(self) -> "_Npy":
+    def __enter__(self) -> "_NpyWriter":
         return self
 
     def append(self, values: Sequence[int]) -> None:
@@ -177,17 +198,13 @@ class _Npy:
         self._file.write(np.array(values, self._dtype).tobytes())
 
     def __exit__(self, *error: object) -> None:
-        fields = (
-            f"{{'descr': '{self._dtype.str}', 'fortran_order': False, 'shape': ({self.length},), }}"
-        )
-        text = fields.ljust(_NPY_HEADER - 11).encode() + b"\n"
         self._file.seek(0)
-        self._file.write(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
+        self._file.write(npy_header(self._dtype, self.length))
         self._file.close()
 
 
 def _sync(path: Path) -> None:
-    """What was written to a file, or the names in a folder, is on disk when this returns."""
+    """Returns when a file's bytes, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -196,10 +213,10 @@ def _sync(path: Path) -> None:
 
 
 def _move_into_place(working: Path, target: Path) -> None:
-    aside = working.with_name(working.name + ASIDE)
+    backup = working.with_name(working.name + BACKUP_SUFFIX)
     if target.exists():
-        # Killed before the next line, the old folder has lost its name: see `put_back`.
-        os.replace(target, aside)
+        # If the writer is killed before the next line, `restore_backup` renames it back.
+        os.replace(target, backup)
     os.replace(working, target)
     _sync(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(backup, ignore_errors=True)

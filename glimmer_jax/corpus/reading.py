@@ -1,16 +1,15 @@
-"""Corpus files to passages, line after line in one process; `beam` does the same in many."""
+"""Corpus files to passages, line by line in one process; `beam` does the same in many."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from glimmer_jax.corpus import formats, lines
-from glimmer_jax.corpus.files import Span
-from glimmer_jax.corpus.parquet import read_rows
+from glimmer_jax.corpus import formats
 from glimmer_jax.corpus.progress import Progress
 from glimmer_jax.corpus.report import Problem, Report
-from glimmer_jax.corpus.seen import Seen
 from glimmer_jax.kilt.examples import Policy
+from glimmer_jax.storage import lines
+from glimmer_jax.storage.lines import Span
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +18,8 @@ class Reading:
 
     Attributes:
       format: one of `formats.FORMATS`.
-      words: most words of a passage; None leaves passages as they are, pages need a number.
-      policy: what to do with bad lines, of the same id as an earlier one too.
+      words: most words per passage; None keeps passages as they are, pages require a number.
+      policy: what to do with invalid lines and repeated ids.
     """
 
     format: str = "passages"
@@ -33,9 +32,11 @@ class Reading:
                 f"CORPUS_FORMAT must be one of {formats.FORMATS}, got {self.format!r}."
             )
         if self.words is not None and self.words < 2:
-            raise ValueError(f"PASSAGE_WORDS must be 2 or more, got {self.words}.")
+            raise ValueError(f"PASSAGE_WORDS must be at least 2, got {self.words}.")
         if self.format == "kilt" and self.words is None:
-            raise ValueError("Pages must be cut: set PASSAGE_WORDS, for instance to 100 or 200.")
+            raise ValueError(
+                "PASSAGE_WORDS must be set to cut pages, for example to 100 or 200; got None."
+            )
 
 
 def read_passages(
@@ -43,20 +44,25 @@ def read_passages(
 ) -> Iterator[dict[str, Any]]:
     """Passages `{"id", "title", "text", …}` of corpus files, in order.
 
+    Keys of all documents are held in a set, about 80 bytes each: 2 GB for DPR's 21 million passages.
+
     Args:
       paths: files of one format, see `files.find_files`.
-      reading: how.
-      report: is filled as the passages are taken.
+      reading: format, length limit and policy.
+      report: updated as passages are read.
 
     Raises:
-      ValueError: naming file, line and byte, where a line is at fault and may not be skipped; or a
-        file is.
+      ValueError: an invalid line that may not be skipped, with file, line and byte; or an unreadable
+        file.
     """
     report = Report() if report is None else report
-    seen, progress = Seen(), Progress(paths, report)
+    keys: set[int] = set()
+    progress = Progress(paths, report)
 
     def is_repeated(number: int, key: int) -> bool:
-        return not seen.add(key)
+        size = len(keys)
+        keys.add(key)
+        return len(keys) == size
 
     for path in paths:
         yield from span_passages(Span(path), reading, report, is_repeated, progress.read)
@@ -73,29 +79,29 @@ def span_passages(
     """Passages of the lines of a span, up to the first problem that the policy does not allow.
 
     Args:
-      span: what to read.
-      reading: how.
-      report: is filled.
-      is_repeated: of line number and key, whether the document was given before.
-      on_read: is called with numbers of bytes.
+      span: part of a file.
+      reading: format, length limit and policy.
+      report: updated as passages are read.
+      is_repeated: takes line number and key; whether the document occurred before.
+      on_read: called with the number of bytes at each read.
 
-    Raises ValueError where the file as a whole cannot be read.
+    Raises ValueError where the file cannot be read.
     """
-    for number, offset, found in _documents(span, reading.format, on_read):
+    for number, offset, item in _documents(span, reading.format, on_read):
         report.lines += 1
-        if found is None:
+        if item is None:
             continue
-        if isinstance(found, formats.Document):
-            if not is_repeated(number, found.key):
-                made = formats.passages(reading.format, found.record, reading.words)
+        if isinstance(item, formats.Document):
+            if not is_repeated(number, item.key):
+                passages = formats.passages(reading.format, item.record, reading.words)
                 report.documents += 1
-                report.passages += len(made)
-                report.empty += not made
-                report.split += len(made) > 1 and reading.format != "kilt"
-                yield from made
+                report.passages += len(passages)
+                report.empty += not passages
+                report.split += len(passages) > 1 and reading.format != "kilt"
+                yield from passages
                 continue
-            found = f"{found.name} was given before. Leave one of them out."
-        report.add(Problem(span.path, number, offset, found), reading.policy)
+            item = f"{item.name} occurs more than once. Keep one."
+        report.add(Problem(span.path, number, offset, item), reading.policy)
         if report.stopped:
             return
 
@@ -103,20 +109,20 @@ def span_passages(
 def _documents(
     span: Span, format: str, on_read: Callable[[int], None]
 ) -> Iterator[tuple[int, int | None, formats.Document | str | None]]:
-    """(line, byte, document or what is wrong or None) of every line."""
+    """(line, byte, document or error message or None) of each line."""
     if format == "parquet":
-        for number, record in read_rows(span.path, on_read):
-            yield number, None, _or_problem(formats.document, record)
+        for number, record in formats.read_parquet(span.path, on_read):
+            yield number, None, _or_message(formats.document, record)
         return
     for line in lines.read_lines(span, on_read):
         if line.data is None:
-            problem = f"the line is longer than {lines.MAX_LINE} bytes. Break the page up."
-            yield line.number, line.offset, problem
+            message = f"the line is longer than {lines.MAX_LINE} bytes. Break the page up."
+            yield line.number, line.offset, message
         else:
-            yield line.number, line.offset, _or_problem(formats.parse, format, line.data)
+            yield line.number, line.offset, _or_message(formats.parse, format, line.data)
 
 
-def _or_problem(function: Callable[..., Any], *arguments: Any) -> Any:
+def _or_message(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except ValueError as error:

@@ -5,8 +5,8 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from glimmer_jax.corpus.files import Span
 from glimmer_jax.kilt.examples import Policy
+from glimmer_jax.storage.lines import Span
 
 NAMED = 5
 

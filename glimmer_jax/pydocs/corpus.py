@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from glimmer_jax.corpus.record import stable_hash
+from glimmer_jax.corpus.ids import stable_hash
 from glimmer_jax.pydocs.objects import Documented, documented_objects
 
 SPLITS = ("train", "dev", "test")

@@ -1,7 +1,6 @@
-"""JSON Lines read strictly and written plainly.
+"""JSON Lines, read strictly and written atomically.
 
-Files are read as bytes and split at `\\n` alone: other line separators of Unicode may stand inside a
-string. What Python's json takes silently is refused here: NaN and infinities, a key given twice, lone
+Values that Python's json accepts silently are rejected: NaN and infinities, repeated keys, lone
 surrogates. Every message names the file and the line.
 """
 
@@ -17,22 +16,31 @@ from typing import Any
 from etils import epath
 
 from glimmer_jax.storage.folder import in_bucket
+from glimmer_jax.storage.lines import MAX_LINE, Span, is_regular_file, read_lines
 
 
 def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number from 1, object) of each line that is not blank.
+    """Yields (line number from 1, object) of each line that is not blank, of a plain or gzip file.
 
     Raises ValueError with file and line where a line is not one JSON object in UTF-8, and where the
-    file is missing.
+    file is missing or cannot be read (`lines.read_lines`).
     """
-    try:
-        file = open(path, "rb")
-    except FileNotFoundError:
-        raise ValueError(f"No file {path}. Check the path, or write the file first.") from None
-    with file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, parse_line(line, f"{path}:{number}")
+    for line in read_lines(Span(regular_file(path))):
+        where = f"{path}:{line.number}"
+        if line.data is None:
+            raise ValueError(
+                f"{where}: the line is longer than {MAX_LINE} bytes. Split the record."
+            )
+        if line.data.strip():
+            yield line.number, parse_line(line.data, where)
+
+
+def regular_file(path: str | Path) -> str:
+    """The path. Raises ValueError where there is no file, or a pipe, socket or device that may block."""
+    if not is_regular_file(path):
+        kind = "is not a regular file" if epath.Path(path).exists() else "does not exist"
+        raise ValueError(f"No file: {path} {kind}. Check the path, or write the file first.")
+    return str(path)
 
 
 def parse_line(line: bytes, where: str) -> dict[str, Any]:
@@ -49,21 +57,21 @@ def parse_line(line: bytes, where: str) -> dict[str, Any]:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError(
-            f"{where}: a string holds half of a surrogate pair, which is no character. Repair the "
+            f"{where}: a string holds half of a surrogate pair, which is no character. Correct the "
             "program that wrote the line."
         ) from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: wanted UTF-8, got {error}. Re-encode the file.") from None
+        raise ValueError(f"{where}: expected UTF-8, got {error}. Re-encode the file.") from None
     except RecursionError:
         raise ValueError(f"{where}: nested too deeply to be read. Flatten the line.") from None
     except ValueError as error:
         raise ValueError(
-            f"{where}: not a JSON object: {error}. Each line must hold one complete object; a last "
-            "line cut short means that the file was not copied whole."
+            f"{where}: not a JSON object: {error}. Each line must hold one complete object; a truncated "
+            "last line means that the file was not copied completely."
         ) from None
     if not isinstance(value, dict):
         raise ValueError(
-            f"{where}: wanted a JSON object like {{...}}, got {type(value).__name__}. Each line "
+            f"{where}: expected a JSON object like {{...}}, got {type(value).__name__}. Each line "
             "must hold one object."
         )
     return value
@@ -74,7 +82,7 @@ def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} is given twice")
+        raise ValueError(f"the key {twice!r} occurs twice")
     return found
 
 
@@ -94,7 +102,7 @@ def dump_line(record: dict[str, Any]) -> str:
 
 
 def write_json_lines(path: str | Path, records: Iterable[dict[str, Any]]) -> int:
-    """Writes records, to a bucket too; returns their number. The file appears whole or not at all."""
+    """Writes records, to a bucket too; returns their number. The file appears complete or not at all."""
     target = epath.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # A bucket's object appears when it is complete: it is written here and then copied.

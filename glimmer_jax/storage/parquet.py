@@ -1,12 +1,25 @@
-"""Rows of Parquet files, a few at a time; columns that nobody asks for are not read."""
+"""Rows of Parquet files, read in batches; columns that are not requested are not read."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 
+from glimmer_jax.storage.json_lines import regular_file
+
 _ROWS = 1024
+# Besides its own errors, pyarrow raises these for damaged metadata and for values that do not decode.
+_DAMAGE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    MemoryError,
+    RecursionError,
+)
 
 
 def read_rows(
@@ -15,16 +28,16 @@ def read_rows(
     optional: Sequence[str] = (),
     on_read: Callable[[int], None] = lambda num_bytes: None,
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a file, local or a bucket's.
+    """The rows of a file, on disk or in a bucket.
 
     Args:
-      path: of the file.
-      columns: that it must have.
-      optional: columns that are read where they are there.
-      on_read: called with bytes of the file, by the share of its rows, as they are read.
+      path: the file.
+      columns: required columns.
+      optional: columns that are read where they exist.
+      on_read: called with the number of bytes read, estimated from the share of rows.
 
     Raises:
-      ValueError: pyarrow is missing, or the file is, is no Parquet, lacks a column or is damaged.
+      ValueError: pyarrow or the file is missing, the file is not Parquet, lacks a column, or is damaged.
     """
     try:
         import pyarrow
@@ -33,32 +46,41 @@ def read_rows(
         raise ValueError(
             f"{path}: Parquet needs pyarrow: pip install 'glimmer-jax[parquet]'."
         ) from None
-    place = epath.Path(path)
-    if not place.is_file():
-        raise ValueError(f"No file {path}. Check the path.")
-    with place.open("rb") as opened:
+    number = 0
+
+    @contextlib.contextmanager
+    def damage_named() -> Iterator[None]:
         try:
-            file = parquet.ParquetFile(opened)
-        except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{path} is not Parquet: {error}. Copy it again.") from None
-        names = file.schema_arrow.names
-        if missing := [name for name in columns if name not in names]:
-            raise ValueError(
-                f"{path} has no column {', '.join(missing)}; it has {', '.join(names)}. Wanted are "
-                f"{', '.join(columns)}: rename its columns, or give another file."
-            )
-        size, count = place.stat().length, max(file.metadata.num_rows, 1)
-        number = 0
-        try:
-            wanted = [name for name in (*columns, *optional) if name in names]
-            for batch in file.iter_batches(_ROWS, columns=wanted):
-                yield from batch.to_pylist()
-                number += batch.num_rows
-                on_read(size * batch.num_rows // count)
-        except (pyarrow.ArrowException, OSError) as error:
-            # What the system reports has a number and is no fault of the file.
+            yield
+        except (pyarrow.ArrowException, *_DAMAGE) as error:
+            # The system's errors have a number and are no fault of the file.
             if getattr(error, "errno", None) is not None:
                 raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"{path} is damaged after row {number}: {str(error).splitlines()[0]}. Copy it again."
+                f"{path} is not Parquet, or is damaged after row {number}: {reason}. Copy it again."
             ) from None
+
+    place = epath.Path(regular_file(path))
+    size = place.stat().length
+    with place.open("rb") as opened:
+        with damage_named():
+            file = parquet.ParquetFile(opened)
+            names = list(file.schema_arrow.names)
+            count = max(file.metadata.num_rows, 1)
+        if missing := [name for name in columns if name not in names]:
+            raise ValueError(
+                f"{path} has no column {', '.join(missing)}; it has {', '.join(names)}. Required are "
+                f"{', '.join(columns)}: rename its columns, or give another file."
+            )
+        with damage_named():
+            selected = [name for name in (*columns, *optional) if name in names]
+            batches = file.iter_batches(_ROWS, columns=selected)
+        while True:
+            with damage_named():
+                if (batch := next(batches, None)) is None:
+                    return
+                rows = batch.to_pylist()
+            yield from rows
+            number += len(rows)
+            on_read(size * len(rows) // count)

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from glimmer_jax.corpus import formats
@@ -21,6 +23,11 @@ def record(format, line):
         ('7\t"\t"a', (7, '"', '"a')),
         ("7\ta\u2028b\x0b\tt", (7, "a\u2028b\x0b", "t")),
         ("7\t\t", (7, "", "")),
+        # Any text is an id; only integers as they are written become numbers.
+        ("one\ttext\ttitle", ("one", "text", "title")),
+        ("007\ttext\ttitle", ("007", "text", "title")),
+        ("-1\ttext\ttitle", ("-1", "text", "title")),
+        ("٣\ttext\ttitle", ("٣", "text", "title")),
     ],
 )
 def test_dprs_lines_are_read(line, wanted):
@@ -43,23 +50,46 @@ def test_the_head_line_of_dprs_file_holds_nothing():
     [
         ("dpr", "1\ttext", "id, text and title between tabs, got 2 fields"),
         ("dpr", "1\ta\tb\tc", "got 4 fields"),
-        ("dpr", "one\ttext\ttitle", "integer `id`, got 'one'"),
-        ("dpr", "-1\ttext\ttitle", "integer `id`, got '-1'"),
-        ("dpr", "1_0\ttext\ttitle", "integer `id`, got '1_0'"),
-        ("dpr", "٣\ttext\ttitle", "integer `id`, got"),
-        ("passages", '{"id": "7", "title": "", "text": ""}', "integer `id`, got '7'"),
-        ("passages", '{"id": true, "title": "", "text": ""}', "integer `id`, got True"),
+        ("passages", '{"id": true, "title": "", "text": ""}', "an integer or .* got True"),
+        ("passages", '{"id": "", "title": "", "text": ""}', "non-empty string, got ''"),
+        ("passages", '{"title": "", "text": ""}', "an `id`, found none"),
+        ("passages", '{"id": 3.0, "title": "", "text": ""}', "integer or .* got 3.0"),
         ("passages", '{"id": -1, "title": "", "text": ""}', "must be from 0 .* got -1"),
         ("passages", '{"id": 9223372036854775808, "title": "", "text": ""}', "from 0 to 2"),
         ("passages", '{"id": 7, "text": ""}', "string `title`, got None"),
         ("passages", '{"id": 7, "title": "", "text": 3}', "string `text`, got 3"),
         ("passages", '{"id": 7, "title": "", "text": "", "x": 1e999}', "too large a number"),
+        ("passages", '{"id": 7, "title": "", "text": "", "page": 1.5}', "`page` must be .*got 1.5"),
+        ("passages", '{"id": 7, "title": "", "text": "", "chunk": "1"}', "`chunk` must .*got '1'"),
+        ("passages", '{"id": 7, "title": "", "text": "", "chunk": -1}', "`chunk` must be .*got -1"),
+        ("passages", '{"id": 7, "title": "", "text": "", "split": 3}', "`split` must .*string"),
+        (
+            "passages",
+            '{"id": 7, "title": "", "text": "", "paragraphs": ["Emma is a novel."]}',
+            "`paragraphs` must be the numbers .* got",
+        ),
+        ("passages", '{"id": 7, "title": "", "text": "", "paragraphs": []}', "`paragraphs` must"),
         ("kilt", '{"id": 7, "title": "", "text": ""}', "page's id in `wikipedia_id`, got None"),
     ],
 )
 def test_what_is_wrong_with_a_line_is_said(format, line, message):
-    with pytest.raises(ValueError, match=f"^(wanted|`id`|not).*{message}"):
+    with pytest.raises(ValueError, match=f"^(?=.*{message})(expected|`[a-z]+` must|not)"):
         record(format, line)
+
+
+@pytest.mark.parametrize("format", ["passages", "parquet"])
+def test_null_equals_absent(tmp_path, format):
+    path = tmp_path / "corpus"
+    row = {"id": 1, "title": "t", "text": "x", "page": None, "split": None, "chunk": None}
+    if format == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    else:
+        path.write_text(json.dumps(row))
+    assert list(read_passages([str(path)], Reading(format))) == [
+        {"id": 1, "title": "t", "text": "x"}
+    ]
 
 
 def test_passages_stay_as_they_are_up_to_the_limit():
@@ -70,6 +100,7 @@ def test_passages_stay_as_they_are_up_to_the_limit():
     assert [one["text"] for one in pieces] == ["one two", "three"]
     assert {one["split"] for one in pieces} == {"dev"}
     assert len({7} | {one["id"] for one in pieces}) == 3
+    assert {one["document"] for one in pieces} == {7}
     assert formats.passages("dpr", {"id": 7, "title": "t", "text": " \n"}, None) == []
 
 
@@ -86,15 +117,16 @@ def test_parquet_gives_what_json_lines_give(tmp_path):
         "embeddings": [[0.5]] * 4,
     }
     parquet.write_table(pyarrow.table(columns), path)
-    with pytest.raises(ValueError, match=r"a\.parquet:3: wanted an integer `id`, got 'x'"):
+    with pytest.raises(ValueError, match=r"a\.parquet:4: expected a string `text`, got None"):
         list(read_passages([path], Reading("parquet")))
-    parquet.write_table(pyarrow.table(columns).slice(0, 2), path)
+    parquet.write_table(pyarrow.table(columns).slice(0, 3), path)
     report = Report()
     assert list(read_passages([path], Reading("parquet"), report)) == [
-        {"id": 1, "title": "a", "text": "one", "page": "p", "paragraphs": [0, 1]},
-        {"id": 2, "title": "b", "text": "two"},
+        {"id": "1", "title": "a", "text": "one", "page": "p", "paragraphs": [0, 1]},
+        {"id": "2", "title": "b", "text": "two"},
+        {"id": "x", "title": "c", "text": "three", "page": "q", "paragraphs": [2, 2]},
     ]
-    assert (report.lines, report.passages) == (2, 2)
+    assert (report.lines, report.passages) == (3, 3)
     parquet.write_table(pyarrow.table({"id": [1], "text": ["x"]}), path)
     with pytest.raises(ValueError, match="has no column title; it has id, text"):
         list(read_passages([path], Reading("parquet")))
@@ -113,7 +145,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
         list(read_passages([str(path)], Reading("parquet")))
     place = whole.index(b"\x1f\x8b", whole.index(b"\x1f\x8b", whole.index(b"\x1f\x8b") + 1) + 1)
     path.write_bytes(whole[: place + 2] + b"\0" * 12 + whole[place + 14 :])
-    with pytest.raises(ValueError, match=r"a\.parquet is damaged after row 0"):
+    with pytest.raises(ValueError, match=r"a\.parquet .*damaged after row 0"):
         list(read_passages([str(path)], Reading("parquet")))
 
 

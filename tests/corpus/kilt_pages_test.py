@@ -1,7 +1,7 @@
 import pytest
 
+from glimmer_jax.corpus.ids import MAX_ID
 from glimmer_jax.corpus.kilt_pages import check_page, page_passages
-from glimmer_jax.corpus.record import MAX_ID
 
 PAGE = {
     "_id": "10979",

@@ -6,6 +6,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from glimmer_jax.corpus import checked_file
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.corpus.passages_writer import write_passages
 from glimmer_jax.vocabulary import passage_text
@@ -55,7 +56,7 @@ def test_what_reads_every_byte_says_so(folder, caplog):
     assert not caplog.records
     with caplog.at_level("INFO", "glimmer_jax.corpus.passages"):
         passages.verify()
-    assert "passages once against its checksums, 0.00" in caplog.text
+    assert "verifying the checksums of" in caplog.text
 
 
 def test_absent_passages_are_all_padding(folder):
@@ -68,9 +69,9 @@ def test_absent_passages_are_all_padding(folder):
 
 
 def test_unknown_ids_are_named(folder):
-    with pytest.raises(ValueError, match="2 passage ids are not in .*: 4, 99.*retrieve again"):
+    with pytest.raises(ValueError, match="2 passage ids are not in .*: 4, 99.*--run_mode=retrieve"):
         Passages.open(folder).rows([3, 99, 4, 99])
-    with pytest.raises(ValueError, match="from 0 to 2, got 3"):
+    with pytest.raises(ValueError, match="0 to 2, got 3"):
         Passages.open(folder).text(3)
 
 
@@ -87,14 +88,14 @@ def test_another_vocabulary_is_refused_with_both_named(folder):
 
 
 def test_missing_unfinished_and_foreign_folders_are_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match="No passages folder .*absent"):
+    with pytest.raises(ValueError, match="PASSAGES_DIR: no folder .*absent"):
         Passages.open(tmp_path / "absent")
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "format_version": 9}))
-    with pytest.raises(ValueError, match="format version 9, this program reads 1"):
+    with pytest.raises(ValueError, match="format version 9, .*reads 2. Rerun --run_mode=passages"):
         Passages.open(folder)
     (folder / "manifest.json").write_text("{}")
-    with pytest.raises(ValueError, match="lacks 'format_version'"):
+    with pytest.raises(ValueError, match="format version None.*reads 2"):
         Passages.open(folder)
     (folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"no manifest\.json"):
@@ -109,10 +110,10 @@ def test_damage_is_found(folder):
     with pytest.raises(ValueError, match=r"tokens\.npy is damaged"):
         Passages.open(folder).verify()
     (folder / "tokens.npy").write_bytes(tokens[:-2])
-    with pytest.raises(ValueError, match=r"tokens\.npy: wanted \d+ bytes, got \d+ bytes"):
+    with pytest.raises(ValueError, match=r"tokens\.npy: expected \d+ bytes, found \d+ bytes"):
         Passages.open(folder)
     (folder / "tokens.npy").unlink()
-    with pytest.raises(ValueError, match="got no such file"):
+    with pytest.raises(ValueError, match="tokens.npy: .* found no regular file"):
         Passages.open(folder)
 
 
@@ -120,10 +121,10 @@ def test_damage_is_found(folder):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"records": [RECORDS[1], RECORDS[1]]}, "id 3 is given twice"),
+        ({"records": [RECORDS[1], RECORDS[1]]}, "id 3 occurs twice"),
         ({"records": []}, "no passage"),
         ({"vocab_size": 50}, "token id outside 0..49"),
-        ({"max_length": 1}, "max_length must be 2 or more"),
+        ({"max_length": 1}, "MAX_PASSAGE_TOKENS must be at least 2"),
     ],
 )
 def test_a_bad_corpus_leaves_nothing_behind(tmp_path, settings, message):
@@ -156,7 +157,7 @@ def test_what_a_writer_moved_aside_and_never_replaced_gets_its_name_back(folder)
     descriptor = os.open(writing, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
-        with pytest.raises(ValueError, match="No passages folder"):
+        with pytest.raises(ValueError, match="PASSAGES_DIR: no folder"):
             Passages.open(folder)
     finally:
         os.close(descriptor)
@@ -193,7 +194,7 @@ def test_what_killed_writers_left_goes_and_what_others_write_stays(tmp_path):
     descriptor = os.open(alive, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
-        with pytest.raises(ValueError, match="is given twice"):
+        with pytest.raises(ValueError, match="occurs twice"):
             write(tmp_path / "p", RECORDS[:1] * 2)
         # Nothing goes before something new is in its place.
         assert killed.exists()
@@ -204,7 +205,10 @@ def test_what_killed_writers_left_goes_and_what_others_write_stays(tmp_path):
     Passages.open(tmp_path / "p").verify()
 
 
-def test_memory_does_not_grow_with_the_corpus(tmp_path):
+def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
+    # Of files smaller than a block, the buffer that is hashed would grow.
+    monkeypatch.setattr(checked_file, "BLOCK_BYTES", 2**13)
+
     def write_many(count):
         records = ({"id": i, "title": "t", "text": "x"} for i in range(count))
         tracemalloc.start()

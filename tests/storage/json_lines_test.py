@@ -1,3 +1,5 @@
+import gzip
+import os
 import pathlib
 
 import pytest
@@ -22,12 +24,12 @@ def test_blank_lines_and_windows_ends_are_read(tmp_path):
     [
         (b'{"a": NaN}', "NaN is not JSON"),
         (b'{"a": -Infinity}', "-Infinity is not JSON"),
-        (b'{"a": 1, "a": 2}', "the key 'a' is given twice"),
-        (b'{"a": {"b": 1, "b": 2}}', "the key 'b' is given twice"),
+        (b'{"a": 1, "a": 2}', "the key 'a' occurs twice"),
+        (b'{"a": {"b": 1, "b": 2}}', "the key 'b' occurs twice"),
         (b'{"a": "\\ud800"}', "half of a surrogate pair"),
-        (b'{"a": "\xff"}', "wanted UTF-8"),
+        (b'{"a": "\xff"}', "expected UTF-8"),
         (b'{"a": 1', "not a JSON object"),
-        (b"[1]", "wanted a JSON object like .*got list"),
+        (b"[1]", "expected a JSON object like .*got list"),
         (b'{"a":' * 100_000, "nested too deeply"),
     ],
 )
@@ -38,8 +40,19 @@ def test_bad_lines_are_refused_by_name(tmp_path, line, message):
         list(read_json_lines(path))
 
 
+def test_gzip_and_a_byte_order_mark_are_read(tmp_path):
+    data = b'\xef\xbb\xbf{"a": 1}\n'
+    (tmp_path / "a.jsonl").write_bytes(data)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(data))
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        assert list(read_json_lines(tmp_path / name)) == [(1, {"a": 1})]
+
+
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match="No file .*absent"):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="No file: .*pipe is not a regular file"):
+        list(read_json_lines(tmp_path / "pipe"))
+    with pytest.raises(ValueError, match="No file: .*absent does not exist"):
         list(read_json_lines(tmp_path / "absent"))
 
 

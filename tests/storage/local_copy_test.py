@@ -8,7 +8,8 @@ import threading
 import numpy as np
 import pytest
 
-from glimmer_jax.corpus.passages import FILES, MANIFEST, Passages
+from glimmer_jax.corpus.manifest import FILES, MANIFEST
+from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.corpus.passages_writer import write_passages
 from glimmer_jax.data import retrieved_tasks
 from glimmer_jax.storage import folder, local_copy
@@ -38,7 +39,7 @@ def test_passages_in_a_bucket_are_copied_once_and_read_as_if_they_were_here(
     monkeypatch.setattr(local_copy, "BLOCK_BYTES", 100)
     with caplog.at_level(logging.INFO, "glimmer_jax"):
         here = Passages.open(url, "f")
-    assert "PASSAGES_DIR: fetching 3.85e-06 GB" in caplog.text and str(cache) in caplog.text
+    assert "PASSAGES_DIR: fetching 4.15e-06 GB" in caplog.text and str(cache) in caplog.text
     assert list(here.records()) == RECORDS
     there = Passages.open(path)
     rows = np.arange(20)
@@ -122,7 +123,7 @@ def test_a_disk_that_is_too_small_is_named_before_anything_is_copied(bucket, cac
     _, url = bucket
     usage = shutil.disk_usage(cache.parent.parent)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(ValueError, match=r"wants 3\.85e-06 GB .* 1e-06 GB left.*GLIMMER_CACHE"):
+    with pytest.raises(ValueError, match=r"wants 4\.15e-06 GB .* 1e-06 GB left.*GLIMMER_CACHE"):
         Passages.open(url)
     assert not list(cache.rglob("*.npy*"))
 
