@@ -214,7 +214,7 @@ def test_missing_questions_and_labels_are_named(mini, tmp_path, capfd):
         "has no question in `input`. KILT's TriviaQA files hold ids alone" in capfd.readouterr().err
     )
     assert retrieve(mini, "typo*", tmp_path / "out") == 2
-    assert "No file matches" in capfd.readouterr().err
+    assert "QUESTIONS: no file matches" in capfd.readouterr().err
     given = {"CHECKPOINT_PATH": "c", "PASSAGES_DIR": str(mini / "passages"), **TINY}
     twice = tmp_path / "twice.jsonl"
     text = (mini / "retrieved" / "nq-test.jsonl").read_text()

@@ -1,11 +1,11 @@
 """Corpus files to passages in many processes: an Apache Beam pipeline over spans of the files.
 
-    corpus-00000-of-00560.jsonl …    passages of one span each: together what one process reads
+    corpus-00000-of-00560.jsonl …    passages of one span each; together those of a single process
 
-A span is read by `reading.span_passages`, as one process reads a file, and written as one shard. What
-needs all spans is small: ids given twice are found by grouping ids, and the spans they are in are read
-again without them; counts and problems are merged here, after the pipeline. The shards take their
-names at the end, when all is well.
+`reading.span_passages` reads a span, as in a single process, and each span becomes one shard. Two steps
+need all spans. Repeated ids are found by grouping, and the spans with repetitions are read again without
+them. Counts and problems are merged after the pipeline. Shards are renamed at the end, once everything
+succeeded.
 
     python -m pip install 'glimmer-jax[beam]'
 """
@@ -20,7 +20,7 @@ from glimmer_jax.corpus.report import Report, merge
 from glimmer_jax.storage.json_lines import dump_line
 from glimmer_jax.storage.lines import Span
 
-# Number of the span, and of the line in it.
+# Index of the span, and number of the line in it.
 Place = tuple[int, int]
 _WORKING = "unfinished"
 
@@ -38,30 +38,30 @@ def write_passages(
 
     Args:
       paths: files of one format, see `files.find_files`.
-      folder: gets the shards; workers elsewhere must be able to reach it.
-      reading: how the files are read.
+      folder: where shards are written; remote workers must be able to reach it.
+      reading: format, length limit and policy.
       options: Beam's own flags, such as `--runner=DataflowRunner`.
-      span_bytes: of a file to a shard; None for 64 MB.
-      overwrite: whether shards already there may be replaced.
+      span_bytes: bytes of a file per shard; None for 64 MiB.
+      overwrite: replace existing shards.
 
     Raises:
-      ValueError: no Beam, shards are there already, or as `reading.read_passages`. The folder is left
-        as it was.
+      ValueError: Beam is missing, shards exist, or as `reading.read_passages`. The folder is left
+        unchanged.
     """
     try:
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError:
         raise ValueError(
-            "A pipeline needs Apache Beam: pip install 'glimmer-jax[beam]'. Or leave BEAM_OPTIONS out "
-            "and read in one process."
+            "BEAM_OPTIONS needs Apache Beam: pip install 'glimmer-jax[beam]'. Without BEAM_OPTIONS a "
+            "single process reads the corpus."
         ) from None
     target = epath.Path(folder)
     old = list(target.glob("corpus-*-of-*.jsonl"))
     if old and not overwrite:
         raise ValueError(
-            f"{folder} holds a corpus already. Read it with CORPUS='{folder}/*.jsonl', write "
-            "elsewhere, or allow it to be overwritten."
+            f"CORPUS_DIR: {folder} holds a corpus already. Read it with CORPUS='{folder}/*.jsonl', write "
+            "elsewhere, or set OVERWRITE=True."
         )
     spans = list(make_spans(paths) if span_bytes is None else make_spans(paths, span_bytes))
     working = target / _WORKING
@@ -76,23 +76,23 @@ def write_passages(
                 | beam.Reshuffle()
                 | "read" >> beam.FlatMap(_write_span, spans, str(working), reading)
             )
-            repeated = places | "by id" >> beam.GroupByKey() | beam.FlatMap(_but_the_first)
+            repeated = places | "by id" >> beam.GroupByKey() | beam.FlatMap(_all_but_first)
             _ = (
                 repeated
                 | "by span" >> beam.GroupByKey()
-                | "read again" >> beam.Map(_write_again, spans, str(working), reading)
+                | "reread" >> beam.Map(_rewrite_span, spans, str(working), reading)
             )
         reports = [Report.from_json(_report(working, i).read_text()) for i in range(len(spans))]
         report = merge(zip(spans, reports, strict=True))
         report.check(reading.policy)
         for path in old:
             path.unlink()
-        made = [target / f"corpus-{i:05d}-of-{len(spans):05d}.jsonl" for i in range(len(spans))]
-        for index, path in enumerate(made):
+        shards = [target / f"corpus-{i:05d}-of-{len(spans):05d}.jsonl" for i in range(len(spans))]
+        for index, path in enumerate(shards):
             _shard(working, index).rename(path)
     finally:
         working.rmtree()
-    return [str(path) for path in made], report
+    return [str(path) for path in shards], report
 
 
 def _shard(folder: epath.Path, index: int) -> epath.Path:
@@ -104,34 +104,34 @@ def _report(folder: epath.Path, index: int) -> epath.Path:
 
 
 def _write_span(
-    index: int, spans: Sequence[Span], folder: str, reading: Reading, left_out: Collection[int] = ()
+    index: int, spans: Sequence[Span], folder: str, reading: Reading, repeated: Collection[int] = ()
 ) -> Iterator[tuple[int, Place]]:
-    """Writes the shard and the report of a span; yields the id of every document, and where it is."""
+    """Writes the shard and the report of a span; yields key and place of each document."""
     report = Report()
-    found: list[tuple[int, Place]] = []
+    places: list[tuple[int, Place]] = []
 
     def is_repeated(number: int, key: int) -> bool:
-        found.append((key, (index, number)))
-        return number in left_out
+        places.append((key, (index, number)))
+        return number in repeated
 
     with _shard(epath.Path(folder), index).open("wb") as file:
         passages = span_passages(spans[index], reading, report, is_repeated, lambda count: None)
         try:
             for record in passages:
                 file.write(dump_line(record).encode("utf-8"))
-                yield from found
-                found.clear()
+                yield from places
+                places.clear()
         except ValueError as error:
             report.failure = str(error)
-    yield from found
+    yield from places
     _report(epath.Path(folder), index).write_text(report.to_json())
 
 
-def _but_the_first(places: tuple[int, Iterable[Place]]) -> Iterator[Place]:
+def _all_but_first(places: tuple[int, Iterable[Place]]) -> Iterator[Place]:
     yield from sorted(places[1])[1:]
 
 
-def _write_again(
+def _rewrite_span(
     repeated: tuple[int, Iterable[int]], spans: Sequence[Span], folder: str, reading: Reading
 ) -> None:
     index, numbers = repeated

@@ -6,8 +6,7 @@ from typing import Any
 
 from glimmer_jax.corpus import formats
 from glimmer_jax.corpus.progress import Progress
-from glimmer_jax.corpus.report import Problem, Report
-from glimmer_jax.kilt.examples import Policy
+from glimmer_jax.corpus.report import Policy, Problem, Report
 from glimmer_jax.storage import lines
 from glimmer_jax.storage.lines import Span
 

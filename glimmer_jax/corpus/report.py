@@ -1,19 +1,38 @@
-"""What was read, what came of it and what was wrong, of a file, a span or a whole corpus."""
+"""Counts and problems from reading a file, a span or a corpus."""
 
 import dataclasses
 import json
 from collections.abc import Iterable
 from typing import Any
 
-from glimmer_jax.kilt.examples import Policy
 from glimmer_jax.storage.lines import Span
 
 NAMED = 5
+ON_ERROR = ("raise", "skip")
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """How invalid lines are treated.
+
+    Attributes:
+      on_error: "raise" raises at the first one, with file and line; "skip" drops and counts them.
+      max_skipped: with "skip", more invalid lines than this raise.
+    """
+
+    on_error: str = "raise"
+    max_skipped: int = 100
+
+    def __post_init__(self) -> None:
+        if self.on_error not in ON_ERROR:
+            raise ValueError(f"ON_ERROR must be one of {ON_ERROR}, got {self.on_error!r}.")
+        if self.max_skipped < 0:
+            raise ValueError(f"MAX_SKIPPED must be at least 0, got {self.max_skipped}.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A line at fault; `offset` is the byte where it begins, where that is known."""
+    """An invalid line; `offset` is the byte where it begins, if known."""
 
     path: str
     number: int
@@ -27,18 +46,18 @@ class Problem:
 
 @dataclasses.dataclass
 class Report:
-    """Counts, and the first problems.
+    """Counts and the first problems.
 
     Attributes:
-      lines: lines read, or rows.
+      lines: lines or rows read.
       documents: pages or records among them.
-      passages: what came of them.
-      empty: documents without any text, which give no passage.
-      split: records longer than the word limit, which give several.
-      skipped: lines at fault.
-      named: the first `NAMED` of those.
-      stopped: whether reading ended early because no more may be skipped.
-      failure: what kept a file from being read on.
+      passages: passages of those documents.
+      empty: documents without text, and so without passages.
+      split: records above the word limit, cut into several passages.
+      skipped: invalid lines.
+      named: the first `NAMED` of the invalid lines.
+      stopped: reading ended early because no more lines may be skipped.
+      failure: the error that ended the reading of a file.
     """
 
     lines: int = 0
@@ -52,31 +71,33 @@ class Report:
     failure: str | None = None
 
     def add(self, problem: Problem, policy: Policy) -> None:
-        """Counts a problem; `stopped` is set where the policy allows it no more."""
+        """Counts a problem, and sets `stopped` where the policy allows no more."""
         self.skipped += 1
         if len(self.named) < NAMED:
             self.named.append(problem)
         self.stopped = policy.on_error == "raise" or self.skipped > policy.max_skipped
 
     def check(self, policy: Policy) -> None:
-        """Raises ValueError where there is more at fault than the policy allows."""
+        """Raises ValueError for more problems than the policy allows."""
         if self.skipped and policy.on_error == "raise":
             raise ValueError(str(self.named[0]))
         if self.skipped > policy.max_skipped:
             first = " ".join(str(problem) for problem in self.named)
             raise ValueError(
-                f"More bad lines than MAX_SKIPPED={policy.max_skipped}. The first: {first} Repair the "
-                "file, or raise MAX_SKIPPED."
+                f"CORPUS: more than MAX_SKIPPED={policy.max_skipped} invalid lines. The first: {first} "
+                "Correct the file, or raise MAX_SKIPPED."
             )
         if self.failure is not None:
             raise ValueError(self.failure)
 
     def summary(self) -> str:
-        """For people: one line, and one for each problem named."""
-        kinds = [(self.empty, "without text left out"), (self.split, "longer ones split")]
-        kinds.append((self.skipped, "bad lines skipped"))
-        told = "".join(f", {count} {kind}" for count, kind in kinds if count)
-        lines = [f"{self.lines} lines, {self.documents} documents, {self.passages} passages{told}."]
+        """One line of counts, and one per named problem."""
+        kinds = [(self.empty, "without text dropped"), (self.split, "longer ones cut")]
+        kinds.append((self.skipped, "invalid lines skipped"))
+        details = "".join(f", {count} {kind}" for count, kind in kinds if count)
+        lines = [
+            f"{self.lines} lines, {self.documents} documents, {self.passages} passages{details}."
+        ]
         lines += [f"  {problem}" for problem in self.named]
         if self.skipped > len(self.named):
             lines.append(f"  and {self.skipped - len(self.named)} more")
@@ -89,14 +110,14 @@ class Report:
     @classmethod
     def from_json(cls, text: str) -> "Report":
         """The report that `to_json` wrote."""
-        found: dict[str, Any] = json.loads(text)
-        return cls(**{**found, "named": [Problem(**one) for one in found["named"]]})
+        fields: dict[str, Any] = json.loads(text)
+        return cls(**{**fields, "named": [Problem(**problem) for problem in fields["named"]]})
 
 
 def merge(parts: Iterable[tuple[Span, Report]]) -> Report:
-    """One report of spans in order; line numbers become those of the files.
+    """One report of spans in order, with line numbers of the files.
 
-    Behind a span that stopped, lines cannot be numbered and problems are counted only.
+    After a span that stopped early, lines have no known number and problems are only counted.
     """
     total = Report()
     path, before = "", 0

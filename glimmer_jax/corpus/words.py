@@ -1,8 +1,7 @@
 """Paragraphs to passages of a bounded number of words.
 
-As few passages as possible, since each costs memory and retrieval: one is filled up before the next
-begins. A cut lies behind the last sentence or paragraph that ends in the second half of the passage, and
-behind its last word where none does.
+Each passage costs memory and retrieval, so a passage is filled before the next one begins. It ends after
+the last sentence or paragraph that ends in its second half, or after its last word where none does.
 """
 
 import bisect
@@ -10,14 +9,14 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-# Text written without spaces would be one word of any length.
+# Without it, text written without spaces would be one word.
 MAX_WORD = 256
 _CLOSING = "\"')]”’»"
 _ENDS = (".", "!", "?", "。", "！", "？")
 
 
 class Piece(NamedTuple):
-    """Text of a passage, and the ids of the first and the last paragraph in it."""
+    """Text of a passage, and the numbers of its first and last paragraph."""
 
     first: int
     last: int
@@ -25,7 +24,7 @@ class Piece(NamedTuple):
 
 
 def split_words(text: str) -> list[str]:
-    """Words between white space; longer ones than `MAX_WORD` characters are cut up."""
+    """Words between white space; words longer than `MAX_WORD` characters are split."""
     words = text.split()
     if not words or max(map(len, words)) <= MAX_WORD:
         return words
@@ -41,17 +40,17 @@ def pieces(paragraphs: Iterable[tuple[int, str]], limit: int, heading: str = "")
             -> (1, 1, "A One two."), (1, 2, "A Three four")
 
     Args:
-      paragraphs: (id, text); white space inside becomes one space.
-      limit: most words of a passage, 2 or more, the heading's included; of a longer heading the first
-        half of `limit` is kept.
-      heading: of the section that the paragraphs make up.
+      paragraphs: (number, text); runs of white space become one space.
+      limit: most words of a passage, at least 2, with those of the heading; a long heading is truncated
+        at half of `limit`.
+      heading: of the section that the paragraphs form.
     """
     head = split_words(heading)[: limit // 2]
     room = limit - len(head)
     ids, ends, words = [], [], []
     for number, text in paragraphs:
-        if found := split_words(text):
-            words += found
+        if paragraph := split_words(text):
+            words += paragraph
             ids.append(number)
             ends.append(len(words))
     start = 0

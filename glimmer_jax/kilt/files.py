@@ -1,40 +1,42 @@
-"""KILT's eleven tasks (arXiv 2009.02252): the names and sizes of their published files.
+"""KILT's eleven tasks (arXiv 2009.02252): names and sizes of their published files, and their questions.
 
     nq-train-kilt.jsonl   nq-dev-kilt.jsonl   nq-test_without_answers-kilt.jsonl
     triviaqa-train_id-kilt.jsonl              triviaqa-test_id_without_answers-kilt.jsonl
-    nq/train-00000-of-00001.parquet           the same lines, as the Hugging Face hub keeps them
+    nq/train-00000-of-00001.parquet           the same lines, as on the Hugging Face hub
 
-are all of one task and split, and are called `nq-train.jsonl`, … from retrieval on.
+Each belongs to one task and split, and is called `nq-train.jsonl`, … from retrieval on.
 
-The questions of TriviaQA (arXiv 1705.03551), which KILT's files name by id alone.
-
-From TriviaQA's own archives, `triviaqa-rc` (qa/wikipedia-*.json) or `triviaqa-unfiltered`
-(unfiltered-web-*.json), a JSON object each:
+KILT's TriviaQA files name questions by id. The questions themselves (arXiv 1705.03551) come from
+TriviaQA's own archives, `triviaqa-rc` (qa/wikipedia-*.json) or `triviaqa-unfiltered`
+(unfiltered-web-*.json), one JSON object each,
 
     {"Data": [{"QuestionId": "tc_2", "Question": "Which river runs through Paris?", …}, …], …}
 
 or from the hub's Parquet files of `trivia_qa`, with columns `question_id` and `question`.
-
-The questions of a retrieval job, from task files of ours or as KILT publishes them.
 """
 
 import dataclasses
 import glob
 import json
-import os
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from glimmer_jax.kilt.examples import read_examples, shortened
+from glimmer_jax.kilt.examples import read_examples
+from glimmer_jax.storage.json_lines import regular_file
 from glimmer_jax.storage.parquet import read_rows
 
-LINKING, DIALOGUE = "entity linking", "dialogue"
+logger = logging.getLogger(__name__)
 
-_JSONL = re.compile(r"(.+)-(train|dev|test)(?:_id)?(?:_without_answers)?-kilt\.jsonl")
+LINKING, DIALOGUE = "entity linking", "dialogue"
+ENTITY_START, ENTITY_END = "[START_ENT]", "[END_ENT]"
+
+_JSONL = re.compile(r"(.+)-(train|dev|test)(?:_id)?(?:_without_answers)?(?:-kilt)?\.jsonl")
+_MISNAMED = re.compile(r"(.+?)[-_.](train|validation|valid|val|dev|test)\.jsonl")
 _PARQUET = re.compile(r"(train|validation|test)-(\d{5})-of-(\d{5})\.parquet")
-# The hub's name of the task whose questions are not in KILT's files.
+# The hub's name of the task whose questions KILT's files lack.
 _HUB_NAMES = {"triviaqa_support_only": "triviaqa"}
 
 
@@ -43,8 +45,8 @@ class KiltTask:
     """A task as published.
 
     Attributes:
-      kind: what is asked.
-      sizes: lines of the file of each of seqio's splits; there is none of a split that is left out.
+      kind: of question.
+      sizes: lines of the file of each of seqio's splits; a missing split has no file.
     """
 
     kind: str
@@ -72,81 +74,100 @@ TASKS = {
 
 
 def task_file(path: str | Path) -> str:
-    """`<task>-<train|dev|test>.jsonl` for a published file; any other JSON Lines keep their name.
+    """`<task>-<train|dev|test>.jsonl` for a published file; other JSON Lines keep their name.
 
-    Raises ValueError for a Parquet file that does not lie and is not named as on the hub.
+    Raises ValueError for a Parquet file whose folder and name are not those of the hub.
     """
     path = Path(path)
-    if found := _JSONL.fullmatch(path.name):
-        return f"{found[1]}-{found[2]}.jsonl"
     if path.suffix != ".parquet":
-        return path.name
+        name = path.name.removesuffix(".gz")
+        match = _JSONL.fullmatch(name)
+        return f"{match[1]}-{match[2]}.jsonl" if match else name
     task = _HUB_NAMES.get(path.parent.name, path.parent.name)
     shard = _PARQUET.fullmatch(path.name)
     if shard is None or task not in TASKS:
         raise ValueError(
-            f"{path}: wanted the names of the hub, such as nq/train-00000-of-00001.parquet, to know "
-            "task and split. Rename folder and file."
+            f"{path}: task and split are unknown. Rename folder and file as on the hub, such as "
+            "nq/train-00000-of-00001.parquet."
         )
     return f"{task}-{'dev' if shard[1] == 'validation' else shard[1]}.jsonl"
 
 
-def find(pattern: str) -> dict[str, list[Path]]:
-    """`{task_file: files}` of what matches a pattern, in order; only Parquet comes in several files.
+def find_files(pattern: str) -> dict[str, list[Path]]:
+    """`{task_file: files}` of the files that match, in order; only Parquet comes in several files.
 
-    Raises ValueError where nothing matches, two files hold one split, or a part of one is missing.
+    Logs a warning for names without a split that tasks read.
+
+    Raises ValueError where nothing matches, two files hold one split, or a shard is missing.
     """
-    found: dict[str, list[Path]] = {}
-    for path in sorted(glob.glob(pattern)):
-        if os.path.isfile(path):
-            found.setdefault(task_file(path), []).append(Path(path))
-    if not found:
-        raise ValueError(f"No file matches {pattern!r}. Check the pattern of question files.")
-    for name, paths in found.items():
+    files: dict[str, list[Path]] = {}
+    for path in sorted(map(Path, glob.glob(pattern))):
+        if not path.is_dir():
+            files.setdefault(task_file(regular_file(path)), []).append(path)
+    if not files:
+        raise ValueError(f"QUESTIONS: no file matches {pattern!r}. Check the pattern.")
+    for name, paths in files.items():
         shards = [_PARQUET.fullmatch(path.name) for path in paths]
-        wanted = int(shards[0][3]) if shards[0] else 1
+        count = int(shards[0][3]) if shards[0] else 1
         if len({path.parent for path in paths}) > 1 or (len(paths) > 1 and not all(shards)):
             raise ValueError(
-                f"{paths[0]} and {paths[1]} are both {name}. Keep one of them, or narrow the pattern."
+                f"QUESTIONS: {paths[0]} and {paths[1]} are both {name}. Keep one of them, or narrow the "
+                "pattern."
             )
-        if len(paths) != wanted:
+        if len(paths) != count:
             raise ValueError(
-                f"{name} comes in {wanted} Parquet files, and {len(paths)} of them are here, the first "
-                f"is {paths[0]}. Copy all."
+                f"QUESTIONS: {name} has {count} Parquet files, found {len(paths)}, the first is "
+                f"{paths[0]}. Copy all."
             )
-    return found
+        if not _JSONL.fullmatch(name):
+            _warn_of_name(paths[0], name)
+    return files
+
+
+def _warn_of_name(path: Path, name: str) -> None:
+    advice = ""
+    if match := _MISNAMED.fullmatch(name):
+        split = match[2] if match[2] in ("train", "test") else "dev"
+        advice = f", for example to {match[1]}-{split}.jsonl"
+    logger.warning(
+        "QUESTIONS: %s is not named <task>-<train|dev|test>.jsonl, so no task reads it, and training "
+        "questions may see passages of every split. Rename it%s.", path, advice,
+    )  # fmt: skip
 
 
 def read_questions(pattern: str) -> dict[str, str]:
-    """`{id: question}` of all files that match.
+    """TriviaQA's `{id: question}` of all files that match.
 
     Raises ValueError where no file matches, a file has another form, or an id has two questions.
     """
-    files = sorted(glob.glob(pattern))
-    if not files:
+    paths = sorted(glob.glob(pattern))
+    if not paths:
         raise ValueError(
             f"TRIVIAQA: no file matches {pattern!r}. Give TriviaQA's own files, such as "
             "'triviaqa-rc/qa/wikipedia-*.json'."
         )
-    found: dict[str, str] = {}
-    for file in files:
-        for name, question in _pairs(Path(file)):
-            if found.setdefault(name, question) != question:
-                raise ValueError(f"{file}: {name!r} has another question in a file before it.")
-    return found
+    questions: dict[str, str] = {}
+    for path in paths:
+        for name, question in _id_and_question(Path(regular_file(path))):
+            if questions.setdefault(name, question) != question:
+                raise ValueError(
+                    f"TRIVIAQA: {path} and an earlier file have different questions for {name!r}. "
+                    "Narrow the pattern."
+                )
+    return questions
 
 
-def _pairs(path: Path) -> Iterator[tuple[str, str]]:
+def _id_and_question(path: Path) -> Iterator[tuple[str, str]]:
     if path.suffix == ".parquet":
         for row in read_rows(path, ("question_id", "question")):
             yield row["question_id"], row["question"]
         return
     try:
         entries = json.loads(path.read_bytes())["Data"]
-        yield from [(one["QuestionId"], one["Question"]) for one in entries]
-    except (ValueError, KeyError, TypeError) as error:
+        yield from [(entry["QuestionId"], entry["Question"]) for entry in entries]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
-            f'{path}: wanted TriviaQA\'s {{"Data": [{{"QuestionId", "Question"}}]}}, got '
+            f'TRIVIAQA: {path}: expected {{"Data": [{{"QuestionId", "Question"}}]}}, got '
             f"{type(error).__name__}: {error}. Give a file of TriviaQA's archives."
         ) from None
 
@@ -157,29 +178,45 @@ def read_task(
     questions: Mapping[str, str] | None = None,
     words: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Examples of one task and split, one after the other.
+    """Examples of one task and split, in order.
 
     Args:
       name: `<task>-<split>.jsonl`, and
-      paths: its files, both of `kilt_files.find`.
-      questions: by id, for files that hold ids alone (`triviaqa.read_questions`).
-      words: kept of long entity-linking and dialogue inputs (`kilt.shortened`); None for all.
+      paths: its files, both from `find_files`.
+      questions: by id, for files that hold only ids (`read_questions`).
+      words: most words of entity-linking and dialogue inputs (`shorten`); None keeps all.
 
-    Raises ValueError where a line is malformed.
+    Raises ValueError for an invalid line.
     """
     task = TASKS.get(name.rsplit("-", 1)[0])
     dialogue = task is not None and task.kind == DIALOGUE
     for path in paths:
-        for example in read_examples(path, questions=questions):
+        for example in read_examples(path, questions):
             if words is not None:
-                example = {**example, "input": shortened(example["input"], words, dialogue)}
+                example = {**example, "input": shorten(example["input"], words, dialogue)}
             yield example
 
 
 def read_files(pattern: str) -> dict[str, list[dict[str, Any]]]:
-    """Examples of every file of a pattern, by the name that retrieval gives it.
+    """Examples of the files that match, by `task_file`. Raises ValueError as `find_files`."""
+    return {name: list(read_task(name, paths)) for name, paths in find_files(pattern).items()}
 
-    Raises ValueError where there is no file, or a line is malformed.
+
+def shorten(question: str, words: int, dialogue: bool = False) -> str:
+    """At most `words` words of an input: those around its marked mention, or a dialogue's last ones.
+
+        "… rose in [START_ENT] Avon [END_ENT] in …" -> "in [START_ENT] Avon [END_ENT] in"
+
+    Other questions are kept, because they begin with what they ask.
     """
-    files = find(pattern)
-    return {name: list(read_task(name, paths)) for name, paths in files.items()}
+    tokens = question.split()
+    if len(tokens) <= words or not (dialogue or ENTITY_START in tokens):
+        return question
+    if dialogue:
+        return " ".join(tokens[-words:])
+    first = tokens.index(ENTITY_START)
+    last = tokens.index(ENTITY_END, first) if ENTITY_END in tokens[first:] else first
+    around = max(words - (last - first + 1), 0)
+    # Words that one side does not need go to the other.
+    left = min(first, max(around // 2, around - (len(tokens) - 1 - last)))
+    return " ".join(tokens[first - left : last + 1 + around - left])

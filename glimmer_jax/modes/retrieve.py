@@ -81,7 +81,7 @@ def retrieve(
     if retriever == "hybrid":
         check_weight(dense_weight)
     bm25.check_stemmer()
-    by_task = files.find(questions)
+    by_task = files.find_files(questions)
     for paths in by_task.values():
         if not in_bucket(data_dir) and paths[0].resolve().parent == Path(data_dir).resolve():
             raise ValueError(f"{data_dir} holds the questions themselves. Write elsewhere.")

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from glimmer_jax.corpus.passages import Passages
-from glimmer_jax.kilt.examples import is_gold, provenance
+from glimmer_jax.kilt.examples import provenance
+from glimmer_jax.kilt.gold import is_gold
 from glimmer_jax.runtime.preemption import stoppable
 
 # For each question (row of the passages folder, score), best first.

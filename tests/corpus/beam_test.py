@@ -8,8 +8,7 @@ import pytest
 from glimmer_jax.corpus import beam
 from glimmer_jax.corpus.files import find_files
 from glimmer_jax.corpus.reading import Reading, read_passages
-from glimmer_jax.corpus.report import Report
-from glimmer_jax.kilt.examples import Policy
+from glimmer_jax.corpus.report import Policy, Report
 
 
 def line(number, text="word " * 7):

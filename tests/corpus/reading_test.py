@@ -9,8 +9,7 @@ import pytest
 from glimmer_jax.corpus import progress
 from glimmer_jax.corpus.progress import Progress
 from glimmer_jax.corpus.reading import Reading, read_passages
-from glimmer_jax.corpus.report import Problem, Report, merge
-from glimmer_jax.kilt.examples import Policy
+from glimmer_jax.corpus.report import Policy, Problem, Report, merge
 from glimmer_jax.storage import lines
 from glimmer_jax.storage.lines import Span
 
@@ -55,14 +54,14 @@ def test_a_bad_line_is_named_or_skipped(tmp_path, monkeypatch, line, message):
     report = Report()
     assert [one["page"] for one in read(tmp_path / "a.json", data, SKIP, report)] == ["1", "3"]
     assert (report.lines, report.documents, report.passages, report.skipped) == (4, 2, 2, 1)
-    assert place in report.summary() and "1 bad lines skipped" in report.summary()
+    assert place in report.summary() and "1 invalid lines skipped" in report.summary()
 
 
 def test_more_bad_lines_than_allowed_end_the_reading(tmp_path):
     data = (GOOD + b"bad\n") * 4
     with pytest.raises(
         ValueError,
-        match=rf"MAX_SKIPPED=3\. The first: .*a:2: byte {len(GOOD)}: .*a:3: .*more than once",
+        match=rf"MAX_SKIPPED=3 .* The first: .*a:2: byte {len(GOOD)}: .*a:3: .*more than once",
     ):
         read(tmp_path / "a", data, Reading("kilt", 10, Policy("skip", 3)))
     report = Report()
@@ -75,11 +74,11 @@ def test_empty_pages_and_long_passages_are_counted(tmp_path):
     report = Report()
     read(tmp_path / "a", GOOD + kilt(page(2, "T2", " \n"), page(3)), SKIP, report)
     assert (report.documents, report.passages, report.empty) == (3, 1, 2)
-    assert "2 without text left out" in report.summary()
+    assert "2 without text dropped" in report.summary()
     report = Report()
     data = kilt({"id": 1, "title": "", "text": "a b c"}, {"id": 2, "title": "", "text": "a"})
     assert len(read(tmp_path / "a", data, Reading(words=2), report)) == 3
-    assert report.split == 1 and "1 longer ones split" in report.summary()
+    assert report.split == 1 and "1 longer ones cut" in report.summary()
 
 
 @pytest.mark.fault

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from glimmer_jax.kilt import files
@@ -17,6 +19,8 @@ from tests import mini_kilt
         ("kilt_tasks/trex/train-00001-of-00003.parquet", "trex-train.jsonl"),
         ("triviaqa_support_only/validation-00000-of-00001.parquet", "triviaqa-dev.jsonl"),
         ("which_function-train.jsonl", "which_function-train.jsonl"),
+        ("which_function-train.jsonl.gz", "which_function-train.jsonl"),
+        ("nq-dev-kilt.jsonl.gz", "nq-dev.jsonl"),
     ],
 )
 def test_published_names_say_task_and_split(path, name):
@@ -43,22 +47,71 @@ def touch(folder, *names):
 def test_parquet_parts_are_one_file_in_order(tmp_path):
     names = [f"trex/train-0000{n}-of-00003.parquet" for n in range(3)]
     touch(tmp_path, *names, "nq/test-00000-of-00001.parquet")
-    found = files.find(f"{tmp_path}/*/*.parquet")
+    found = files.find_files(f"{tmp_path}/*/*.parquet")
     assert found == {
         "nq-test.jsonl": [tmp_path / "nq/test-00000-of-00001.parquet"],
         "trex-train.jsonl": [tmp_path / name for name in names],
     }
     (tmp_path / names[1]).unlink()
-    with pytest.raises(ValueError, match="comes in 3 Parquet files, and 2 of them are here"):
-        files.find(f"{tmp_path}/*/*.parquet")
+    with pytest.raises(ValueError, match="trex-train.jsonl has 3 Parquet files, found 2"):
+        files.find_files(f"{tmp_path}/*/*.parquet")
 
 
 def test_files_that_cannot_be_told_apart_are_refused(tmp_path):
     touch(tmp_path, "nq-dev-kilt.jsonl", "nq-dev.jsonl")
     with pytest.raises(ValueError, match=r"nq-dev\.jsonl are both nq-dev.jsonl. Keep one"):
-        files.find(f"{tmp_path}/*.jsonl")
+        files.find_files(f"{tmp_path}/*.jsonl")
     touch(tmp_path, "part.parquet")
-    with pytest.raises(ValueError, match="part.parquet: wanted the names of the hub"):
-        files.find(f"{tmp_path}/*.parquet")
-    with pytest.raises(ValueError, match="No file matches"):
-        files.find(f"{tmp_path}/*.json")
+    with pytest.raises(ValueError, match="part.parquet: .*Rename .* as on the hub"):
+        files.find_files(f"{tmp_path}/*.parquet")
+    with pytest.raises(ValueError, match="QUESTIONS: no file matches"):
+        files.find_files(f"{tmp_path}/*.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "better"),
+    [
+        ("whichword-valid.jsonl", "to whichword-dev.jsonl"),
+        ("whichword_train.jsonl", "to whichword-train.jsonl"),
+        ("whichword.jsonl", ""),
+    ],
+)
+def test_names_without_a_split_get_a_warning(tmp_path, caplog, name, better):
+    touch(tmp_path, "nq-dev.jsonl", name)
+    assert set(files.find_files(f"{tmp_path}/*")) == {"nq-dev.jsonl", name}
+    (record,) = caplog.records
+    assert f"{name} is not named <task>-<train|dev|test>.jsonl" in record.getMessage()
+    assert better in record.getMessage()
+
+
+def test_pipes_are_rejected_without_blocking(tmp_path):
+    os.mkfifo(tmp_path / "nq-dev.jsonl")
+    with pytest.raises(ValueError, match="nq-dev.jsonl is not a regular file"):
+        files.find_files(f"{tmp_path}/*")
+
+
+MENTION = "a b c [START_ENT] M N [END_ENT] x y z"
+
+
+@pytest.mark.parametrize(
+    ("words", "short"),
+    [
+        (10, MENTION),
+        (8, "b c [START_ENT] M N [END_ENT] x y"),
+        (4, "[START_ENT] M N [END_ENT]"),
+        (1, "[START_ENT] M N [END_ENT]"),
+    ],
+)
+def test_long_contexts_are_cut_around_their_mention(words, short):
+    assert files.shorten(MENTION, words) == short
+
+
+def test_a_mention_at_an_end_gets_the_other_sides_words():
+    assert files.shorten("[START_ENT] M [END_ENT] v w x y z", 6) == "[START_ENT] M [END_ENT] v w x"
+    assert files.shorten("v w x y z [START_ENT] M [END_ENT]", 6) == "x y z [START_ENT] M [END_ENT]"
+    assert files.shorten("a b [START_ENT] M c", 3) == "b [START_ENT] M"
+
+
+def test_dialogues_keep_their_end_and_questions_stay_whole():
+    assert files.shorten("one two\nthree four", 2, dialogue=True) == "three four"
+    assert files.shorten("one two\nthree four", 2) == "one two\nthree four"

@@ -5,7 +5,7 @@ import pytest
 from pyarrow import parquet
 
 from glimmer_jax.kilt import examples
-from glimmer_jax.kilt.examples import read_lines
+from glimmer_jax.kilt.examples import read_parquet
 from glimmer_jax.storage.parquet import read_rows
 from tests import mini_kilt
 
@@ -34,7 +34,7 @@ def test_the_hubs_tables_read_as_kilts_lines(tmp_path, task):
     lines = list(mini_kilt.lines(task, "dev"))
     path = tmp_path / "dev.parquet"
     parquet.write_table(pyarrow.Table.from_pylist([hub_row(line) for line in lines]), path)
-    found = [line for _, line in read_lines(path)]
+    found = [line for _, line in read_parquet(path)]
     assert len(found) == len(lines)
     for got, line in zip(found, lines, strict=True):
         assert (got["id"], got["input"]) == (str(line["id"]), line["input"])
@@ -49,15 +49,15 @@ def test_the_hubs_tables_read_as_kilts_lines(tmp_path, task):
 
 def test_files_of_another_kind_are_refused(tmp_path):
     with pytest.raises(ValueError, match="No file: .*absent.parquet"):
-        list(read_lines(tmp_path / "absent.parquet"))
+        list(read_parquet(tmp_path / "absent.parquet"))
     (tmp_path / "text.parquet").write_text("{}")
     with pytest.raises(ValueError, match="text.parquet is not Parquet"):
-        list(read_lines(tmp_path / "text.parquet"))
+        list(read_parquet(tmp_path / "text.parquet"))
     parquet.write_table(pyarrow.table({"id": ["a"]}), tmp_path / "other.parquet")
     with pytest.raises(
         ValueError, match="has no column input, output; it has id. Required are id, in"
     ):
-        list(read_lines(tmp_path / "other.parquet"))
+        list(read_parquet(tmp_path / "other.parquet"))
 
 
 def test_damage_inside_a_file_is_named(tmp_path):
@@ -68,13 +68,13 @@ def test_damage_inside_a_file_is_named(tmp_path):
     data[8:200] = b"\xff" * 192
     path.write_bytes(bytes(data))
     with pytest.raises(ValueError, match="dev.parquet .*damaged after row 0: .*Copy it again"):
-        list(read_lines(path))
+        list(read_parquet(path))
 
 
 def test_pyarrow_is_asked_for_where_it_is_needed(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match="x.parquet: Parquet needs pyarrow"):
-        list(read_lines("x.parquet"))
+        list(read_parquet("x.parquet"))
 
 
 def test_rows_come_in_order_over_batches(tmp_path):

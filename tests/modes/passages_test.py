@@ -55,7 +55,7 @@ def test_the_kilt_example_cuts_pages_into_sections(capsys):
     assert [one["paragraphs"] for one in records] == [[1, 1], [3, 3], [3, 3]]
     assert records[2]["text"].startswith("Plot. word") and records[2]["page"] == "10979"
     shown = capsys.readouterr().out
-    assert "2 lines, 2 documents, 3 passages, 1 without text left out." in shown
+    assert "2 lines, 2 documents, 3 passages, 1 without text dropped." in shown
     assert "0 were cut at 304 tokens" in shown
     # The same from a packed file, by a pattern, in passages of another length.
     write("packed/a.json.gz", gzip.compress(data))
@@ -115,7 +115,7 @@ def test_bad_lines_are_skipped_when_asked(capsys):
     write("bad", json.dumps(PAGES[0]).encode() + b"\n{")
     macros = {"CORPUS": "bad", "CORPUS_FORMAT": "kilt", "PASSAGE_WORDS": 200, "ON_ERROR": "skip"}
     assert run("runs/passages", PASSAGES_DIR="p", **macros) == 0
-    assert "1 bad lines skipped.\n  bad:2: byte" in capsys.readouterr().out
+    assert "1 invalid lines skipped.\n  bad:2: byte" in capsys.readouterr().out
     assert len(Passages.open("p")) == 3
 
 

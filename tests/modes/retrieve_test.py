@@ -228,7 +228,7 @@ def test_passages_without_pages_have_no_scores_of_pages(work, tmp_path, capsys):
     [
         ({"retriever": "colbert"}, "RETRIEVER must be one of bm25, dense, hybrid, got 'colbert'"),
         ({"num_passages": 0}, "NUM_PASSAGES must be 1 or more, got 0"),
-        ({"questions": "nothing*"}, "No file matches 'nothing"),
+        ({"questions": "nothing*"}, "QUESTIONS: no file matches 'nothing"),
         ({"retriever": "hybrid", "dense_weight": 2.0}, "DENSE_WEIGHT"),
         (
             {"retriever": "dense", "dense": DenseConfig(encoder_dir="x")},

@@ -96,7 +96,7 @@ def test_settings_are_checked(settings, message):
 
 
 def test_wrong_input_is_refused(folder, monkeypatch):
-    with pytest.raises(ValueError, match="No file matches"):
+    with pytest.raises(ValueError, match="QUESTIONS: no file matches"):
         bm25.tune(folder / "passages", str(folder / "x*"))
     with pytest.raises(ValueError, match="No passage to index"):
         Bm25([])

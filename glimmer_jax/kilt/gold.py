@@ -1,0 +1,71 @@
+"""Gold passages: those that the provenance of a question's answers names.
+
+A passage is gold where its page, and where both sides give them its paragraphs, agree with an entry of
+provenance. Ids decide the page where both sides have one, titles otherwise:
+
+    passage has                 entry has                   compared
+    page                        wikipedia_id                the ids
+    title                       title                       the titles, if not both ids
+    neither page nor title      wikipedia_id                the passage's own id, or its document's
+
+Names are compared in Unicode's normal form NFC, since composed and decomposed letters look the same.
+Null, "" and KILT's paragraph -1 (evidence not found in its page) equal absent.
+"""
+
+import collections
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Record = Mapping[str, Any]
+Place = Mapping[str, Any]
+
+
+def is_gold(record: Record, provenance: Sequence[Place]) -> bool:
+    """Whether an entry of provenance names the passage's page and one of its paragraphs."""
+    return any(
+        _names_page(place, record) and _names_paragraph(place, record) for place in provenance
+    )
+
+
+def name_no_passage(provenance: Iterable[Place], records: Iterable[Record]) -> bool:
+    """Whether no entry names the page of any passage. Reads records up to the first one named."""
+    places = collections.defaultdict(list)
+    for place in provenance:
+        for field in ("wikipedia_id", "title"):
+            places[_name(place, field)].append(place)
+    for record in records:
+        for field in ("page", "title", "document", "id"):
+            name = _name(record, field)
+            if name is not None and any(_names_page(place, record) for place in places[name]):
+                return False
+    return True
+
+
+def _names_page(place: Place, record: Record) -> bool:
+    wanted, page = _name(place, "wikipedia_id"), _name(record, "page")
+    if wanted is not None and page is not None:
+        return wanted == page
+    wanted_title, title = _name(place, "title"), _name(record, "title")
+    if wanted_title is not None and title is not None:
+        return wanted_title == title
+    own = _name(record, "document") or _name(record, "id")
+    return wanted is not None and page is None and wanted == own
+
+
+def _names_paragraph(place: Place, record: Record) -> bool:
+    first, last = (_paragraph(place, f"{end}_paragraph_id") for end in ("start", "end"))
+    paragraphs = record.get("paragraphs") or [record.get("chunk")]
+    if first is None or paragraphs[0] is None:
+        return True
+    return first <= paragraphs[-1] and paragraphs[0] <= (first if last is None else last)
+
+
+def _paragraph(place: Place, field: str) -> int | None:
+    number = place.get(field)
+    return number if number is not None and number >= 0 else None
+
+
+def _name(fields: Mapping[str, Any], field: str) -> str | None:
+    value = fields.get(field)
+    return None if value is None or value == "" else unicodedata.normalize("NFC", str(value))
