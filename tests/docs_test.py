@@ -4,6 +4,8 @@ import ast
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -208,6 +210,21 @@ def test_commands_configure_their_mode(arguments):
 def test_commands_are_found_on_every_page_that_has_them():
     with_commands = {page.stem for page in PAGES if any(commands(page))}
     assert with_commands >= {"tutorial", "kilt", "memory", "serving", "weights", "launching", "t5x"}
+
+
+@pytest.mark.slow
+def test_readme_example_prints_the_answer_that_it_shows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "glimmer_jax").mkdir()
+    (tmp_path / "glimmer_jax" / "checkpoints").symlink_to(ROOT / "glimmer_jax" / "checkpoints")
+    flags = ["--run_mode=passages", "--gin_file=gin/examples/pydocs_passages.gin"]
+    folders = {"CORPUS_DIR": "quickstart/data/corpus", "PASSAGES_DIR": "quickstart/data/passages"}
+    assert main.main([*flags, *(f"--gin.{name}={path!r}" for name, path in folders.items())]) == 0
+    (code,) = (text for language, _, text in blocks(ROOT / "README.md") if language == "python")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    # `load` reports the checkpoint on a line of its own before.
+    assert run.stdout.splitlines()[-1:] == [code.rpartition("# ")[2].strip()], run.stderr
 
 
 def test_t5x_commands_give_what_their_run_files_require():
