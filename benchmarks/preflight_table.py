@@ -60,6 +60,7 @@ settings do not fit, the next row shows the nearest that do.
 
 """
 
+
 def command(job: str, model: str, size: str, topology: str, changes: dict[str, Any]) -> list[str]:
     """The command of one line, without the place for its report."""
     flags = [f"--gin_file=gin/{file}.gin" for file in (f"models/{model}", f"sizes/{size}")]
@@ -69,6 +70,7 @@ def command(job: str, model: str, size: str, topology: str, changes: dict[str, A
         changes = {"MEMORY_DIR": "memory", **changes}
     flags += [f"--gin.{name}={value!r}" for name, value in changes.items()]
     return [f"--topology={topology}", *flags]
+
 
 def row(job: str, model: str, size: str, report: dict[str, Any], settings: str) -> str:
     """One line of the table."""
@@ -91,6 +93,7 @@ def row(job: str, model: str, size: str, report: dict[str, Any], settings: str) 
     )
     return f"| {' | '.join(map(str, cells))} |"
 
+
 def measure(job: str, model: str, size: str, topology: str, changes: dict[str, Any]) -> list[str]:
     """The line of a setting, and where it does not fit, of the nearest one that does."""
     found: list[str] = []
@@ -111,15 +114,18 @@ def measure(job: str, model: str, size: str, topology: str, changes: dict[str, A
         changes = {**changes, **report["nearest"][0]}
         settings = " " + " ".join(f"`{k}={v}`" for k, v in changed(report).items())
 
+
 def changed(report: dict[str, Any]) -> dict[str, Any]:
     """What the nearest setting that fits changes; preflight's own mesh is in a column of its own."""
     chosen = report["mesh_flags"].items()
     return {k: v for k, v in report["nearest"][0].items() if (k, v) not in chosen}
 
+
 def key(line: str) -> tuple[str, ...]:
     """What a line is about: job, model, size, slice; of one that does not fit, of the next one too."""
     cells = [cell.strip() for cell in line.split("|")]
     return (*cells[1:3], cells[3].split(" ")[0], cells[4])
+
 
 def place(line: str) -> int:
     """Of a line in the table, as the settings above stand; it and the nearest that fits share one."""
@@ -127,6 +133,7 @@ def place(line: str) -> int:
     rows = [(size, topology) for size, topology, _ in {"train": TRAIN, "infer": INFER}[job]]
     first = 0 if job == "train" else len(TRAIN)
     return (first + rows.index((size, topology))) * 2 + MODELS[job].index(model)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -156,6 +163,7 @@ def main() -> None:
                 output.write_text(
                     TEXT.format(compiler=compiler) + "\n".join([*HEAD, *lines]) + "\n"
                 )
+
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,7 @@
-"""The legend: one letter per dimension, one name per axis.
+"""One letter per dimension, one name per axis.
 
-Local arrays carry their shape as a suffix (`memory_BKPD`); docstrings spell the same letters as
-`[B, K, P, D]`:
+Local arrays carry their shape as a suffix (`memory_BKPD`); docstrings use the same letters:
+`[B, K, P, D]`.
 
     B  batch                       T  answer tokens
     K  retrieved passages          D  model width
@@ -12,11 +12,9 @@ Local arrays carry their shape as a suffix (`memory_BKPD`); docstrings spell the
     L  layers of a stack           W  beams
     G  key and value heads         S  tokens of all kept passages, M x N
 
-The names below label the dimensions of parameters and activations. `partitioning.AXIS_RULES` is the
-only place where a name meets the mesh. Parameter names are those of T5X, so that its partitioners
-and checkpoints understand our trees.
-
-TASK_FEATURE_LENGTHS: how many tokens questions, answers and passages get.
+The names below label the dimensions of parameters and activations. Only `partitioning.AXIS_RULES`
+maps them to the mesh. Parameter names are those of T5X, so that its partitioners and checkpoints
+accept our trees. `Lengths` holds the sizes of the dimensions that a task fixes.
 """
 
 from collections.abc import Mapping
@@ -26,12 +24,12 @@ from typing import Any, NamedTuple
 VOCAB = "vocab"
 EMBED = "embed"
 JOINED_KV = "joined_kv"
-KV = "kv"  # keys and values of fewer heads than queries have
+KV = "kv"  # of keys and values with fewer heads than queries
 HEADS = "heads"
 MLP = "mlp"
 RELPOS_BUCKETS = "relpos_buckets"
 LAYERS = "layers"
-# Dimensions of what a memory codec has learnt; a name may not come twice in one array.
+# Codebooks of a memory codec. One array must not use a name twice.
 CODEBOOK = "codebook"
 CODE = "code"
 CODE_CHANNEL = "code_channel"
@@ -46,31 +44,31 @@ ACT_KV = "activation_kv"
 ACT_MLP = "activation_mlp"
 ACT_VOCAB = "activation_vocab"
 
-# The memory table: rows of the store, spread over every device.
+# The memory table: rows of the store, sharded over all devices.
 MEMORY_ROWS = "memory_rows"
 
 
 class Lengths(NamedTuple):
-    """Static sizes of a batch; letters as in `glimmer_jax.axes`."""
+    """Static sizes of a batch: TASK_FEATURE_LENGTHS."""
 
     question: int  # Q, tokens
     target: int  # T, tokens, end token included
-    passages: int  # K, passages of a question
+    passages: int  # K, passages per question
     passage: int  # P, tokens, end token included
 
 
 def check_lengths(lengths: Mapping[str, Any]) -> Lengths:
-    """The sizes in `{"inputs": Q, "targets": T, "passages": (K, P)}`.
+    """`{"inputs": Q, "targets": T, "passages": (K, P)}` as `Lengths`.
 
     Raises:
-      ValueError: another form.
+      ValueError: `lengths` has another form, or a size is not a positive integer.
     """
-    wanted = '{"inputs": Q, "targets": T, "passages": (K, P)}, whole numbers of at least 1'
+    expected = '{"inputs": Q, "targets": T, "passages": (K, P)} with positive integers'
     try:
-        count, passage = lengths["passages"]
-        found = Lengths(lengths["inputs"], lengths["targets"], count, passage)
+        passages, passage = lengths["passages"]
+        sizes = Lengths(lengths["inputs"], lengths["targets"], passages, passage)
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f"TASK_FEATURE_LENGTHS must be {wanted}; got {lengths!r}.") from None
-    if not all(isinstance(value, int) and value >= 1 for value in found):
-        raise ValueError(f"TASK_FEATURE_LENGTHS must be {wanted}; got {lengths!r}.")
-    return found
+        raise ValueError(f"TASK_FEATURE_LENGTHS must be {expected}; got {lengths!r}.") from None
+    if not all(isinstance(size, int) and size >= 1 for size in sizes):
+        raise ValueError(f"TASK_FEATURE_LENGTHS must be {expected}; got {lengths!r}.")
+    return sizes

@@ -1,9 +1,9 @@
-"""Greedy search, sampling, beam search and the score of given answers, over any step function.
+"""Greedy search, sampling, beam search and scoring of given answers, for any step function.
 
-Each stops as soon as nothing can change. A step takes the last token of every beam, `[B, W]`, its
-position, and a cache whose leaves have `[B, W]` on the two axes after `cache_offset`; it returns
-logits `[B, W, V]` and the new cache. What is the same for all beams (the encoder's keys and
-values) is closed over by the step and never moves.
+Each loop ends as soon as its result is final. A step takes the last token of every beam, `[B, W]`,
+its position, and a cache whose leaves have `[B, W]` on the two axes after `cache_offset`. It returns
+logits `[B, W, V]` and the new cache. Arrays that all beams share (the encoder's keys and values)
+belong in the step's closure, where beam search does not reorder them.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,14 @@ import jax.numpy as jnp
 
 Step = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
-# Less than any score, and finite: differences of two of them are not NaN.
+# Below any score, and finite: the difference of two of them is not NaN.
 WORST = -1e30
 
 
 def greedy(
     step: Step, cache: Any, *, batch: int, length: int, eos_id: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The most probable token, again and again, until all rows have ended.
+    """Takes the most probable token until all rows have ended.
 
     Args:
       step: see the module's docstring; called with one beam.
@@ -53,9 +53,9 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Tokens drawn from softmax(logits / temperature), cut to the likely ones, until all have ended.
+    """Samples from softmax(logits / temperature), truncated by top-k and top-p, until all rows end.
 
-    What a row draws depends on `rng`, its place in the batch and nothing else of the batch.
+    A row's sample depends on `rng` and its index, not on the other rows.
 
     Args:
       step: see the module's docstring; called with one beam.
@@ -65,26 +65,26 @@ def sample(
       eos_id: token that ends a row.
       rng: a random key.
       temperature: above 0; 1 is the model's own distribution.
-      top_k: see `likely`, which is asked after the division by the temperature.
+      top_k: see `truncate`, which is applied after the division by the temperature.
       top_p: likewise.
 
     Returns:
-      int32 `[B, T]`, 0 after the end token; float32 `[B]` summed log probability that the model
-      itself gives to the answer (of temperature 1 and all tokens), to be compared with other searches'.
+      int32 `[B, T]`, 0 after the end token; float32 `[B]` summed log probability of the answer under
+      the untruncated model at temperature 1, comparable with the scores of the other searches.
     """
 
     def draw(logits, index):
-        logits = likely(logits / temperature, top_k, top_p)
+        logits = truncate(logits / temperature, top_k, top_p)
         return jax.random.categorical(jax.random.fold_in(rng, index), logits)
 
     return _token_by_token(step, cache, draw, batch=batch, length=length, eos_id=eos_id)
 
 
-def likely(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
-    """Logits `[..., V]` with `WORST` for tokens that are not to be drawn.
+def truncate(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
+    """Logits `[..., V]` with `WORST` for tokens that must not be sampled.
 
-    Kept are the `top_k` best (0: all), and of these, renormalised, the smallest set of the best
-    whose probability is at least `top_p`. What ties with the last one kept is kept as well.
+    Keeps the `top_k` most probable tokens (0: all), then, after renormalisation, the smallest set of
+    most probable tokens with a total probability of at least `top_p`. Ties are kept.
     """
     if 0 < top_k < logits.shape[-1]:
         worst_kept = jax.lax.top_k(logits, top_k)[0][..., -1:]
@@ -92,7 +92,7 @@ def likely(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
     if top_p < 1:
         ordered = jnp.sort(logits, axis=-1, descending=True)
         probs = jax.nn.softmax(ordered)
-        better = jnp.cumsum(probs, axis=-1) - probs  # what the better ones have together
+        better = jnp.cumsum(probs, axis=-1) - probs  # total probability of the better tokens
         worst_kept = jnp.min(jnp.where(better < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < worst_kept, WORST, logits)
     return logits
@@ -107,7 +107,7 @@ def _token_by_token(
     length: int,
     eos_id: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Greedy search and sampling: `choose(logits [B, V], index)` gives the next token of each row."""
+    """The loop of greedy search and sampling: `choose(log_probs [B, V], index)` picks tokens `[B]`."""
 
     def unfinished(state):
         index, _, _, ended, _, _ = state
@@ -137,15 +137,15 @@ def _token_by_token(
 
 
 def score(step: Step, cache: Any, answers_BNT: jax.Array) -> jax.Array:
-    """log p of given answers: they are the beams, and are fed instead of being searched.
+    """log p of given answers, which take the place of beams.
 
     Args:
       step: see the module's docstring; called with N beams.
       cache: its cache before the first token.
-      answers_BNT: int32 `[B, N, T]`, end token included, 0 behind it; all 0 where there is none.
+      answers_BNT: int32 `[B, N, T]`, end token included, then 0; all 0 for an absent answer.
 
     Returns:
-      float32 `[B, N]` summed log probability; -inf where there is no answer.
+      float32 `[B, N]` summed log probability; -inf for absent answers.
     """
     real_BNT = answers_BNT > 0
     longest = jnp.max(jnp.sum(real_BNT, axis=-1))
@@ -164,7 +164,7 @@ def score(step: Step, cache: Any, answers_BNT: jax.Array) -> jax.Array:
 
 
 def length_penalty(length: Any, alpha: float) -> Any:
-    """What a summed log probability is divided by (arXiv 1609.08144, equation 14)."""
+    """The divisor of a summed log probability (arXiv 1609.08144, equation 14)."""
     return jnp.power((5.0 + length) / 6.0, alpha)
 
 
@@ -181,9 +181,9 @@ def beam(
 ) -> tuple[jax.Array, jax.Array]:
     """Beam search with a length penalty.
 
-    Keeps `beams` unfinished and `beams` finished hypotheses for each row, and stops when no
-    unfinished one can overtake the worst finished one. Without a length penalty its answers are
-    those of Hugging Face's `generate`; T5X's search also takes ends beyond the beam.
+    Keeps `beams` unfinished and `beams` finished hypotheses per row, and stops when no unfinished
+    hypothesis can overtake the worst finished one. Without a length penalty the answers equal those
+    of Hugging Face's `generate`; T5X's search also accepts end tokens outside the beam.
 
     Args:
       step: see the module's docstring.
@@ -196,20 +196,19 @@ def beam(
       cache_offset: axes in front of `[B, W]` in the cache's leaves (1 for scanned layers).
 
     Returns:
-      int32 `[B, W, T]` and float32 `[B, W]` penalised scores, the best hypothesis last, as T5X has
-      it.
+      int32 `[B, W, T]` and float32 `[B, W]` penalised scores, the best hypothesis last, as in T5X.
     """
 
     def gather(tree, index_BW, offset=0):
-        def one(leaf):
+        def gather_leaf(leaf):
             shape = (1,) * offset + index_BW.shape + (1,) * (leaf.ndim - 2 - offset)
             return jnp.take_along_axis(leaf, index_BW.reshape(shape), axis=1 + offset)
 
-        return jax.tree.map(one, tree)
+        return jax.tree.map(gather_leaf, tree)
 
     def unfinished(state):
         index, _, live_scores, _, _, finished_scores = state
-        # Log probabilities only fall: this is the best that any live hypothesis can still reach.
+        # Log probabilities only decrease: an upper bound of every live hypothesis.
         best_live = live_scores[:, 0] / length_penalty(length, alpha)
         return (index < length) & jnp.any(best_live > jnp.min(finished_scores, axis=1))
 
@@ -221,7 +220,7 @@ def beam(
         logits, cache = step(last, index, cache)
         log_probs = jax.nn.log_softmax(logits) + live_scores[:, :, None]
         vocab = log_probs.shape[-1]
-        # Twice as many as beams: even if half of them end here, `beams` live ones are left.
+        # 2 x `beams` candidates: even if `beams` of them end here, as many stay live.
         scores, flat = jax.lax.top_k(log_probs.reshape(batch, -1), 2 * beams)
         origin, new = flat // vocab, (flat % vocab).astype(jnp.int32)
         tokens = gather(live_tokens, origin)
@@ -232,9 +231,8 @@ def beam(
         live_tokens = gather(tokens, chosen)
         cache = gather(cache, gather(origin, chosen), cache_offset)
 
-        # On the last position everything that is still alive counts as finished. As in Hugging
-        # Face's search, an end counts only where it is one of the `beams` best continuations: one
-        # outside the beam is not of this search, whatever the score.
+        # At the last position every live hypothesis counts as finished. As in Hugging Face's search,
+        # an end token counts only among the `beams` best continuations.
         done = (ended | (index == length - 1)) & (jnp.arange(2 * beams) < beams)[None]
         penalised = jnp.where(done, scores / length_penalty(index + 1, alpha), WORST)
         pool_scores = jnp.concatenate([finished_scores, penalised], axis=1)
@@ -243,7 +241,7 @@ def beam(
         finished_tokens = gather(pool_tokens, chosen)
         return index + 1, cache, live_scores, live_tokens, finished_tokens, finished_scores
 
-    # All beams start equal; only the first one counts, or they would all be the same hypothesis.
+    # Only the first beam starts alive, or all beams would be the same hypothesis.
     first = jnp.where(jnp.arange(beams) == 0, 0.0, WORST).astype(jnp.float32)
     state = (
         jnp.int32(0),

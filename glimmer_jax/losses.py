@@ -1,4 +1,4 @@
-"""Losses as pure functions, each a value per token or per question; the caller averages.
+"""Losses as pure functions, with one value per token or per question; the caller averages.
 
 Cross-entropy with z-loss as in T5X; perplexity distillation as in Atlas (arXiv 2208.03299, section
 2.2) and GLIMMER (arXiv 2306.10231); supervised reranking where gold passages are known.
@@ -28,16 +28,16 @@ def token_losses(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.
 def log_likelihood(
     logits: jax.Array, targets: jax.Array, weights: jax.Array, *, mean: bool
 ) -> jax.Array:
-    """log p(target), summed over real tokens or averaged over them.
+    """log p(target), summed or averaged over target tokens.
 
     Args:
       logits: float32 `[..., T, V]`.
       targets: int32 `[..., T]`.
       weights: float32 `[..., T]`, 0 for padding.
-      mean: divide by the number of real tokens.
+      mean: divide by the number of target tokens.
 
     Returns:
-      float32 `[...]`; 0 for a target without real tokens.
+      float32 `[...]`; 0 for a target without tokens.
     """
     total = -jnp.sum(token_losses(logits, targets)[0] * weights, axis=-1)
     if mean:
@@ -46,7 +46,7 @@ def log_likelihood(
 
 
 def _masked_log_softmax(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Log-softmax over the True entries of the last axis; 0 at the others (never -inf or NaN)."""
+    """Log-softmax over the entries where `mask` holds; 0 elsewhere, never -inf or NaN."""
     x = jnp.where(mask, x, -1e30)
     return jnp.where(mask, jax.nn.log_softmax(x, axis=-1), 0.0)
 
@@ -59,23 +59,26 @@ def distillation(
     temperature: float,
     direction: str = "lm_to_rank",
 ) -> jax.Array:
-    """KL between what the reader found useful and what the reranker prefers.
+    """KL divergence between the reader's and the reranker's distribution over passages.
 
     `p_lm = softmax(log p(answer | passage) / temperature)`, without gradient;
-    `p_rank = softmax(score / temperature)`; both over the real passages.
+    `p_rank = softmax(score / temperature)`; both over the existing passages.
 
     Args:
-      scores: float32 `[B, K]`; entries outside the mask may be -inf.
+      scores: float32 `[B, K]`; may be -inf where `mask` is False.
       lm_log_likelihood: float32 `[B, K]`.
       mask: bool `[B, K]`, passages that exist.
       temperature: tau of both distributions.
       direction: `lm_to_rank` is KL(p_lm || p_rank), as in Atlas; `rank_to_lm` the reverse.
 
     Returns:
-      float32 `[B]`, in nats; 0 for fewer than two real passages.
+      float32 `[B]`, in nats; 0 for fewer than two passages.
+
+    Raises:
+      ValueError: `direction` is unknown.
     """
     if direction not in KL_DIRECTIONS:
-        raise ValueError(f"KL direction must be one of {KL_DIRECTIONS}, got {direction!r}.")
+        raise ValueError(f"kl_direction must be one of {KL_DIRECTIONS}, got {direction!r}.")
     log_lm = _masked_log_softmax(jax.lax.stop_gradient(lm_log_likelihood) / temperature, mask)
     log_rank = _masked_log_softmax(jnp.where(mask, scores, 0.0) / temperature, mask)
     first, second = (log_lm, log_rank) if direction == "lm_to_rank" else (log_rank, log_lm)
@@ -86,20 +89,20 @@ def distillation(
 def supervised_rerank(
     scores: jax.Array, gold: jax.Array, mask: jax.Array, *, temperature: float
 ) -> jax.Array:
-    """-log of the probability that the reranker gives to the gold passages together.
+    """Negative log of the reranker's total probability of the gold passages.
 
     Args:
       scores: float32 `[B, K]`.
-      gold: `[B, K]`, nonzero for a passage that holds the answer.
+      gold: `[B, K]`, nonzero for passages that contain the answer.
       mask: bool `[B, K]`, passages that exist.
       temperature: tau of the softmax over scores.
 
     Returns:
-      float32 `[B]`, in nats; 0 for a question without a gold passage among its own.
+      float32 `[B]`, in nats; 0 for a question without gold passages.
     """
     log_rank = _masked_log_softmax(jnp.where(mask, scores, 0.0) / temperature, mask)
     is_gold = (gold > 0) & mask
     has_gold = jnp.any(is_gold, axis=-1)
-    # Where there is no gold the sum is taken over everything, so that no log of zero has a gradient.
+    # Without gold passages, sum over all of them: the gradient of log 0 would be NaN.
     chosen = jnp.where(is_gold | ~has_gold[:, None], log_rank, -1e30)
     return jnp.where(has_gold, -jax.nn.logsumexp(chosen, axis=-1), 0.0)

@@ -193,7 +193,7 @@ def test_length_penalty_is_that_of_gnmt():
     assert decoding.length_penalty(1, 0.6) == 1.0
 
 
-def numpy_likely(logits, top_k, top_p):
+def numpy_kept(logits, top_k, top_p):
     """Which tokens may be drawn, `[V]`, by hand."""
     order = np.argsort(-logits, kind="stable")[: top_k or None]
     probs = np.exp(logits[order] - logits[order].max())
@@ -205,11 +205,11 @@ def numpy_likely(logits, top_k, top_p):
 @pytest.mark.parametrize(
     "top_k, top_p", [(0, 1.0), (3, 1.0), (0, 0.6), (5, 0.8), (1, 1.0), (99, 0.01)]
 )
-def test_what_is_likely_is_what_numpy_finds(top_k, top_p):
+def test_truncation_equals_numpy(top_k, top_p):
     logits = np.random.default_rng(0).normal(size=(50, 7)).astype(np.float32) * 2
-    got = np.asarray(decoding.likely(logits, top_k, top_p))
+    got = np.asarray(decoding.truncate(logits, top_k, top_p))
     for row, one in zip(got, logits, strict=True):
-        keep = numpy_likely(one, top_k, top_p)
+        keep = numpy_kept(one, top_k, top_p)
         np.testing.assert_array_equal(row, np.where(keep, one, np.float32(decoding.WORST)))
 
 
@@ -246,7 +246,7 @@ def test_draws_have_the_distribution_that_numpy_computes(temperature, top_k, top
 
     def distribution(logits):
         logits = logits / temperature
-        weights = np.exp(logits) * numpy_likely(logits, top_k, top_p)
+        weights = np.exp(logits) * numpy_kept(logits, top_k, top_p)
         return weights / weights.sum()
 
     pairs = np.zeros((5, 5))

@@ -117,14 +117,14 @@ def test_distillation_stays_finite_at_a_low_temperature(direction):
 
 
 def test_an_unknown_direction_is_refused():
-    with pytest.raises(ValueError, match=r"KL direction must be one of .*got 'forwards'"):
+    with pytest.raises(ValueError, match="kl_direction.*lm_to_rank.*forwards"):
         losses.distillation(SCORES, USEFUL, MASK, temperature=1.0, direction="forwards")
 
 
 GOLD = np.array([[0, 1, 0, 1, 0], [0, 0, 0, 1, 0], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]])
 
 
-def test_supervised_rerank_equals_numpy_and_leaves_out_questions_without_gold():
+def test_supervised_rerank_equals_numpy_and_skips_rows_without_gold():
     def total(scores):
         each = losses.supervised_rerank(scores, GOLD, MASK, temperature=0.5)
         return jnp.sum(each), each

@@ -285,13 +285,13 @@ def test_every_ablation_trains_for_five_steps(work, tmp_path, ablation):
             "train",
             ["examples/pydocs_glimmer_train"],
             {"MODEL_DIR": "m", "TRAIN_STEPS": 5, "MEMORY_DIR": "m"},
-            "needs a frozen memory encoder",
+            "set freeze_memory=True",
         ),
         (
             "build_memory",
             ["sizes/tiny", "models/fid", "runs/build_memory"],
             {"CHECKPOINT_PATH": "c", "MEMORY_DIR": "m", "PASSAGES_DIR": "p"},
-            "nothing to compute ahead of time",
+            "no memory to precompute",
         ),
     ],
 )

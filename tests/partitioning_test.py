@@ -26,13 +26,13 @@ def test_a_mesh_takes_what_is_left():
 
 @pytest.mark.parametrize("sizes", [dict(data=0), dict(fsdp=-2), dict(data=-1, model=-1)])
 def test_bad_mesh_sizes_are_refused(sizes):
-    with pytest.raises(ValueError, match=r"Mesh sizes must be positive, with at most one -1; got"):
+    with pytest.raises(ValueError, match="MESH_.*positive.*one -1"):
         MeshConfig(**sizes)
 
 
 @pytest.mark.parametrize("config", [MeshConfig(3), MeshConfig(-1, 3), MeshConfig(-1, 16)])
 def test_a_mesh_that_does_not_cover_the_devices_is_refused(config):
-    with pytest.raises(ValueError, match=r"and there are 8\. Choose sizes whose product is 8"):
+    with pytest.raises(ValueError, match="MESH_.*got 8.*product is 8"):
         make_mesh(config)
 
 
@@ -74,7 +74,7 @@ def test_slices_are_the_hardwares_and_lie_outermost():
     mesh = make_mesh(MeshConfig(slice=2, data=1, fsdp=-1), devices)
     grid = mesh.devices.reshape(2, 4)
     assert [{device.slice_index for device in row} for row in grid] == [{0}, {1}]
-    with pytest.raises(ValueError, match=r"come in 2 slices, .*slice=1.*Set MESH_SLICE=2"):
+    with pytest.raises(ValueError, match="MESH_SLICE=1.*2 slices.*Set MESH_SLICE=2"):
         make_mesh(MeshConfig(data=8), devices)
 
 
@@ -96,7 +96,7 @@ def test_names_become_mesh_axes():
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match=r"'width' .*has no rule.*Add it to partitioning"):
+    with pytest.raises(ValueError, match="'width'.*no rule.*AXIS_RULES"):
         spec((axes.BATCH, "width"))
 
 
@@ -106,11 +106,11 @@ def test_two_dimensions_on_one_mesh_axis_are_refused():
 
 
 def test_constrain_needs_a_name_for_every_dimension():
-    with pytest.raises(ValueError, match=r"shape \(2, 3\) was given 1 names"):
+    with pytest.raises(ValueError, match=r"\(2, 3\).*got 1"):
         partitioning.constrain(jnp.zeros((2, 3)), (axes.BATCH,))
 
 
-def test_constrain_pins_the_sharding_inside_a_mesh_and_leaves_arrays_alone_outside():
+def test_constrain_sets_the_sharding_only_inside_a_mesh():
     x = jnp.ones((8, 4))
     assert partitioning.constrain(x, (axes.BATCH, axes.ACT_MLP)) is x
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2))

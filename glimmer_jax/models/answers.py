@@ -1,7 +1,7 @@
-"""From kept passages to answers: read, then searched, drawn, or the best of given ones.
+"""From kept passages to answers: greedy search, beam search, sampling, or scoring of candidates.
 
-Whatever the way, cross-attention keys and values are computed once for each question, before the
-first token, and every beam or candidate reads the same ones.
+Cross-attention keys and values are computed once per question, before the first token. All beams and
+candidates share them.
 """
 
 import dataclasses
@@ -13,19 +13,19 @@ import jax.numpy as jnp
 from glimmer_jax import decoding
 from glimmer_jax.models.glimmer import Glimmer
 
-# Candidates whose caches and attention weights exist at one time.
-CANDIDATES_AT_A_TIME = 64
+# Candidates whose caches and attention weights exist at the same time.
+CANDIDATE_CHUNK = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-    """How answers are produced. Their length is that of the batch's `decoder_input_tokens`."""
+    """The decoding method. The batch's `decoder_input_tokens` set the maximum length."""
 
     beams: int = 1  # 1 is greedy
     length_penalty: float = 0.6  # exponent, for beams only; 0 is none
-    temperature: float = 0.0  # above 0 draws; 1 is the model's own distribution
-    top_k: int = 0  # draw from the k most probable tokens; 0 is all
-    top_p: float = 1.0  # draw from the smallest set of tokens that has this probability
+    temperature: float = 0.0  # above 0 samples; 1 is the model's distribution
+    top_k: int = 0  # sample from the k most probable tokens; 0 is all
+    top_p: float = 1.0  # sample from the smallest set of tokens with this total probability
 
     def __post_init__(self):
         if self.beams < 1:
@@ -34,18 +34,18 @@ class DecodeConfig:
             raise ValueError(f"length_penalty must not be negative, got {self.length_penalty}.")
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
-                "temperature and top_k must be 0 or more and top_p in (0, 1], got "
-                f"{self.temperature}, {self.top_k} and {self.top_p}."
+                "temperature and top_k must not be negative, top_p must be in (0, 1]; got "
+                f"temperature={self.temperature}, top_k={self.top_k} and top_p={self.top_p}."
             )
         if self.temperature and self.beams > 1:
             raise ValueError(
-                f"temperature={self.temperature} draws an answer and beams={self.beams} search one. "
-                "Set temperature=0, or beams=1."
+                f"temperature={self.temperature} samples and beams={self.beams} searches. Set "
+                "temperature=0, or beams=1."
             )
         if not self.temperature and (self.top_k or self.top_p < 1):
             raise ValueError(
-                f"top_k={self.top_k} and top_p={self.top_p} cut what is drawn from, and with "
-                "temperature=0 nothing is. Set a temperature, or top_k=0 and top_p=1."
+                f"top_k={self.top_k} and top_p={self.top_p} only apply to sampling, and temperature "
+                "is 0. Set a temperature, or top_k=0 and top_p=1."
             )
 
 
@@ -54,19 +54,19 @@ def read(
 ) -> jax.Array:
     """`Glimmer.read` of `[B, M, N, D]`, at most `chunk` passages at a time; None is all at once."""
 
-    def some(passages):
+    def read_chunk(passages):
         return module.apply(variables, *passages, method="read")
 
     count = states.shape[1]
-    most = min(chunk or count, count)
-    size = next(size for size in range(most, 0, -1) if count % size == 0)
+    largest = min(chunk or count, count)
+    size = next(size for size in range(largest, 0, -1) if count % size == 0)
     if size == count:
-        return some((states, mask))
+        return read_chunk((states, mask))
 
     def by_chunk(x):
         return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
-    chunks = jax.lax.map(some, (by_chunk(states), by_chunk(mask)))
+    chunks = jax.lax.map(read_chunk, (by_chunk(states), by_chunk(mask)))
     return jnp.moveaxis(chunks, 0, 1).reshape(states.shape)
 
 
@@ -82,25 +82,26 @@ def answer(
     rng: jax.Array | None = None,
     candidates: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """An answer for each question.
+    """One answer per question.
 
     Args:
       module: the model.
       variables: its `{"params": ...}`.
       encoded: states of the kept passages, `[B, S, D]`.
       mask: bool `[B, S]`.
-      decode: how; not asked where there are candidates.
-      length: T, tokens of an answer at most, the end token included.
+      decode: the decoding method; ignored if there are candidates.
+      length: T, maximum number of tokens of an answer, the end token included.
       eos_id: token that ends an answer.
-      rng: random key, needed where answers are drawn.
-      candidates: int32 `[B, N, T]`, the answers to choose from, as `decoding.score` has them.
+      rng: random key, needed for sampling.
+      candidates: int32 `[B, N, T]`, answers to choose from; see `decoding.score`.
 
     Returns:
-      int32 `[B, T]`, 0 after the end token, and `scores` float32 `[B]`: log probability, for beams
-      penalised. With candidates also `candidate_scores` float32 `[B, N]`; ties go to the earlier.
+      int32 `[B, T]`, 0 after the end token, and `scores` float32 `[B]`: log probabilities, with
+      length penalty for beams. With candidates also `candidate_scores` float32 `[B, N]`; ties go to
+      the first.
 
     Raises:
-      ValueError: answers are to be drawn, and there is no `rng`.
+      ValueError: `decode` samples, and `rng` is None.
     """
     batch = encoded.shape[0]
     cross = module.apply(variables, encoded, method="start_decoding")
@@ -112,9 +113,9 @@ def answer(
         return module.apply(variables, batch, beams, length, method="empty_cache")
 
     if candidates is not None:
-        some = _in_parts(candidates)
-        parts = jax.lax.map(lambda x: decoding.score(step, empty_cache(*x.shape[1:]), x), some)
-        scores = jnp.moveaxis(parts, 0, 1).reshape(batch, -1)[:, : candidates.shape[1]]
+        chunks = _in_chunks(candidates)
+        scores = jax.lax.map(lambda x: decoding.score(step, empty_cache(*x.shape[1:]), x), chunks)
+        scores = jnp.moveaxis(scores, 0, 1).reshape(batch, -1)[:, : candidates.shape[1]]
         best = jnp.argmax(scores, axis=1)[:, None]
         tokens = jnp.take_along_axis(candidates, best[..., None], axis=1)[:, 0]
         chosen = jnp.take_along_axis(scores, best, axis=1)[:, 0]
@@ -123,7 +124,7 @@ def answer(
     if decode.temperature:
         if rng is None:
             raise ValueError(
-                f"temperature={decode.temperature} draws answers: give a random key (rng)."
+                f"temperature={decode.temperature} samples answers and needs a random key (rng)."
             )
         tokens, scores = decoding.sample(
             step,
@@ -155,10 +156,10 @@ def answer(
     return tokens, {"scores": scores}
 
 
-def _in_parts(candidates: jax.Array) -> jax.Array:
-    """`[B, N, T]` -> `[parts, B, N / parts, T]`, filled up with absent ones."""
+def _in_chunks(candidates: jax.Array) -> jax.Array:
+    """`[B, N, T]` -> `[chunks, B, N / chunks, T]`, padded with absent candidates."""
     batch, count, length = candidates.shape
-    parts = -(-count // CANDIDATES_AT_A_TIME)
-    size = -(-count // parts)
-    filled = jnp.pad(candidates, ((0, 0), (0, parts * size - count), (0, 0)))
-    return jnp.moveaxis(filled.reshape(batch, parts, size, length), 1, 0)
+    chunks = -(-count // CANDIDATE_CHUNK)
+    size = -(-count // chunks)
+    padded = jnp.pad(candidates, ((0, 0), (0, chunks * size - count), (0, 0)))
+    return jnp.moveaxis(padded.reshape(batch, chunks, size, length), 1, 0)

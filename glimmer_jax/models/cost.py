@@ -1,8 +1,8 @@
-"""What a question costs, counted the paper's way: GLIMMER (arXiv 2306.10231), section on cost.
+"""Cost of a question, counted as in GLIMMER (arXiv 2306.10231), section on cost.
 
-One unit is a multiply-add of a projection; attention's score products and the softmax over the
-vocabulary are left out, as the papers do. With H*C = D and F = 8D/3 an encoder layer is 12 D^2 a
-token, and cross-attention keys and values are 2 D^2 a token and decoder layer.
+The unit is a multiply-add of a projection. Attention logits, weighted sums and the output layer are
+not counted, as in the papers. With H*C = D and F = 8D/3 an encoder layer takes 12 D^2 per token, and
+cross-attention keys and values take 2 D^2 per token and decoder layer.
 """
 
 import dataclasses
@@ -14,12 +14,12 @@ from glimmer_jax.models.glimmer import GlimmerConfig
 class Cost:
     """Multiply-adds of one question, by part."""
 
-    question: int  # the question alone through the memory encoder
-    rerank: int  # Live-A (or the separate reranker), every passage
-    read: int  # the remaining live layers, kept passages
-    cross: int  # the decoder's keys and values over kept passages
-    answer: int  # the decoder's own layers over the answer
-    precompute: int  # one passage through the memory encoder, ahead of time; not in `total`
+    question: int  # memory encoder, the question
+    rerank: int  # Live-A or the separate reranker, all passages
+    read: int  # remaining live layers, kept passages
+    cross: int  # cross-attention keys and values, kept passages
+    answer: int  # decoder layers, the answer
+    precompute: int  # memory encoder, one passage, ahead of time; not part of `total`
 
     @property
     def total(self) -> int:
@@ -27,17 +27,17 @@ class Cost:
 
     @property
     def tflop(self) -> float:
-        """10^12 multiply-adds, which is what the papers call a TFLOP."""
+        """10^12 multiply-adds, the papers' TFLOP."""
         return self.total / 1e12
 
 
 def question_cost(
     config: GlimmerConfig, *, passages: int, question: int, passage: int, answer: int
 ) -> Cost:
-    """The cost of one question with full slots.
+    """The cost of one question without padding.
 
     Args:
-      config: the setting; FiD is the one with `memory_layers` 0, whose passages are encoded now.
+      config: the model; FiD has `memory_layers` 0 and encodes passages with the question.
       passages: K, retrieved.
       question: Q, tokens.
       passage: P, tokens.
@@ -47,7 +47,7 @@ def question_cost(
     attention = t5.emb_dim * t5.num_heads * t5.head_dim
     feed_forward = (len(t5.mlp_activations) + 1) * t5.emb_dim * t5.mlp_dim
     encoder_layer = 4 * attention + feed_forward
-    # Queries and outputs have all heads, keys and values perhaps fewer (FiDO).
+    # Queries and outputs have H heads, keys and values G (FiDO).
     sizes = t5.decoder_sizes
     queries = 2 * t5.emb_dim * sizes.num_heads * sizes.head_dim
     keys = 2 * t5.emb_dim * sizes.num_kv_heads * sizes.head_dim
@@ -62,7 +62,7 @@ def question_cost(
         rerank=passages * tokens * config.rerank_layers * encoder_layer,
         read=kept * tokens * (live - reused) * encoder_layer,
         cross=kept * tokens * attending * keys,
-        # Queries and output of cross-attention are computed for each answer token, too.
+        # Each answer token also takes the queries and outputs of cross-attention.
         answer=answer
         * (t5.num_decoder_layers * (queries + keys + decoder_feed_forward) + attending * queries),
         precompute=passage * config.memory_layers * encoder_layer,

@@ -1,12 +1,10 @@
-"""T5's decoder, and FiDO's (arXiv 2212.08153), which reads less and may be larger.
+"""T5's decoder, and FiDO's (arXiv 2212.08153) with sparse cross-attention and larger layers.
 
-With `cross_attention_period` p only every p-th layer attends to the passages; with few key and value
-heads the rest costs less. Cross-attention keys and values are computed once for each question, in
-the layers that attend, and never for each beam.
+With `cross_attention_period` p only every p-th layer attends to the passages. Cross-attention keys
+and values are computed once per question and shared by all beams.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -28,10 +26,9 @@ from glimmer_jax.partitioning import constrain
 
 
 class DecoderLayer(nn.Module):
-    """Causal self-attention, cross-attention where the layer attends, feed-forward.
+    """Causal self-attention, cross-attention if the layer attends, feed-forward.
 
-    The two ways through a layer, a whole target at once (`__call__`) and one token with a cache
-    (`step`), share every line that computes.
+    Teacher forcing (`__call__`) and decoding with a cache (`step`) share the same submodules.
     """
 
     config: T5Config
@@ -66,18 +63,18 @@ class DecoderLayer(nn.Module):
         return self._cross_and_mlp(x, keys_values, cross_mask), None
 
     def cross_keys_values(self, carry, encoded):
-        """Keys and values of the encoder states, once a question: each `[B, G, S, C]`, or None."""
+        """Keys and values of the encoder states, each `[B, G, S, C]`; None without cross-attention."""
         if not self.attends:
             return carry, None
-        # By heads, as products read them: otherwise every token would turn them round again.
-        both = self.encoder_decoder_attention.keys_values(encoded)
-        return carry, tuple(jnp.swapaxes(one, 1, 2) for one in both)
+        # Heads first, as the products read them: otherwise every token would transpose them again.
+        keys_values = self.encoder_decoder_attention.keys_values(encoded)
+        return carry, tuple(jnp.swapaxes(x, 1, 2) for x in keys_values)
 
     def step(self, x, cache, cross_keys_values, cross_mask, self_mask, bias, index):
         """One token of every beam, `[B, W, D]`, at position `index` of the cache.
 
-        Beams are a batch for self-attention, and queries of one sequence for cross-attention: the
-        encoder's keys and values are read once and never copied for each beam.
+        Beams are a batch dimension in self-attention and queries of one sequence in cross-attention,
+        so that all beams read the same keys and values of the encoder.
         """
         y = self.pre_self_attention_layer_norm(x)[:, :, None]
         new = self.self_attention.keys_values(y)
@@ -87,12 +84,12 @@ class DecoderLayer(nn.Module):
         )
         y = self.self_attention(y, cache, self_mask, bias)[:, :, 0]
         if self.attends:
-            cross_keys_values = tuple(jnp.swapaxes(one, 1, 2) for one in cross_keys_values)
+            cross_keys_values = tuple(jnp.swapaxes(x, 1, 2) for x in cross_keys_values)
         return self._cross_and_mlp(x + y, cross_keys_values, cross_mask), cache
 
 
 class DecoderBlock(nn.Module):
-    """As many layers as the period of cross-attention, of which the last attends: what is scanned."""
+    """One period of layers, the last of which attends: the unit of the scan."""
 
     config: T5Config
 
@@ -109,20 +106,20 @@ class DecoderBlock(nn.Module):
         return self.block[-1].cross_keys_values(carry, encoded)
 
     def step(self, x, cache, cross_keys_values, *args):
-        """The cache holds one (keys, values) for each layer of the block."""
+        """The cache holds (keys, values) of each layer of the block."""
         caches = []
-        for layer, one in zip(self.block, cache, strict=True):
-            x, one = layer.step(x, one, cross_keys_values, *args)
-            caches.append(one)
+        for layer, layer_cache in zip(self.block, cache, strict=True):
+            x, layer_cache = layer.step(x, layer_cache, cross_keys_values, *args)
+            caches.append(layer_cache)
         return x, tuple(caches)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """What decoding carries from token to token: keys and values of the tokens so far.
+    """Self-attention keys and values of the tokens decoded so far.
 
-    layers: (keys, values), each `[B, W, T, G, C]`, of each layer; of scanned layers stacked on a
-      leading axis, one pair for each layer of a block.
+    layers: (keys, values), each `[B, W, T, G, C]`, per layer; scanned layers are stacked on a leading
+      axis, with one pair per layer of a block.
     """
 
     layers: Any
@@ -156,7 +153,7 @@ class Decoder(nn.Module):
             self.layers = [layer_cls(config, config.attends(i)) for i in range(n)]
         self.decoder_norm = RMSNorm(jnp.dtype(config.dtype))
         self.dropout = Dropout(config.dropout_rate)
-        # float32 logits: the softmax over V is taken of them, in the loss and in decoding.
+        # float32 logits, for the softmax over V in the loss and in decoding.
         if not config.tie_output:
             names = (axes.EMBED, axes.VOCAB)
             self.logits_dense = Dense(config.vocab_size, names, jnp.float32, config.operands)
@@ -167,9 +164,8 @@ class Decoder(nn.Module):
             logits = self.logits_dense(x)
         else:
             x = x.astype(jnp.float32) * self.config.emb_dim**-0.5
-            operands = self.config.operands
-            product = jnp.dot if operands is None else functools.partial(project, operands=operands)
-            logits = product(x, embedding.T)
+            operands = jnp.dtype(self.config.operands or jnp.float32)
+            logits = project(x, embedding.T, (axes.EMBED, axes.VOCAB), operands)
         return constrain(logits, activation_names(logits.ndim, axes.ACT_VOCAB))
 
     def __call__(
@@ -184,8 +180,8 @@ class Decoder(nn.Module):
         Args:
           x: embedded decoder input tokens.
           encoded: encoder states `[..., S, D]`.
-          key_mask: bool `[..., S]`, the encoder positions that exist.
-          embedding: `[V, D]`, given where it is the output layer (`tie_output`).
+          key_mask: bool `[..., S]`, existing encoder positions.
+          embedding: `[V, D]` if it is the output layer (`tie_output`).
         """
         length = x.shape[-2]
         causal = jnp.tril(jnp.ones((length, length), bool))
@@ -199,7 +195,7 @@ class Decoder(nn.Module):
         return self._logits(x, embedding)
 
     def cross_keys_values(self, encoded: jax.Array) -> Any:
-        """Keys and values for encoder states `[B, S, D]` of the layers that attend, computed once."""
+        """Keys and values of encoder states `[B, S, D]`, for all layers that attend."""
         if self.config.scan_layers:
             return self.layers.cross_keys_values((), encoded)[1]
         return [layer.cross_keys_values((), encoded)[1] for layer in self.layers]
@@ -227,8 +223,8 @@ class Decoder(nn.Module):
     ) -> tuple[jax.Array, Cache]:
         """One token of every beam: embedded `[B, W, D]` at position `index` -> logits `[B, W, V]`.
 
-        Raises nothing; `index` beyond the cache would silently overwrite its last position, so
-        the caller's loop is bounded by the cache's length.
+        The caller bounds `index` by the length of the cache: an index beyond it would overwrite the
+        last position.
         """
         length = jax.tree.leaves(cache)[0].shape[-3]
         bias = jax.lax.dynamic_slice_in_dim(self.relpos_bias(length, length), index, 1, axis=1)
@@ -238,7 +234,9 @@ class Decoder(nn.Module):
             x, layers = self.layers.step(x, cache.layers, cross_keys_values, *args)
             return self._logits(x, embedding), Cache(layers)
         caches = []
-        for layer, one, cross in zip(self.layers, cache.layers, cross_keys_values, strict=True):
-            x, one = layer.step(x, one, cross, *args)
-            caches.append(one)
+        for layer, layer_cache, cross in zip(
+            self.layers, cache.layers, cross_keys_values, strict=True
+        ):
+            x, layer_cache = layer.step(x, layer_cache, cross, *args)
+            caches.append(layer_cache)
         return self._logits(x, embedding), Cache(caches)

@@ -1,17 +1,17 @@
 """FiD, LUMEN and GLIMMER: one T5 encoder, cut at M and at M + R.
 
-    layers [0, M)      memory encoder   the passage alone; its output is what is stored
-    layers [M, M+R)    Live-A           [question ; passage], every passage; ends in a score
+    layers [0, M)      memory encoder   the passage alone; its output is stored
+    layers [M, M+R)    Live-A           [question ; passage], all passages; yields a score
     layers [M+R, L)    Live-B           [question ; passage], the best passages only
     decoder                             attends to all tokens of the kept passages
 
-    FiD      (arXiv 2007.01282)  M = 0, R = 0, every passage kept
-    LUMEN    (arXiv 2301.10448)  M > 0, R = 0, every passage kept, memory frozen, own question encoder
-    GLIMMER  (arXiv 2306.10231)  M > 0, R > 0, m of K passages kept, memory trained with the rest
+    FiD      (arXiv 2007.01282)  M = 0, R = 0, all passages kept
+    LUMEN    (arXiv 2301.10448)  M > 0, R = 0, all passages kept, frozen memory, own question encoder
+    GLIMMER  (arXiv 2306.10231)  M > 0, R > 0, m of K passages kept, memory trained end to end
 
-What is stored is the residual stream after layer M as it is, without a norm: only then is M = 0
-exactly FiD. The question sits at the right end of its Q slots and the passage follows at once, so
-that all distances are those of the unpadded text, and one static position bias serves every batch.
+The memory is the residual stream after layer M, without a norm, so that M = 0 is exactly FiD. The
+question is right-aligned in its Q slots and the passage follows immediately. All distances thus equal
+those of the unpadded text, and one static position bias serves every batch.
 """
 
 import dataclasses
@@ -33,35 +33,37 @@ Batch = dict[str, Any]
 
 
 def memory_layers(num_layers: int, alpha: float) -> int:
-    """M for a live proportion `alpha` of `num_layers`: the live part is rounded to whole layers."""
+    """M for a live proportion `alpha` of `num_layers`; the live part is rounded to full layers."""
     if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha, the live proportion, must be in [0, 1], got {alpha}.")
+        raise ValueError(f"alpha (ALPHA) must be in [0, 1], got {alpha}.")
     return num_layers - round(alpha * num_layers)
 
 
 def rerank_layers(num_layers: int, alpha: float, beta: float) -> int:
     """R for a reranking proportion `beta` of the live layers; at least one unless beta is 0."""
     if not 0.0 <= beta <= 1.0:
-        raise ValueError(f"beta, the reranking part of the live layers, is in [0, 1], got {beta}.")
+        raise ValueError(f"beta (BETA) must be in [0, 1], got {beta}.")
     live = num_layers - memory_layers(num_layers, alpha)
     return min(live, max(1, round(beta * live))) if beta else 0
 
 
 @dataclasses.dataclass(frozen=True)
 class GlimmerConfig:
-    """Where the encoder is cut, and what is trained."""
+    """The cuts of the encoder, and the trained parts."""
 
     t5: T5Config
     memory_layers: int = 0  # M, layers computed ahead of time
-    rerank_layers: int = 0  # R, live layers that every passage goes through before the choice
-    num_kept: int | None = None  # m, passages that are read on; None keeps all
+    rerank_layers: int = 0  # R, live layers before the selection, applied to all passages
+    num_kept: int | None = None  # m, passages selected for Live-B; None keeps all
     freeze_memory: bool = False  # memory encoder and its embedding are not trained
-    share_question_encoder: bool = True  # the question goes through the memory encoder itself
-    share_position_table: bool = False  # of memory and live layers; the cut can then still be moved
-    separate_reranker: bool = False  # scores come from R layers of their own, nothing is reused
-    read_chunk: int | None = None  # passages read on at a time when answering; None is all at once
-    memory_codec: str = "bf16"  # how memory is stored, and rounded while training
-    train_codebooks: bool = False  # the centroids of a codec that has them, straight-through
+    share_question_encoder: bool = True  # the memory encoder encodes questions as well
+    share_position_table: bool = (
+        False  # between memory and live layers; allows moving the cut later
+    )
+    separate_reranker: bool = False  # R separate layers for the scores, not reused for reading
+    read_chunk: int | None = None  # passages in Live-B at a time when answering; None is all
+    memory_codec: str = "bf16"  # of stored memory; training rounds the same way
+    train_codebooks: bool = False  # trains the codec's centroids, straight-through
 
     def __post_init__(self):
         m, r, layers = self.memory_layers, self.rerank_layers, self.t5.num_encoder_layers
@@ -78,37 +80,37 @@ class GlimmerConfig:
             )
         if self.num_kept is not None and r == 0:
             raise ValueError(
-                f"num_kept={self.num_kept} needs scores to choose by, and rerank_layers is 0. Set "
-                "rerank_layers, or retrieve fewer passages."
+                f"num_kept={self.num_kept} needs scores, and rerank_layers is 0. Set rerank_layers, or "
+                "retrieve fewer passages."
             )
         if self.separate_reranker and r == 0:
             raise ValueError("separate_reranker needs rerank_layers of at least 1.")
         if m == 0 and (self.freeze_memory or not self.share_question_encoder):
             raise ValueError(
-                "With memory_layers=0 there is no memory encoder to freeze or to copy; leave "
-                "freeze_memory=False and share_question_encoder=True."
+                "memory_layers=0 needs freeze_memory=False and share_question_encoder=True: there is no "
+                "memory encoder to freeze or to copy."
             )
         if self.share_position_table and (self.freeze_memory or not self.share_question_encoder):
             raise ValueError(
-                "share_position_table would train a part of the frozen or copied memory encoder; "
-                "set it to False."
+                "share_position_table must be False with freeze_memory or without "
+                "share_question_encoder: it would train a part of the frozen or copied encoder."
             )
         codecs.get(self.memory_codec)
         if self.train_codebooks and not self.has_codebooks:
             raise ValueError(
-                f"train_codebooks needs memory with codebooks; memory_codec is {self.memory_codec!r} "
-                f"and memory_layers {m}. Set memory_codec='pq', or train_codebooks=False."
+                f"train_codebooks needs a codec with codebooks, got memory_codec={self.memory_codec!r} "
+                f"and memory_layers={m}. Set memory_codec='pq', or train_codebooks=False."
             )
 
     @property
     def has_codebooks(self) -> bool:
-        """Whether the model's memory is stored by a codec that has learnt something."""
+        """Whether the memory codec has codebooks."""
         specs = codecs.get(self.memory_codec).codebook_specs(self.t5.emb_dim)
         return bool(self.memory_layers and specs)
 
 
 class MemoryEncoder(EncoderStack):
-    """The lower layers, by default with a position table of their own. No norm at the end."""
+    """Layers [0, M), by default with their own position table; no final norm."""
 
     own_table: bool = True
 
@@ -127,7 +129,7 @@ class MemoryEncoder(EncoderStack):
 
 
 class LiveEncoder(nn.Module):
-    """The upper layers: Live-A, Live-B, one position table, the encoder's final norm."""
+    """Layers [M, L): Live-A, Live-B, one position table, the encoder's final norm."""
 
     config: GlimmerConfig
 
@@ -152,18 +154,18 @@ class LiveEncoder(nn.Module):
 
 
 class Reranker(nn.Module):
-    """A score from the first real token; with `num_layers`, after layers of its own."""
+    """A score from the state of the first token, optionally after `num_layers` separate layers."""
 
     config: T5Config
     num_layers: int = 0
 
     def setup(self):
         self.stack = EncoderStack(self.config, self.num_layers)
-        # The raw residual stream is large; without a norm the score would be, too.
+        # The residual stream is large; without a norm the score would be large as well.
         self.norm = RMSNorm(jnp.float32)
-        # The weights are `kernel - 1`: zero at the start, so that all passages tie and the
-        # retriever's order stands. A parameter that is zero itself would hardly ever move, since
-        # Adafactor's steps are relative to a parameter's size.
+        # The weights are `kernel - 1`, initially zero: all passages tie, which keeps the retriever's
+        # order. A parameter of zeros would hardly move, because Adafactor's steps are relative to
+        # the size of a parameter.
         self.kernel = self.param(
             "kernel",
             nn.with_logical_partitioning(nn.initializers.ones, (axes.EMBED,)),
@@ -174,34 +176,34 @@ class Reranker(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array, bias: jax.Array) -> jax.Array:
         """`[B, K, N, D]`, `[B, K, N]` -> float32 `[B, K]`."""
         x = self.stack(x, mask, bias)
-        index = first_real(mask)[..., None, None]
+        index = first_token(mask)[..., None, None]
         return self.score(jnp.take_along_axis(x, index, axis=-2)[..., 0, :])
 
     def score(self, x: jax.Array) -> jax.Array:
-        """States of first real tokens `[B, K, D]` -> float32 `[B, K]`."""
+        """States of the first tokens `[B, K, D]` -> float32 `[B, K]`."""
         return self.norm(x) @ (self.kernel - 1.0)
 
 
-def first_real(mask: jax.Array) -> jax.Array:
-    """bool `[..., N]` -> int32 `[...]`, where each sequence begins; 0 where there is none."""
+def first_token(mask: jax.Array) -> jax.Array:
+    """bool `[..., N]` -> int32 `[...]`, the first True position of each sequence; 0 without any."""
     return jnp.argmax(mask, axis=-1)
 
 
 class Glimmer(nn.Module):
-    """The family. Methods are the stations of paper order: memory, rerank, read, answer."""
+    """FiD, LUMEN and GLIMMER. Methods are in the order of the paper: memory, rerank, read, answer."""
 
     config: GlimmerConfig
 
     def setup(self):
         config, t5 = self.config, self.config.t5
         self.token_embedder = self._embedder()
-        # A frozen encoder gets no dropout: its training states are those that the store will give.
+        # No dropout in a frozen encoder: training uses the same states as the store.
         memory_t5 = dataclasses.replace(t5, dropout_rate=0.0) if config.freeze_memory else t5
         if config.memory_layers:
             own_table = not config.share_position_table
             self.memory_encoder = MemoryEncoder(memory_t5, config.memory_layers, own_table)
         if config.freeze_memory:
-            # T5 shares its embedding with the decoder, which is trained: the memory would go stale.
+            # T5 shares its embedding with the decoder, whose training would make the memory stale.
             self.memory_embedder = self._embedder()
         if config.has_codebooks:
             self.memory_codebooks = Codebooks(
@@ -221,7 +223,7 @@ class Glimmer(nn.Module):
         return Embed(t5.vocab_size, t5.emb_dim, jnp.dtype(t5.dtype))
 
     def memory_states(self, tokens: jax.Array) -> jax.Array:
-        """Layers [0, M) over tokens `[..., X]` with the memory's weights -> `[..., X, D]`."""
+        """The memory encoder on tokens `[..., X]` -> `[..., X, D]`."""
         if not self.config.memory_layers:
             return self.dropout(self.token_embedder(tokens))
         bias = (
@@ -233,14 +235,14 @@ class Glimmer(nn.Module):
         return jax.lax.stop_gradient(states)
 
     def encode_question(self, question_tokens: jax.Array) -> jax.Array:
-        """int32 `[B, Q]`, right-aligned -> states `[B, Q, D]` for the live sequence."""
+        """int32 `[B, Q]`, right-aligned -> states `[B, Q, D]` at the cut."""
         if self.config.share_question_encoder:
             return self.memory_states(question_tokens)
         x = self.dropout(self.token_embedder(question_tokens))
         return self.question_encoder(x, question_tokens > 0)
 
     def encode_memory(self, passage_tokens: jax.Array) -> dict[str, jax.Array]:
-        """int32 `[..., P]` -> what the store keeps: the codec's arrays `[..., P, *trailing]`."""
+        """int32 `[..., P]` -> stored arrays of the codec, `[..., P, *trailing]`."""
         codec = codecs.get(self.config.memory_codec)
         return codec.encode(self.memory_states(passage_tokens), self._codebooks())
 
@@ -248,7 +250,7 @@ class Glimmer(nn.Module):
         return self.memory_codebooks() if self.config.has_codebooks else None
 
     def passage_states(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """Memory of a batch's passages, from tokens or from the store alike.
+        """States of a batch's passages, computed from tokens or decoded from stored memory.
 
         Returns:
           States `[B, K, P, D]` and bool mask `[B, K, P]`.
@@ -270,7 +272,7 @@ class Glimmer(nn.Module):
         return states, tokens > 0
 
     def rerank(self, batch: Batch) -> Live:
-        """Question and memory together through Live-A, and the score of every passage.
+        """Runs Live-A on question and memory, and scores every passage.
 
         Args:
           batch: `question_tokens` and either `passage_tokens`, or `passage_memory` with
@@ -286,15 +288,14 @@ class Glimmer(nn.Module):
         return Live(states, mask, jnp.where(exists_BK, scores, -jnp.inf))
 
     def choose(self, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """`rerank` and `select` in one, where nobody asks for the states of dropped passages.
+        """`rerank` and `select` without the states of dropped passages.
 
-        The last layer before the score is computed for every passage at the one token that is
-        scored, and whole for the kept passages only. Needs looped layers: of scanned ones, or where
-        all passages are kept, nothing can be left out.
+        For dropped passages, the last layer before the score is computed only at the scored token.
+        This needs unrolled layers; scanned layers, or keeping all passages, save nothing.
 
         Returns:
           States `[B, m, N, D]`, mask `[B, m, N]`, int32 indices `[B, m]` into the K passages, and
-          float32 scores `[B, K]`, -inf where there is no passage.
+          float32 scores `[B, K]`, -inf for absent passages.
         """
         config = self.config
         if config.t5.scan_layers or config.num_kept is None:
@@ -305,7 +306,7 @@ class Glimmer(nn.Module):
         separate = config.separate_reranker
         stack = self.reranker.stack if separate else self.live_encoder.live_a
         below = stack.below_last(states, mask, bias)
-        scores = self.reranker.score(stack.last_at(below, first_real(mask), mask, bias))
+        scores = self.reranker.score(stack.last_at(below, first_token(mask), mask, bias))
         scores = jnp.where(exists_BK, scores, -jnp.inf)
         live = Live(states if separate else below, mask, scores)
         states, mask, kept = select(live, config.num_kept)
@@ -314,14 +315,14 @@ class Glimmer(nn.Module):
         return states, mask, kept, scores
 
     def _sequences(self, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Question and memory together, `[B, K, N, D]`, their mask, and which passages exist."""
+        """States `[B, K, N, D]` of question and memory, their mask, and which passages exist."""
         question_BQ = batch["question_tokens"]
         question_BQD = self.encode_question(question_BQ)
         passages_BKPD, passage_mask_BKP = self.passage_states(batch)
         num_passages = passages_BKPD.shape[1]
 
         exists_BK = jnp.any(passage_mask_BKP, axis=-1)
-        # A question without passages reads one empty passage, so that there is an answer at all.
+        # A question without passages reads one empty passage.
         none_B1 = ~jnp.any(exists_BK, axis=-1, keepdims=True)
         exists_BK = exists_BK | (none_B1 & (jnp.arange(num_passages) == 0)[None])
 
@@ -334,7 +335,7 @@ class Glimmer(nn.Module):
         return states, mask & exists_BK[..., None], exists_BK
 
     def read(self, states: jax.Array, mask: jax.Array) -> jax.Array:
-        """The remaining live layers over kept passages, `[B, M, N, D]` -> the same shape."""
+        """The remaining live layers on kept passages, `[B, M, N, D]` -> the same shape."""
         if self.config.separate_reranker:
             states = self.live_encoder.first(states, mask)
         return self.live_encoder.last(states, mask)
@@ -348,7 +349,7 @@ class Glimmer(nn.Module):
         return self.token_embedder.table() if self.config.t5.tie_output else None
 
     def start_decoding(self, encoded: jax.Array) -> Any:
-        """Cross-attention keys and values of all decoder layers, once for each question."""
+        """Cross-attention keys and values of all decoder layers, once per question."""
         return self.decoder.cross_keys_values(encoded)
 
     def empty_cache(self, batch: int, beams: int, length: int) -> Cache:

@@ -1,9 +1,9 @@
-"""GTR (arXiv 2112.07899): a text as one vector, from a T5 encoder.
+"""GTR (arXiv 2112.07899): one vector per text, from a T5 encoder.
 
-    tokens -> T5 encoder -> mean over real tokens -> linear, no bias -> length 1
+    tokens -> T5 encoder -> mean over tokens -> linear, no bias -> unit length
 
-One tower serves questions and passages, and their similarity is the dot product. The encoder is a
-whole one: all layers, one position table, the final norm.
+One tower encodes questions and passages; their similarity is the dot product. The encoder is
+complete: all layers, one position table, the final norm.
 """
 
 import flax.linen as nn
@@ -16,7 +16,7 @@ from glimmer_jax.nn.layers import Dense, Embed, RMSNorm
 
 
 class Encoder(EncoderStack):
-    """A T5 encoder in one piece."""
+    """A complete T5 encoder."""
 
     def setup(self):
         super().setup()
@@ -30,7 +30,7 @@ class Encoder(EncoderStack):
 
 
 class Gtr(nn.Module):
-    """The tower. Of `config` the encoder's half is used."""
+    """The tower; uses the encoder's fields of `config`."""
 
     config: T5Config
     vector_dim: int  # E, channels of the vector
@@ -39,13 +39,13 @@ class Gtr(nn.Module):
         t5 = self.config
         self.token_embedder = Embed(t5.vocab_size, t5.emb_dim, jnp.dtype(t5.dtype))
         self.encoder = Encoder(t5, t5.num_encoder_layers)
-        # float32, as everything after the states: a rounded vector would be no longer of length 1.
+        # float32 after the encoder: a rounded vector would not have unit length.
         self.projection = Dense(self.vector_dim, (axes.EMBED, axes.KV), jnp.float32)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """int32 `[B, N]`, left-aligned, 0 is padding -> float32 `[B, E]` of length 1.
+        """int32 `[B, N]`, left-aligned, 0 is padding -> float32 `[B, E]` of unit length.
 
-        A row of padding alone gives zeros.
+        A row without tokens gives zeros.
         """
         mask = tokens > 0
         states = self.encoder.encode(self.token_embedder(tokens), mask).astype(jnp.float32)

@@ -1,14 +1,19 @@
-"""A start from which a small model learns to match, to choose and to copy within minutes.
+"""An initialisation from which small models learn to match, select and copy within minutes.
 
-From T5's random parameters a small model must first find out that equal tokens should attend to each
-other, which takes thousands of examples. Here that is where it begins: queries equal keys, so that
-attention looks at equal tokens; values come back through their own transpose, so that what is
-attended to is added to the stream as it is; the output layer is the embedding's transpose; two
-heads of each encoder look at the token before and the token after; one looks far back, in a live
-sequence at the question, so that a passage's title learns how well the passage matched (without it
-the decoder cannot tell among several kept passages which one to read); and the decoder's heads look
-at the last few tokens, so that copying survives a title that repeats itself. After "Mimetic
-Initialization of Self-Attention Layers" (arXiv 2305.09828), with the signs that reading wants.
+From T5's random initialisation a small model needs thousands of examples to learn that equal tokens
+should attend to each other. Here
+
+* queries equal keys, so that attention prefers equal tokens;
+* the output projection is the transpose of the value projection, so that attended states are added to
+  the residual stream unchanged;
+* the output layer is the transpose of the embedding;
+* two encoder heads attend to the previous and the next token, and one attends far back: in a live
+  sequence, to the question. It marks the title of a passage that matches, which tells the decoder
+  which of several passages to read;
+* decoder heads attend to the last few tokens, so that copying survives repeated words.
+
+After "Mimetic Initialization of Self-Attention Layers" (arXiv 2305.09828), but
+value times output projection is +I instead of -I.
 """
 
 from typing import Any
@@ -20,23 +25,22 @@ from glimmer_jax.models.t5 import T5Config
 
 Params = dict[str, Any]
 
-# Nats by which a head prefers its places at the start.
-PLACE_BIAS = 4.0
-# What is left of the likeness of tokens in the head that looks far back: place comes first there.
-FAR_LIKENESS = 0.3
+# Initial position bias of a head towards its positions, in nats.
+POSITION_BIAS = 4.0
+# Scale of token similarity in the head that attends far back, where position dominates.
+FAR_SIMILARITY = 0.3
 
 
 def mimetic_init(params: Params, config: T5Config) -> Params:
-    """Fresh parameters of any cut, rearranged; shapes and dtypes stay. Traceable.
+    """Applies the initialisation to random parameters of any cut. Traceable.
 
     Raises:
-      ValueError: there are not three heads, or the position table has no bucket for each neighbour.
+      ValueError: fewer than three heads or eight position buckets.
     """
     if config.num_heads < 3 or config.relpos_buckets < 8:
         raise ValueError(
-            "A matching start gives one head to each neighbour and one to what is far back: it needs "
-            f"num_heads >= 3 and relpos_buckets >= 8, got {config.num_heads} and "
-            f"{config.relpos_buckets}. Start without it."
+            "Mimetic initialisation needs num_heads >= 3 and relpos_buckets >= 8, got "
+            f"{config.num_heads} and {config.relpos_buckets}. Use the random initialisation."
         )
     params = {
         name: _attentions(part, config, far_head=name != "decoder") for name, part in params.items()
@@ -47,23 +51,24 @@ def mimetic_init(params: Params, config: T5Config) -> Params:
         params["decoder"] = {**params["decoder"], "logits_dense": output}
     for stack in ("memory_encoder", "question_encoder", "live_encoder"):
         if "relpos_bias" in params.get(stack, {}):
-            table = _places(params[stack]["relpos_bias"]["rel_embedding"], config.relpos_buckets)
+            table = params[stack]["relpos_bias"]["rel_embedding"]
+            table = _add_position_bias(table, config.relpos_buckets)
             params[stack] = {**params[stack], "relpos_bias": {"rel_embedding": table}}
-    # What to copy next depends on the last few tokens: heads of the decoder look one, two, three back.
+    # The next token to copy depends on the last few: decoder heads attend one, two, three back.
     table = params["decoder"]["relpos_bias"]["rel_embedding"]
     for back in range(1, min(len(table), config.relpos_buckets)):
-        table = table.at[back - 1, back].add(PLACE_BIAS)
+        table = table.at[back - 1, back].add(POSITION_BIAS)
     params["decoder"] = {**params["decoder"], "relpos_bias": {"rel_embedding": table}}
     return params
 
 
-def _places(table: jax.Array, num_buckets: int) -> jax.Array:
-    """`[H, buckets]`: the first head looks one back, the second one ahead, the last far back."""
-    half = num_buckets // 2  # the first half is of keys before the query, the second of keys after
-    table = table.at[0, 1].add(PLACE_BIAS)
-    table = table.at[1, half + 1].add(PLACE_BIAS)
-    # From the first logarithmic bucket on: eight tokens or more, with T5's 32 buckets.
-    return table.at[-1, half // 2 : half].add(PLACE_BIAS)
+def _add_position_bias(table: jax.Array, num_buckets: int) -> jax.Array:
+    """`[H, buckets]`: the first head attends one back, the second one ahead, the last far back."""
+    half = num_buckets // 2  # buckets of keys before the query, then of keys after it
+    table = table.at[0, 1].add(POSITION_BIAS)
+    table = table.at[1, half + 1].add(POSITION_BIAS)
+    # From the first logarithmic bucket on: at least eight tokens, with T5's 32 buckets.
+    return table.at[-1, half // 2 : half].add(POSITION_BIAS)
 
 
 def _attentions(tree: Any, config: T5Config, far_head: bool) -> Any:
@@ -72,10 +77,10 @@ def _attentions(tree: Any, config: T5Config, far_head: bool) -> Any:
     if not {"query", "key", "value", "out"} <= tree.keys():
         return {name: _attentions(child, config, far_head) for name, child in tree.items()}
     key, value = tree["key"]["kernel"], _orthogonal(tree["value"]["kernel"])
-    # The scale that T5 gives to queries, in place of one in the logits.
+    # T5 scales queries instead of logits.
     query = key / jnp.sqrt(float(config.head_dim))
     if far_head:
-        query = query.at[..., -config.head_dim :].multiply(FAR_LIKENESS)
+        query = query.at[..., -config.head_dim :].multiply(FAR_SIMILARITY)
     return {
         **tree,
         "query": {"kernel": query},
@@ -85,7 +90,7 @@ def _attentions(tree: Any, config: T5Config, far_head: bool) -> Any:
 
 
 def _orthogonal(kernel: jax.Array) -> jax.Array:
-    """The nearest thing to a rotation with the kernel's shape `[..., D, H*C]`."""
+    """Orthonormal columns, or rows if there are more columns, from a kernel `[..., D, H*C]`."""
     rows, columns = kernel.shape[-2:]
     if rows < columns:
         return jnp.swapaxes(_orthogonal(jnp.swapaxes(kernel, -1, -2)), -1, -2)

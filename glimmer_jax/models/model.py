@@ -1,21 +1,20 @@
 """The T5X-style model class: losses, evaluation and prediction over batches of one contract.
 
-Method names, argument names and batch keys are T5X's (`t5x.models.BaseTransformerModel`), so that
-its users are at home; nothing of T5X is imported. All methods that take `params` are pure and can be
-jitted by the caller.
+Method names, argument names and batch keys are T5X's (`t5x.models.BaseTransformerModel`); T5X is not
+imported. All methods that take `params` are pure, and callers may jit them.
 
 A batch holds numpy or jax arrays:
 
     question_tokens        int32 [B, Q]     right-aligned, 0 is padding
     passage_tokens         int32 [B, K, P]  left-aligned; a passage of zeros is absent
       or passage_memory    {name: [B, K, P, ...]}, a codec's arrays, with
-         passage_lengths   int32 [B, K]     real tokens, 0 where there is no passage
+         passage_lengths   int32 [B, K]     tokens, 0 for absent passages
     decoder_input_tokens   int32 [B, T]     targets shifted right, 0 first
     decoder_target_tokens  int32 [B, T]
     decoder_loss_weights   float32 [B, T]   0 for padding
-    gold_passages          int32 [B, K]     optional, nonzero where a passage holds the answer
-    candidate_tokens       int32 [B, N, T]  optional, answers to choose from when predicting: end token
-                                            included, then 0; all 0 is no candidate
+    gold_passages          int32 [B, K]     optional, nonzero for passages that contain the answer
+    candidate_tokens       int32 [B, N, T]  optional, answers to choose from in prediction: end token
+                                            included, then 0; all 0 for absent candidates
 """
 
 import dataclasses
@@ -41,17 +40,17 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """What is minimised: GLIMMER (arXiv 2306.10231) section 3, with the switches of its neighbours."""
+    """The training loss: GLIMMER (arXiv 2306.10231), section 3, and variants from related work."""
 
     z_loss: float = 1e-4  # weight of the squared log-normaliser
-    distillation_weight: float = 1.0  # of perplexity distillation; 0 leaves the teacher out
+    distillation_weight: float = 1.0  # of perplexity distillation; 0 skips the teacher
     temperature: float = 1.0  # tau of both distributions over passages
     kl_direction: str = "lm_to_rank"  # or rank_to_lm
-    mean_log_likelihood: bool = False  # log p(answer) a token instead of an answer
-    clean_teacher: bool = False  # run the teacher's Live-A again without dropout
-    teacher_chunk: int = 8  # passages whose [B, T, V] logits a device has at one time
-    supervised_weight: float = 0.0  # of -log p_rank(gold), where gold passages are known
-    cross_entropy_weight: float = 1.0  # of z-loss too; 0 trains the scores alone
+    mean_log_likelihood: bool = False  # log p per token instead of per answer, in the teacher
+    clean_teacher: bool = False  # rerun the teacher's Live-A without dropout
+    teacher_chunk: int = 8  # passages per device whose [B, T, V] logits exist at the same time
+    supervised_weight: float = 0.0  # of -log p_rank(gold), if gold passages are known
+    cross_entropy_weight: float = 1.0  # includes z-loss; 0 trains only the scores
 
     def __post_init__(self):
         if self.temperature <= 0:
@@ -64,11 +63,11 @@ class LossConfig:
             raise ValueError(f"teacher_chunk must be at least 1, got {self.teacher_chunk}.")
         weights = (self.z_loss, self.distillation_weight, self.supervised_weight)
         if min(*weights, self.cross_entropy_weight) < 0:
-            raise ValueError(f"Loss weights must not be negative: {self}.")
+            raise ValueError(f"Loss weights must not be negative, got {self}.")
 
 
 class GlimmerModel:
-    """FiD, LUMEN or GLIMMER, driven by train, eval and infer alike."""
+    """FiD, LUMEN or GLIMMER, for training, evaluation and inference."""
 
     def __init__(
         self,
@@ -86,7 +85,7 @@ class GlimmerModel:
 
     @property
     def FEATURE_CONVERTER_CLS(self) -> type:  # noqa: N802 (T5X's name)
-        """The seqio feature converter of the batch contract; seqio is imported only here."""
+        """The seqio feature converter; imports seqio."""
         from glimmer_jax.data.features import GlimmerFeatureConverter
 
         return GlimmerFeatureConverter
@@ -97,22 +96,22 @@ class GlimmerModel:
         input_shapes: Mapping[str, tuple[int, ...]],
         input_types: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Fresh parameters and the names of their dimensions.
+        """Random parameters and the names of their dimensions.
 
         Args:
           rng: a random key.
           input_shapes: shape of each batch array; only `question_tokens`, `passage_tokens` and
-            `decoder_input_tokens` matter, and no parameter depends on them.
-          input_types: their dtypes; int32 where not given.
+            `decoder_input_tokens` are used, and no parameter depends on them.
+          input_types: their dtypes; int32 by default.
 
         Returns:
-          `params`, float32, and `params_axes` with a T5X `AxisMetadata` for each of them.
+          `params`, float32, and `params_axes` with a T5X `AxisMetadata` per parameter.
         """
         types = input_types or {}
         keys = ("question_tokens", "passage_tokens", "decoder_input_tokens")
         batch = {key: jnp.ones(input_shapes[key], types.get(key, jnp.int32)) for key in keys}
-        # flax puts constraints on boxed parameters by its own table while it initialises; it is
-        # told ours, or every parameter would be whole on every device for a moment.
+        # Flax constrains boxed parameters during initialisation by its own rules. Without ours, every
+        # device would temporarily hold all parameters.
         rules = tuple((name, mesh_axes or None) for name, mesh_axes in AXIS_RULES.items())
         with nn.logical_axis_rules(rules):
             boxed = self.module.init(rng, batch)["params"]
@@ -128,7 +127,7 @@ class GlimmerModel:
         return {"params": nn.unbox(boxed), "params_axes": axes_tree}
 
     def abstract_variables(self) -> tuple[Params, Any]:
-        """Shapes and dtypes of the parameters, and a tree of their axis-name tuples; no compute."""
+        """Shapes and dtypes of the parameters, and a tree of their axis names, without computation."""
         config = self.config
         passages = config.num_kept or 1
         shapes = {
@@ -148,7 +147,7 @@ class GlimmerModel:
         return params, jax.tree.map(lambda leaf: leaf.names, names["tree"], is_leaf=is_leaf)
 
     def frozen(self, params: Params) -> Any:
-        """A tree like `params` with True for what training leaves alone."""
+        """A tree like `params`, True for parameters that are not trained."""
         names = ("memory_encoder", "memory_embedder") if self.config.freeze_memory else ()
         tree = {
             key: jax.tree.map(lambda _, key=key: key in names, subtree)
@@ -162,10 +161,10 @@ class GlimmerModel:
         return tree
 
     def loss_normalizers(self, batch: Batch) -> dict[str, jax.Array]:
-        """Denominators of the loss, from data alone; for the batch before it is divided.
+        """Denominators of the loss, for the complete batch.
 
-        Gradient accumulation passes those of the whole batch to `loss_fn` of each part, and the
-        sum of the parts' gradients is then the gradient of the whole.
+        Gradient accumulation passes them to `loss_fn` of each microbatch, so that the sum of the
+        microbatches' gradients is the gradient of the batch.
         """
         exists = _passage_exists(batch)
         counts = {
@@ -184,26 +183,26 @@ class GlimmerModel:
         dropout_rng: jax.Array | None,
         normalizers: Mapping[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, Metrics]:
-        """The training loss, float32, and sums for metrics.
+        """The training loss, float32, and sums of metrics.
 
         Args:
           params: the model's parameters.
           batch: see the module's docstring.
-          dropout_rng: random key for dropout; None for none.
-          normalizers: denominators of a larger batch that this one is a part of.
+          dropout_rng: random key for dropout; None disables dropout.
+          normalizers: `loss_normalizers` of the batch that this microbatch belongs to.
 
         Returns:
           The loss and `{name: (total, weight)}`, which add up over batches.
 
         Raises:
-          ValueError: memory is given while the memory encoder is trained: its gradient would have
-            nowhere to go, and the memory would go stale with the first step. Or a term of the loss
-            has nothing to learn from: no `gold_passages`, or one passage a question.
+          ValueError: the batch holds memory although the memory encoder is trained: the encoder would
+            get no gradient, and the memory would be stale after the first step. Or a term of the
+            loss lacks its data: `gold_passages`, or more than one passage per question.
         """
         if "passage_memory" in batch and not self.config.freeze_memory:
             raise ValueError(
-                "Training from stored memory needs a frozen memory encoder (freeze_memory=True); "
-                "with a trained one, give passage_tokens."
+                "Training from stored memory needs a frozen memory encoder: set freeze_memory=True, or "
+                "train from passage_tokens."
             )
         self._check_terms(batch)
         return self._loss(params, batch, dropout_rng, normalizers)
@@ -214,19 +213,18 @@ class GlimmerModel:
         num_passages = _passage_exists(batch).shape[1]
         if self.loss.distillation_weight and num_passages == 1:
             raise ValueError(
-                "Distillation compares a question's passages, and these batches have one for each "
-                "question (K=1). Set DISTILLATION_WEIGHT = 0, or read more passages "
+                "DISTILLATION_WEIGHT compares the passages of a question, and these batches have one per "
+                "question (K=1). Set DISTILLATION_WEIGHT=0, or read more passages "
                 "(TASK_FEATURE_LENGTHS)."
             )
         if self.loss.supervised_weight and "gold_passages" not in batch:
             raise ValueError(
-                f"SUPERVISED_WEIGHT={self.loss.supervised_weight} needs examples that name their gold "
-                f"passages, and these batches have {sorted(batch)}. Set it to 0, or give tasks with "
-                "`gold_passages`."
+                f"SUPERVISED_WEIGHT={self.loss.supervised_weight} needs gold_passages, and these batches "
+                f"have {sorted(batch)}. Set it to 0, or use tasks with gold_passages."
             )
 
     def eval_fn(self, params: Params, batch: Batch) -> tuple[jax.Array, Metrics]:
-        """The loss without dropout, from tokens or from memory."""
+        """The loss without dropout, from tokens or memory."""
         return self._loss(params, batch, None, None)
 
     def _loss(self, params, batch, dropout_rng, normalizers):
@@ -247,7 +245,7 @@ class GlimmerModel:
         correct = (jnp.argmax(logits, axis=-1) == targets) * weights
         metrics = {
             "cross_entropy": (cross_entropy, num_tokens),
-            # Where an answer is copied, what is hard is its first token: which passage to read.
+            # For copied answers the first token is the hard one: it depends on the right passage.
             "first_token": (jnp.sum((by_token * weights)[:, 0]), jnp.sum(weights[:, 0])),
             "z_loss": (z_loss, num_tokens),
             "token_accuracy": (jnp.sum(correct), num_tokens),
@@ -307,13 +305,13 @@ class GlimmerModel:
     def predict_batch_with_aux(
         self, params: Params, batch: Batch, rng: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Answers, and what they rest on.
+        """Answers with their scores, passage scores and kept passages.
 
         Args:
           params: the model's parameters.
-          batch: see the module's docstring; with `candidate_tokens` the most probable of these is
-            the answer, whatever `decode` says.
-          rng: random key; needed where `decode` draws, and not used elsewhere.
+          batch: see the module's docstring. With `candidate_tokens` the answer is the most probable
+            candidate, and `decode` is ignored.
+          rng: random key, needed if `decode` samples.
 
         Returns:
           int32 `[B, T]`, and `scores` float32 `[B]` (log probability, penalised for beams),
@@ -321,7 +319,7 @@ class GlimmerModel:
           candidates also `candidate_scores` float32 `[B, N]`, log probabilities.
 
         Raises:
-          ValueError: answers are to be drawn, and there is no `rng`.
+          ValueError: `decode` samples, and `rng` is None.
         """
         variables = {"params": params}
         states, mask, kept, scores = self.module.apply(variables, batch, method="choose")
@@ -341,7 +339,7 @@ class GlimmerModel:
         return tokens, {**aux, "passage_scores": scores, "kept_passages": kept}
 
     def score_batch(self, params: Params, batch: Batch, return_intermediates: bool = False) -> Any:
-        """log p(target) of each row, float32 `[B]`; with intermediates, also scores and kept."""
+        """log p(target) of each row, float32 `[B]`; optionally with passage scores and selection."""
         logits, live, kept = self.module.apply({"params": params}, batch)
         scores = losses.log_likelihood(
             logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"], mean=False
@@ -351,7 +349,7 @@ class GlimmerModel:
         return scores
 
     def memory_states(self, params: Params, passage_tokens: jax.Array) -> jax.Array:
-        """States of passages `[n, P]` after layer M, `[n, P, D]`, before a codec rounds them.
+        """Unrounded states of passages `[n, P]` after layer M, `[n, P, D]`.
 
         Raises:
           ValueError: the model has no memory encoder.
@@ -369,8 +367,7 @@ class GlimmerModel:
     def _of_memory(self, method: str, params: Params, passage_tokens: jax.Array) -> Any:
         if not self.config.memory_layers:
             raise ValueError(
-                "memory_layers is 0 (FiD): there is nothing to compute ahead of time. Build memory "
-                "with LUMEN or GLIMMER."
+                "memory_layers is 0 (FiD): there is no memory to precompute. Use LUMEN or GLIMMER."
             )
         return self.module.apply({"params": params}, passage_tokens, method=method)
 

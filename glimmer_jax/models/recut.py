@@ -1,9 +1,9 @@
-"""From one cut of the encoder to another: the same layers, told apart elsewhere.
+"""Moves parameters between cuts of the encoder.
 
-FiD, LUMEN and GLIMMER are one encoder, so one set of parameters starts any of them. `recut` is a
-pure function on parameter trees. What would change the function that the parameters compute is
-refused: a layer cannot move to a stack with another position table, and two copies that have been
-trained apart cannot become one.
+FiD, LUMEN and GLIMMER share one encoder, so that the same parameters initialise any of them. `recut`
+is a pure function on parameter trees. It rejects changes of the function that the parameters
+compute: a layer cannot move to a stack with a different position table, and copies that differ after
+training cannot be merged.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ from glimmer_jax.models.stacking import stack_layers, unstack_layers
 
 Params = dict[str, Any]
 
-# T5 settings that change neither the parameters nor, beyond rounding, what they compute.
+# T5 settings that affect neither the parameters nor, up to rounding, the function they compute.
 NUMERICS = ("dropout_rate", "dtype", "matmul_dtype", "remat_policy", "attention")
-# Settings of the family that decide which parameters there are and what they are called.
+# Settings that determine the parameter tree.
 STRUCTURE = (
     "memory_layers",
     "rerank_layers",
@@ -32,22 +32,22 @@ STRUCTURE = (
 
 
 def recut(params: Params, source: GlimmerConfig, target: GlimmerConfig) -> Params:
-    """Parameters of `source` rearranged for `target`.
+    """Parameters of `source`, rearranged for `target`.
 
     Args:
-      params: unboxed parameters, scanned or looped as `source` says.
-      source: the setting they belong to.
-      target: the setting wanted; its T5 must have the sizes of the source's, but for a decoder with
-        fewer key heads or sparser cross-attention, which is made from the source's (`fido`).
+      params: unboxed parameters, in the layout (`scan_layers`) of `source`.
+      source: the configuration of `params`.
+      target: the configuration of the result. Its T5 sizes must equal those of `source`, except for a
+        decoder with fewer key heads or sparser cross-attention, which is converted (`fido`).
 
     Returns:
-      Parameters for `target`, scanned or looped as it says. A score head that the source lacks
-      starts fresh, at zero; one that it has is kept, as a start, even where other layers will feed
-      it. The very same tree where the two settings have the same parameters.
+      Parameters in the layout of `target`. A missing score head is initialised to zero; an existing
+      one is kept, even if other layers feed it in `target`. Returns `params` itself if both
+      configurations have the same parameters.
 
     Raises:
-      ValueError: the sizes differ; layers would have to change position table although the two
-        tables differ; or copies that are no longer equal would have to be merged.
+      ValueError: the sizes differ; layers would have to move to a different position table; or
+        copies that differ would have to be merged.
     """
     _check_sizes(source, target)
     params = _with_codebooks(params, source, target)
@@ -57,29 +57,29 @@ def recut(params: Params, source: GlimmerConfig, target: GlimmerConfig) -> Param
         return params
     params = unstack_layers(params)
     if _decoder(source) != _decoder(target):
-        looped = [dataclasses.replace(c.t5, scan_layers=False) for c in (source, target)]
-        params["decoder"] = convert_decoder(params["decoder"], *looped)
+        unrolled = [dataclasses.replace(c.t5, scan_layers=False) for c in (source, target)]
+        params["decoder"] = convert_decoder(params["decoder"], *unrolled)
     m, cut = source.memory_layers, source.memory_layers + source.rerank_layers
     live = params["live_encoder"]
     memory = params.get("memory_encoder", {})
     stacks = [_layers(memory), _layers(live.get("live_a", {})), _layers(live.get("live_b", {}))]
-    wanted = [m, source.rerank_layers, source.t5.num_encoder_layers - cut]
-    if [len(stack) for stack in stacks] != wanted:
+    expected = [m, source.rerank_layers, source.t5.num_encoder_layers - cut]
+    if [len(stack) for stack in stacks] != expected:
         raise ValueError(
-            f"The source has {wanted} layers in memory, Live-A and Live-B, and the parameters have "
-            f"{[len(stack) for stack in stacks]}. Give the configuration they were trained with."
+            f"The configuration has {expected} layers in memory, Live-A and Live-B, and the parameters "
+            f"have {[len(stack) for stack in stacks]}. Use the configuration they were trained with."
         )
     encoder = [layer for stack in stacks for layer in stack]
 
-    # Position tables: those of the source, or copies of the only one it has.
+    # Position tables of the source, or copies of its only one.
     live_table = live["relpos_bias"]
     memory_table = memory.get("relpos_bias", live_table)
     one_table = target.share_position_table and m
     if (target.memory_layers != m or one_table) and not _equal(memory_table, live_table):
         raise ValueError(
-            f"The cut cannot move from memory_layers={m} to {target.memory_layers}, nor can its two "
-            "position tables become one: those of memory and live encoder have been trained apart, "
-            "and a layer would change its table. Recut before training, or keep memory_layers."
+            f"memory_layers={m} cannot become {target.memory_layers}, and share_position_table cannot be "
+            "set: the position tables of memory and live encoder differ, and layers would change "
+            "table. Recut before training, or keep memory_layers and share_position_table."
         )
 
     def numbered(layers):
@@ -104,7 +104,7 @@ def recut(params: Params, source: GlimmerConfig, target: GlimmerConfig) -> Param
 
 
 def _with_codebooks(params: Params, source: GlimmerConfig, target: GlimmerConfig) -> Params:
-    """Without codebooks where the target has none; with those it needs, or ValueError."""
+    """`params` with the codebooks that `target` needs; raises if they are missing."""
     if not target.has_codebooks:
         if "memory_codebooks" not in params:
             return params
@@ -112,9 +112,9 @@ def _with_codebooks(params: Params, source: GlimmerConfig, target: GlimmerConfig
     same = all(getattr(source, x) == getattr(target, x) for x in ("memory_codec", "memory_layers"))
     if not source.has_codebooks or not same:
         raise ValueError(
-            f"MEMORY_CODEC={target.memory_codec!r} reads codebooks learnt from the states after layer "
+            f"MEMORY_CODEC={target.memory_codec!r} needs codebooks of the states after layer "
             f"{target.memory_layers}, and these parameters have {_codebooks_of(source)}. Learn them "
-            "with --run_mode=codebooks, and give the file that it writes."
+            "with --run_mode=codebooks, and use the checkpoint that it writes."
         )
     return params
 
@@ -142,27 +142,26 @@ def _check_sizes(source: GlimmerConfig, target: GlimmerConfig) -> None:
         )
         if name not in (*NUMERICS, "scan_layers") and not of_decoder and a != b:
             raise ValueError(
-                f"Parameters of a T5 with {name}={a} cannot become one with {name}={b}; a recut "
-                "moves layers, it does not change their sizes."
+                f"Parameters of a T5 with {name}={a} cannot be used with {name}={b}: a recut moves "
+                "layers and keeps their sizes."
             )
 
 
 def _place_copies(out: Params, params: Params, source: GlimmerConfig, target: GlimmerConfig):
-    """The question encoder and the frozen embedding, which may or may not be copies."""
+    """Adds the question encoder and the frozen embedding, or merges them if they are equal."""
     question = params.get("question_encoder")
     if target.share_question_encoder:
         if question is not None and not _equal(question, params["memory_encoder"]):
             raise ValueError(
-                "The question encoder has been trained apart from the memory encoder and cannot be "
-                "merged with it; set share_question_encoder=False."
+                "share_question_encoder=True: the question encoder differs from the memory encoder after "
+                "training and cannot be merged. Set share_question_encoder=False."
             )
     elif question is not None and target.memory_layers == source.memory_layers:
         out["question_encoder"] = question
     elif question is not None and not _equal(question, params["memory_encoder"]):
         raise ValueError(
-            f"The cut cannot move from memory_layers={source.memory_layers} to "
-            f"{target.memory_layers}: question and memory encoder have been trained apart, and "
-            "share the live layers that would be divided between them."
+            f"memory_layers={source.memory_layers} cannot become {target.memory_layers}: question and "
+            "memory encoder differ after training, and both use the layers that would move."
         )
     else:
         out["question_encoder"] = out["memory_encoder"]
@@ -172,8 +171,8 @@ def _place_copies(out: Params, params: Params, source: GlimmerConfig, target: Gl
         out["memory_embedder"] = params["token_embedder"] if frozen is None else frozen
     elif frozen is not None and not _equal(frozen, params["token_embedder"]):
         raise ValueError(
-            "The embedding has been trained apart from the frozen memory's embedding, and the two "
-            "cannot be merged; set freeze_memory=True."
+            "freeze_memory=False: the embedding differs from the frozen memory's embedding after "
+            "training and cannot be merged. Set freeze_memory=True."
         )
 
 

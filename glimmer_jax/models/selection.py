@@ -1,8 +1,8 @@
-"""The choice: the m best of K passages go on, and side by side into the decoder.
+"""Selection of the m best of K passages, and their concatenation for the decoder.
 
-Where a mesh spreads the passages of a question over devices (axis `passages`), this is the first
-time that they meet: every device learns all scores, and then only kept passages travel, each to the
-device that reads it on, so that Live-B and the decoder's keys and values are divided as well.
+On a mesh that shards the passages of a question (axis `passages`), this is the first exchange between
+the shards: every device receives all scores, then kept passages move to the device that reads them.
+Live-B and the decoder's keys and values stay sharded over passages.
 """
 
 import functools
@@ -19,18 +19,18 @@ _MASK = (axes.BATCH, axes.PASSAGES, axes.LENGTH)
 
 
 class Live(NamedTuple):
-    """What the first live layers leave for the choice."""
+    """States and scores after Live-A."""
 
     states: jax.Array  # [B, K, N, D]
-    mask: jax.Array  # bool [B, K, N], real tokens of existing passages
-    scores: jax.Array  # float32 [B, K], -inf where there is no passage
+    mask: jax.Array  # bool [B, K, N], tokens of existing passages
+    scores: jax.Array  # float32 [B, K], -inf for absent passages
 
 
 def select(live: Live, num_kept: int | None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The m best passages, in the retriever's order.
 
-    Hard: no gradient goes through the choice. Ties go to the earlier passage. Spread over devices,
-    m is filled up with masked passages to what they can share evenly.
+    The selection has no gradient. Ties go to the earlier passage. On a mesh that shards passages, m is
+    padded with masked passages to a multiple of the shards.
 
     Args:
       live: states of all K passages and their scores.
@@ -41,7 +41,7 @@ def select(live: Live, num_kept: int | None) -> tuple[jax.Array, jax.Array, jax.
       into the K passages.
 
     Raises:
-      ValueError: m is more than K.
+      ValueError: m exceeds K.
     """
     num_passages = live.scores.shape[1]
     if num_kept is None or num_kept == num_passages:
@@ -49,40 +49,39 @@ def select(live: Live, num_kept: int | None) -> tuple[jax.Array, jax.Array, jax.
         return live.states, live.mask, kept
     if num_kept > num_passages:
         raise ValueError(
-            f"num_kept={num_kept} passages cannot be kept of {num_passages} retrieved ones. Retrieve "
-            "more (TASK_FEATURE_LENGTHS' K) or keep fewer (num_kept)."
+            f"num_kept={num_kept} exceeds the {num_passages} retrieved passages. Retrieve more "
+            "(TASK_FEATURE_LENGTHS) or keep fewer (NUM_KEPT)."
         )
     scores = constrain(jax.lax.stop_gradient(live.scores), (axes.BATCH, None))
     _, kept = jax.lax.top_k(scores, num_kept)
     kept = jnp.sort(kept, axis=1)
-    ways = partitioning.parts_in_scope(axes.PASSAGES)
-    # What does not divide evenly is no batch but the one row that parameters are made from.
-    if ways > 1 and len(kept) % partitioning.parts_in_scope(axes.BATCH) == 0:
-        return *_gather_spread(live, kept, ways), kept
+    shards = partitioning.parts_in_scope(axes.PASSAGES)
+    # Only the single row that initialises the parameters does not divide evenly.
+    if shards > 1 and len(kept) % partitioning.parts_in_scope(axes.BATCH) == 0:
+        return *_gather_sharded(live, kept, shards), kept
     states = jnp.take_along_axis(live.states, kept[:, :, None, None], axis=1)
     mask = jnp.take_along_axis(live.mask, kept[:, :, None], axis=1)
     return states, mask, kept
 
 
-def _gather_spread(live: Live, kept_BM: jax.Array, ways: int) -> tuple[jax.Array, jax.Array]:
-    """Kept passages, dealt to the devices that had all of them."""
-    filled = -kept_BM.shape[1] % ways
-    # Nobody's passage: it comes out as zeros, masked.
-    kept_BM = jnp.pad(kept_BM, ((0, 0), (0, filled)), constant_values=live.scores.shape[1])
-    names = (_STATES, _MASK, (axes.BATCH, None))
-    specs = [partitioning.spec(one) for one in names]
+def _gather_sharded(live: Live, kept_BM: jax.Array, shards: int) -> tuple[jax.Array, jax.Array]:
+    """Kept passages, sharded evenly over the devices that held all passages."""
+    padding = -kept_BM.shape[1] % shards
+    # No shard has this passage, so that it becomes zeros with a False mask.
+    kept_BM = jnp.pad(kept_BM, ((0, 0), (0, padding)), constant_values=live.scores.shape[1])
+    specs = [partitioning.spec(names) for names in (_STATES, _MASK, (axes.BATCH, None))]
     gather = jax.shard_map(
-        functools.partial(_gather_own, axis=partitioning.AXIS_RULES[axes.PASSAGES]),
+        functools.partial(_gather_local, axis=partitioning.AXIS_RULES[axes.PASSAGES]),
         in_specs=tuple(specs),
         out_specs=tuple(specs[:2]),
     )
     return gather(live.states, live.mask, kept_BM)
 
 
-def _gather_own(states, mask, kept_BM, axis):
-    """One device's part: what it holds of the kept passages, scattered to the others.
+def _gather_local(states, mask, kept_BM, axis):
+    """One device's contribution: the kept passages of its shard, scattered to all devices.
 
-    A sum in which all terms but one are zero, so nothing is rounded.
+    All terms of the sum but one are zero, so the result is exact.
     """
     held = states.shape[1]
     own_BM = kept_BM - jax.lax.axis_index(axis) * held
@@ -99,6 +98,6 @@ def _gather_own(states, mask, kept_BM, axis):
 
 
 def fuse(states: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Kept passages side by side: `[B, M, N, D]`, `[B, M, N]` -> `[B, M*N, D]`, `[B, M*N]`."""
+    """Concatenates kept passages: `[B, M, N, D]`, `[B, M, N]` -> `[B, M*N, D]`, `[B, M*N]`."""
     batch, kept, length, dim = states.shape
     return states.reshape(batch, kept * length, dim), mask.reshape(batch, kept * length)

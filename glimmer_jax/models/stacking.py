@@ -1,8 +1,8 @@
-"""Layers one by one (`layers_0`, `layers_1`, ...) or stacked with a leading axis (`layers`).
+"""Unrolled layers (`layers_0`, `layers_1`, ...) and stacked layers (`layers`, a leading axis).
 
-A scanned stack holds one set of parameters with a layer axis. Where only every p-th layer has all
-parts (a decoder with sparse cross-attention), blocks of p layers are stacked, `layers/block_0` to
-`layers/block_{p-1}`; p follows from the layers themselves.
+A scanned stack holds one set of parameters with a layer axis. If only every p-th layer has
+cross-attention, blocks of p layers are stacked, `layers/block_0` to `layers/block_{p-1}`; p follows
+from the parameter trees of the layers.
 """
 
 from typing import Any
@@ -16,9 +16,9 @@ Params = dict[str, Any]
 
 
 def stack_layers(tree: Params) -> Params:
-    """Looped parameters, anywhere in a tree, as a scanned model has them.
+    """Unrolled parameters, at any depth of a tree -> the layout of a scanned model.
 
-    numpy stays numpy, and TensorStores become a TensorStore that has read nothing.
+    numpy arrays stay numpy arrays. TensorStores are stacked without reading them.
     """
     out = {k: stack_layers(v) if isinstance(v, dict) else v for k, v in tree.items()}
     numbered = [f"layers_{i}" for i in range(len(out)) if f"layers_{i}" in out]
@@ -39,9 +39,9 @@ def unstack_layers(tree: Params) -> Params:
         stacked = out.pop("layers")
         period = sum(name.startswith("block_") for name in stacked) or 1
         for i in range(jax.tree.leaves(stacked)[0].shape[0]):
-            one = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+            block = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
             for j in range(period):
-                out[f"layers_{i * period + j}"] = one[f"block_{j}"] if period > 1 else one
+                out[f"layers_{i * period + j}"] = block[f"block_{j}"] if period > 1 else block
     return out
 
 
@@ -50,11 +50,11 @@ def _period(layers: list[Params]) -> int:
     for period in range(1, len(kinds) + 1):
         if len(kinds) % period == 0 and all(k == kinds[i % period] for i, k in enumerate(kinds)):
             return period
-    raise AssertionError("a period of all layers always fits")
+    raise AssertionError("the number of layers is always a period")
 
 
 def _stack(*leaves: Any) -> Any:
     if isinstance(leaves[0], ts.TensorStore):
         return ts.stack(leaves)
-    # jnp would send parameters that lie on the host to the first device.
+    # jnp would copy host arrays to the first device.
     return np.stack(leaves) if isinstance(leaves[0], np.ndarray) else jnp.stack(leaves)

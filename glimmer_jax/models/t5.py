@@ -1,10 +1,10 @@
-"""T5 (arXiv 1910.10683), v1.1 and 1.0: its configuration, and encoder layers in stacks.
+"""T5 (arXiv 1910.10683), v1.1 and 1.0: configuration and encoder stacks.
 
-Pre-norm residual blocks, RMSNorm, gated GELU (1.0: ReLU, not gated), a relative position bias shared
-by the layers of a stack, unscaled attention, no biases, an output layer of its own (1.0: the
-embedding, with logits scaled by D^-0.5). Names of parameters are T5X's. A stack is either scanned (one
-set of parameters with a leading layer axis, compiled once whatever the depth) or looped
-(`layers_0`, `layers_1`, ...); `stacking` moves between the two.
+Pre-norm residual blocks, RMSNorm, gated GELU (1.0: ReLU, not gated), one relative position bias per
+stack, unscaled attention, no biases, a separate output layer (1.0: the embedding, with logits scaled
+by D^-0.5). Parameter names are T5X's. A stack is either scanned (one set of parameters with a leading
+layer axis, compiled once for any depth) or unrolled (`layers_0`, `layers_1`, ...); `stacking` converts
+between the two.
 """
 
 import dataclasses
@@ -27,18 +27,18 @@ from glimmer_jax.nn.relative_position import RelativePositionBias
 from glimmer_jax.partitioning import constrain
 
 REMAT_POLICIES = {
-    # Recompute everything from the layer's input.
+    # Keep the layer's input, recompute everything else.
     "full": None,
-    # Keep the results of the projections, recompute what is between them.
+    # Keep the results of projections, recompute everything else.
     "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
 class Sizes(NamedTuple):
-    """What encoder and decoder may have each for itself; both share D and the vocabulary."""
+    """Sizes that may differ between encoder and decoder; both share D and the vocabulary."""
 
     num_heads: int  # H
-    num_kv_heads: int  # G, heads of keys and values, each read by H / G heads
+    num_kv_heads: int  # G, heads of keys and values, each for H / G query heads
     head_dim: int  # C
     mlp_dim: int  # F
 
@@ -47,24 +47,24 @@ class Sizes(NamedTuple):
 class T5Config:
     """Sizes and numerics of one T5. Field names are T5X's."""
 
-    vocab_size: int  # V, rows of the embedding, padding to a round number included
+    vocab_size: int  # V, rows of the embedding, including padding rows
     emb_dim: int  # D, width of the residual stream
     num_heads: int  # H
     head_dim: int  # C, channels of a head; H * C need not be D
     mlp_dim: int  # F, width of the gated feed-forward
     num_encoder_layers: int  # L, memory and live layers together
     num_decoder_layers: int
-    mlp_activations: tuple[str, ...] = ("gelu", "linear")  # one projection for each, multiplied
-    dropout_rate: float = 0.0  # active only where a dropout stream is given
+    mlp_activations: tuple[str, ...] = ("gelu", "linear")  # one projection each, multiplied
+    dropout_rate: float = 0.0  # active only with a dropout stream
     dtype: str = "float32"  # of activations and matrix products; parameters are always float32
-    matmul_dtype: str | None = None  # of the operands of projections alone; results keep `dtype`
+    matmul_dtype: str | None = None  # of projections' operands; results keep `dtype`
     scan_layers: bool = True
     remat_policy: str = "none"  # none, minimal or full
-    attention: str = "plain"  # of the encoder: plain, or cudnn for a GPU's fused kernel
+    attention: str = "plain"  # of the encoder: plain, or a fused kernel: cudnn (GPU)
     relpos_buckets: int = 32
     relpos_max_distance: int = 128
-    # FiDO (arXiv 2212.08153): a decoder that reads less often and may be larger than the encoder.
-    cross_attention_period: int = 1  # only every such decoder layer attends to the passages
+    # FiDO (arXiv 2212.08153): sparse cross-attention and a decoder larger than the encoder.
+    cross_attention_period: int = 1  # every p-th decoder layer attends to the passages
     decoder_kv_heads: int | None = None  # heads of keys and values; 1 is multi-query, None all
     decoder_num_heads: int | None = None  # None: as the encoder
     decoder_head_dim: int | None = None  # None: as the encoder
@@ -90,7 +90,7 @@ class T5Config:
             raise ValueError(f"attention must be 'plain' or 'cudnn', got {self.attention!r}.")
         if self.attention == "cudnn" and (self.dtype != "bfloat16" or self.head_dim % 8):
             raise ValueError(
-                "attention='cudnn' computes in bfloat16, with heads of a multiple of 8 channels; got "
+                "attention='cudnn' needs dtype='bfloat16' and head_dim to be a multiple of 8; got "
                 f"dtype={self.dtype!r} and head_dim={self.head_dim}. Set ACTIVATION_DTYPE='bfloat16', or "
                 "ATTENTION='plain'."
             )
@@ -107,16 +107,16 @@ class T5Config:
         period = self.cross_attention_period
         if not 1 <= period <= self.num_decoder_layers or self.num_decoder_layers % period:
             raise ValueError(
-                f"cross_attention_period={period} must divide the {self.num_decoder_layers} decoder "
-                "layers: the last layer of each period attends to the passages."
+                f"cross_attention_period={period} must divide num_decoder_layers="
+                f"{self.num_decoder_layers}: the last layer of each period attends to the passages."
             )
         if not 0.0 <= self.dropout_rate < 1.0:
             raise ValueError(f"dropout_rate must be in [0, 1), got {self.dropout_rate}.")
         unknown = [name for name in self.mlp_activations if name not in ACTIVATIONS]
         if unknown or not self.mlp_activations:
             raise ValueError(
-                f"mlp_activations must be names out of {sorted(ACTIVATIONS)}; "
-                f"got {self.mlp_activations}."
+                f"mlp_activations must be names from {sorted(ACTIVATIONS)}, got "
+                f"{self.mlp_activations}."
             )
 
     @property
@@ -144,7 +144,7 @@ class T5Config:
 
 
 def attention(sizes: Sizes, config: T5Config, fused: bool = False) -> Attention:
-    """The attention of one half of the model."""
+    """Attention of the encoder or the decoder."""
     return Attention(
         emb_dim=config.emb_dim,
         num_heads=sizes.num_heads,
@@ -158,7 +158,7 @@ def attention(sizes: Sizes, config: T5Config, fused: bool = False) -> Attention:
 
 
 def mlp(sizes: Sizes, config: T5Config) -> MlpBlock:
-    """The feed-forward of one half of the model."""
+    """Feed-forward of the encoder or the decoder."""
     return MlpBlock(
         mlp_dim=sizes.mlp_dim,
         activations=config.mlp_activations,
@@ -173,7 +173,7 @@ def residual(x: jax.Array) -> jax.Array:
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention and feed-forward, each on a normed copy added back to the stream."""
+    """Self-attention and feed-forward as pre-norm residual blocks."""
 
     config: T5Config
 
@@ -195,15 +195,15 @@ class EncoderLayer(nn.Module):
         return residual(x + self.dropout(y)), None
 
     def at(self, x: jax.Array, position: jax.Array, mask: jax.Array, bias: jax.Array) -> jax.Array:
-        """What `__call__` gives at one position `[...]` of each sequence, alone: `[..., D]`."""
+        """The result of `__call__` at one position `[...]` of each sequence: `[..., D]`."""
         index = position[..., None, None]
         y = self.pre_attention_layer_norm(x)
-        own, own_y = (jnp.take_along_axis(z, index, axis=-2) for z in (x, y))
+        state, state_y = (jnp.take_along_axis(z, index, axis=-2) for z in (x, y))
         # [H, ..., N] -> [..., H, 1, N]
         bias = jnp.moveaxis(jnp.take(bias, position, axis=1), 0, -2)[..., None, :]
-        own = residual(own + self.attention.read(own_y, y, mask, bias))
-        own = residual(own + self.mlp(self.pre_mlp_layer_norm(own)))
-        return own[..., 0, :]
+        state = residual(state + self.attention.read(state_y, y, mask, bias))
+        state = residual(state + self.mlp(self.pre_mlp_layer_norm(state)))
+        return state[..., 0, :]
 
 
 def rematted(layer_cls: Any, config: T5Config) -> Any:
@@ -212,7 +212,7 @@ def rematted(layer_cls: Any, config: T5Config) -> Any:
     return nn.remat(
         layer_cls,
         policy=REMAT_POLICIES[config.remat_policy],
-        # Inside a scan the compiler cannot merge the two computations anyway.
+        # Inside a scan the compiler cannot merge the two computations.
         prevent_cse=not config.scan_layers,
     )
 
@@ -228,7 +228,7 @@ def scan_kwargs(num_layers: int, in_axes: tuple[Any, ...]) -> dict[str, Any]:
 
 
 class EncoderStack(nn.Module):
-    """Encoder layers without position bias or final norm; none at all is a legal number."""
+    """Encoder layers without position bias or final norm; `num_layers` may be 0."""
 
     config: T5Config
     num_layers: int
@@ -253,24 +253,24 @@ class EncoderStack(nn.Module):
         return x
 
     def below_last(self, x: jax.Array, key_mask: jax.Array, bias: jax.Array) -> jax.Array:
-        """All layers but the last, of a looped stack; shapes as those of `__call__`."""
+        """All layers but the last, of an unrolled stack; shapes as in `__call__`."""
         for layer in self.layers[:-1]:
             x, _ = layer(x, key_mask[..., None, None, :], bias)
         return x
 
     def last(self, x: jax.Array, key_mask: jax.Array, bias: jax.Array) -> jax.Array:
-        """The last layer over what `below_last` gave."""
+        """The last layer, applied to the result of `below_last`."""
         return self.layers[-1](x, key_mask[..., None, None, :], bias)[0]
 
     def last_at(
         self, x: jax.Array, position: jax.Array, key_mask: jax.Array, bias: jax.Array
     ) -> jax.Array:
-        """What `last` gives at one position, int32 `[...]`, of each sequence: `[..., D]`."""
+        """The result of `last` at one position, int32 `[...]`, of each sequence: `[..., D]`."""
         return self.layers[-1].at(x, position, key_mask[..., None, None, :], bias)
 
 
 def position_bias(config: T5Config, *, bidirectional: bool) -> RelativePositionBias:
-    """The position table of one stack: bidirectional ones are the encoder's."""
+    """The position bias of a stack; bidirectional for the encoder."""
     sizes = config.encoder_sizes if bidirectional else config.decoder_sizes
     return RelativePositionBias(
         num_heads=sizes.num_heads,

@@ -1,18 +1,20 @@
-"""Mode `preflight`: whether a job fits a TPU slice, asked of XLA's TPU compiler; nothing runs.
+"""Mode `preflight`: checks whether a job fits a TPU slice, with XLA's TPU compiler.
 
-What is compiled is the job's own step with the job's own settings. Paths and tasks are not needed,
-since shapes are enough.
+It compiles the job's own step with the job's own settings, and runs nothing. Shapes suffice, so that
+paths and tasks are not needed.
 """
 
 import bisect
 import dataclasses
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from glimmer_jax.axes import Lengths
+from glimmer_jax.axes import Lengths, check_lengths
 from glimmer_jax.modes import checks
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.preflight import chips, programs
@@ -21,7 +23,7 @@ from glimmer_jax.preflight.nearest import changes, macros_of, with_remat
 from glimmer_jax.preflight.programs import JOBS, Settings
 from glimmer_jax.preflight.report import Report
 
-# What a run file requires and a compiler does not: the paper's lengths, and nothing else.
+# Placeholders for macros that run files require, with the paper's lengths.
 UNBOUND = {
     "MODEL_DIR": "''",
     "MIXTURE_OR_TASK_NAME": "''",
@@ -37,25 +39,25 @@ UNBOUND = {
 def preflight(
     job: str, settings: Settings, topology: str | None, json_path: str | None = None
 ) -> Report:
-    """Prints a report, and writes it as JSON.
+    """Prints a report and optionally writes it as JSON.
 
     Args:
       job: train, build_memory, eval or infer.
-      settings: what gin gives the job's function.
-      topology: such as `v5p:4x4x4`; of each slice, where the mesh has several.
-      json_path: a file for the report.
+      settings: arguments of the job's function from gin.
+      topology: such as `v5p:4x4x4`; of each slice if the mesh has several.
+      json_path: file for the report.
 
     Raises:
-      ValueError: no such slice, no compiler, or settings that do not fit together.
+      ValueError: unknown topology, missing compiler, or incompatible settings.
     """
     if topology is None:
         raise ValueError("--run_mode=preflight needs --topology, such as v5p:4x4x4 or v6e:16x16.")
     if json_path is not None and not Path(json_path).absolute().parent.is_dir():
-        raise ValueError(f"--json={json_path}: there is no folder to write it into.")
+        raise ValueError(f"--json={json_path}: its folder does not exist. Create it first.")
     slices = 1 if job == "build_memory" else max(settings["mesh"].slice, 1)
     place = chips.parse_topology(topology, slices)
     devices = chips.devices(place)
-    config = mesh_for(job, settings, len(devices))
+    config = mesh_for(job, settings, len(devices), place.chip.hbm_bytes // place.chip.devices)
     report = examine(job, {**settings, "mesh": config}, place, devices)
     report = dataclasses.replace(report, mesh_flags=mesh_flags(job, settings, config))
     if not report.fits:
@@ -68,34 +70,66 @@ def preflight(
     return report
 
 
-def mesh_for(job: str, settings: Settings, count: int) -> MeshConfig:
-    """The mesh given; none given, all chips on fsdp, what is more than a batch has on passages."""
+def mesh_for(job: str, settings: Settings, count: int, device_bytes: int) -> MeshConfig:
+    """The mesh in `settings`, or a proposal for `count` devices if it has no sizes.
+
+    Training shards over `fsdp`, and over `passages` where there are more devices than questions.
+    Answering reads all weights for every token, so that gathering them on an `fsdp` mesh would
+    dominate: parameters are replicated if they fit, and sharded over `model` otherwise.
+
+    Args:
+      job: a key of `JOBS`.
+      settings: arguments of the job's function.
+      count: devices of all slices.
+      device_bytes: memory of a device.
+    """
     given: MeshConfig = settings["mesh"]
     if job == "build_memory":
         return MeshConfig()
-    if not _left_open(given):
+    if not _is_open(given):
         return given.filled(count)
     slices = max(given.slice, 1)
-    fsdp, batch = count // slices, settings["batch_size"] // slices
-    passages = fsdp // batch if fsdp > batch and batch and fsdp % batch == 0 else 1
-    return MeshConfig(data=1, fsdp=fsdp // passages, passages=passages, slice=slices)
+    devices, batch = count // slices, settings["batch_size"] // slices
+    if job != "train":
+        return dataclasses.replace(
+            _answering_mesh(settings, devices, batch, device_bytes), slice=slices
+        )
+    passages = devices // batch if devices > batch and batch and devices % batch == 0 else 1
+    return MeshConfig(data=1, fsdp=devices // passages, passages=passages, slice=slices)
+
+
+def _answering_mesh(settings: Settings, devices: int, batch: int, device_bytes: int) -> MeshConfig:
+    """`model` until the parameters fit, then `data` for the batch, `passages` for few questions."""
+    t5 = settings["model"].config.t5
+    heads = math.gcd(t5.encoder_sizes.num_heads, t5.decoder_sizes.num_heads)
+    shapes, _ = settings["model"].abstract_variables()
+    size = sum(leaf.size for leaf in jax.tree.leaves(shapes)) * jnp.dtype(t5.dtype).itemsize
+    # Half of the memory is for activations, keys and values.
+    room = device_bytes // 2 - (settings.get("memory_bytes_per_device") or 0)
+    model = 1
+    while size // model > room and devices % (model * 2) == 0 and heads % (model * 2) == 0:
+        model *= 2
+    data = math.gcd(devices // model, batch)
+    lengths = check_lengths(settings["task_feature_lengths"])
+    passages = math.gcd(devices // model // data, lengths.passages)
+    return MeshConfig(data, model=devices // data // passages, passages=passages)
 
 
 def mesh_flags(job: str, settings: Settings, chosen: MeshConfig) -> dict[str, int]:
-    """Gin macros that give the job the mesh chosen here; none where the gin files give one."""
-    if job == "build_memory" or not _left_open(settings["mesh"]):
+    """Gin macros that select the proposed mesh; empty if the gin files give one."""
+    if job == "build_memory" or not _is_open(settings["mesh"]):
         return {}
-    # gin/mesh.gin would put all devices on `data`, with whole parameters on each.
+    # The default of gin/mesh.gin has all devices on `data`.
     return macros_of(MeshConfig(), chosen)
 
 
-def _left_open(given: MeshConfig) -> bool:
-    """Whether no axis within a slice has a size."""
+def _is_open(given: MeshConfig) -> bool:
+    """Whether `given` has no sizes, except for the number of slices."""
     return dataclasses.replace(given, slice=1) == MeshConfig()
 
 
 def examine(job: str, settings: Settings, place: chips.Topology, devices: list[Any]) -> Report:
-    """One setting, compiled."""
+    """Compiles one setting."""
     mesh = make_mesh(settings["mesh"], devices)
     model = settings["model"]
     if job != "build_memory":
@@ -107,9 +141,8 @@ def examine(job: str, settings: Settings, place: chips.Topology, devices: list[A
     program = JOBS[job](settings, mesh)
     compiled = compile_program(program, mesh)
     if (lookup := programs.lookup(settings, mesh)) is not None:
-        found = compile_program(lookup, mesh)
         memory = programs.bytes_on_device(program.kinds["batch"]["passage_memory"])
-        compiled = after_lookup(found, compiled, memory)
+        compiled = after_lookup(compile_program(lookup, mesh), compiled, memory)
     model_flops = compiled.flops
     if job == "train" and model.config.t5.remat_policy != "none":
         plain = {**settings, "model": with_remat(model, "none")}
@@ -141,7 +174,7 @@ def _report(
     peak = chip.peak_flops * place.chips
     received = sum(one.bytes for one in compiled.traffic.values()) - compiled.between_slices
     network = received * chip.devices / chip.ici_bandwidth
-    # As if nothing overlapped: the compiler says how long chips compute, and nothing of the network.
+    # Without overlap: the compiler estimates computation, but not collectives.
     seconds = compiled.cycles / chip.clock + network if compiled.cycles else None
     batch = settings["batch_size"] * (len(devices) if job == "build_memory" else 1)
     return Report(
@@ -160,9 +193,11 @@ def _report(
         collectives=compiled.traffic,
         bytes_between_slices=compiled.between_slices,
         compute_seconds=compiled.flops / peak,
+        memory_seconds=compiled.memory_traffic * chip.devices / chip.hbm_bandwidth,
         network_seconds=network,
         estimated_step_seconds=seconds,
         model_flop_utilisation=model_flops / peak / seconds if seconds else None,
+        kernels=compiled.kernels,
         why_not=compiled.why_not,
     )
 
@@ -181,11 +216,11 @@ def _with_nearest(
     def fits(index: int) -> bool:
         macros, changed = others[index]
         tried.append(index)
-        print(f"does not fit; trying {macros} ...", flush=True)
+        print(f"does not fit; compiling with {macros} ...", flush=True)
         return examine(job, changed, place, devices).fits
 
-    # Each needs less than the one before it, so the first that fits is found by halving.
+    # Each needs less memory than the one before: bisect for the first that fits.
     first = bisect.bisect_left(range(len(others)), True, key=fits)
-    # What a change says of the mesh counts more than the choice it started from.
+    # The change of the mesh overrides the proposed mesh.
     nearest = tuple(report.mesh_flags | macros for macros, _ in others[first : first + 1])
     return dataclasses.replace(report, nearest=nearest, tried=len(tried))

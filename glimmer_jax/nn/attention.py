@@ -1,4 +1,4 @@
-"""Multi-head attention, T5's way: no 1/sqrt(C) in the logits, a position bias added to them."""
+"""T5's multi-head attention: logits without 1/sqrt(C), plus a position bias."""
 
 from typing import Any
 
@@ -11,8 +11,10 @@ from glimmer_jax.nn import fused_attention
 from glimmer_jax.nn.layers import Dense, Dropout, activation_names
 from glimmer_jax.partitioning import constrain
 
-# What a masked logit becomes. Finite, so that a row without any key gives zeros below, not NaN.
+# Value of masked logits. Finite, so that a query without any key gives zeros, not NaN.
 MASKED = -1e30
+# From this many keys on, a TPU pads a single query to two.
+MANY_KEYS = 128
 
 
 def attend(
@@ -27,16 +29,33 @@ def attend(
 
     Args:
       query: `[..., X, H, C]`, any float dtype.
-      key: `[..., Y, G, C]`; G divides H, and each key head serves H / G neighbouring query heads.
+      key: `[..., Y, G, C]`; G divides H, and each key head serves H / G consecutive query heads.
       value: `[..., Y, G, C]`.
-      mask: bool, broadcastable to `[..., H, X, Y]`; False keys are not seen.
+      mask: bool, broadcastable to `[..., H, X, Y]`; False keys are ignored.
       bias: float32 `[..., H, X, Y]`, added to the logits.
       dropout: applied to the weights.
 
     Returns:
-      `[..., X, H, C]` in the dtype of `value`; zeros for a query that sees no key.
+      `[..., X, H, C]` in the dtype of `value`; zeros for a query without any key.
     """
-    # float32 logits and softmax: T5's logits are unscaled and overflow the precision of bfloat16.
+    if query.shape[-3] != 1 or key.shape[-3] < MANY_KEYS:
+        return _attend(query, key, value, mask, bias, dropout)
+
+    def padded(query, key, value):
+        pad = [(0, 0)] * query.ndim
+        pad[-3] = (0, 1)
+        return _attend(jnp.pad(query, pad), key, value, mask, bias, dropout)[..., :1, :, :]
+
+    def plain(query, key, value):
+        return _attend(query, key, value, mask, bias, dropout)
+
+    # A TPU computes products with a single row on its vector unit; with two rows the matrix unit is
+    # used, and reading the keys and values is the only cost.
+    return jax.lax.platform_dependent(query, key, value, tpu=padded, default=plain)
+
+
+def _attend(query, key, value, mask, bias, dropout):
+    # float32 logits and softmax: T5's logits are unscaled and exceed the precision of bfloat16.
     num_heads, groups = query.shape[-2], key.shape[-2]
     grouped = query.reshape(*query.shape[:-2], groups, num_heads // groups, query.shape[-1])
     logits = jnp.einsum("...xgrc,...ygc->...grxy", grouped, key, preferred_element_type=jnp.float32)
@@ -56,8 +75,8 @@ def attend(
         value,
         preferred_element_type=jnp.float32,
     )
-    # Divided here, where there are C numbers for each query and not Y; and moved into place here and
-    # not in the product, which a CPU would then do without its fast kernel.
+    # Divide here, by C numbers per query instead of Y. Transpose here as well: as part of the product
+    # it would keep a CPU from its fast kernel.
     out = out.reshape(*out.shape[:-4], num_heads, *out.shape[-2:])
     out = (out / jnp.where(total > 0, total, 1.0)).astype(value.dtype)
     return jnp.swapaxes(out, -3, -2)
@@ -72,15 +91,15 @@ class Attention(nn.Module):
     head_dim: int
     dropout_rate: float
     dtype: Any
-    operands: Any = None  # of the projections, where that is less than `dtype`
+    operands: Any = None  # dtype of the projections' operands; None is `dtype`
     fused: bool = False  # cuDNN's kernel where a sequence attends to itself, see `fused_attention`
 
     def setup(self):
         joined = self.num_heads * self.head_dim
         names = (axes.EMBED, axes.JOINED_KV)
-        # T5 folds the missing 1/sqrt(C) into the start of the query projection.
+        # T5 folds the missing 1/sqrt(C) into the initialisation of the query projection.
         self.query = Dense(joined, names, self.dtype, self.operands, 1.0 / self.head_dim)
-        # Few key heads are too few to be spread over devices: they lie whole on each.
+        # Too few key heads to shard: each device holds all of them.
         grouped = self.num_kv_heads < self.num_heads
         kv = (self.num_kv_heads * self.head_dim, (axes.EMBED, axes.KV) if grouped else names)
         self.key = Dense(*kv, self.dtype, self.operands)
@@ -105,17 +124,17 @@ class Attention(nn.Module):
         mask: jax.Array,
         bias: jax.Array | None = None,
     ) -> jax.Array:
-        """`self(x, self.keys_values(states), mask, bias)`, for few queries: no key or value is made.
+        """`self(x, self.keys_values(states), mask, bias)` without computing keys and values.
 
-        A product of query and key is q.(W s) = (qW).s, and a weighted sum of values is the value of
-        the weighted sum: each head reads the states themselves. That is 2 H·D multiply-adds a
-        state, where its keys and values cost 2 D·G·C.
+        For few queries. A product of query and key is q.(W s) = (qW).s, and a weighted sum of values
+        is the value projection of the weighted sum, so each head reads the states themselves. That
+        takes 2 H·D multiply-adds per state, where keys and values take 2 D·G·C.
 
         Args:
           x: queries `[..., X, D]`.
-          states: what keys and values would be made of, `[..., Y, D]`.
-          mask: as `attend`.
-          bias: as `attend`.
+          states: inputs of the key and value projections, `[..., Y, D]`.
+          mask: see `attend`.
+          bias: see `attend`.
         """
         groups, repeats = self.num_kv_heads, self.num_heads // self.num_kv_heads
         dim = states.shape[-1]

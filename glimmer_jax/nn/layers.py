@@ -1,8 +1,8 @@
-"""T5's small layers: projection, embedding, RMSNorm, gated feed-forward, dropout.
+"""T5's layers: projection, embedding, RMSNorm, gated feed-forward, dropout.
 
-Parameters are float32 and are cast to the activations' dtype where they are used. No biases anywhere
-(T5, arXiv 1910.10683; v1.1's gated GELU from arXiv 2002.05202). Leading dimensions are free: what is
-written `[..., N, D]` takes `[B, N, D]` and `[B, K, N, D]` alike.
+Parameters are float32 and are cast to the activations' dtype where they are used. There are no biases
+(T5, arXiv 1910.10683; gated GELU of v1.1: arXiv 2002.05202). Leading dimensions are free: `[..., N, D]`
+stands for `[B, N, D]` and `[B, K, N, D]` alike.
 """
 
 import functools
@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from glimmer_jax import axes
-from glimmer_jax.partitioning import FREE, constrain
+from glimmer_jax.partitioning import FREE, constrain, without_fsdp
 
 Dtype = Any
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    # tanh approximation: T5 v1.1 was trained with it ("gelu_new" elsewhere).
+    # tanh approximation, as T5 v1.1 was trained ("gelu_new" in Hugging Face).
     "gelu": lambda x: nn.gelu(x, approximate=True),
     "relu": nn.relu,
     "linear": lambda x: x,
@@ -26,57 +26,70 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def activation_names(ndim: int, last: str | None) -> tuple[Any, ...]:
-    """Names of an activation `[B, ..., last]`: batch first, features last.
+    """Dimension names of an activation `[B, ..., last]`: batch first, features last.
 
-    What is between lies as in the arrays it is made of: the passages of a question, and the tokens
-    of all kept passages, may be spread over devices, and `models.glimmer` says where they are.
+    The dimensions in between keep the sharding of their inputs: passages and the tokens of kept
+    passages may be sharded, and `models.glimmer` constrains them.
     """
     return (axes.BATCH, *(FREE,) * (ndim - 2), last)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def project(x: jax.Array, kernel: jax.Array, operands: Dtype) -> jax.Array:
-    """`x @ kernel` with operands rounded to `operands` and a float32 result, also in its gradient.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def project(x: jax.Array, kernel: jax.Array, names: tuple[str, str], operands: Dtype) -> jax.Array:
+    """`x @ kernel` with operands cast to `operands`, in the forward and the backward pass.
 
-    What a TPU does with float32 inputs by default. On a CPU with bfloat16 dot products it halves
-    the time, where bfloat16 results would cost a conversion around every other operation.
+    On an fsdp mesh the kernel is gathered before each product. Left to itself, XLA's TPU compiler
+    overlaps gather and product in a loop over shards ("windowed einsum") that rewrites the complete
+    output in every iteration, many times slower than the gather. The backward pass gathers again,
+    so that only the device's own shard is a residual.
+
+    bfloat16 operands of float32 inputs are what a TPU computes by default. On a CPU with bfloat16
+    dot products they halve the time, where bfloat16 results would cost conversions around every
+    other operation.
 
     Args:
-      x: float32 `[..., in]`.
-      kernel: float32 `[in, out]`.
+      x: `[..., in]`.
+      kernel: `[in, out]`, in the dtype of `x`.
+      names: dimension names of the kernel.
       operands: dtype of the operands.
 
     Returns:
-      float32 `[..., out]`.
+      `[..., out]` in the dtype of `x`.
     """
-    return jnp.dot(x.astype(operands), kernel.astype(operands), preferred_element_type=jnp.float32)
+    return _project_forward(x, kernel, names, operands)[0]
 
 
-def _project_forward(x, kernel, operands):
-    x, kernel = x.astype(operands), kernel.astype(operands)
-    return jnp.dot(x, kernel, preferred_element_type=jnp.float32), (x, kernel)
+def _project_forward(x, kernel, names, operands):
+    dtype, x, kernel = x.dtype, x.astype(operands), kernel.astype(operands)
+    gathered = constrain(kernel, without_fsdp(names))
+    return jnp.dot(x, gathered, preferred_element_type=dtype), (x, kernel)
 
 
-def _project_backward(operands, saved, gradient):
-    # Written out, because the derived gradient would multiply float32 by bfloat16.
-    x, kernel = saved
-    gradient = gradient.astype(operands)
-    flat = gradient.reshape(-1, gradient.shape[-1])
-    return (
-        jnp.dot(gradient, kernel.T, preferred_element_type=jnp.float32),
-        jnp.dot(x.reshape(-1, x.shape[-1]).T, flat, preferred_element_type=jnp.float32),
+def _project_backward(names, operands, residuals, gradient):
+    # Explicit, because the derived gradient would multiply float32 by bfloat16.
+    x, kernel = residuals
+    dtype, gradient = gradient.dtype, gradient.astype(operands)
+    gathered = constrain(kernel, without_fsdp(names))
+    lead = tuple(range(x.ndim - 1))
+    to_x = jax.lax.dot_general(
+        gradient, gathered, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype
     )
+    to_kernel = jax.lax.dot_general(
+        gradient, x, ((lead, lead), ((), ())), preferred_element_type=dtype
+    ).T
+    # Sum over the batch first, then shard: the compiler fuses both into a reduce-scatter.
+    return to_x, constrain(constrain(to_kernel, without_fsdp(names)), names)
 
 
 project.defvjp(_project_forward, _project_backward)
 
 
 def by_rows(x: jax.Array, rows: jax.Array) -> jax.Array:
-    """`[..., in]` times `[out, in]`, transposed -> float32 `[..., out]`; for one row `x` on a CPU.
+    """`[..., in]` times the transpose of `[out, in]` -> float32 `[..., out]`; for single rows on a CPU.
 
-    XLA's CPU backend multiplies one row in float32 alone. It widens the kernel while it reads it,
-    if both stand together; left to itself it moves the widening out of the loop over tokens, and
-    each token then reads float32. The barrier makes the kernel look like something of this token.
+    XLA's CPU backend computes products with one row in float32, and fuses the conversion of a
+    bfloat16 kernel into the product if both are in the same computation. Without the barrier it
+    would move the conversion out of the token loop, and every token would read a float32 kernel.
     """
     x, rows = jax.lax.optimization_barrier((x, rows))
     y = jnp.dot(
@@ -88,15 +101,15 @@ def by_rows(x: jax.Array, rows: jax.Array) -> jax.Array:
 class Dense(nn.Module):
     """A projection of the last dimension, without bias.
 
-    In place of its `kernel`, `[in, out]`, it takes the same numbers as `rows`, `[out, in]`, of any
-    float dtype: so a CPU reads them fastest where there is one row to multiply (`serving.prepare`).
+    The parameter is `kernel`, `[in, out]`, or its transpose `rows`, `[out, in]`, of any float dtype:
+    the faster layout for a CPU that multiplies a single row (`serving.param_layout`).
     """
 
     features: int
     names: tuple[str, str]  # axis names of the kernel's two dimensions
     dtype: Dtype
-    operands: Dtype = None  # of the product alone, where that is less than `dtype`
-    init_scale: float = 1.0  # variance of outputs over variance of inputs at the start
+    operands: Dtype = None  # dtype of the product's operands; None is `dtype`
+    init_scale: float = 1.0  # initial variance of outputs over variance of inputs
 
     @nn.compact
     def weights(self, width: int) -> jax.Array:
@@ -114,13 +127,16 @@ class Dense(nn.Module):
         if self.has_variable("params", "rows"):
             return by_rows(x, self.get_variable("params", "rows")).astype(self.dtype)
         kernel = self.weights(x.shape[-1])
-        if self.operands is not None:
-            return project(x.astype(jnp.float32), kernel, self.operands).astype(self.dtype)
-        return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.operands is None:
+            return project(
+                x.astype(self.dtype), kernel.astype(self.dtype), self.names, jnp.dtype(self.dtype)
+            )
+        product = project(x.astype(jnp.float32), kernel, self.names, jnp.dtype(self.operands))
+        return product.astype(self.dtype)
 
 
 class Embed(nn.Module):
-    """Token embedding, `[V, D]`, which may be the output layer as well."""
+    """Token embedding, `[V, D]`; optionally also the output layer."""
 
     num_embeddings: int
     features: int
@@ -145,7 +161,7 @@ class Embed(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Scales by the root mean square over D; no mean is subtracted and there is no offset."""
+    """Divides by the root mean square over D and scales; no mean subtraction, no offset."""
 
     dtype: Dtype
     epsilon: float = 1e-6
@@ -167,10 +183,10 @@ class RMSNorm(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout that is on exactly when a `dropout` random stream is given to `apply`.
+    """Dropout, active if and only if `apply` gets a `dropout` random stream.
 
-    One mask serves all positions of a sequence (dimension -2), as in T5X: it costs N times fewer
-    random numbers, and those are not cheap on a CPU or a TPU.
+    All positions of a sequence (dimension -2) share one mask, as in T5X: this takes N times fewer
+    random numbers, which are expensive on CPUs and TPUs.
     """
 
     rate: float
@@ -183,7 +199,7 @@ class Dropout(nn.Module):
 
 
 class MlpBlock(nn.Module):
-    """Feed-forward: the product of one projection for each activation, projected back."""
+    """Feed-forward: one projection per activation, multiplied elementwise and projected back."""
 
     mlp_dim: int
     activations: Sequence[str]
@@ -194,7 +210,7 @@ class MlpBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., N, D]` -> `[..., N, D]`."""
-        # T5X calls the only projection `wi`, and those of a gated block `wi_0`, `wi_1`.
+        # T5X's names: `wi` of a plain block, `wi_0` and `wi_1` of a gated one.
         gated = len(self.activations) > 1
         factors = []
         for i, name in enumerate(self.activations):

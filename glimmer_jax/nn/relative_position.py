@@ -16,10 +16,10 @@ def buckets(
     num_buckets: int,
     max_distance: int,
 ) -> np.ndarray:
-    """The bucket of every distance key - query, T5's way (arXiv 1910.10683, section 2.1).
+    """The bucket of every distance key - query (arXiv 1910.10683, section 2.1).
 
-    Half of the buckets are exact small distances, the other half grow logarithmically up to
-    `max_distance`; beyond that all distances share the last one. Bidirectional stacks split the
+    Half of the buckets hold one small distance each. The other half grow logarithmically up to
+    `max_distance`; all larger distances share the last bucket. Bidirectional stacks split the
     buckets between keys before and after the query.
 
     Returns:
@@ -34,7 +34,7 @@ def buckets(
     else:
         distance = np.maximum(-distance, 0)
     num_exact = num_buckets // 2
-    # float32 as in the original, or a distance on a bucket's border would change sides.
+    # float32 as in the original: rounding decides the bucket of distances at a boundary.
     ratio = np.log(np.maximum(distance, 1).astype(np.float32) / num_exact) / np.log(
         np.float32(max_distance / num_exact)
     )
@@ -44,7 +44,7 @@ def buckets(
 
 
 class RelativePositionBias(nn.Module):
-    """A learned bias for each head and bucket, added to attention logits before the softmax."""
+    """A learned bias per head and bucket, added to attention logits before the softmax."""
 
     num_heads: int
     num_buckets: int

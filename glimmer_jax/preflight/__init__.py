@@ -1,1 +1,1 @@
-"""Whether a job fits a TPU slice that is not there: XLA's TPU compiler runs on any machine."""
+"""Compiles a job for an absent TPU slice, with XLA's TPU compiler on any machine."""

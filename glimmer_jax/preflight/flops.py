@@ -1,7 +1,7 @@
-"""Matrix products of a program, counted in its jaxpr.
+"""FLOPs of a program's matrix products, counted in its jaxpr.
 
-The compiler's own count takes the body of a loop once, however often it runs; a jaxpr names the
-number of layers of a scan.
+The compiler's own count includes the body of a loop only once; a jaxpr holds the length of a scan and
+the grid of a Pallas kernel.
 """
 
 import math
@@ -11,15 +11,15 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
 def count_flops(jaxpr: Any, while_trips: int = 1) -> int:
-    """Floating-point operations of all matrix products, on all devices together; 2 a multiply-add.
+    """Floating-point operations of all matrix products on all devices; 2 per multiply-add.
 
     Args:
       jaxpr: from `jax.make_jaxpr`.
-      while_trips: how often a loop runs whose length the program decides: decoding, once a token.
+      while_trips: iterations of loops without a static length: decoding, once per token.
     """
-    inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    body = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     total = 0
-    for equation in inner.eqns:
+    for equation in body.eqns:
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
@@ -27,13 +27,16 @@ def count_flops(jaxpr: Any, while_trips: int = 1) -> int:
             out = math.prod(equation.outvars[0].aval.shape)
             total += 2 * out * math.prod(left[axis] for axis in contracted)
             continue
-        counts = [count_flops(part, while_trips) for part in _parts(params)]
+        counts = [count_flops(inner, while_trips) for inner in _inner_jaxprs(params)]
         if name == "scan":
             total += params["length"] * sum(counts)
         elif name == "while":
             total += while_trips * sum(counts)
         elif name == "cond":
-            total += max(counts, default=0)
+            # Of a choice by platform, the default, which is last: a TPU's branch pads.
+            total += counts[-1] if params.get("branches_platforms") else max(counts)
+        elif name == "pallas_call":
+            total += math.prod(params["grid_mapping"].grid) * sum(counts)
         elif name == "shard_map":
             total += params["mesh"].size * sum(counts)
         else:
@@ -41,9 +44,9 @@ def count_flops(jaxpr: Any, while_trips: int = 1) -> int:
     return total
 
 
-def _parts(params: dict[str, Any]) -> list[Any]:
-    found = []
+def _inner_jaxprs(params: dict[str, Any]) -> list[Any]:
+    jaxprs = []
     for value in params.values():
         values = value if isinstance(value, (tuple, list)) else (value,)
-        found += [one for one in values if isinstance(one, (ClosedJaxpr, Jaxpr))]
-    return found
+        jaxprs += [jaxpr for jaxpr in values if isinstance(jaxpr, (ClosedJaxpr, Jaxpr))]
+    return jaxprs

@@ -1,9 +1,9 @@
-"""What a compiled program sends between devices, read from its text.
+"""Collectives and estimated cycles of a compiled program, read from its HLO text.
 
-`compiled.as_text()` is a list of computations, each a list of instructions. An instruction may call
-other computations, and a loop calls its body as often as it says (`known_trip_count`, or the number
-that its condition compares with), so that a collective in a scanned layer counts once for each layer.
-A loop that ends when the answer does is counted to its end.
+`compiled.as_text()` is a list of computations, each a list of instructions. Instructions may call other
+computations. A loop runs its body `known_trip_count` times, or as often as its condition's limit and
+the step of its counter imply, so that a collective in a scanned layer counts once per layer. A loop
+that ends early when all answers are complete counts with its maximum.
 """
 
 import dataclasses
@@ -19,7 +19,9 @@ _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16}
 
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
+_NAME = re.compile(r"%?([A-Za-z_][\w.\-]*)(?=,|$|\))")
+_TUPLE_INDEX = re.compile(r"index=(\d+)")
 _CALLED = re.compile(
     r"\b(calls|to_apply|body|condition|branch_computations|called_computations"
     r"|true_computation|false_computation|async_computation)=(\{[^}]*\}|%?[\w.\-]+)"
@@ -30,25 +32,28 @@ _IOTA = re.compile(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\
 _AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 _LISTED = re.compile(r"replica_groups=\{(\{[0-9,{} ]*\})\}")
 _PAIRS = re.compile(r"source_target_pairs=\{(\{[0-9,{} ]*\})\}")
-# Who carries an array between slices, by the attribute of the transfer.
+# Layout of arrays in a TPU's on-chip memory.
+_ON_CHIP = "S(1)"
+_PARTIAL_READS = ("dynamic-slice", "slice", "gather", "slice-start", "dynamic-slice-start")
+# Attribute of transfers between slices.
 _FROM_SLICES = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of a program, as one device sees it."""
+    """One collective of a program, seen from one device."""
 
     kind: str  # one of `KINDS`
-    size: int  # bytes of the whole array that the group works on, of one run
-    groups: tuple[tuple[int, ...], ...]  # numbers of devices that take part together; () is all
-    times: int  # how often it runs in one call of the program
+    size: int  # bytes of the complete array of the group, per execution
+    groups: tuple[tuple[int, ...], ...]  # device indices of each group; () is one group of all
+    times: int  # executions per call of the program
     in_loop: bool
 
     def moved(self, devices: int) -> int:
-        """Bytes that a device receives in all runs, on a ring.
+        """Bytes that a device receives in all executions, on a ring.
 
         Args:
-          devices: of the program.
+          devices: number of devices of the program.
         """
         ways = len(self.groups[0]) if self.groups else devices
         if self.kind == "collective-permute":
@@ -57,27 +62,29 @@ class Collective:
         return round(passes * self.size * (ways - 1) / max(ways, 1)) * self.times
 
     def joins(self, ways: np.ndarray) -> bool:
-        """Whether any group has devices of different values in `ways`, int `[devices]`."""
+        """Whether any group contains devices with different values in `ways`, int `[devices]`."""
         groups = self.groups or (tuple(range(len(ways))),)
         return any(len({int(ways[device]) for device in group}) > 1 for group in groups)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Instruction:
+    name: str
     kind: str
     result: str
     rest: str  # operands and attributes
     called: tuple[tuple[str, str], ...]  # attribute, computation
+    is_root: bool
 
 
-# Of TPU programs: a sum and each device's part of it, fused into one; a reduce-scatter.
+# A TPU program fuses an all-reduce with the slice of each device into a reduce-scatter.
 _FUSED_SCATTER = "all-reduce-scatter"
 _Computations = dict[str, list[_Instruction]]
 
 
 def collectives(text: str) -> list[Collective]:
-    """All collectives that the entry computation reaches, each with its number of runs."""
-    found = []
+    """All collectives reachable from the entry computation, with their number of executions."""
+    result = []
     for run in _runs(text):
         kind = run.instruction.kind.removesuffix("-start")
         if kind not in KINDS:
@@ -85,52 +92,114 @@ def collectives(text: str) -> list[Collective]:
         if kind == "all-reduce" and run.computation.startswith(_FUSED_SCATTER):
             kind = "reduce-scatter"
         size, groups = _size(run.instruction), _groups(run.instruction.rest)
-        found.append(Collective(kind, size, groups, run.times, run.in_loop))
-    return found
+        result.append(Collective(kind, size, groups, run.times, run.in_loop))
+    return result
 
 
 def from_other_slices(text: str) -> tuple[int, int]:
-    """How often in a call, and bytes, a host hands to a device what came from other slices.
+    """Number and bytes of transfers that a device receives from other slices, per call.
 
-    In a TPU program of several slices collectives stay within one; between slices the hosts carry the
-    arrays, and the device sees transfers from and to its host.
+    In a TPU program for several slices, collectives stay within a slice. Hosts carry the arrays between
+    slices, and the program contains transfers from and to the host.
     """
     count = size = 0
     for run in _runs(text):
         if run.instruction.kind == "recv" and _FROM_SLICES in run.instruction.rest:
             count += run.times
-            # Behind the array stands a number of the transfer.
+            # The first array is the payload, followed by the transfer's number.
             size += run.times * round(_array_bytes(run.instruction.result)[0])
     return count, size
 
 
 def estimated_cycles(text: str) -> int:
-    """Cycles that the TPU compiler expects of one call; 0 where it says nothing.
+    """The TPU compiler's estimate of cycles per call; 0 without estimates.
 
-    An instruction's estimate includes what it calls, but for loops: their bodies are counted each
-    time that they run. Collectives have no estimate.
+    An instruction's estimate includes the computations it calls, except for loops, whose bodies are
+    counted once per iteration. Collectives and custom kernels have no estimate.
     """
     total = 0
     for run in _runs(text, into=("body", "condition", "branch_computations")):
-        found = _CYCLES.search(run.instruction.rest)
-        if found and run.instruction.kind != "while":
-            total += int(found.group(1)) * run.times
+        cycles = _CYCLES.search(run.instruction.rest)
+        if cycles and run.instruction.kind != "while":
+            total += int(cycles.group(1)) * run.times
     return total
+
+
+def reread_bytes(text: str) -> int:
+    """Bytes of loop-invariant arrays that iterations after the first read again, per call.
+
+    Decoding reads all decoder weights, keys and values once per token. Arrays in on-chip memory, and
+    arrays of which an iteration reads a slice (scanned parameters, embeddings), are not counted.
+    """
+    _, computations = _parse(text)
+    total = 0
+    for run in _runs(text):
+        if run.instruction.kind == "while":
+            repeats = run.times * (_trips(run.instruction, computations) - 1)
+            body = dict(run.instruction.called).get("body", "")
+            total += repeats * _invariant_bytes(body, computations)
+    return total
+
+
+def _invariant_bytes(name: str, computations: _Computations) -> int:
+    """Bytes of the loop state that the body passes on unchanged and reads completely."""
+    body = {one.name: one for one in computations.get(name, ())}
+    size = 0
+    for index, element in enumerate(_operands(_root(body), body)):
+        position = _TUPLE_INDEX.search(element.rest)
+        if element.kind != "get-tuple-element" or position is None:
+            continue
+        if int(position.group(1)) == index and _is_read(element, body, computations):
+            size += sum(map(round, _array_bytes(element.result)))
+    return size
+
+
+def _is_read(
+    array: _Instruction, body: dict[str, _Instruction], computations: _Computations
+) -> bool:
+    """Whether a computation reads all of `array` from main memory."""
+    if _ON_CHIP in array.result:
+        return False
+    for reader in body.values():
+        positions = [i for i, one in enumerate(_operands(reader, body)) if one is array]
+        if not positions or reader.kind in ("tuple", "while", *_PARTIAL_READS):
+            continue
+        if reader.kind == "bitcast":
+            if _is_read(reader, body, computations):
+                return True
+        elif reader.kind == "fusion":
+            fused = {one.name: one for one in computations[dict(reader.called)["calls"]]}
+            parameters = [fused[n] for n in fused if fused[n].kind == "parameter"]
+            numbered = {one.rest.partition(")")[0]: one for one in parameters}
+            if any(_is_read(numbered[str(i)], fused, computations) for i in positions):
+                return True
+        else:
+            return True
+    return False
+
+
+def custom_kernels(text: str) -> int:
+    """Executions per call of custom kernels (Pallas), which have no cycle estimate."""
+    return sum(
+        run.times
+        for run in _runs(text)
+        if 'custom_call_target="tpu_custom_call"' in run.instruction.rest
+    )
 
 
 class _Run(NamedTuple):
     instruction: _Instruction
-    computation: str  # that it is in
+    computation: str  # name of the enclosing computation
     times: int
     in_loop: bool
 
 
 def _runs(text: str, into: tuple[str, ...] = ()) -> Iterator[_Run]:
-    """Every instruction that is reached, how often, and whether in a loop.
+    """Every reachable instruction, its number of executions, and whether it is in a loop.
 
     Args:
-      text: of the program.
-      into: attributes that are followed; none given, all.
+      text: HLO text of the program.
+      into: attributes whose computations are visited; empty for all.
     """
     entry, computations = _parse(text)
 
@@ -140,7 +209,7 @@ def _runs(text: str, into: tuple[str, ...] = ()) -> Iterator[_Run]:
             loop = instruction.kind == "while"
             trips = _trips(instruction, computations) if loop else 1
             for attribute, called in instruction.called:
-                # The sum of a reduction is no program of its own.
+                # The scalar function of a reduction is not a program.
                 if attribute == "to_apply" and instruction.kind != "call":
                     continue
                 if into and attribute not in into and instruction.kind != "call":
@@ -151,18 +220,57 @@ def _runs(text: str, into: tuple[str, ...] = ()) -> Iterator[_Run]:
 
 
 def _trips(loop: _Instruction, computations: _Computations) -> int:
-    if found := _TRIPS.search(loop.rest):
-        return int(found.group(1))
+    """Iterations of a loop that counts from 0: limit / step, rounded up."""
+    if trips := _TRIPS.search(loop.rest):
+        return int(trips.group(1))
+    called = dict(loop.called)
 
     def constants(name: str) -> Iterator[int]:
         for instruction in computations.get(name, ()):
-            if instruction.kind == "constant" and re.match(r"-?\d+\)", instruction.rest):
-                yield int(instruction.rest.split(")")[0])
-            for _, called in instruction.called:
-                yield from constants(called)
+            if (value := _constant(instruction)) is not None:
+                yield value
+            for _, inner in instruction.called:
+                yield from constants(inner)
 
-    condition = dict(loop.called).get("condition", "")
-    return max([1, *constants(condition)])
+    limit = max([1, *constants(called.get("condition", ""))])
+    condition, body = (
+        {one.name: one for one in computations.get(called.get(name, ""), ())}
+        for name in ("condition", "body")
+    )
+    return -(-limit // _step(condition, body))
+
+
+def _step(condition: dict[str, _Instruction], body: dict[str, _Instruction]) -> int:
+    """The constant that the body adds to the counter that the condition compares; 1 if unknown."""
+    updates = _operands(_root(body), body)
+    for compared in _operands(_root(condition), condition):
+        index = _TUPLE_INDEX.search(compared.rest) if compared.kind == "get-tuple-element" else None
+        if index is None or int(index.group(1)) >= len(updates):
+            continue
+        update = updates[int(index.group(1))]
+        if update.kind == "add":
+            steps = [_constant(operand) for operand in _operands(update, body)]
+            return max((step for step in steps if step), default=1)
+    return 1
+
+
+def _root(computation: dict[str, _Instruction]) -> _Instruction | None:
+    return next((one for one in computation.values() if one.is_root), None)
+
+
+def _operands(
+    instruction: _Instruction | None, computation: dict[str, _Instruction]
+) -> list[_Instruction]:
+    """The instructions that `instruction` reads, in order."""
+    if instruction is None:
+        return []
+    names = _NAME.findall(instruction.rest.partition("), ")[0])
+    return [computation[name] for name in names if name in computation]
+
+
+def _constant(instruction: _Instruction) -> int | None:
+    value = re.match(r"(-?\d+)\)", instruction.rest) if instruction.kind == "constant" else None
+    return int(value.group(1)) if value else None
 
 
 def _parse(text: str) -> tuple[str, _Computations]:
@@ -176,15 +284,15 @@ def _parse(text: str) -> tuple[str, _Computations]:
                 computations[current] = []
                 entry = current if head.group(1) else entry
             continue
-        found = _INSTRUCTION.match(line)
-        if found:
+        if match := _INSTRUCTION.match(line):
+            root, name, result, kind, rest = match.groups()
             called = tuple(
-                (attribute, name.strip(" {}%"))
-                for attribute, names in _CALLED.findall(found.group(4))
-                for name in names.split(",")
+                (attribute, callee.strip(" {}%"))
+                for attribute, callees in _CALLED.findall(rest)
+                for callee in callees.split(",")
             )
-            kind, result, rest = found.group(3), found.group(2), found.group(4)
-            computations[current].append(_Instruction(kind, result, rest, called))
+            instruction = _Instruction(name, kind, result, rest, called, root is not None)
+            computations[current].append(instruction)
     return entry, computations
 
 
@@ -203,7 +311,7 @@ def _size(instruction: _Instruction) -> int:
 
 
 def _array_bytes(text: str) -> list[float]:
-    """Of each array that is named in `text`."""
+    """Bytes of each array type in `text`."""
     return [
         math.prod(int(n) for n in dims.split(",") if n) * _item_bytes(dtype)
         for dtype, dims in _ARRAY.findall(text)
@@ -233,22 +341,25 @@ def _groups(rest: str) -> tuple[tuple[int, ...], ...]:
 
 
 def _groups_along(mesh: str, along: str) -> tuple[tuple[int, ...], ...]:
-    """`'a'=4,'b'=2` and `'b'`, or a part of an axis `'a':(2)2`, the parts before it in brackets."""
+    """Groups along mesh axes, from `'a'=4,'b'=2` and `'b'`, or a sub-axis `'a':(2)2`.
+
+    The bracket of a sub-axis holds the product of the sub-axes before it.
+    """
     parts: dict[str, list[tuple[str, int]]] = {
         name: [(name, int(size))] for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)
     }
-    taken = []
+    grouped = []
     for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", along):
         if not size:
-            taken.append(name)
+            grouped.append(name)
             continue
         whole = math.prod(part for _, part in parts[name])
         after = whole // (int(before) * int(size))
         parts[name] = [("", int(before)), (f"{name}:", int(size)), ("", after)]
-        taken.append(f"{name}:")
-    flat = [part for one in parts.values() for part in one]
+        grouped.append(f"{name}:")
+    flat = [part for axis_parts in parts.values() for part in axis_parts]
     devices = np.arange(math.prod(size for _, size in flat)).reshape([size for _, size in flat])
-    last = [i for i, (name, _) in enumerate(flat) if name in taken]
+    last = [i for i, (name, _) in enumerate(flat) if name in grouped]
     first = [i for i in range(len(flat)) if i not in last]
     ways = math.prod(flat[i][1] for i in last)
     rows = devices.transpose(first + last).reshape(-1, ways)

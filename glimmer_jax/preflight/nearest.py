@@ -1,4 +1,4 @@
-"""Other settings of a job, from the smallest change to the largest, for one that does not fit."""
+"""Alternative settings for a job that does not fit, from the smallest change to the largest."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -9,16 +9,16 @@ from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.partitioning import MeshConfig, parts
 from glimmer_jax.preflight.programs import Settings
 
-# Gin macros and their values, and the settings that they give.
+# Gin macros with their values, and the settings they result in.
 Change = tuple[dict[str, Any], dict[str, Any]]
 _POLICIES = ("none", "minimal", "full")
 
 
 def changes(job: str, settings: Settings, mesh: MeshConfig, devices: int) -> Iterator[Change]:
-    """Settings that need less memory on a chip; `mesh` has no -1.
+    """Settings that need less memory per chip; `mesh` has no -1.
 
-    Training: more is computed again, then smaller parts of the batch, then both with tensor
-    parallelism. Answers: fewer questions at a time, then tensor parallelism. Memory: fewer passages.
+    Training: more recomputation, then smaller microbatches, then both with tensor parallelism.
+    Answers: smaller batches, then tensor parallelism. Memory: smaller batches.
     """
     if job == "train":
         yield from _training(settings, mesh)
@@ -34,14 +34,14 @@ def changes(job: str, settings: Settings, mesh: MeshConfig, devices: int) -> Ite
 
 
 def with_remat(model: GlimmerModel, policy: str) -> GlimmerModel:
-    """The same model with another policy of recomputation."""
+    """The same model with another remat policy."""
     t5 = dataclasses.replace(model.config.t5, remat_policy=policy)
     config = dataclasses.replace(model.config, t5=t5)
     return GlimmerModel(config, model.loss, model.decode, eos_id=model.eos_id)
 
 
 def macros_of(now: MeshConfig, mesh: MeshConfig) -> dict[str, int]:
-    """Gin macros that make `mesh` of `now`; sizes above 1 are named in any case, and `data`."""
+    """Gin macros that change the mesh from `now` to `mesh`; always with `data` and sizes above 1."""
     return {
         f"MESH_{axis.upper()}": size
         for axis, size in mesh.sizes().items()
@@ -81,10 +81,9 @@ def _training(settings: Settings, mesh: MeshConfig) -> Iterator[Change]:
 
 
 def _wider(mesh: MeshConfig, model: GlimmerModel) -> Iterator[tuple[dict[str, Any], MeshConfig]]:
-    """More tensor parallelism, taken from `fsdp`, as far as heads divide."""
-    heads = model.config.t5.num_heads
-    fsdp, width = mesh.fsdp, mesh.model
-    while fsdp % 2 == 0 and heads % (width * 2) == 0:
-        fsdp, width = fsdp // 2, width * 2
-        wider = dataclasses.replace(mesh, fsdp=fsdp, model=width)
+    """More tensor parallelism, from `fsdp` or `data`, as far as it divides the heads."""
+    heads, wider = model.config.t5.num_heads, mesh
+    axis = "fsdp" if mesh.fsdp > 1 else "data"
+    while (size := getattr(wider, axis)) % 2 == 0 and heads % (wider.model * 2) == 0:
+        wider = dataclasses.replace(wider, model=wider.model * 2, **{axis: size // 2})
         yield macros_of(mesh, wider), wider

@@ -1,4 +1,4 @@
-"""The program that each job runs on its devices, with shapes in place of arrays."""
+"""The programs that jobs run on devices, with shapes instead of arrays."""
 
 import dataclasses
 import functools
@@ -25,20 +25,20 @@ Settings = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a job compiles: a jitted function and the shapes that it is called with."""
+    """A jitted function and the shapes of its arguments."""
 
     function: Any  # jitted
     arguments: tuple[Any, ...]  # trees of ShapeDtypeStructs with shardings
-    kinds: dict[str, Any]  # parts of the arguments by what they are
-    while_trips: int = 1  # of loops that end when the answer does
+    kinds: dict[str, Any]  # the arguments by kind
+    while_trips: int = 1  # maximum iterations of loops without a static length
 
     def bytes_by_kind(self) -> dict[str, int]:
-        """Bytes on each device of what the program is given."""
+        """Bytes per device of each kind of argument."""
         return {kind: bytes_on_device(tree) for kind, tree in self.kinds.items()}
 
 
 def bytes_on_device(tree: Any) -> int:
-    """Of a tree of ShapeDtypeStructs with shardings."""
+    """Bytes per device of a tree of ShapeDtypeStructs with shardings."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         shape = leaf.sharding.shard_shape(leaf.shape)
@@ -65,7 +65,7 @@ def train(settings: Settings, mesh: Mesh) -> Program:
 
 
 def answer(settings: Settings, mesh: Mesh) -> Program:
-    """A batch of questions to answers, from memory where there is one, as `Predictor` prepares it."""
+    """Answers to a batch of questions, from memory if `memory_dir` is set; laid out as in serving."""
     platform = mesh.devices.flat[0].platform
     model = param_layout.unrolled(settings["model"], platform)
     lengths = check_lengths(settings["task_feature_lengths"])
@@ -75,13 +75,13 @@ def answer(settings: Settings, mesh: Mesh) -> Program:
     params = parameter_shapes(model, mesh)
     laid_out = jax.eval_shape(lambda p: param_layout.lay_out(model, p, rows, platform), params)
     params = jax.tree.map(_shape, laid_out, jax.tree.map(lambda leaf: leaf.sharding, params))
-    number = jax.ShapeDtypeStruct((), jnp.uint32, sharding=partitioning.replicated(mesh))
+    seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=partitioning.replicated(mesh))
     kinds = {"parameters": params, "batch": batch}
-    return Program(predict_step(model), (params, batch, number, number), kinds, lengths.target)
+    return Program(predict_step(model), (params, batch, seed, seed), kinds, lengths.target)
 
 
 def build_memory(settings: Settings, mesh: Mesh) -> Program:
-    """Passages of the longest bucket to memory; every device has all parameters and its own rows."""
+    """Memory of passages of the longest bucket, on replicated parameters and sharded rows."""
     model, rows = settings["model"], settings["batch_size"] * mesh.size
     whole = partitioning.replicated(mesh)
     params = jax.tree.map(lambda leaf: _shape(leaf, whole), model.abstract_variables()[0])
@@ -92,29 +92,29 @@ def build_memory(settings: Settings, mesh: Mesh) -> Program:
 
 
 def lookup(settings: Settings, mesh: Mesh) -> Program | None:
-    """A batch's passages out of a table that fills what it may; None for a job without one."""
+    """Lookup of a batch in a table that fills `memory_bytes_per_device`; None without a table."""
     room = settings.get("memory_bytes_per_device") or 0
     if settings.get("memory_dir") is None or not room:
         return None
     model = settings["model"]
     lengths = check_lengths(settings["task_feature_lengths"])
     specs = model.memory_specs()
-    # Passages as long as they may be; of each, every device knows first page and length.
-    pages_a_row = -(-lengths.passage // table.PAGE_TOKENS)
-    page_bytes = table.PAGE_TOKENS * table.token_bytes(specs) + 8 * mesh.size / pages_a_row
+    # Passages of maximum length; every device holds the first page and the length of each passage.
+    pages_per_passage = -(-lengths.passage // table.PAGE_TOKENS)
+    page_bytes = table.PAGE_TOKENS * table.token_bytes(specs) + 8 * mesh.size / pages_per_passage
     pages = max(int(room / page_bytes), 1) * mesh.size
-    rows = max(pages // pages_a_row, 1)
-    spread = NamedSharding(mesh, partitioning.spec((axes.MEMORY_ROWS,)))
-    whole = partitioning.replicated(mesh)
-    number: Any = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=whole)
+    rows = max(pages // pages_per_passage, 1)
+    sharded = NamedSharding(mesh, partitioning.spec((axes.MEMORY_ROWS,)))
+    replicated = partitioning.replicated(mesh)
+    numbers: Any = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=replicated)
     page: dict[str, Any] = {
-        name: jax.ShapeDtypeStruct((pages, table.PAGE_TOKENS, *trailing), dtype, sharding=spread)
+        name: jax.ShapeDtypeStruct((pages, table.PAGE_TOKENS, *trailing), dtype, sharding=sharded)
         for name, (trailing, dtype) in specs.items()
     }
-    memory = table.Table(page, number, number)
-    wanted = (settings["batch_size"], lengths.passages)
+    memory = table.Table(page, numbers, numbers)
+    shape = (settings["batch_size"], lengths.passages)
     function = jax.jit(functools.partial(table.lookup, length=lengths.passage, mesh=mesh))
-    arguments = (memory, jax.ShapeDtypeStruct(wanted, jnp.int32, sharding=whole))
+    arguments = (memory, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated))
     return Program(function, arguments, {"memory_table": memory})
 
 
@@ -127,7 +127,7 @@ JOBS: dict[str, Callable[[Settings, Mesh], Program]] = {
 
 
 def parameter_shapes(model: GlimmerModel, mesh: Mesh) -> Any:
-    """Shapes of the parameters as `weights.parameters.place` puts them on a mesh."""
+    """Shapes of the parameters, sharded as by `weights.parameters.place`."""
     shapes, names = model.abstract_variables()
     partitioning.check_divisible(shapes, names, mesh)
     return jax.tree.map(_shape, shapes, partitioning.shardings(names, mesh))
@@ -140,7 +140,7 @@ def _shape(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
 def batch_shapes(
     model: GlimmerModel, lengths: Lengths, rows: int, mesh: Mesh, from_memory: bool
 ) -> dict[str, Any]:
-    """Shapes of a batch of the contract in `models.model`, as `put_batch` lays it."""
+    """Shapes of a batch (see `models.model`), sharded as by `put_batch`."""
     passages = (rows, lengths.passages)
     targets = (rows, lengths.target)
     shapes: dict[str, Any] = {

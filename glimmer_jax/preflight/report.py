@@ -1,4 +1,4 @@
-"""What is known of a job before it runs, as data and in words."""
+"""The preflight report, as data and as text."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ from glimmer_jax.preflight.chips import GIB
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Collectives of one kind in one step."""
+    """Collectives of one kind per step."""
 
     count: int
     bytes: int  # that a device receives
@@ -17,7 +17,7 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """One step of a job on a slice. Bytes and seconds are of the compiled program, not measured."""
+    """One step of a job on a slice. Bytes and seconds are derived from the program, not measured."""
 
     job: str
     topology: str
@@ -25,30 +25,32 @@ class Report:
     chips: int
     hosts: int
     mesh: dict[str, int]
-    batch_size: int  # questions of a step on all chips; passages for build_memory
+    batch_size: int  # questions per step on all chips; passages for build_memory
     fits: bool
     bytes_per_chip: dict[str, int]  # by kind, and `total`
     hbm_bytes_per_chip: int
-    flops_per_step: int  # matrix products on all chips, recomputed ones included
-    model_flops_per_step: int  # without what remat computes again
+    flops_per_step: int  # matrix products on all chips, recomputation included
+    model_flops_per_step: int  # without recomputation
     collectives: dict[str, Traffic]  # by kind
-    bytes_between_slices: int  # of these, what a device receives in groups that span slices
-    compute_seconds: float  # FLOPs at the chips' peak: no step is faster
-    network_seconds: float  # the collectives at the links' peak, within slices
-    # The compiler's cycles and the network's seconds, one after the other; None where it gives none.
+    bytes_between_slices: int  # received by a device in collectives that span slices
+    compute_seconds: float  # FLOPs at peak: a lower bound of the step
+    memory_seconds: float  # least memory traffic at peak bandwidth: a lower bound of the step
+    network_seconds: float  # the collectives at peak link bandwidth, within slices
+    # The compiler's cycles plus `network_seconds`; None without an estimate.
     estimated_step_seconds: float | None
     model_flop_utilisation: float | None  # at that time
-    # Gin macros that give the job this mesh; none where its gin files do.
+    kernels: int = 0  # executions of custom kernels, which the estimate does not include
+    # Gin macros that select this mesh; empty if the gin files give it.
     mesh_flags: dict[str, int] = dataclasses.field(default_factory=dict)
-    why_not: str | None = None  # the compiler's words where it does not fit
-    nearest: tuple[dict[str, Any], ...] = ()  # settings that fit, where this one does not
-    tried: int = 0  # other settings that were compiled to find them
+    why_not: str | None = None  # the compiler's message if it does not fit
+    nearest: tuple[dict[str, Any], ...] = ()  # settings that fit, if this one does not
+    tried: int = 0  # settings compiled in the search for them
 
     def as_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
 
     def text(self) -> str:
-        """Lines for people."""
+        """A readable summary."""
         verdict = "fits" if self.fits else "DOES NOT FIT"
         used = {axis: size for axis, size in self.mesh.items() if size > 1} or {"data": 1}
         mesh = " x ".join(f"{axis} {size}" for axis, size in used.items())
@@ -58,35 +60,40 @@ class Report:
             f"{self.chips} chips, {self.hosts} hosts, mesh {mesh}, batch {self.batch_size}",
         ]
         if self.mesh_flags:
-            # Without them the job would take another mesh, with whole parameters on each chip.
-            action = "run it with" if self.fits else "that mesh is"
+            # Without these flags the job would use the default mesh.
+            action = "run it with" if self.fits else "it was compiled with"
             lines.append(f"no mesh was given; {action}: {_settings(self.mesh_flags)}")
-        lines.append(f"bytes a chip, of {_gib(self.hbm_bytes_per_chip)} HBM:")
+        lines.append(f"bytes per chip, of {_gib(self.hbm_bytes_per_chip)} HBM:")
         lines += [f"  {kind:14} {_gib(size)}" for kind, size in self.bytes_per_chip.items()]
         lines.append(
-            f"a step: {self.flops_per_step / 1e12:.4g} TFLOP on all chips, "
-            f"{self.model_flops_per_step / 1e12:.4g} of them the model's, the rest recomputed; "
-            f"{_seconds(self.compute_seconds)} at the chips' peak"
+            f"per step: {self.flops_per_step / 1e12:.4g} TFLOP on all chips, "
+            f"{self.model_flops_per_step / 1e12:.4g} without recomputation"
+        )
+        lines.append(
+            f"  lower bounds: {_seconds(self.compute_seconds)} at peak FLOPs, "
+            f"{_seconds(self.memory_seconds)} at peak HBM bandwidth"
         )
         for kind, traffic in self.collectives.items():
-            lines.append(f"  {kind:18} {traffic.count:6} times, {_gib(traffic.bytes)} to a device")
+            lines.append(f"  {kind:18} {traffic.count:6} times, {_gib(traffic.bytes)} per device")
         if self.collectives:
-            lines.append(f"  {_seconds(self.network_seconds)} at the links' peak")
+            lines.append(f"  {_seconds(self.network_seconds)} at peak link bandwidth")
         if self.slices > 1:
             lines.append(
-                f"  between slices {_gib(self.bytes_between_slices)} to a device, for which none of "
-                "these times allows"
+                f"  between slices {_gib(self.bytes_between_slices)} per device, not included in "
+                "any of these times"
             )
         if self.estimated_step_seconds is not None:
             lines.append(
-                f"the compiler expects {_seconds(self.estimated_step_seconds)}, "
-                f"{self.model_flop_utilisation or 0:.0%} of the peak in the model's FLOPs"
+                f"compiler's estimate {_seconds(self.estimated_step_seconds)}: "
+                f"{self.model_flop_utilisation or 0:.0%} of peak FLOPs, without recomputation"
             )
+        if self.kernels:
+            lines.append(f"  without {self.kernels} custom kernels, which have no estimate")
         if self.why_not:
             lines.append(f"the compiler: {self.why_not}")
         if not self.fits:
-            lines += [f"these settings fit: {_settings(one)}" for one in self.nearest] or [
-                f"none of {self.tried} other settings fits; take more or larger chips"
+            lines += [f"these settings fit: {_settings(macros)}" for macros in self.nearest] or [
+                f"none of {self.tried} other settings fits; use more or larger chips"
             ]
         return "\n".join(lines)
 

@@ -34,7 +34,7 @@ def candidates(seed, count):
     "config, at_a_time", [(tiny.GLIMMER, 64), (LOOPED, 2)], ids=["scanned", "looped_in_parts"]
 )
 def test_the_most_probable_candidate_is_the_answer(monkeypatch, config, at_a_time):
-    monkeypatch.setattr(answers, "CANDIDATES_AT_A_TIME", at_a_time)
+    monkeypatch.setattr(answers, "CANDIDATE_CHUNK", at_a_time)
     params = tiny.params(tiny.GLIMMER)
     here = params if config is tiny.GLIMMER else unstack_layers(params)
     batch, given = tiny.batch(rows=ROWS), candidates(0, 5)
@@ -77,25 +77,25 @@ def test_draws_follow_the_key_and_one_token_to_draw_from_is_greedy():
     tiny.assert_trees_close(first(params, batch, jax.random.key(0)), greedy)
 
 
-def test_draws_without_a_key_are_refused():
+def test_sampling_without_a_key_is_rejected():
     model = GlimmerModel(tiny.GLIMMER, decode=DecodeConfig(temperature=0.5))
-    with pytest.raises(ValueError, match=r"temperature=0.5 draws answers: give a random key"):
+    with pytest.raises(ValueError, match="temperature=0.5 .*rng"):
         jax.eval_shape(model.predict_batch, tiny.abstract(tiny.GLIMMER)[0], tiny.batch(rows=ROWS))
 
 
 @pytest.mark.parametrize(
     "settings, match",
     [
-        (dict(beams=0), "beams must be at least 1, got 0"),
-        (dict(length_penalty=-1.0), "length_penalty must not be negative, got -1.0"),
-        (dict(temperature=-1.0), r"0 or more and top_p in \(0, 1\], got -1.0, 0 and 1.0"),
-        (dict(temperature=1.0, top_k=-1), r"got 1.0, -1 and 1.0"),
-        (dict(temperature=1.0, top_p=0.0), r"got 1.0, 0 and 0.0"),
-        (dict(temperature=1.0, beams=2), "Set temperature=0, or beams=1"),
-        (dict(top_k=3), "with temperature=0 nothing is. Set a temperature"),
-        (dict(top_p=0.5), "with temperature=0 nothing is. Set a temperature"),
+        (dict(beams=0), "beams.* got 0"),
+        (dict(length_penalty=-1.0), "length_penalty.* got -1.0"),
+        (dict(temperature=-1.0), "temperature=-1.0"),
+        (dict(temperature=1.0, top_k=-1), "top_k=-1"),
+        (dict(temperature=1.0, top_p=0.0), "top_p=0.0"),
+        (dict(temperature=1.0, beams=2), "temperature=1.0 .*beams=2"),
+        (dict(top_k=3), "top_k=3 .*Set a temperature"),
+        (dict(top_p=0.5), "top_p=0.5 .*Set a temperature"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(settings, match):
+def test_contradicting_decode_settings_are_rejected(settings, match):
     with pytest.raises(ValueError, match=match):
         DecodeConfig(**settings)

@@ -73,7 +73,7 @@ def products(model, batch):
     return found
 
 
-def test_the_feed_forward_of_dropped_passages_is_computed_at_one_token_only():
+def test_dropped_passages_use_the_feed_forward_at_one_token_only():
     length = tiny.Q + tiny.P
     batch = tiny.batch(gold=False)
     sizes = {
@@ -111,5 +111,5 @@ def test_passages_read_in_chunks_give_the_same_answers(chunk):
 
 
 def test_a_chunk_of_no_passages_is_refused():
-    with pytest.raises(ValueError, match="read_chunk must be at least 1, or None for all; got 0"):
+    with pytest.raises(ValueError, match="read_chunk.* got 0"):
         dataclasses.replace(tiny.LUMEN, read_chunk=0)

@@ -104,7 +104,7 @@ def test_the_cut_is_really_there(uncut_params):
         assert (np.abs(one - two).max() > 1e-3) == meets
 
 
-def test_glimmer_that_keeps_all_equals_lumen_with_the_same_weights_after_training_too():
+def test_glimmer_that_keeps_all_equals_lumen_also_after_training():
     params, batch = tiny.params(KEEPS_ALL), tiny.batch()
     start = params
     for step in range(3):
@@ -158,7 +158,7 @@ def test_no_gradient_goes_through_the_choice():
 
 def test_keeping_more_passages_than_there_are_is_refused():
     live = Live(np.zeros((1, 3, 2, 4)), np.ones((1, 3, 2), bool), np.zeros((1, 3)))
-    with pytest.raises(ValueError, match=r"num_kept=5 passages cannot be kept of 3 retrieved"):
+    with pytest.raises(ValueError, match="num_kept=5 .* 3 .*TASK_FEATURE_LENGTHS"):
         select(live, 5)
 
 
@@ -179,8 +179,8 @@ def test_extreme_proportions_are_whole_stacks():
 @pytest.mark.parametrize(
     "function, args, match",
     [
-        (memory_layers, (12, 1.5), r"alpha, the live proportion, must be in \[0, 1\], got 1\.5"),
-        (rerank_layers, (12, 0.5, -1), r"beta, .* is in \[0, 1\], got -1"),
+        (memory_layers, (12, 1.5), r"alpha.*\[0, 1\], got 1\.5"),
+        (rerank_layers, (12, 0.5, -1), r"beta.*\[0, 1\], got -1"),
     ],
 )
 def test_proportions_outside_their_range_are_refused(function, args, match):
@@ -196,8 +196,8 @@ def test_proportions_outside_their_range_are_refused(function, args, match):
         (dict(memory_layers=2, rerank_layers=1, num_kept=0), r"num_kept must be at least 1"),
         (dict(memory_layers=2, num_kept=2), r"num_kept=2 needs scores.*Set rerank_layers"),
         (dict(memory_layers=2, separate_reranker=True), r"separate_reranker needs rerank_layers"),
-        (dict(freeze_memory=True), r"With memory_layers=0 there is no memory encoder to freeze"),
-        (dict(share_question_encoder=False), r"With memory_layers=0 there is no memory encoder"),
+        (dict(freeze_memory=True), "memory_layers=0 .*freeze_memory=False"),
+        (dict(share_question_encoder=False), "memory_layers=0 .*share_question_encoder=True"),
         (dict(memory_layers=2, memory_codec="zip"), r"memory_codec.*bf16.*zip"),
     ],
 )
@@ -214,13 +214,10 @@ def test_settings_that_contradict_themselves_are_refused(kwargs, match):
         (dict(matmul_dtype="int8"), r"matmul_dtype must be None or 'bfloat16', got 'int8'"),
         (dict(remat_policy="some"), r"remat_policy must be one of none, .*got 'some'"),
         (dict(attention="flash"), r"attention must be 'plain' or 'cudnn', got 'flash'"),
-        (
-            dict(attention="cudnn"),
-            r"in bfloat16.*got dtype='float32' and head_dim=4\. Set ACTIVATION_DTYPE",
-        ),
+        (dict(attention="cudnn"), "dtype='float32' and head_dim=4.*Set ACTIVATION_DTYPE"),
         (dict(dropout_rate=1.0), r"dropout_rate must be in \[0, 1\), got 1\.0"),
-        (dict(mlp_activations=("swish",)), r"mlp_activations must be names out of .*swish"),
-        (dict(mlp_activations=()), r"mlp_activations must be names out of"),
+        (dict(mlp_activations=("swish",)), "mlp_activations.*relu.*swish"),
+        (dict(mlp_activations=()), "mlp_activations.*relu"),
     ],
 )
 def test_sizes_and_numerics_outside_their_range_are_refused(kwargs, match):

@@ -110,12 +110,12 @@ def test_converted_heads_are_means_and_converted_models_run():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(decoder_kv_heads=4), "2 key heads and a period of 2 cannot become 4 and 2"),
-        (dict(cross_attention_period=1), "cannot become 2 and 1: heads are merged"),
-        (dict(decoder_mlp_dim=32), "cannot become one of 4 with"),
+        (dict(decoder_kv_heads=4), "decoder_kv_heads=4 .*period=2 .* 2 and 2"),
+        (dict(cross_attention_period=1), "decoder_kv_heads=2 .*period=1 .* 2 and 2"),
+        (dict(decoder_mlp_dim=32), "mlp_dim=32.*decoder_kv_heads"),
     ],
 )
-def test_nothing_is_made_up(change, message):
+def test_conversions_that_need_new_parameters_are_rejected(change, message):
     with pytest.raises(ValueError, match=message):
         convert_decoder(tiny.params(FIDO)["decoder"], T5, dataclasses.replace(T5, **change))
 
@@ -123,9 +123,9 @@ def test_nothing_is_made_up(change, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(cross_attention_period=3), "must divide the 4 decoder layers"),
-        (dict(decoder_kv_heads=3), "must divide the decoder's 4 heads"),
-        (dict(decoder_num_heads=0), "decoder_num_heads must be None or at least 1, got 0"),
+        (dict(cross_attention_period=3), "cross_attention_period=3 .*num_decoder_layers=4"),
+        (dict(decoder_kv_heads=3), "decoder_kv_heads=3 .* 4 heads"),
+        (dict(decoder_num_heads=0), "decoder_num_heads.* got 0"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(change, message):

@@ -122,11 +122,11 @@ def test_frozen_memory_is_the_same_with_dropout():
 
 def test_training_from_memory_needs_a_frozen_encoder():
     batch = dict(tiny.batch(), passage_memory={})
-    with pytest.raises(ValueError, match=r"needs a frozen memory encoder \(freeze_memory=True\)"):
+    with pytest.raises(ValueError, match="memory.*freeze_memory=True"):
         tiny.model(tiny.GLIMMER).loss_fn({}, batch, None)
 
 
-def test_training_from_memory_with_a_frozen_encoder_equals_training_from_tokens():
+def test_training_from_frozen_memory_equals_training_from_tokens():
     model = tiny.model(tiny.FROZEN, tiny.LIGHT_LOSS)
     params, batch = tiny.params(tiny.FROZEN), tiny.batch()
     stored = as_memory(jax.jit(model.encode_memory), params, batch)
@@ -135,7 +135,7 @@ def test_training_from_memory_with_a_frozen_encoder_equals_training_from_tokens(
 
 
 def test_fid_has_no_memory_to_build():
-    with pytest.raises(ValueError, match=r"memory_layers is 0 \(FiD\).*LUMEN or GLIMMER"):
+    with pytest.raises(ValueError, match=r"memory_layers is 0.*LUMEN or GLIMMER"):
         tiny.model(tiny.FID).encode_memory({}, np.zeros((1, 4), np.int32))
 
 

@@ -112,5 +112,5 @@ def test_scanned_layers_start_as_looped_ones():
 
 
 def test_two_heads_are_refused():
-    with pytest.raises(ValueError, match="num_heads >= 3 and relpos_buckets >= 8, got 2 and 32"):
+    with pytest.raises(ValueError, match="num_heads >= 3.*relpos_buckets >= 8.*got 2 and 32"):
         mimetic_init({}, dataclasses.replace(T5, num_heads=2))

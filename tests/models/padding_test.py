@@ -59,7 +59,7 @@ def test_padding_changes_neither_logits_nor_scores_nor_the_choice(params, names,
     np.testing.assert_array_equal(padded[2][: tiny.B], kept)
 
 
-def test_padding_of_every_kind_changes_neither_loss_nor_metrics_nor_gradient(params):
+def test_padding_changes_neither_loss_nor_metrics_nor_gradient(params):
     batch = with_empty_question()
     (loss, metrics), grad = tiny.loss_and_grad(tiny.GLIMMER)(params, batch)
     padded = pad(batch, *AXIS_PADS, rows=2)

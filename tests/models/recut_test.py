@@ -82,26 +82,26 @@ def test_a_trained_question_encoder_moves_along(fid):
 
 def test_layers_that_would_change_their_position_table_are_refused():
     params = tiny.params(KEEPS_ALL)  # with two different tables
-    with pytest.raises(ValueError, match=r"memory_layers=2 to 0.*position tables.*trained apart"):
+    with pytest.raises(ValueError, match="memory_layers=2 .* 0.*position tables.*differ"):
         recut(params, KEEPS_ALL, tiny.FID)
     longer = dataclasses.replace(tiny.LUMEN, memory_layers=3)
-    with pytest.raises(ValueError, match=r"memory_layers=2 to 3.*Recut before training"):
+    with pytest.raises(ValueError, match="memory_layers=2 .* 3.*Recut before training"):
         recut(params, KEEPS_ALL, longer)
 
 
 @pytest.mark.parametrize(
     "part, target, match",
     [
-        ("question_encoder", tiny.LUMEN, r"cannot be merged.*set share_question_encoder=False"),
+        ("question_encoder", tiny.LUMEN, "cannot be merged.*share_question_encoder=False"),
         (
             "question_encoder",
             dataclasses.replace(FROZEN_LUMEN, memory_layers=3),
-            r"question and memory encoder have been trained apart",
+            "memory_layers=2 .* 3.*question and memory encoder differ",
         ),
         (
             "token_embedder",
             dataclasses.replace(FROZEN_LUMEN, freeze_memory=False),
-            r"embedding has been trained apart.*set freeze_memory=True",
+            "cannot be merged.*freeze_memory=True",
         ),
     ],
 )
@@ -114,7 +114,7 @@ def test_copies_that_have_been_trained_apart_are_not_merged(fid, part, target, m
 
 def test_another_size_is_refused(fid):
     wide = dataclasses.replace(tiny.FID, t5=dataclasses.replace(tiny.T5, mlp_dim=64))
-    with pytest.raises(ValueError, match=r"mlp_dim=32 cannot become one with mlp_dim=64"):
+    with pytest.raises(ValueError, match="mlp_dim=32 .*mlp_dim=64"):
         recut(fid, tiny.FID, wide)
 
 
@@ -137,7 +137,7 @@ def test_a_trained_shared_table_lets_the_cut_move(fid):
 
 def test_two_tables_that_differ_do_not_become_one():
     shared = dataclasses.replace(KEEPS_ALL, share_position_table=True)
-    with pytest.raises(ValueError, match=r"nor can its two position tables become one"):
+    with pytest.raises(ValueError, match="share_position_table.*differ"):
         recut(tiny.params(KEEPS_ALL), KEEPS_ALL, shared)
 
 

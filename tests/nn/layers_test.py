@@ -1,4 +1,4 @@
-"""T5's small layers against numpy."""
+"""T5's layers compared with numpy."""
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ def test_reduced_operands_round_inputs_and_gradients_alike():
     def rounded(x):
         return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
 
-    out, vjp = jax.vjp(lambda x, w: project(x, w, jnp.bfloat16), X, kernel)
+    out, vjp = jax.vjp(lambda x, w: project(x, w, ("embed", "mlp"), jnp.bfloat16), X, kernel)
     assert out.dtype == jnp.float32
     np.testing.assert_allclose(out, rounded(X) @ rounded(kernel), rtol=1e-5, atol=1e-5)
     grad_x, grad_kernel = vjp(cotangent)
@@ -83,7 +83,7 @@ def test_reduced_operands_round_inputs_and_gradients_alike():
     np.testing.assert_allclose(grad_kernel, want, rtol=1e-5, atol=1e-5)
 
 
-def test_dropout_is_off_without_a_stream_and_shares_its_mask_over_positions():
+def test_dropout_needs_a_stream_and_shares_its_mask_over_positions():
     x = np.ones((4, 50, 64), np.float32)
     np.testing.assert_array_equal(Dropout(0.5).apply({}, x), x)
     out = np.asarray(Dropout(0.5).apply({}, x, rngs={"dropout": jax.random.key(0)}))

@@ -89,7 +89,7 @@ def chosen(found, axis, kind):
     return collections.Counter({s: n for (a, k, s), n in found.items() if (a, k) == (axis, kind)})
 
 
-def test_a_parameter_is_gathered_once_for_each_use_and_its_gradient_summed_once():
+def test_parameters_are_gathered_per_use_and_gradients_summed_once():
     within, _, _ = compiled(DEPTHS[0])
     layers = layer_bytes(model_of(DEPTHS[0]), MODEL)
     gathered = chosen(within, ("fsdp",), "all-gather")
@@ -129,7 +129,7 @@ def test_nothing_else_is_sent_in_a_layer():
 @pytest.mark.parametrize(
     "live_layers", [0, pytest.param(1, marks=pytest.mark.slow)], ids=["fid", "glimmer"]
 )
-def test_with_depth_grows_only_the_number_of_turns_and_the_optimisers_statistics(live_layers):
+def test_depth_changes_only_iterations_and_optimiser_statistics(live_layers):
     (within, outside, state), (deeper, outside_deeper, more_state) = (
         compiled(depth, live_layers) for depth in DEPTHS
     )

@@ -1,8 +1,11 @@
 """Collectives and loops read from the text of a program."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import PartitionSpec as P
 
 from glimmer_jax.partitioning import MeshConfig, make_mesh
@@ -131,3 +134,39 @@ def test_what_xla_writes_of_a_scan_is_understood():
     looped = {one.kind: one for one in hlo.collectives(text) if one.in_loop}
     assert looped["all-gather"].size == 16 * 16 * 4 and looped["all-gather"].times == 5
     assert looped["all-reduce"].times == 5 and len(looped["all-reduce"].groups[0]) == 4
+
+
+STEPS_BY_TWO = """HloModule jit_windowed
+
+%body (state: (bf16[8,16], u32[])) -> (bf16[8,16], u32[]) {
+  %state = (bf16[8,16]{1,0:T(8,128)(2,1)}, u32[]{:T(128)}) parameter(0)
+  %two = u32[]{:T(128)} constant(2)
+  %x = bf16[8,16]{1,0:T(8,128)(2,1)} get-tuple-element(%state), index=0
+  %i = u32[]{:T(128)} get-tuple-element(%state), index=1
+  %y = bf16[8,16]{1,0} fusion(%x), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"10"}
+  %next = u32[]{:T(128)} add(%i, %two), metadata={op_name="jit(f)/dot_general"}
+  ROOT %out = (bf16[8,16]{1,0}, u32[]{:T(128)}) tuple(%y, /*index=1*/%next)
+}
+
+%condition (state: (bf16[8,16], u32[])) -> pred[] {
+  %state = (bf16[8,16]{1,0:T(8,128)(2,1)}, u32[]{:T(128)}) parameter(0)
+  %limit = u32[]{:T(128)} constant(LIMIT)
+  %i = u32[]{:T(128)} get-tuple-element(%state), index=1
+  ROOT %less = pred[]{:T(512)} compare(%i, %limit), direction=LT, metadata={op_name="jit(f)"}
+}
+
+ENTRY %main (x: bf16[8,16]) -> bf16[8,16] {
+  ROOT %loop = (bf16[8,16]{1,0}, u32[]{:T(128)}) while(%t), condition=%condition, body=%body
+}
+"""
+
+
+@pytest.mark.parametrize("limit, trips", [(8, 4), (7, 4), (1, 1)])
+def test_a_loop_runs_limit_over_step_times_rounded_up(limit, trips):
+    assert hlo.estimated_cycles(STEPS_BY_TWO.replace("LIMIT", str(limit))) == 10 * trips
+
+
+def test_custom_kernels_are_counted_in_loops():
+    kernel = '%y = bf16[8,16]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"\n'
+    text = re.sub(r"%y = .*\n", kernel, STEPS_BY_TWO.replace("LIMIT", "8"))
+    assert hlo.custom_kernels(text) == 4 and hlo.estimated_cycles(text) == 0

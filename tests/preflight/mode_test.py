@@ -5,7 +5,6 @@ import json
 import sys
 
 import gin
-import jax
 import pytest
 
 from glimmer_jax import main as command_line
@@ -29,10 +28,8 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def clear():
-    kept = jax.config.jax_enable_compilation_cache
     yield
     gin.clear_config()
-    jax.config.update("jax_enable_compilation_cache", kept)
 
 
 def preflight(tmp_path, *flags):
@@ -54,6 +51,7 @@ def test_a_training_step_is_compiled_for_a_slice_that_is_not_there(tmp_path, cap
     assert report["flops_per_step"] >= report["model_flops_per_step"] > 0
     # FSDP: parameters are gathered, gradients summed.
     assert report["collectives"]["all-gather"]["bytes"] > 0
+    assert report["memory_seconds"] > 0 and report["kernels"] == 0
     assert report["estimated_step_seconds"] is None or report["estimated_step_seconds"] > 0
     said = capfd.readouterr()
     assert "train on v5e:2x2: fits." in said.out
@@ -77,7 +75,7 @@ def test_other_slices_have_a_compiler_too(tmp_path, capfd, topology, slices, chi
     assert report["bytes_per_chip"]["total"] < report["hbm_bytes_per_chip"]
     # Each slice has whole parameters, so that gradients cross the network between them.
     assert (report["bytes_between_slices"] > 0) == (slices > 1)
-    assert ("none of these times allows" in capfd.readouterr().out) == (slices > 1)
+    assert ("not included" in capfd.readouterr().out) == (slices > 1)
 
 
 @needs_compiler
@@ -89,7 +87,7 @@ def test_answers_from_memory_count_the_table(tmp_path):
     assert code == 0 and without["bytes_per_chip"]["memory_table"] == 0
     code, report = preflight(tmp_path, "--topology=v6e:2x2", *run, table)
     # Four chips for two questions: the passages of each are on two.
-    assert code == 0 and report["mesh"]["passages"] == report["mesh"]["fsdp"] == 2
+    assert code == 0 and report["mesh"]["passages"] == report["mesh"]["data"] == 2
     # Whole pages, and two numbers of each passage.
     assert 0.99 * room < report["bytes_per_chip"]["memory_table"] <= room
     # Two questions of 4 passages of 16 tokens, 64 channels of 2 bytes, on four chips. Pages travel once,

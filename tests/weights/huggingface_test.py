@@ -180,7 +180,7 @@ def test_a_start_for_glimmer_has_both_tables_and_a_fresh_head(folder, capsys):
     assert (params["reranker"]["kernel"] == 1.0).all()
     assert f"Parameters: a Hugging Face t5 in {folder}" in capsys.readouterr().out
     wide = dataclasses.replace(tiny.FID, t5=dataclasses.replace(tiny.T5, vocab_size=64))
-    with pytest.raises(ValueError, match="vocab_size=32 cannot become one with vocab_size=64"):
+    with pytest.raises(ValueError, match="vocab_size=32 .*vocab_size=64"):
         parameters.load(folder, GlimmerModel(wide), "sha256:any")
 
 
