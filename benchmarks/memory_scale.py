@@ -7,6 +7,7 @@ seconds and the process's resident memory after each tenth, files, bytes, and ho
 """
 
 import argparse
+import itertools
 import json
 import resource
 import tempfile
@@ -48,31 +49,33 @@ def measure(count: int, path: Path) -> dict[str, Any]:
     """Builds the memory of `count` passages at `path`, and opens it."""
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     table = jnp.asarray(np.random.default_rng(0).normal(size=(92, EMB_DIM)), jnp.float32)
+    encode = encoding.bind_encoder(
+        lambda params, tokens: params["table"][tokens], {"table": table}, mesh, "bf16"
+    )
+    began = time.monotonic()
+    calls = itertools.count(1)
+    marks: list[list[float]] = []
+
+    def marked_encode(tokens: np.ndarray) -> Any:
+        passages = next(calls) * ROWS
+        if passages >= count * (len(marks) + 1) / 10:
+            seconds = round(time.monotonic() - began, 1)
+            marks.append([passages, seconds, _resident_mb()])
+        return encode(tokens)
+
     recipe = Recipe(
-        encoding.bind_encoder(
-            lambda params, tokens: params["table"][tokens], {"table": table}, mesh, "bf16"
-        ),
+        marked_encode,
         Identity("sha256:synthetic", "sha256:synthetic", "bf16", EMB_DIM, MAX_LENGTH),
         Program(
             ROWS, (8, 16, 24, MAX_LENGTH), "float32", None, jax.default_backend(), jax.__version__
         ),
     )
-    began = time.monotonic()
-    marks: list[list[float]] = []
-
-    def mark(values: Any) -> None:
-        if values["passages"] >= count * (len(marks) + 1) / 10:
-            seconds = round(time.monotonic() - began, 1)
-            marks.append([values["passages"], seconds, _resident_mb()])
-
     report = build.build_memory(
         recipe,
         MadeUpPassages(count, 8, MAX_LENGTH),
         path,
         passages_fingerprint="sha256:synthetic",
         layout=LAYOUT,
-        on_progress=mark,
-        progress_seconds=0.1,
     )
     made = report.manifest
     assert made is not None

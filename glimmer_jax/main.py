@@ -2,20 +2,22 @@
 
 Flags are T5X's. One job is set by flags instead of gin, since it takes two files and nothing else:
 KILT's official scores, `--run_mode=score --gold=FILE --guess=FILE [--ks=1,5,10,20]`. Exit codes:
-0 done; 42 preempted, start me again; 2 bad input or configuration, do not retry.
+0 done; 42 preempted, safe to retry; 2 invalid input, do not retry; 1 a bug; 130 Ctrl-C.
 """
 
 import argparse
 import importlib
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-DONE, BAD_INPUT, START_AGAIN = 0, 2, 42
+from glimmer_jax.runtime import exit_codes
+from glimmer_jax.runtime.preemption import STOP, StopRequested
 
 # Mode -> function, imported when the mode is run.
 MODES = {
@@ -145,44 +147,46 @@ def _check_alone(mode: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a mode; returns the exit code."""
+    """Runs a mode; returns the exit code. Raises errors that nobody foresaw."""
     flags = parse_flags(sys.argv[1:] if argv is None else argv)
-    from glimmer_jax.configuration import first_line
-    from glimmer_jax.runtime.distributed import join
-    from glimmer_jax.runtime.preemption import leave_at_sigterm
+    message: object
+    with STOP.installed():
+        try:
+            from glimmer_jax.runtime.distributed import join
 
-    try:
-        join(flags.distributed, flags.coordinator_address, flags.num_processes, flags.process_id)
-        _check_alone(flags.run_mode)
-        with leave_at_sigterm():
+            join(
+                flags.distributed, flags.coordinator_address, flags.num_processes, flags.process_id
+            )
+            _check_alone(flags.run_mode)
             run_mode(flags)
-    except Exception as error:
-        if (verdict := _verdict(error)) is None:
-            raise
-        said, code = verdict
-        if flags.debug:
-            traceback.print_exc()
-        print(f"glimmer: {first_line(said)}", file=sys.stderr)
+        except StopRequested as stop:
+            message, code = stop, STOP.exit_code
+        except Exception as error:
+            if (outcome := _classify(error)) is None:
+                raise
+            if flags.debug:
+                traceback.print_exc()
+            message, code = outcome
+        else:
+            return exit_codes.DONE
+        from glimmer_jax.configuration import first_line
+
+        print(f"glimmer: {first_line(message)}", file=sys.stderr)
         return code
-    return DONE
 
 
-def _verdict(error: Exception) -> tuple[object, int] | None:
-    """What to say of an error, and the exit code; None for a bug."""
-    from glimmer_jax.runtime.preemption import Preempted
+def _classify(error: Exception) -> tuple[object, int] | None:
+    """The message for an error and the exit code; None for a bug."""
     from glimmer_jax.storage import errors
     from glimmer_jax.training.log import NonFiniteError
 
-    if isinstance(error, Preempted):
-        return error, START_AGAIN
+    if (kind := errors.classify_error(error)) is not None:
+        retry = kind == "temporary"
+        code = exit_codes.RETRY if retry else exit_codes.INVALID_INPUT
+        return errors.describe_error(error), code
     if isinstance(error, (ValueError, FileNotFoundError, NonFiniteError)) and _is_ours(error):
-        return error, BAD_INPUT
-    said: object
-    said, later = errors.explain(error) or (None, True)
-    # What our own readers and writers say of storage is in our words; the system's has a number.
-    if isinstance(error, OSError) and error.errno is None:
-        said = error
-    return None if said is None else (said, START_AGAIN if later else BAD_INPUT)
+        return error, exit_codes.INVALID_INPUT
+    return None
 
 
 def _is_ours(error: BaseException) -> bool:
@@ -196,11 +200,16 @@ def _is_ours(error: BaseException) -> bool:
 
 def run() -> None:
     """Entry of the `glimmer` script."""
+    # Until the handlers are set a signal would end the process without a meaningful exit code.
+    signals = (signal.SIGTERM, signal.SIGINT)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     flags = parse_flags(sys.argv[1:])
     if flags.distributed or flags.coordinator_address is not None:
         from glimmer_jax.runtime.supervisor import work_in_child
 
-        work_in_child(START_AGAIN)
+        work_in_child(exit_codes.RETRY)
+    STOP.install()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # Compiled programs are kept between runs; set the variable to "" to keep none.
     cache = Path.home() / ".cache" / "glimmer_jax" / "xla"
@@ -213,15 +222,20 @@ def run() -> None:
         from glimmer_jax.runtime.filter_stderr import filter_stderr
 
         filter_stderr()
-    from glimmer_jax.runtime.distributed import leave_soon
-
     try:
         code = main()
-    except BaseException:
-        leave_soon(1)
-        raise
+    except Exception:  # noqa: BLE001
+        traceback.print_exc()
+        print(
+            "glimmer: This is a bug. Please report it with the lines above and the command.",
+            file=sys.stderr,
+        )
+        code = exit_codes.BUG
+    STOP.finish(code)
     if code:
-        leave_soon(code)
+        from glimmer_jax.runtime.distributed import exit_after
+
+        exit_after(code)
     sys.exit(code)
 
 

@@ -1,5 +1,5 @@
-"""Commands that start other commands: `python -m launch TARGET`, and the quickstart.
+"""Launchers: `python -m launch TARGET`.
 
-A target's module says as data what would be done (`plans.py`); only `processes.py`, `lifecycle.py`
-and `xm.py` start anything.
+The module of a target describes a launch as data (`plans.py`). Only `processes.py`, `lifecycle.py` and
+`xm.py` start processes.
 """

@@ -1,11 +1,11 @@
-"""Starts a glimmer job somewhere: python -m launch TARGET [options] -- [glimmer's flags].
+"""Launches a glimmer job: python -m launch TARGET [options] -- [glimmer's flags].
 
     python -m launch local --num_processes=2 -- --run_mode=train --gin_file=...
     python -m launch queued_resource --name=run1 --zone=ZONE --accelerator_type=v5p-32 \\
         --version=v2-alpha-tpuv5 --spot -- --run_mode=train --gin_file=... --gin.MODEL_DIR="'gs://...'"
     python -m launch xm --sweep "TEMPERATURE=[0.5, 1.0]" local -- --run_mode=train --gin_file=...
 
-`--dry_run` prints what would be done. Options may be written with dashes, as gcloud's are.
+`--dry_run` prints the plan and stops. Options may be written with dashes, as for gcloud.
 """
 
 import argparse
@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from glimmer_jax import shipped
-from glimmer_jax.main import BAD_INPUT, DONE, parse_flags
+from glimmer_jax.main import parse_flags
+from glimmer_jax.runtime.exit_codes import DONE, INVALID_INPUT
 from launch import jobset, lifecycle, local, record, slurm, sweep, tpu, xm
-from launch.plans import Machines, Plan, Submission, lines
+from launch.plans import Plan, SubmitPlan, TpuPlan, lines
 from launch.processes import Interrupts, obey_input, run
 
 ROOT = shipped.root()
-# Options that may be repeated -> what the targets call all of them.
+# Repeatable option -> the field of the targets that holds all of its values.
 _FIELDS = {"create_flag": "create_flags", "ssh_flag": "ssh_flags", "sbatch_flag": "sbatch_flags"}
 
 
@@ -38,12 +39,12 @@ def parser() -> argparse.ArgumentParser:
         added.add_argument("--dry_run", action="store_true", help="print the plan and stop")
         return added
 
-    at_home = target("local", "this machine")
-    at_home.add_argument("--num_processes", type=int, default=1)
+    local_target = target("local", "this machine")
+    local_target.add_argument("--num_processes", type=int, default=1)
 
     for name, text in (
-        ("tpu_vm", "a TPU slice that is made now"),
-        ("queued_resource", "a TPU slice that is waited for"),
+        ("tpu_vm", "a TPU slice, created now"),
+        ("queued_resource", "a TPU slice, waited for in a queue"),
     ):
         cloud = target(name, text)
         cloud.add_argument("--name", required=True)
@@ -52,15 +53,17 @@ def parser() -> argparse.ArgumentParser:
         cloud.add_argument("--accelerator_type", required=True, metavar="v5p-32")
         cloud.add_argument("--version", required=True, help="of the TPU software: v2-alpha-tpuv5")
         cloud.add_argument("--spot", action="store_true")
-        cloud.add_argument("--recreate", type=int, default=3, help="times, after preemption")
-        cloud.add_argument("--setup", default=tpu.SETUP, help="shell command for every worker")
+        cloud.add_argument(
+            "--recreate", type=int, default=3, help="times that a preempted slice is created again"
+        )
+        cloud.add_argument("--setup", default=tpu.SETUP, help="shell command run on every worker")
         for flag in ("--create_flag", "--ssh_flag"):
             cloud.add_argument(flag, action="append", default=[], help="passed on to gcloud")
         _add_env(cloud)
 
     gke = target("jobset", "TPU slices of a GKE cluster")
     gke.add_argument("--name", required=True)
-    gke.add_argument("--image", required=True, help="has glimmer_jax[tpu] installed")
+    gke.add_argument("--image", required=True, help="with glimmer_jax[tpu] installed")
     gke.add_argument("--tpu", required=True, help=", ".join(jobset.GENERATIONS))
     gke.add_argument("--topology", required=True, metavar="4x4x8", help="chips of a slice")
     gke.add_argument("--slices", type=int, default=1)
@@ -70,16 +73,16 @@ def parser() -> argparse.ArgumentParser:
     gke.add_argument("--max_restarts", type=int, default=3, help="after crashes")
     _add_env(gke)
 
-    mesh = target("slurm", "GPUs of a Slurm cluster")
-    mesh.add_argument("--name", required=True)
-    mesh.add_argument("--nodes", type=int, default=1)
-    mesh.add_argument("--gpus_per_node", type=int, default=8)
-    mesh.add_argument("--time", help="limit of one start: 12:00:00")
-    mesh.add_argument("--partition")
-    mesh.add_argument("--account")
-    mesh.add_argument("--sbatch_flag", action="append", default=[], help="passed on to sbatch")
+    cluster = target("slurm", "GPUs of a Slurm cluster")
+    cluster.add_argument("--name", required=True)
+    cluster.add_argument("--nodes", type=int, default=1)
+    cluster.add_argument("--gpus_per_node", type=int, default=8)
+    cluster.add_argument("--time", help="limit of one attempt: 12:00:00")
+    cluster.add_argument("--partition")
+    cluster.add_argument("--account")
+    cluster.add_argument("--sbatch_flag", action="append", default=[], help="passed on to sbatch")
 
-    experiment = target("xm", "an XManager experiment: a sweep over one of the others")
+    experiment = target("xm", "an XManager experiment: a sweep over another target")
     experiment.add_argument("--sweep", action="append", default=[], metavar="NAME=[V, V]")
     experiment.add_argument("--parallel", type=int, default=1, help="units at a time")
     experiment.add_argument("command", nargs=argparse.REMAINDER, metavar="TARGET [options]")
@@ -88,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_env(target: argparse.ArgumentParser) -> None:
     target.add_argument(
-        "--env", action="append", default=[], metavar="NAME=VALUE", help="of the job's processes"
+        "--env", action="append", default=[], metavar="NAME=VALUE", help="for the job's processes"
     )
 
 
@@ -103,7 +106,7 @@ def make_plan(
       code: what is launched.
 
     Raises:
-      ValueError: values that do not fit.
+      ValueError: invalid or incompatible values.
     """
     options: dict[str, Any] = {
         _FIELDS.get(k, k): tuple(v) if isinstance(v, list) else v
@@ -112,7 +115,7 @@ def make_plan(
     }
     parsed = parse_flags(flags)
     if args.target not in ("local", "xm") or options.get("num_processes", 1) > 1:
-        # A slice of one host is one process, and `memory` may want its chips: to append, to repair.
+        # A slice of one host is one process, and `memory` uses its chips to append and repair.
         one_host = args.target in ("tpu_vm", "queued_resource")
         record.require_job(parsed, ("memory",) if one_host else ())
     match args.target:
@@ -132,7 +135,7 @@ def make_plan(
             return slurm.plan(slurm.Slurm(**options), flags, os.getcwd(), sys.executable, what)
         case _:
             axes = [sweep.parse_axis(text) for text in args.sweep]
-            # Mistakes in the units' target are found here, not once in every unit.
+            # Errors in the units' target are reported here, not by every unit.
             unit = parser().parse_args(args.command)
             make_plan(unit, flags, code)
             unit_name = getattr(unit, "name", None)
@@ -140,43 +143,50 @@ def make_plan(
 
 
 def execute(plan: Plan | sweep.Sweep, code: record.Code) -> int:
-    """Does what the plan says; returns the exit code."""
+    """Executes the plan; returns the exit code."""
     if isinstance(plan, sweep.Sweep):
         return xm.run(plan, "glimmer")
     with Interrupts() as interrupts:
-        if isinstance(plan, Submission):
+        if isinstance(plan, SubmitPlan):
             status = run([plan.submit], interrupts, stdin=plan.stdin)
             if status == DONE:
-                print(f"launch: submitted; then:\n{lines(*plan.follow)}", end="")
+                print(f"launch: submitted. Next commands:\n{lines(*plan.follow)}", end="")
             return status
-        if isinstance(plan, Machines):
+        if isinstance(plan, TpuPlan):
             record.pack(ROOT, code, record.archive_path(code))
-            return lifecycle.play(plan, interrupts)
+            return lifecycle.run_plan(plan, interrupts)
         return run(plan.processes, interrupts)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Launches; returns the exit code: the job's own where it is waited for."""
+    """Launches; returns the exit code, which is the job's own for targets that wait for it."""
     own, flags = list(argv), []
     if "--" in own:
         at = own.index("--")
         own, flags = own[:at], own[at + 1 :]
-    args = parser().parse_args([_underscores(part) for part in own])
+    args = _parse(own)
     if not flags:
-        parser().error("what to launch is missing: after the options write -- and glimmer's flags")
-    parse_flags(flags)  # a mistake in them ends here, not on a machine that costs money
+        parser().error("glimmer's flags are missing: write them after the options and --")
+    parse_flags(flags)  # An error in them ends the launch before any machine costs money.
     code = record.code(ROOT)
     try:
         plan = make_plan(args, flags, code)
+        # What is shown and recorded holds the names of variables, not their values.
+        shown = record.without_secrets(own)
+        text = plan.text() if shown == own else make_plan(_parse(shown), flags, code).text()
         if args.dry_run:
-            print(plan.text(), end="")
+            print(text, end="")
             return DONE
-        path = record.write(code, argv, flags, plan.text())
+        path = record.write(code, [*shown, "--", *flags], flags, text)
         print(f"launch: recorded in {path}", flush=True)
         return execute(plan, code)
     except (ValueError, FileNotFoundError) as error:
         print(f"launch: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return INVALID_INPUT
+
+
+def _parse(own: Sequence[str]) -> argparse.Namespace:
+    return parser().parse_args([_underscores(part) for part in own])
 
 
 def _underscores(part: str) -> str:

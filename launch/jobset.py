@@ -1,8 +1,8 @@
-"""Target `jobset`: a GKE JobSet over one TPU slice or several, as a manifest.
+"""Target `jobset`: a GKE JobSet over one or more TPU slices, as a manifest.
 
-A slice is a Job with a pod for each of its hosts. If a pod ends, all of them are useless, so the Job
-fails at once and the JobSet decides by the exit code: 2 is never tried again, 42 always, any other
-end a few times. GKE tells the pods of a JobSet their places, and JAX reads them there.
+A slice is a Job with one pod per host. The pods cannot work without each other, so the Job fails when one
+ends, and the JobSet decides by the exit code: 2 is never retried, 42 always, any other code a few times.
+GKE describes the job in the environment of the pods, where JAX reads it.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from launch import record
-from launch.plans import Submission, check_at_least, check_env, check_name, check_words, glimmer
+from launch.plans import SubmitPlan, check_at_least, check_env, check_name, check_words, glimmer
 
 # TPU generation -> GKE's name, dimensions of its topologies.
 GENERATIONS = {
@@ -24,15 +24,15 @@ GENERATIONS = {
     "v6e": ("tpu-v6e-slice", 2),
     "tpu7x": ("tpu7x", 3),
 }
-# Modes whose mesh is all devices of the job.
+# Modes whose mesh spans all devices of the job.
 MESHED = ("train", "eval", "infer")
 CONTAINER = "glimmer"
-FINAL_SAVE = 120  # seconds between SIGTERM and the end
+FINAL_SAVE = 120  # seconds between SIGTERM and SIGKILL
 
 
 @dataclasses.dataclass(frozen=True)
 class JobSet:
-    """What to ask GKE for."""
+    """The resources to request from GKE."""
 
     name: str
     image: str  # with glimmer_jax[tpu] and the gin files that the flags name
@@ -42,8 +42,8 @@ class JobSet:
     spot: bool = False
     namespace: str = "default"
     service_account: str | None = None  # of Kubernetes; None: the namespace's default
-    max_restarts: int = 3  # after ends that are neither done, bad input nor "start me again"
-    env: tuple[str, ...] = ()  # NAME=VALUE, of the containers
+    max_restarts: int = 3  # after exit codes other than 0, 2 and 42
+    env: tuple[str, ...] = ()  # NAME=VALUE, for the containers
 
     def __post_init__(self):
         check_name(self.name)
@@ -64,34 +64,34 @@ class JobSet:
         if self.chips % self.chips_per_host:
             raise ValueError(
                 f"--topology={self.topology} has {self.chips} chips, which hosts of "
-                f"{self.chips_per_host} do not make. Choose a multiple."
+                f"{self.chips_per_host} cannot form. Choose a multiple."
             )
 
     @property
     def chips(self) -> int:
-        """Of one slice."""
+        """Chips of one slice."""
         return math.prod(int(side) for side in self.topology.split("x"))
 
     @property
     def chips_per_host(self) -> int:
-        # The two-dimensional generations have hosts of 1, 4 and 8 chips, the others of 4.
+        # Hosts have 1, 4 or 8 chips in two-dimensional generations, and 4 in the others.
         largest = 8 if GENERATIONS[self.tpu][1] == 2 else 4
         return self.chips if self.chips <= largest else 4
 
 
-def plan(jobset: JobSet, flags: Sequence[str], annotations: dict[str, str]) -> Submission:
-    """Creates what the manifest says; fails where the name is taken.
+def plan(jobset: JobSet, flags: Sequence[str], annotations: dict[str, str]) -> SubmitPlan:
+    """Creates the JobSet of the manifest; fails if the name is taken.
 
     Args:
       jobset: the machines.
       flags: of glimmer.
-      annotations: what the code is, written into the manifest.
+      annotations: identify the code; written into the manifest.
     """
     kubectl = ("kubectl", f"--namespace={jobset.namespace}")
     selector = f"--selector=jobset.sigs.k8s.io/jobset-name={jobset.name}"
     first = f"{selector},jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
-    return Submission(
-        # "apply" would change a running JobSet, or nothing, and say that all is well.
+    return SubmitPlan(
+        # `apply` would silently change a running JobSet.
         submit=(*kubectl, "create", "--filename=-"),
         stdin=json.dumps(manifest(jobset, flags, annotations), indent=2) + "\n",
         follow=(
@@ -111,7 +111,7 @@ def manifest(jobset: JobSet, flags: Sequence[str], annotations: dict[str, str]) 
             "name": jobset.name,
             "namespace": jobset.namespace,
             "annotations": {
-                # Each slice gets a node pool of its own.
+                # Each slice has its own node pool.
                 "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool",
                 **annotations,
             },
@@ -180,7 +180,7 @@ def job_spec(jobset: JobSet, flags: Sequence[str]) -> dict[str, Any]:
         "completions": hosts,
         "parallelism": hosts,
         "backoffLimit": 0,
-        # These two reach the JobSet's rules with the exit code in the message.
+        # Both reach the JobSet's rules, with the exit code in the message.
         "podFailurePolicy": {
             "rules": [
                 {"action": "FailJob", "onExitCodes": codes},
@@ -192,7 +192,7 @@ def job_spec(jobset: JobSet, flags: Sequence[str]) -> dict[str, Any]:
 
 
 def check_slices(jobset: JobSet, flags: argparse.Namespace) -> None:
-    """Refuses a mesh of other slices than are asked for.
+    """Rejects a mesh with another number of slices than requested.
 
     Args:
       jobset: the machines.
@@ -210,7 +210,7 @@ def check_slices(jobset: JobSet, flags: argparse.Namespace) -> None:
 
 
 def _literal(text: str) -> str:
-    """Kubernetes puts variables in for $(NAME), unless the dollar is doubled."""
+    """Kubernetes expands $(NAME) unless the dollar sign is doubled."""
     return text.replace("$(", "$$(")
 
 

@@ -1,6 +1,6 @@
-"""What a launch would do, as data: argument lists, scripts, manifests. Nothing here starts anything.
+"""Plans of launches as data: argument lists, scripts, manifests. Nothing here starts a process.
 
-`--dry_run` prints a plan's `text()`, and the tests compare it with what is written down.
+`--dry_run` prints a plan's `text()`, which the tests compare with golden files.
 """
 
 import dataclasses
@@ -10,19 +10,19 @@ from collections.abc import Sequence
 
 Argv = tuple[str, ...]
 
-# Kubernetes makes names of pods from it, which end at 63 letters, and TPU VMs have the same rule.
+# Kubernetes derives names of pods from it, of at most 63 letters; TPU VMs have the same rule.
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
-# Zones, types, versions, images, times: whatever a shell, a script line or a label takes as it is.
+# Zones, types, versions, images, times: words that shells, scripts and labels take without quotes.
 _WORD = re.compile(r"[A-Za-z0-9][-A-Za-z0-9._:/@]*")
 
-# What a shell takes as the name of a variable.
+# The name is one that shells accept.
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*", re.DOTALL)
 _FLAG = re.compile(r"--[\w.-]+=(?=.)", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
-class Together:
-    """Processes of one job on this machine; the first failure is the job's."""
+class LocalPlan:
+    """Processes of one job on this machine; the first failure is that of the job."""
 
     processes: tuple[Argv, ...]
 
@@ -31,59 +31,60 @@ class Together:
 
 
 @dataclasses.dataclass(frozen=True)
-class Submission:
-    """A job given to a scheduler, which starts it again by itself."""
+class SubmitPlan:
+    """A job submitted to a scheduler, which restarts it."""
 
     submit: Argv
-    stdin: str  # script or manifest that `submit` reads
-    follow: tuple[Argv, ...]  # for the person to run: state and logs
+    stdin: str  # script or manifest, read by `submit`
+    follow: tuple[Argv, ...]  # commands for state and logs, shown to the user
 
     def text(self) -> str:
-        return f"{self.stdin}# given to:\n{lines(self.submit)}# then:\n{lines(*self.follow)}"
+        submit, follow = lines(self.submit), lines(*self.follow)
+        return f"{self.stdin}# submitted with:\n{submit}# next commands:\n{follow}"
 
 
 @dataclasses.dataclass(frozen=True)
-class Machines:
-    """Machines that are made for a job, and deleted after it, whatever happened."""
+class TpuPlan:
+    """TPU machines that are created for a job and always deleted after it."""
 
     name: str
     create: Argv
-    describe: Argv  # prints the state; fails where there is no machine of the name
-    ready: str  # the state in which it can be used
-    waiting: tuple[str, ...]  # states on the way there; in every other one it is gone
-    lost: tuple[str, ...]  # of these others, those that new machines may be spared
-    explain: Argv  # prints all there is to know, such as why they could not be made
+    describe: Argv  # prints the state; fails if no machine has the name
+    ready: str  # the state in which they can be used
+    waiting: tuple[str, ...]  # states before `ready`; in all others the machines are gone
+    lost: tuple[str, ...]  # those of the other states after which new machines may succeed
+    explain: Argv  # prints the full description, such as why creation failed
     ship: tuple[Argv, ...]  # code and environment
-    run: Argv  # ends with the job's exit code
+    run: Argv  # exits with the job's code
     delete: Argv
-    recreate: int  # times that lost machines are made again
+    recreate: int  # times that lost machines are created again
 
     def text(self) -> str:
         return (
-            f"# must say NOT_FOUND: else the name is not free, and nothing is done\n"
+            f"# must print NOT_FOUND: otherwise the name is taken, and nothing happens\n"
             f"{lines(self.describe)}"
-            f"# create; lost machines are made again, {self.recreate} times at most\n"
+            f"# create; lost machines are created again, at most {self.recreate} times\n"
             f"{lines(self.create)}"
             f"# until it prints {self.ready}, while it prints {', '.join(self.waiting)}\n"
             f"{lines(self.describe)}"
-            f"# if it prints neither of them nor {', '.join(self.lost)}: why; then no new ones\n"
+            f"# if it prints neither these nor {', '.join(self.lost)}: describe, and give up\n"
             f"{lines(self.explain)}"
             f"# ship\n{lines(*self.ship)}"
             f"# run on all workers\n{lines(self.run)}"
-            f"# delete, whatever happened\n{lines(self.delete)}"
+            f"# delete, in any case\n{lines(self.delete)}"
         )
 
 
-Plan = Together | Submission | Machines
+Plan = LocalPlan | SubmitPlan | TpuPlan
 
 
 def lines(*argvs: Argv) -> str:
-    """Commands as one would type them, a line each."""
+    """Commands as typed into a shell, one per line."""
     return "".join(shell(argv) + "\n" for argv in argvs)
 
 
 def shell(argv: Argv) -> str:
-    """One line that any POSIX shell splits into `argv`; quotes stand after the name of a flag."""
+    """One line that POSIX shells split into `argv`; quotes begin after the name of a flag."""
     return " ".join(_quoted(part) for part in argv)
 
 
@@ -93,16 +94,16 @@ def _quoted(part: str) -> str:
 
 
 def glimmer(python: str, flags: Sequence[str], env: Sequence[str] = ()) -> Argv:
-    """The job's command, in `env` (NAME=VALUE); where it runs tells it that it has neighbours."""
+    """The job's command with `env` (NAME=VALUE). The environment describes the other processes."""
     before = ("env", *env) if env else ()
     return (*before, python, "-m", "glimmer_jax.main", "--distributed", *flags)
 
 
 def check_name(value: str) -> str:
-    """`value`, a name that every cloud takes.
+    """`value`, if it is a name that every cloud accepts.
 
     Raises:
-      ValueError: it is none.
+      ValueError: it is not.
     """
     if not _NAME.fullmatch(value):
         raise ValueError(
@@ -113,7 +114,7 @@ def check_name(value: str) -> str:
 
 
 def check_words(**values: str | None) -> None:
-    """Refuses what a shell, a script line or a label would not take as it is; None is left out.
+    """Rejects values that a shell, a script line or a label would not take unquoted. None passes.
 
     Raises:
       ValueError: names the option.
@@ -127,21 +128,21 @@ def check_words(**values: str | None) -> None:
 
 
 def check_env(env: Sequence[str]) -> None:
-    """Refuses what is not NAME=VALUE.
+    """Rejects what is not NAME=VALUE.
 
     Raises:
-      ValueError: names it.
+      ValueError: names the variable, and never its value.
     """
     for variable in env:
         if not _VARIABLE.fullmatch(variable):
             raise ValueError(
                 "--env must be NAME=VALUE, the name of letters, digits and underscores and no digit "
-                f"first, got {variable!r}."
+                f"first, got the name {variable.partition('=')[0]!r}."
             )
 
 
 def check_at_least(least: int, **values: int) -> None:
-    """Refuses numbers below `least`.
+    """Rejects numbers below `least`.
 
     Raises:
       ValueError: names the option.

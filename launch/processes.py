@@ -1,4 +1,4 @@
-"""Runs commands as one job: streams what they say, passes signals on, leaves nothing behind."""
+"""Runs commands as one job: shows their output, forwards signals, leaves no process behind."""
 
 import contextlib
 import dataclasses
@@ -15,17 +15,17 @@ from typing import Any
 
 from launch.plans import Argv, shell
 
-# Seconds that the other processes of a job get after the first has failed. JAX misses a silent one
-# after 100, and ends the others with a line that names it: they need longer than that.
+# Seconds until the other processes of a job are killed after the first has failed. JAX notices a silent
+# process after 100 s, and ends the others with a line that names it.
 GRACE = 180.0
 POLL = 0.05  # seconds
-# Set for a launcher that another one started: it stops when its input ends. See `obey_input`.
+# Set for a launcher that another launcher started: it stops at the end of its input (`obey_input`).
 TIED = "GLIMMER_LAUNCH_TIED"
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """How a command ended, as shells report it, and what it printed, stripped."""
+    """The exit code of a command, as shells report it, and its stripped stdout and stderr."""
 
     code: int
     text: str
@@ -33,7 +33,7 @@ class Answer:
 
 
 class Interrupts:
-    """Context that counts Ctrl-C, SIGTERM and the terminal's end instead of dying of them."""
+    """Context that counts Ctrl-C, SIGTERM and SIGHUP instead of being ended by them."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -41,7 +41,9 @@ class Interrupts:
         self.last = signal.SIGINT
 
     def __enter__(self) -> "Interrupts":
-        self._previous = {number: signal.signal(number, self._on_signal) for number in heard()}
+        self._previous = {
+            number: signal.signal(number, self._on_signal) for number in stop_signals()
+        }
         return self
 
     def __exit__(
@@ -54,7 +56,7 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        # Shell and kernel both send it where a terminal is closed, and two interrupts would kill.
+        # Shell and kernel both send it when a terminal closes, and a second interrupt kills the job.
         if number == signal.SIGHUP and self.count:
             return
         self.count += 1
@@ -62,27 +64,27 @@ class Interrupts:
         self._event.set()
 
     def sleep(self, seconds: float) -> None:
-        """Sleeps, and wakes at an interrupt."""
+        """Sleeps until an interrupt, at most `seconds`."""
         self._event.wait(seconds)
 
     @property
     def exit_code(self) -> int:
-        """What shells report of a process that the last of them ended."""
+        """The code that shells report for a process ended by the last interrupt."""
         return 128 + self.last
 
 
-def heard() -> tuple[signal.Signals, ...]:
-    """What stops a launcher; the end of its terminal too, except under nohup."""
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Signals that stop a launcher: also SIGHUP, except under nohup."""
     hangup = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
     return (signal.SIGINT, signal.SIGTERM, *hangup)
 
 
 def say(text: str) -> None:
-    """Prints at once; without a terminal, machines must be deleted and children ended all the same."""
+    """Prints and flushes. A closed terminal must not stop the deletion of machines and processes."""
     try:
         print(text, flush=True)
     except OSError:
-        # Nor may what is left in the buffer fail at the end, or a command that we start.
+        # The rest of the buffer, flushed at exit, and the commands that we start must not fail either.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.close(nowhere)
@@ -96,16 +98,16 @@ def run(
     stderr: int | None = None,
     grace: float = GRACE,
 ) -> int:
-    """Runs commands side by side until all have ended.
+    """Runs commands in parallel until all have ended.
 
-    The first interrupt is passed on as SIGTERM, upon which glimmer saves; the second kills. If one
-    command fails, the others get `grace` seconds and are killed.
+    The first interrupt is forwarded as SIGTERM, on which glimmer saves; the second kills. If a command
+    fails, the others are killed after `grace` seconds.
 
     Args:
-      argvs: the commands; each gets a process group of its own, of which nothing is left at the end.
-      interrupts: in force.
-      stdin: what every command reads.
-      stderr: descriptor to which they complain; None: ours.
+      argvs: the commands; each runs in its own process group, which is killed at the end.
+      interrupts: an entered context.
+      stdin: standard input of every command.
+      stderr: descriptor for their stderr; None: ours.
       grace: seconds.
 
     Returns:
@@ -117,7 +119,7 @@ def run(
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for argv in argvs:
-            # A file and no pipe: a command that reads nothing cannot hold us up.
+            # A file instead of a pipe: a command that reads nothing cannot block us.
             with tempfile.TemporaryFile() as given:
                 given.write(stdin.encode())
                 given.seek(0)
@@ -137,19 +139,19 @@ def run_again(argv: Argv, interrupts: Interrupts, *, attempts: int, pause: float
         code = run([argv], interrupts)
         if code == 0 or interrupts.count or attempt + 1 == attempts:
             break
-        say(f"launch: exit code {code}, once more: {shell(argv)}")
+        say(f"launch: exit code {code}, retrying: {shell(argv)}")
         interrupts.sleep(pause)
     return code
 
 
-def run_heard(argv: Argv, interrupts: Interrupts) -> Answer:
-    """As `run`; what the command says on stderr is shown at once, and is in the answer."""
+def run_showing_errors(argv: Argv, interrupts: Interrupts) -> Answer:
+    """As `run` for one command; its stderr is shown at once, and is part of the answer."""
     read_end, write_end = os.pipe()
-    said = bytearray()
+    output = bytearray()
 
     def show() -> None:
         while chunk := os.read(read_end, 4096):
-            said.extend(chunk)
+            output.extend(chunk)
             with contextlib.suppress(OSError):  # The terminal is closed.
                 os.write(2, chunk)
         os.close(read_end)
@@ -160,13 +162,13 @@ def run_heard(argv: Argv, interrupts: Interrupts) -> Answer:
         code = run([argv], interrupts, stderr=write_end)
     finally:
         os.close(write_end)
-    # Of its process group nothing is left to hold the pipe open; a daemon of its own could.
+    # Its process group is gone; only a daemon could still hold the pipe open.
     shower.join(10.0)
-    return Answer(code, "", said.decode(errors="replace").strip())
+    return Answer(code, "", output.decode(errors="replace").strip())
 
 
 def read(argv: Argv, seconds: float = 120.0) -> Answer:
-    """What a command answers; what it says on stderr is shown. After so long it is killed."""
+    """The answer of a command, whose stderr is shown; it is killed after `seconds`."""
     with subprocess.Popen(
         argv,
         stdin=subprocess.DEVNULL,
@@ -178,7 +180,7 @@ def read(argv: Argv, seconds: float = 120.0) -> Answer:
         try:
             text, errors = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
-            # With what it has started, which holds our pipes open.
+            # With its children, which hold our pipes open.
             _send([process], signal.SIGKILL)
             text, errors = process.communicate()
             errors += f"{argv[0]} gave no answer within {seconds:g} s\n"
@@ -189,7 +191,7 @@ def read(argv: Argv, seconds: float = 120.0) -> Answer:
 
 
 def obey_input() -> None:
-    """Where TIED is set, the end of standard input is SIGTERM from now on."""
+    """If TIED is set, the end of standard input acts as SIGTERM from now on."""
     if not os.environ.pop(TIED, None):
         return
 
@@ -202,16 +204,16 @@ def obey_input() -> None:
 
 
 def _wait(processes: Sequence[subprocess.Popen[Any]], interrupts: Interrupts, grace: float) -> int:
-    heard, code, deadline = 0, 0, float("inf")
+    handled, code, deadline = 0, 0, float("inf")
     while running := [process for process in processes if process.poll() is None]:
-        if interrupts.count > heard:
-            _send(running, signal.SIGKILL if heard else signal.SIGTERM)
-            heard = interrupts.count
+        if interrupts.count > handled:
+            _send(running, signal.SIGKILL if handled else signal.SIGTERM)
+            handled = interrupts.count
         code = code or _failure(processes)
         if code and deadline == float("inf"):
             deadline = time.monotonic() + grace
         if time.monotonic() > deadline:
-            say(f"launch: a process ended with {code}, the others did not end")
+            say(f"launch: a process ended with {code}; killing the others, which did not end")
             _send(running, signal.SIGKILL)
             deadline = float("inf")
         time.sleep(POLL)
@@ -219,7 +221,7 @@ def _wait(processes: Sequence[subprocess.Popen[Any]], interrupts: Interrupts, gr
 
 
 def _failure(processes: Sequence[subprocess.Popen[Any]]) -> int:
-    """Exit code of the first that ended badly, as shells report it; 0 if there is none."""
+    """Exit code of the first process that failed, as shells report it; 0 if none did."""
     codes = [process.returncode for process in processes if process.returncode]
     return 0 if not codes else codes[0] if codes[0] > 0 else 128 - codes[0]
 

@@ -1,4 +1,4 @@
-"""What is launched, kept: the code as git sees it, and `launch.json` beside the run."""
+"""The record of a launch: the code according to git, and `launch.json` beside the run."""
 
 import argparse
 import ast
@@ -13,11 +13,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from etils import epath
-
 from glimmer_jax.main import JOBS, parse_flags
+from glimmer_jax.storage import folder
 
-# Run mode -> macro with the folder or file that it writes.
+# Run mode -> the macro that names its output folder or file.
 OUTPUTS = {
     "train": "MODEL_DIR",
     "eval": "EVAL_OUTPUT_DIR",
@@ -29,38 +28,39 @@ OUTPUTS = {
     "codebooks": "OUTPUT_PATH",
     "memory": "MEMORY_DIR",
 }
-# Modes whose folder holds all of a run. The other outputs hold nothing that is not theirs.
+HIDDEN = "***"
+# Modes whose output folder also holds the record; other outputs contain only their own files.
 INSIDE = ("train", "eval", "infer")
 
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-    """The working tree: what is committed, and what is not."""
+    """The working tree: its commit, and the changes since."""
 
-    commit: str | None  # None: no checkout
+    commit: str | None  # None: not a checkout
     tree: str | None  # git's hash of all files that are not ignored
-    diff: bytes  # from the commit to the tree, new files included; empty if there is none
+    diff: bytes  # from the commit to the tree, including new files; may be empty
 
     @property
     def diff_sha256(self) -> str | None:
         return hashlib.sha256(self.diff).hexdigest() if self.diff else None
 
     def annotations(self) -> dict[str, str]:
-        """For manifests and comments."""
+        """Identify the code in manifests and comments."""
         named = {"glimmer/commit": self.commit, "glimmer/diff-sha256": self.diff_sha256}
         return {name: value for name, value in named.items() if value is not None}
 
 
 def code(root: Path) -> Code:
-    """The code in the checkout `root`; of an installed package nothing is known."""
+    """The code of the checkout `root`; all fields are empty for an installed package."""
     top = _git(root, "rev-parse", "--show-toplevel")
     commit = _git(root, "rev-parse", "HEAD")
-    # A package installed somewhere below another project's checkout is not that project.
+    # A package installed below another project's checkout is not that project.
     if top is None or commit is None or Path(_line(top)) != root.resolve():
         return Code(None, None, b"")
-    # With an index of its own git takes in new files too, and the person's index stays as it is.
-    with tempfile.TemporaryDirectory() as folder:
-        git = functools.partial(_git, root, index=os.path.join(folder, "index"))
+    # With a separate index git includes new files and leaves the user's index unchanged.
+    with tempfile.TemporaryDirectory() as temporary:
+        git = functools.partial(_git, root, index=os.path.join(temporary, "index"))
         git("read-tree", "HEAD")
         git("add", "--all")
         tree, diff = git("write-tree"), git("diff", "--cached", "--binary", "HEAD")
@@ -69,7 +69,7 @@ def code(root: Path) -> Code:
 
 
 def archive_path(code: Code) -> str:
-    """Where `pack` is told to put the code; the same code has the same path.
+    """The path for `pack`; the same code has the same path.
 
     Raises:
       ValueError: the code is not in a checkout.
@@ -83,18 +83,18 @@ def archive_path(code: Code) -> str:
 
 
 def pack(root: Path, code: Code, path: str) -> None:
-    """Writes exactly the recorded code to a .tar.gz file."""
+    """Writes the recorded code to a .tar.gz file."""
     assert code.tree is not None
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
-        # Whole or not at all: the units of a sweep write the same file side by side.
-        part = os.path.join(folder, "code.tar.gz")
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as temporary:
+        # Atomically: the units of a sweep write the same file in parallel.
+        part = os.path.join(temporary, "code.tar.gz")
         command = ["git", "-C", str(root), "archive", "--format=tar.gz", f"--output={part}"]
         subprocess.run([*command, code.tree], check=True)
         os.replace(part, path)
 
 
 def output(flags: argparse.Namespace) -> str | None:
-    """The folder or file that the run writes, where the command line names it.
+    """The output folder or file of the run, if the command line names it.
 
     Args:
       flags: glimmer's, parsed.
@@ -104,97 +104,91 @@ def output(flags: argparse.Namespace) -> str | None:
 
 
 def require_job(flags: argparse.Namespace, others: Sequence[str] = ()) -> None:
-    """Refuses to start in many processes what is the work of one.
+    """Rejects single-process modes.
 
     Args:
       flags: glimmer's, parsed.
-      others: modes that are let through all the same.
+      others: modes that are allowed as well.
 
     Raises:
-      ValueError: the mode is such work.
+      ValueError: the mode runs in one process.
     """
     if flags.run_mode not in (*JOBS, *others):
         raise ValueError(
-            f"--run_mode={flags.run_mode} is the work of one process, which needs no launcher. Run it "
-            "on one machine: glimmer, and what stands after --."
+            f"--run_mode={flags.run_mode} runs in one process and needs no launcher. Run it on one "
+            "machine: glimmer, followed by the flags after --."
         )
 
 
 def require_bucket(flags: argparse.Namespace) -> None:
-    """Refuses a run whose output would be lost with the machine, or may be.
+    """Rejects a run whose output would be deleted with the machine.
 
     Raises:
-      ValueError: the output is a path on the machine, or the command line does not name it.
+      ValueError: the output is a local path, or the command line does not name it.
     """
     text, path, macro = _output(flags), output(flags), OUTPUTS.get(flags.run_mode)
     if macro is None or (text is not None and text.strip() == "None"):
         return  # Nothing is written.
     if path is None:
         raise ValueError(
-            f"The launcher must see on the command line where --run_mode={flags.run_mode} writes, "
-            f"since the machine is deleted afterwards, and got {macro}={text or 'nothing'}; it looks "
-            f"into no --gin_file. Add --gin.{macro}=\"'gs://BUCKET/RUN'\"."
+            f"{macro} must be on the command line of --run_mode={flags.run_mode}, since the machine "
+            f"is deleted afterwards, got {text or 'nothing'}; the launcher reads no gin files. Add "
+            f"--gin.{macro}=\"'gs://BUCKET/RUN'\"."
         )
     if "://" not in path:
         raise ValueError(
-            f"{macro}={path!r} would be deleted together with the machine; it must "
-            "be in a bucket such as gs://BUCKET/RUN."
+            f"{macro}={path!r} would be deleted with the machine. Choose a path in a bucket such as "
+            "gs://BUCKET/RUN."
         )
 
 
-def record_path(flags: argparse.Namespace) -> epath.Path:
-    """Where `launch.json` goes: into the run's folder, beside other outputs, or else here."""
+def record_path(flags: argparse.Namespace) -> str:
+    """The path of `launch.json`: in the run's folder, beside other outputs, or in this folder."""
     path = output(flags)
     if path is None:
-        return epath.Path("launch.json")
+        return "launch.json"
     if flags.run_mode in INSIDE:
-        return epath.Path(path) / "launch.json"
-    return epath.Path(path.rstrip("/") + ".launch.json")
+        return os.path.join(path, "launch.json")
+    return path.rstrip("/") + ".launch.json"
 
 
-def write(code: Code, argv: Sequence[str], flags: Sequence[str], plan: str) -> epath.Path:
-    """Writes `launch.json` whole, and the diff beside it; an earlier record is set aside, not lost.
+def write(code: Code, argv: Sequence[str], flags: Sequence[str], plan: str) -> str:
+    """Writes `launch.json` and, beside it, the diff; the record of a previous launch is kept.
+
+    Local files are readable by their owner alone.
 
     Args:
       code: what runs.
-      argv: of `python -m launch`.
+      argv: of `python -m launch`, from `without_secrets`.
       flags: the part of it that is glimmer's.
-      plan: the plan's text.
+      plan: the plan's text, without secrets too.
 
     Returns:
       The record's path.
 
     Raises:
-      ValueError: the disk or the bucket does not take it.
+      ValueError: the disk or the bucket cannot be written.
     """
     path = record_path(parse_flags(flags))
     try:
         _write(path, code, argv, plan)
-    except Exception as error:
-        if not _is_storage(error):
-            raise
+    except OSError as error:
         login = (
-            " This machine writes it itself: gcloud auth application-default login, and the right to "
+            " This machine writes it itself: run gcloud auth application-default login, and allow it to "
             "write to the bucket."
         )
         raise ValueError(
-            f"launch.json could not be written to {path}: {error}.{login if '://' in str(path) else ''}"
+            f"launch.json could not be written to {path}: {error}.{login if '://' in path else ''}"
         ) from error
     return path
 
 
-def _is_storage(error: Exception) -> bool:
-    """Whether a disk or a bucket raised it; the names are TensorFlow's, gcsfs's and Google's."""
-    names = {base.__name__ for base in type(error).__mro__}
-    return not names.isdisjoint(("OSError", "OpError", "HttpError", "GoogleAuthError"))
-
-
-def _write(path: epath.Path, code: Code, argv: Sequence[str], plan: str) -> None:
+def _write(path: str, code: Code, argv: Sequence[str], plan: str) -> None:
     """Writes the record to `path`; arguments as those of `write`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%fZ")
-    if path.exists():
-        _set_aside(path, now)
+    previous = folder.read_file(*folder.of_file(path))
+    if previous is not None:
+        _keep(path, previous, now)
     record = {
         "time": now,
         "argv": list(argv),
@@ -203,33 +197,51 @@ def _write(path: epath.Path, code: Code, argv: Sequence[str], plan: str) -> None
         "plan": plan.splitlines(),
     }
     if code.diff_sha256 is not None:
-        (path.parent / f"launch.{code.diff_sha256[:16]}.diff").write_bytes(code.diff)
-    # Whole or not at all, and beside it, where alone it can be renamed at once.
-    part = path.parent / f"{path.name}.partial"
-    part.write_text(json.dumps(record, indent=2) + "\n")
-    part.replace(path)
+        _write_private(_beside(path, f"launch.{code.diff_sha256[:16]}.diff"), code.diff)
+    _write_private(path, (json.dumps(record, indent=2) + "\n").encode())
 
 
-def _set_aside(path: epath.Path, now: str) -> None:
-    """Renames the record of an earlier launch after its time; one that cannot be read, after ours."""
+def _keep(path: str, previous: bytes, now: str) -> None:
+    """Copies the record of a previous launch to a name with its time; a damaged one to ours."""
+    stem = os.path.basename(path).removesuffix(".json")
     try:
-        time = json.loads(path.read_text())["time"]
+        copy = _beside(path, f"{stem}.{json.loads(previous)['time']}.json")
     except (ValueError, KeyError, TypeError):
-        aside = path.parent / f"{path.stem}.damaged.{now}.json"
-        print(f"launch: {path} is damaged; it is kept as {aside}", flush=True)
-    else:
-        aside = path.parent / f"{path.stem}.{time}.json"
-    path.rename(aside)
+        copy = _beside(path, f"{stem}.damaged.{now}.json")
+        print(f"launch: {path} is damaged; it is kept as {copy}", flush=True)
+    _write_private(copy, previous)
+
+
+def _beside(path: str, name: str) -> str:
+    return os.path.join(os.path.dirname(path), name)
+
+
+def _write_private(path: str, data: bytes) -> None:
+    with folder.writing(path, private=True) as file:
+        file.write(data)
+
+
+def without_secrets(argv: Sequence[str]) -> list[str]:
+    """The arguments of a launch without the values of `--env`, which may be secret."""
+    shown, is_variable = [], False
+    for part in argv:
+        prefix, _, variable = ("", "", part) if is_variable else part.partition("--env=")
+        if is_variable or (not prefix and part.startswith("--env=")):
+            name, equals, _ = variable.partition("=")
+            part = f"{'' if is_variable else '--env='}{name}{equals}{HIDDEN if equals else ''}"
+        is_variable = part == "--env"
+        shown.append(part)
+    return shown
 
 
 def bound(flags: argparse.Namespace, macro: str) -> str | None:
-    """What the command line binds to a macro, as Python; None where it does not."""
-    found = None
+    """The Python text that the command line binds to a macro, or None."""
+    bound_text = None
     for binding in flags.gin_bindings:
         name, _, value = binding.partition("=")
         if name.strip() == macro:
-            found = value  # as in gin, the last one counts
-    return found
+            bound_text = value  # As in gin, the last one counts.
+    return bound_text
 
 
 def _output(flags: argparse.Namespace) -> str | None:
@@ -238,7 +250,7 @@ def _output(flags: argparse.Namespace) -> str | None:
 
 
 def _literal(text: str) -> str | None:
-    """The string that gin would read, None where it is a macro or no string."""
+    """The string that gin would read; None for a macro or another type."""
     try:
         value = ast.literal_eval(text.strip())
     except (SyntaxError, ValueError):
@@ -251,7 +263,7 @@ def _line(printed: bytes) -> str:
 
 
 def _git(root: Path, *arguments: str, index: str | None = None) -> bytes | None:
-    """What git prints; None where there is no git, or no checkout."""
+    """The output of git; None without git or a checkout."""
     environment = dict(os.environ) if index is None else {**os.environ, "GIT_INDEX_FILE": index}
     try:
         done = subprocess.run(

@@ -1,34 +1,34 @@
-"""Target `slurm`: a batch script for a mesh of GPUs, one process a GPU, as JAX expects of Slurm.
+"""Target `slurm`: a batch script for GPUs, with one process per GPU, as JAX expects under Slurm.
 
-The script runs in the folder it was sent from, which all nodes must see.
+The script runs in the folder of the launch, which all nodes must share.
 """
 
 import dataclasses
 import shlex
 from collections.abc import Sequence
 
-from launch.plans import Submission, check_at_least, check_name, check_words, glimmer, shell
+from launch.plans import SubmitPlan, check_at_least, check_name, check_words, glimmer, shell
 from launch.processes import GRACE
 
 FINAL_SAVE = 120  # seconds between SIGTERM and the time limit
-# In a row, of lives that were killed or short; then the job is not started again. A longer one that
-# ends with 42 has come further, and does not count.
+# Consecutive attempts that were killed or short, after which the job is not requeued. A longer attempt
+# that ends with 42 has made progress and does not count.
 RESTARTS = 10
 SHORT = 600  # seconds
-# Runs a process. srun gives the highest code of all: so bad input (2) goes above everything, and a
-# crash (1) above the 42 of those that it took along. SIGTERM reaches this shell too, which waits
-# all the same.
+# Runs a process. srun returns the highest exit code, so invalid input (2) is mapped above all others, and
+# a crash (1) above the 42 of the processes that it ended. SIGTERM also reaches this shell, which waits
+# for the process.
 CODES = """trap : TERM; "$@"; code=$?; case $code in 1) exit 100;; 2) exit 255;; esac; exit $code"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Slurm:
-    """What to ask Slurm for; the words are sbatch's."""
+    """The resources to request from Slurm, named as by sbatch."""
 
     name: str
     nodes: int = 1
     gpus_per_node: int = 8
-    time: str | None = None  # limit of one start: 12:00:00; the job goes on in the next one
+    time: str | None = None  # limit of one attempt: 12:00:00; the next one resumes
     partition: str | None = None
     account: str | None = None
     sbatch_flags: tuple[str, ...] = ()  # further flags of sbatch
@@ -38,24 +38,24 @@ class Slurm:
         check_words(time=self.time, partition=self.partition, account=self.account)
         check_at_least(1, nodes=self.nodes, gpus_per_node=self.gpus_per_node)
         for flag in self.sbatch_flags:
-            if not flag.startswith("--") or "\n" in flag:
+            if not flag.startswith("--") or not flag.isprintable():
                 raise ValueError(
                     "--sbatch_flag must be a flag of sbatch such as --sbatch_flag=--qos=NAME, got "
-                    f"{flag!r}. Begin it with two dashes, and write one line."
+                    f"{flag!r}. Begin it with two dashes and remove control characters."
                 )
 
 
-def plan(slurm: Slurm, flags: Sequence[str], folder: str, python: str, code: str) -> Submission:
-    """Sends the script.
+def plan(slurm: Slurm, flags: Sequence[str], folder: str, python: str, code: str) -> SubmitPlan:
+    """Submits the script.
 
     Args:
       slurm: the machines.
       flags: of glimmer.
-      folder: working directory, seen by all nodes.
-      python: the interpreter, seen by all nodes.
-      code: what the code is, for a comment; one line.
+      folder: working directory, shared by all nodes.
+      python: the interpreter, on all nodes.
+      code: identifies the code in a comment; one line.
     """
-    return Submission(
+    return SubmitPlan(
         submit=("sbatch",),
         stdin=script(slurm, flags, folder, python, code),
         follow=(("squeue", f"--name={slurm.name}"), ("scancel", f"--name={slurm.name}")),
@@ -83,12 +83,12 @@ def script(slurm: Slurm, flags: Sequence[str], folder: str, python: str, code: s
 {head}#SBATCH --requeue
 {more}# Code: {code}
 cd {shlex.quote(folder)} || exit 2
-# The others follow a process that ended, or are ended after so many seconds.
+# After one process ends, the others are ended within so many seconds.
 srun --wait={GRACE:.0f} {shell(process)}
 code=$?
 case $code in 100) code=1 ;; 255) code=2 ;; esac
-# 42: stopped at the time limit or for another job, and saved. 128 and more: a process was killed,
-# for its memory or with its node, and may be once more. Each cut-short life is a line of a file.
+# 42: preempted or at the time limit, and saved. 128 and above: a process was killed, because of its
+# memory or with its node. Each short attempt is a line of a file.
 short="{slurm.name}-$SLURM_JOB_ID.short"
 if [ "$code" -ge 128 ] || {{ [ "$code" -eq 42 ] && [ "$SECONDS" -lt {SHORT} ]; }}; then
   echo "$code" >> "$short"
@@ -99,7 +99,7 @@ if [ "$code" -eq 42 ] || [ "$code" -ge 128 ]; then
   if [ ! -e "$short" ] || [ "$(wc -l < "$short")" -le {RESTARTS} ]; then
     scontrol requeue "$SLURM_JOB_ID"
   else
-    echo "launch: cut short {RESTARTS + 1} times in a row, not started again: $short"
+    echo "launch: {RESTARTS + 1} consecutive short attempts, not requeued: $short"
   fi
 fi
 exit "$code"

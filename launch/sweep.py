@@ -1,4 +1,4 @@
-"""A sweep as data: one launch command a unit, each with its own values, folder and name."""
+"""A sweep as data: one launch command per unit, with its own values, folder and name."""
 
 import ast
 import dataclasses
@@ -16,7 +16,7 @@ _MACRO = re.compile(r"[A-Za-z_][\w./]*")
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Launch commands, to be run by XManager."""
+    """Launch commands for XManager."""
 
     units: tuple[Argv, ...]  # arguments of `python -m launch`
     parallel: int  # units at a time
@@ -32,7 +32,7 @@ def parse_axis(text: str) -> tuple[str, list[Any]]:
     """`"TEMPERATURE=[0.5, 1.0]"` -> `("TEMPERATURE", [0.5, 1.0])`.
 
     Raises:
-      ValueError: not of that form, or no values.
+      ValueError: another form, or no values.
     """
     name, _, values = text.partition("=")
     try:
@@ -41,8 +41,8 @@ def parse_axis(text: str) -> tuple[str, list[Any]]:
         parsed = None
     if not _MACRO.fullmatch(name) or not isinstance(parsed, list) or not parsed:
         raise ValueError(
-            f"--sweep must be NAME=[VALUE, VALUE] with Python values, got {text!r}. Write strings in "
-            "quotes, and the whole in quotes for the shell."
+            f"--sweep must be NAME=[VALUE, VALUE] with Python values, got {text!r}. Quote strings, and "
+            "quote the argument for the shell."
         )
     return name, parsed
 
@@ -54,17 +54,17 @@ def plan(
     flags: Sequence[str],
     parallel: int,
 ) -> Sweep:
-    """All combinations of the axes' values; without axes one unit.
+    """One unit for each combination of the axes' values; one unit without axes.
 
     Args:
       axes: gin name and values.
       target: a launch command without glimmer's flags: `["local", "--num_processes=2"]`.
-      name: of the target's machines, which each unit gets a numbered one of; None: it has no name.
-      flags: of glimmer; they bind the folder of the sweep, of which each unit gets a numbered one.
+      name: of the target's machines, to which each unit appends its number; None: no name.
+      flags: of glimmer; they bind the folder of the sweep, to which each unit appends its number.
       parallel: units at a time.
 
     Raises:
-      ValueError: no folder, or a name twice.
+      ValueError: no folder, or a duplicate name.
     """
     check_at_least(1, parallel=parallel)
     names = [axis for axis, _ in axes]
@@ -81,7 +81,7 @@ def plan(
     for number, values in enumerate(itertools.product(*(v for _, v in axes)), start=1):
         changed: dict[str, Any] = dict(zip(names, values, strict=True))
         changed[macro] = f"{folder}/{number}"
-        # As in gin, what comes last counts.
+        # As in gin, the last binding counts.
         own = target if name is None else [*target, f"--name={check_name(f'{name}-{number}')}"]
         bindings = [f"--gin.{axis}={value!r}" for axis, value in changed.items()]
         units.append((*own, "--", *flags, *bindings))

@@ -1,7 +1,6 @@
 """Targets `tpu_vm` and `queued_resource`: TPU VMs of one slice, through gcloud.
 
-The two differ in how machines are got: `tpu_vm` asks for them now and fails where there are none,
-`queued_resource` waits in line. What is done with them is the same.
+They differ in the request: `tpu_vm` fails if no machines are free, `queued_resource` waits in a queue.
 """
 
 import dataclasses
@@ -9,7 +8,7 @@ from collections.abc import Sequence
 
 from launch.plans import (
     Argv,
-    Machines,
+    TpuPlan,
     check_at_least,
     check_env,
     check_name,
@@ -18,33 +17,33 @@ from launch.plans import (
     shell,
 )
 
-# TPU VM images bring Python 3.10, which is too old; uv brings its own.
+# TPU VM images have Python 3.10, which is too old; uv installs another.
 SETUP = (
     "python3 -m pip install --quiet --user uv && "
     "python3 -m uv venv --quiet --clear --python 3.12 .venv && "
     "python3 -m uv pip install --quiet --python .venv -c constraints.txt -e '.[tpu]'"
 )
 FOLDER = "glimmer"  # in the home folder of every worker
-# Of ssh and scp, which else hang for ever where a worker vanishes without closing the connection. Behind
-# the person's own flags, because the first value counts.
+# Without these, ssh and scp hang if a worker vanishes without closing the connection. They follow the
+# user's own flags, because the first value counts.
 KEEP_ALIVE = ("-oServerAliveInterval=30", "-oServerAliveCountMax=4")
 
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-    """What to ask gcloud for; the words are gcloud's."""
+    """The machines to request, named as by gcloud."""
 
     name: str
     zone: str
     accelerator_type: str  # v5p-32
     version: str  # of the TPU software
-    project: str | None = None  # None: gcloud's own default
+    project: str | None = None  # None: gcloud's default
     spot: bool = False
     create_flags: tuple[str, ...] = ()  # further flags of gcloud's create
     ssh_flags: tuple[str, ...] = ()  # further flags of gcloud's ssh and scp
-    recreate: int = 3  # times that a preempted slice is made again
-    setup: str = SETUP  # shell command, run once in the code's folder of every worker
-    env: tuple[str, ...] = ()  # NAME=VALUE, of the job's processes
+    recreate: int = 3  # attempts after preemptions
+    setup: str = SETUP  # shell command, run once in the code's folder on every worker
+    env: tuple[str, ...] = ()  # NAME=VALUE, for the job's processes
 
     def __post_init__(self):
         check_name(self.name)
@@ -57,10 +56,11 @@ class Tpu:
         check_at_least(0, recreate=self.recreate)
         check_env(self.env)
         for flag in (*self.create_flags, *self.ssh_flags):
-            if not flag.startswith("--"):
+            if not flag.startswith("--") or not flag.isprintable():
                 raise ValueError(
                     "--create_flag and --ssh_flag must be flags of gcloud such as "
-                    f"--create_flag=--network=NAME, got {flag!r}. Begin it with two dashes."
+                    f"--create_flag=--network=NAME, got {flag!r}. Begin it with two dashes and remove "
+                    "control characters."
                 )
 
     @property
@@ -69,15 +69,15 @@ class Tpu:
         return (*project, f"--zone={self.zone}", "--quiet")
 
 
-def tpu_vm(tpu: Tpu, flags: Sequence[str], archive: str) -> Machines:
-    """A slice that is made now.
+def tpu_vm(tpu: Tpu, flags: Sequence[str], archive: str) -> TpuPlan:
+    """A slice that is created now.
 
     Args:
       tpu: the slice.
       flags: of glimmer.
       archive: path of the packed code on this machine.
     """
-    return _machines(
+    return _plan(
         tpu,
         flags,
         archive,
@@ -90,9 +90,9 @@ def tpu_vm(tpu: Tpu, flags: Sequence[str], archive: str) -> Machines:
     )
 
 
-def queued_resource(tpu: Tpu, flags: Sequence[str], archive: str) -> Machines:
-    """A slice that is waited for. Arguments as those of `tpu_vm`."""
-    return _machines(
+def queued_resource(tpu: Tpu, flags: Sequence[str], archive: str) -> TpuPlan:
+    """A slice that is waited for in a queue. Arguments as those of `tpu_vm`."""
+    return _plan(
         tpu,
         flags,
         archive,
@@ -102,12 +102,12 @@ def queued_resource(tpu: Tpu, flags: Sequence[str], archive: str) -> Machines:
         ready="ACTIVE",
         waiting=("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING"),
         lost=("SUSPENDING", "SUSPENDED"),
-        # Takes the nodes along; without it only an empty queue entry can be deleted.
+        # Also deletes the nodes; without it only an empty queue entry can be deleted.
         delete=("--force",),
     )
 
 
-def _machines(
+def _plan(
     tpu: Tpu,
     flags: Sequence[str],
     archive: str,
@@ -119,14 +119,14 @@ def _machines(
     waiting: tuple[str, ...],
     lost: tuple[str, ...],
     delete: Argv = (),
-) -> Machines:
-    """The plan in gcloud's command group `group`, whose own flags and states are given."""
+) -> TpuPlan:
+    """The plan for gcloud's command group `group`, with its flags and states."""
 
     def gcloud(verb: str, *rest: str) -> Argv:
         return ("gcloud", "compute", "tpus", group, verb, tpu.name, *tpu.place, *rest)
 
     kind = (f"--accelerator-type={tpu.accelerator_type}", *create)
-    return Machines(
+    return TpuPlan(
         name=tpu.name,
         create=gcloud("create", *kind, *(("--spot",) if tpu.spot else ()), *tpu.create_flags),
         describe=gcloud("describe", f"--format=value({state})"),
@@ -152,8 +152,8 @@ def _ship(tpu: Tpu, archive: str) -> tuple[Argv, ...]:
 
 def _run(tpu: Tpu, flags: Sequence[str]) -> Argv:
     command = shell(glimmer(".venv/bin/python", flags, tpu.env))
-    # gcloud gives a command again when its connection breaks. The lock keeps the second from
-    # running beside the first, which may be alive still.
+    # gcloud repeats a command when its connection breaks. The lock keeps the second copy from running
+    # beside the first, which may still be alive.
     return _ssh(tpu, f"cd {FOLDER} && flock {FOLDER}.lock {command}")
 
 

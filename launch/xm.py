@@ -1,10 +1,10 @@
-"""Runs a sweep as an XManager experiment on this machine; each unit is a `python -m launch` of its own.
+"""Runs a sweep as an XManager experiment on this machine; each unit is a `python -m launch` command.
 
-XManager's local executor starts the units and shows what they print; where the work is done is the
-business of each unit's target, so one experiment covers all of them.
+XManager's local executor starts the units and shows their output. Each unit's target decides where its
+job runs, so that one experiment covers all targets.
 
-XManager leaves its units running when it is killed. So they inherit a pipe as their input and stop
-when its other end, which only this process holds, is closed: on purpose, or because it died.
+XManager leaves its units running when it is killed. So they inherit a pipe as their input and stop when
+its other end, which only this process holds, is closed on purpose or by its death.
 """
 
 import asyncio
@@ -12,21 +12,20 @@ import os
 import sys
 
 from glimmer_jax import shipped
-from glimmer_jax.main import DONE, START_AGAIN
-from launch.processes import TIED, heard, say
+from glimmer_jax.runtime.exit_codes import BUG, DONE, RETRY
+from launch.processes import TIED, say, stop_signals
 from launch.sweep import Sweep
 
 
 def run(sweep: Sweep, title: str) -> int:
-    """Runs all units; one that fails does not stop the others.
+    """Runs all units; a failed unit does not stop the others.
 
     Args:
       sweep: the units.
       title: of the experiment.
 
     Returns:
-      0; 1 if units failed; 42 after Ctrl-C, SIGTERM or the terminal's end, which the
-      units get and may take their time for.
+      0; 1 if units failed; 42 after Ctrl-C, SIGTERM or SIGHUP, which stop the units.
 
     Raises:
       ValueError: XManager is not installed.
@@ -36,7 +35,7 @@ def run(sweep: Sweep, title: str) -> int:
     except ImportError as error:
         raise ValueError(
             f"Target xm needs XManager, but {error}. Install it, in the checkout, with: "
-            "pip install -c constraints.txt '.[xm]' (without that file pip searches very long)"
+            "pip install -c constraints.txt '.[xm]' (without the constraints pip searches very long)"
         ) from error
     from absl import flags
 
@@ -48,14 +47,14 @@ def run(sweep: Sweep, title: str) -> int:
     for unit, failure in failed:
         say(f"launch: unit {unit} failed: {failure}")
     if stopped:
-        return START_AGAIN
-    return 1 if failed else DONE
+        return RETRY
+    return BUG if failed else DONE
 
 
 async def _run(
     sweep: Sweep, title: str, write_end: int
 ) -> tuple[bool, list[tuple[int, Exception]]]:
-    """Whether it was told to stop, and the units that failed."""
+    """Whether it was asked to stop, and the units that failed."""
     from xmanager import xm, xm_local
 
     failed: list[tuple[int, Exception]] = []
@@ -75,7 +74,7 @@ async def _run(
             stopping.set()
             os.close(write_end)
 
-    async def one(number: int, unit: tuple[str, ...]) -> None:
+    async def run_unit(number: int, unit: tuple[str, ...]) -> None:
         async with limit:
             if stopping.is_set():
                 return
@@ -91,13 +90,13 @@ async def _run(
             except xm.ExperimentUnitError as error:
                 failed.append((number, error))
 
-    for number in heard():
+    for number in stop_signals():
         asyncio.get_running_loop().add_signal_handler(number, stop)
     try:
         async with experiment:
-            await asyncio.gather(*(one(*unit) for unit in enumerate(sweep.units, start=1)))
+            await asyncio.gather(*(run_unit(*unit) for unit in enumerate(sweep.units, start=1)))
     except RuntimeError:
-        # XManager tells of the first failed unit once more when it leaves the experiment.
+        # XManager raises the first unit's failure once more at the end of the experiment.
         if not failed:
             raise
     return stopping.is_set(), failed

@@ -17,7 +17,17 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import jax
 import pytest
 
+from glimmer_jax.runtime.preemption import STOP
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def no_stop_requested():
+    """The stop signal belongs to the process: no test inherits that of another."""
+    yield
+    STOP.clear()
+
 
 PARITY_REQUIRED = os.environ.get("GLIMMER_REQUIRE_PARITY") == "1"
 

@@ -14,7 +14,7 @@ import pytest
 from glimmer_jax import main as command_line
 from glimmer_jax import shipped
 from glimmer_jax.pydocs.questions import TASKS
-from glimmer_jax.storage import folder
+from glimmer_jax.storage.errors import storage_error
 
 ROOT = pathlib.Path(shipped.root())
 ABLATIONS = sorted(path.stem for path in (ROOT / "gin" / "ablations").glob("*.gin"))
@@ -411,7 +411,8 @@ def test_an_error_inside_a_library_is_no_bad_input(monkeypatch):
 
 def test_storage_that_does_not_answer_asks_to_be_started_again(monkeypatch, capsys):
     def broken(_):
-        raise OSError("gs://bucket/memory/ did not answer. Run the same command again.")
+        error = ValueError("UNAVAILABLE: did not answer")
+        raise storage_error("gs://bucket/memory/", error) from error
 
     monkeypatch.setattr(command_line, "run_mode", broken)
     assert command_line.main(["--run_mode=score"]) == 42
@@ -438,7 +439,7 @@ def refused_to_our_own_reader():
     try:
         raise ValueError("PERMISSION_DENIED: Error reading gs://b/m: [HTTP code 403]")
     except ValueError as error:
-        raise folder.unreachable("gs://b/m", error) from error
+        raise storage_error("gs://b/m", error) from error
 
 
 def bug_after_storage():

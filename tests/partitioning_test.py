@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from glimmer_jax import axes, partitioning
-from glimmer_jax.partitioning import MeshConfig, make_mesh, spec
+from glimmer_jax.partitioning import MeshConfig, make_mesh, put_batch, spec
+from tests.training.toy_model import batch_at
 
 
 def test_every_axis_name_has_a_rule():
@@ -138,3 +139,30 @@ def test_parameters_that_do_not_divide_are_all_named():
     assert "['c']" not in str(info.value)
     shapes = {"a": jnp.zeros((4, 8)), "b": jnp.zeros((4,)), "c": jnp.zeros((2,))}
     partitioning.check_divisible(shapes, names, mesh)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig(data=2, fsdp=2, model=2))
+
+
+def test_rows_are_spread_and_ids_stay_on_the_host(mesh):
+    batch = {**batch_at(0), "passage_memory": {"states": np.ones((16, 2, 3))}}
+    placed = put_batch(batch, mesh)
+    assert set(placed) == set(batch) - {"passage_ids"}
+    for leaf in jax.tree.leaves(placed):
+        assert leaf.sharding.is_equivalent_to(partitioning.batch_sharding(mesh), leaf.ndim)
+    np.testing.assert_array_equal(placed["tokens"], batch["tokens"])
+
+
+def test_passages_are_spread_over_their_own_axis():
+    mesh = make_mesh(MeshConfig(data=2, passages=4))
+    batch = {"passage_memory": {"states": np.arange(96.0).reshape(4, 8, 3)}}
+    states = put_batch(batch, mesh)["passage_memory"]["states"]
+    assert states.sharding.shard_shape(states.shape) == (2, 2, 3)
+    np.testing.assert_array_equal(states, batch["passage_memory"]["states"])
+
+
+def test_rows_that_do_not_divide_are_refused(mesh):
+    with pytest.raises(ValueError, match=r"BATCH_SIZE.*8 .*4 x 2"):
+        put_batch(batch_at(0, rows=12), mesh, num_microbatches=2)

@@ -9,7 +9,14 @@ from collections.abc import Iterable, Iterator
 
 from etils import epath
 
-from glimmer_jax.storage.lines import GZIP, PARQUET, Span, check_encoding, is_regular_file
+from glimmer_jax.storage.lines import (
+    GZIP,
+    PARQUET,
+    Span,
+    check_encoding,
+    file_size,
+    is_regular_file,
+)
 
 SPAN_BYTES = 64 * 2**20
 _WILDCARD = re.compile(r"[*?\[]")
@@ -65,7 +72,7 @@ def make_spans(paths: Iterable[str], span_bytes: int = SPAN_BYTES) -> Iterator[S
     """
     for path in paths:
         head = check_encoding(path)
-        size = epath.Path(path).stat().length
+        size = file_size(path)
         if head.startswith((GZIP, PARQUET)) or size <= span_bytes:
             yield Span(path)
             continue

@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from glimmer_jax.corpus import formats
-from glimmer_jax.corpus.progress import Progress
 from glimmer_jax.corpus.report import Policy, Problem, Report
+from glimmer_jax.runtime.preemption import STOP
+from glimmer_jax.runtime.progress import Progress
 from glimmer_jax.storage import lines
-from glimmer_jax.storage.lines import Span
+from glimmer_jax.storage.lines import Span, file_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,18 @@ def read_passages(
     """
     report = Report() if report is None else report
     keys: set[int] = set()
-    progress = Progress(paths, report)
+    progress = Progress(
+        "corpus",
+        sum(file_size(path) for path in paths),
+        "bytes",
+        details=lambda: (
+            f"{report.documents} documents, {report.passages} passages, {report.skipped} bad lines"
+        ),
+    )
+
+    def on_read(count: int) -> None:
+        progress.advance(count)
+        STOP.poll("Stopped reading the corpus. Run the same command again.")
 
     def is_repeated(number: int, key: int) -> bool:
         size = len(keys)
@@ -64,7 +76,7 @@ def read_passages(
         return len(keys) == size
 
     for path in paths:
-        yield from span_passages(Span(path), reading, report, is_repeated, progress.read)
+        yield from span_passages(Span(path), reading, report, is_repeated, on_read)
         report.check(reading.policy)
 
 

@@ -8,10 +8,10 @@ with the first shard that has no record, and ends with the same bytes as one tha
 Shards from passages to storage: one is computed while the one before it is written.
 """
 
-import concurrent.futures
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import tensorstore as ts
@@ -22,7 +22,7 @@ from glimmer_jax.memory.build_plan import Builders, Todo, wait_for_records
 from glimmer_jax.memory.encoding import Content, Job, Recipe, States
 from glimmer_jax.memory.manifest import Layout, Manifest, Record, Shard
 from glimmer_jax.memory.shard import Passages
-from glimmer_jax.runtime.preemption import Watcher
+from glimmer_jax.runtime.prefetch import ReadAhead
 from glimmer_jax.runtime.progress import Progress
 from glimmer_jax.storage import folder
 from glimmer_jax.storage.lease import WriterLock
@@ -54,9 +54,6 @@ def build_memory(
     reference: States | None = None,
     accept_other_program: bool = False,
     builders: Builders = Builders(),
-    watcher: Watcher | None = None,
-    on_progress: Callable[[Mapping[str, float]], None] | None = None,
-    progress_seconds: float = 10.0,
     floor: float | None = None,
 ) -> Report:
     """Builds the memory store at `path`, or goes on with it.
@@ -70,32 +67,29 @@ def build_memory(
       reference: the encoder in float32, to measure the error of what is stored.
       accept_other_program: keep finished shards that another program made, and record both.
       builders: who this is, where several build one store at a time.
-      watcher: where a request to stop is noticed; default: SIGTERM, if in the main thread.
-      on_progress: called with numbers for a metrics writer, about every `progress_seconds`.
       floor: tokens a second to hold the progress against, see `floor.matrix_rate`.
 
     Raises:
       ValueError: passages or what is already at `path` do not fit, another writer is at work, or
         the encoder gave NaN or infinity (the passage is named).
       OSError: the storage failed; finished shards are kept.
-      Preempted: asked to stop; finished shards are kept.
+      StopRequested: asked to stop; finished shards are kept.
     """
     check_ids(passages.ids)
     shards = build_plan.cut(np.arange(len(passages)), layout.shard_passages)
     kvstore = folder.open_folder(path)
     mine = builders.own(shards)
-    with builders.lock(kvstore, manifest.LOCK) as lock, watcher or Watcher() as watcher:
+    with builders.lock(kvstore, manifest.LOCK) as lock:
         build_plan.check_manifest(kvstore, recipe.identity, len(shards))
-        plan = build_plan.plan(
-            kvstore, passages, mine, recipe, layout, accept_other_program, watcher
-        )
+        plan = build_plan.plan(kvstore, passages, mine, recipe, layout, accept_other_program)
         first, lost = builders.index == 0, None
         if reference is not None and first:
             lost = measure_error(recipe, reference, passages)
-        progress = Progress(plan.remaining_passages(), on_progress, progress_seconds, floor=floor)
-        job = Job(recipe, passages, watcher, progress)
+        progress = make_progress(plan.remaining_passages(), floor)
+        job = Job(recipe, passages, progress)
         records = {**plan.finished, **dict(write_shards(kvstore, plan.todo, job, layout, lock))}
-        rates = progress.finish()  # before others are waited for
+        progress.log()
+        rates = measured_rates(progress, floor)  # before others are waited for
         found = None
         if first:
             others = [item for item in shards if item.name not in records]
@@ -105,7 +99,7 @@ def build_memory(
                     kvstore, item, passages, recipe, layout, accept_other_program
                 )
 
-            records |= wait_for_records(others, read, builders, watcher)
+            records |= wait_for_records(others, read, builders)
             found = Manifest.of(
                 recipe.identity,
                 [Shard.of(item.name, records[item.name]) for item in shards],
@@ -116,6 +110,39 @@ def build_memory(
             lock.check()
             folder.write_file(kvstore, manifest.MANIFEST, found.to_bytes())
     return Report(found, len(plan.todo), len(plan.finished), **rates)
+
+
+def make_progress(passages: int, upper_bound: float | None = None) -> Progress:
+    """Progress of encoding, in passages.
+
+    Args:
+      passages: to encode.
+      upper_bound: tokens per second that matrix products alone would allow, where that is known.
+    """
+
+    def details() -> str:
+        rates = measured_rates(progress, upper_bound)
+        bound = "" if math.isnan(rates["of_floor"]) else f" ({rates['of_floor']:.0%} of the bound)"
+        return (
+            f"{rates['tokens_per_s']:.0f} tokens/s{bound}, {rates['padding']:.1%} padding, "
+            f"{progress.totals['bytes'] / 1e6:.1f} MB written"
+        )
+
+    progress = Progress("memory", passages, "passages", details=details)
+    return progress
+
+
+def measured_rates(progress: Progress, upper_bound: float | None) -> dict[str, float]:
+    """The rates of `Report`."""
+    totals = progress.totals
+    tokens_per_s = totals["tokens"] / progress.seconds
+    return {
+        "passages_per_s": progress.rate,
+        "tokens_per_s": tokens_per_s,
+        "of_floor": tokens_per_s / upper_bound if upper_bound else math.nan,
+        "padding": 1.0 - totals["tokens"] / totals["computed"] if totals["computed"] else 0.0,
+        "seconds": progress.seconds,
+    }
 
 
 def measure_error(
@@ -154,22 +181,14 @@ def write_shards(
 
     Raises ValueError before it writes anything more where the lock is lost.
     """
-    with concurrent.futures.ThreadPoolExecutor(1, "memory-writer") as writer:
-        # At most one shard waits to be written, so that RAM is bounded.
-        name, writing = "", None
-        for content in job.compute((item.name, item.rows) for item in todo):
-            if writing is not None:
-                yield name, _finish(writing, job)
-            name = content.name
-            writing = writer.submit(write, kvstore, content, job, layout, lock)
-        if writing is not None:
-            yield name, _finish(writing, job)
 
+    def write_one(content: Content) -> tuple[str, Record]:
+        record = write(kvstore, content, job, layout, lock)
+        job.progress.advance(0, bytes=record.bytes)
+        return content.name, record
 
-def _finish(writing: concurrent.futures.Future[Record], job: Job) -> Record:
-    record = writing.result()
-    job.progress.wrote(record.bytes)
-    return record
+    # One shard is written on a thread while the next is computed; two are in RAM.
+    return ReadAhead(write_one)(job.compute((item.name, item.rows) for item in todo))
 
 
 def write(

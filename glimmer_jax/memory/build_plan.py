@@ -24,8 +24,8 @@ from glimmer_jax.memory import manifest, shard, versions
 from glimmer_jax.memory.encoding import Recipe
 from glimmer_jax.memory.manifest import Identity, Layout, Program, Record, check_identity, describe
 from glimmer_jax.memory.shard import Passages, read_source
-from glimmer_jax.runtime.preemption import Preempted, Watcher
-from glimmer_jax.runtime.progress import counted
+from glimmer_jax.runtime.preemption import STOP, StopRequested
+from glimmer_jax.runtime.progress import with_progress
 from glimmer_jax.storage import folder
 from glimmer_jax.storage.lease import WriterLock
 
@@ -76,25 +76,22 @@ def plan(
     recipe: Recipe,
     layout: Layout,
     accept_other_program: bool,
-    watcher: Watcher,
     abandoned: bool = False,
 ) -> Plan:
     """Looks at every one of `shards`.
 
     Args:
-      watcher: where a request to stop is noticed.
       abandoned: no manifest names these; one that is of another job or of other passages was left by a
         change that stopped, and is built anew.
 
     Raises:
       ValueError: what is there belongs to another job or to other passages.
       OSError: the storage did not answer.
-      Preempted: asked to stop.
+      StopRequested: asked to stop.
     """
     todo, finished = [], {}
-    for item in counted(shards, "shards looked at"):
-        if watcher.requested:
-            raise Preempted("Stopped before anything was built. Run the same command again.")
+    for item in with_progress(shards, "existing shards", "shards"):
+        STOP.poll("Stopped before anything was built. Run the same command again.")
         try:
             record = read_whole(kvstore, item, passages, recipe, layout, accept_other_program)
         except ValueError as refused:
@@ -262,7 +259,6 @@ def wait_for_records(
     shards: Sequence[Todo],
     read: Callable[[Todo], RecordT | None],
     builders: Builders,
-    watcher: Watcher,
     poll_seconds: float = 5.0,
 ) -> dict[str, RecordT]:
     """Records of shards that other builders make, by name, as soon as all are there.
@@ -271,21 +267,21 @@ def wait_for_records(
       read: gives the record of a finished shard, and raises ValueError for one of another job.
 
     Raises:
-      Preempted: asked to stop, or no shard was finished for `wait_seconds`.
+      StopRequested: asked to stop, or no shard was finished for `wait_seconds`.
     """
     records: dict[str, RecordT] = {}
     last = time.monotonic()
     while True:
         for item in shards:
-            if watcher.requested:
+            if STOP.requested:
                 break
             if item.name not in records and (record := read(item)) is not None:
                 records[item.name], last = record, time.monotonic()
         missing = [item.name for item in shards if item.name not in records]
         if not missing:
             return records
-        if watcher.requested or time.monotonic() - last >= builders.wait_seconds:
-            raise Preempted(
+        if STOP.requested or time.monotonic() - last >= builders.wait_seconds:
+            raise StopRequested(
                 f"{len(missing)} shards of other builders are missing, the first {missing[0]}. Start "
                 "all builders again; they go on where they were."
             )

@@ -20,7 +20,7 @@ from glimmer_jax.codecs import Codec, ProductQuantisation, nearest
 from glimmer_jax.memory import encoding
 from glimmer_jax.memory.encoding import States
 from glimmer_jax.memory.shard import Passages
-from glimmer_jax.runtime.preemption import stop_together
+from glimmer_jax.runtime.preemption import STOP
 
 Codebooks = dict[str, np.ndarray]
 _ROWS = 16384  # of a sample at a time: bounds RAM for samples of millions
@@ -58,7 +58,7 @@ def sample_states(
     # Made once the channels are known, and whole: parts to be joined at the end would take twice the RAM.
     sample: np.ndarray | None = None
     for group in encoding.groups(lengths, rows * devices, buckets):
-        stop_together()
+        STOP.poll_together()
         tokens_nP = passages.tokens(chosen[group.positions], group.bucket)
         batch = encoding.padded(tokens_nP, rows * devices)
         found = np.asarray(states(batch), np.float32)[: len(group.positions)]
@@ -131,7 +131,7 @@ def learn(
 def _pieces(states_ND: np.ndarray) -> Iterator[np.ndarray]:
     """The states, `_ROWS` at a time; between two of them a job may be stopped."""
     for first in range(0, len(states_ND), _ROWS):
-        stop_together()
+        STOP.poll_together()
         yield states_ND[first : first + _ROWS]
 
 
@@ -219,7 +219,7 @@ def _kmeans(
         # Turned here and not before: a device has room for its part of the sample once.
         points_NS = turn(even_ND, basis_DS)
         for first in range(0, iterations, _ITERATIONS):
-            stop_together()
+            STOP.poll_together()
             steps = np.int32(first), np.int32(min(first + _ITERATIONS, iterations))
             centroids_CS = some(points_NS, weights_N, centroids_CS, spare_CS, *steps)
             centroids_CS.block_until_ready()

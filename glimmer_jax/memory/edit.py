@@ -32,9 +32,10 @@ from glimmer_jax.memory.manifest import (
 )
 from glimmer_jax.memory.shard import Passages, read_source
 from glimmer_jax.memory.store import MemoryStore
-from glimmer_jax.runtime.preemption import Preempted, Watcher
-from glimmer_jax.runtime.progress import Progress, counted
+from glimmer_jax.runtime.preemption import STOP
+from glimmer_jax.runtime.progress import with_progress
 from glimmer_jax.storage import folder
+from glimmer_jax.storage.errors import storage_error
 from glimmer_jax.storage.lease import WriterLock
 
 logger = logging.getLogger(__name__)
@@ -53,18 +54,17 @@ class Difference:
     changed: np.ndarray  # rows of the folder whose ids the store has with another text
 
 
-def compare(store: MemoryStore, passages: Passages, watcher: Watcher) -> Difference:
+def compare(store: MemoryStore, passages: Passages) -> Difference:
     """Compares every passage, by its text and not by its id alone.
 
-    Raises Preempted where it is asked to stop.
+    Raises StopRequested where the process is asked to stop.
     """
     rows = store.rows(passages.ids, "mask")
     digests = store.digests()
     changed: list[int] = []
     known = np.flatnonzero(rows >= 0)
     for start in range(0, len(known), _COMPARE_ROWS):
-        if watcher.requested:
-            raise Preempted("Stopped before anything was changed. Run the same command again.")
+        STOP.poll("Stopped before anything was changed. Run the same command again.")
         some = known[start : start + _COMPARE_ROWS]
         now = read_source(passages, some, store.manifest.identity.max_length).digests
         changed += some[now != digests[rows[some]]].tolist()
@@ -80,7 +80,6 @@ def append(
     layout: Layout = Layout(shard_passages=1024, chunk_tokens=64),
     replace: bool = False,
     accept_other_program: bool = False,
-    watcher: Watcher | None = None,
 ) -> Manifest:
     """Adds the passages that the store does not have yet.
 
@@ -93,23 +92,22 @@ def append(
       replace: withdraw passages whose text has changed and add them anew, and take back those
         that were withdrawn.
       accept_other_program: add what another program than the store's own computes; both are recorded.
-      watcher: where a request to stop is noticed.
 
     Raises:
       ValueError: the store was made by another encoder, vocabulary, codec or program, or texts of
         known ids have changed and `replace` is False.
-      Preempted: asked to stop; finished shards are kept.
+      StopRequested: asked to stop; finished shards are kept.
     """
     build.check_ids(passages.ids)
     kvstore = folder.open_folder(path)
-    with WriterLock(kvstore, LOCK) as lock, watcher or Watcher() as watcher:
+    with WriterLock(kvstore, LOCK) as lock:
         store = MemoryStore.open(path)
         old = store.manifest
         where = f"{kvstore.url}manifest.json"
         check_identity(where, old.identity, recipe.identity)
         if old.programs and recipe.program not in old.programs and not accept_other_program:
             build_plan.check_program(where, old.programs[-1], recipe.program, _GO_ON)
-        found = compare(store, passages, watcher)
+        found = compare(store, passages)
         if found.changed.size and not replace:
             ids = passages.ids[found.changed]
             raise ValueError(
@@ -129,10 +127,9 @@ def append(
             recipe,
             layout,
             accept_other_program=False,
-            watcher=watcher,
             abandoned=True,
         )
-        job = Job(recipe, passages, watcher, Progress(plan.remaining_passages(), None, 10.0))
+        job = Job(recipe, passages, build.make_progress(plan.remaining_passages()))
         records = {**plan.finished, **dict(write_shards(kvstore, plan.todo, job, layout, lock))}
         gone = store.rows(passages.ids[found.changed])
         new = Manifest.of(
@@ -176,7 +173,6 @@ def repair(
     path: folder.Path,
     *,
     passages_fingerprint: str,
-    watcher: Watcher | None = None,
 ) -> list[str]:
     """Rebuilds damaged shards in their places, with the bytes they had.
 
@@ -189,22 +185,21 @@ def repair(
       ValueError: encoder, program or passages are not those that the store was made with.
     """
     kvstore = folder.open_folder(path)
-    with WriterLock(kvstore, LOCK) as lock, watcher or Watcher() as watcher:
+    with WriterLock(kvstore, LOCK) as lock:
         found = versions.read_manifest(kvstore)
         where = f"{kvstore.url}manifest.json"
         check_identity(where, found.identity, recipe.identity)
         check_passages(found.passages_fingerprints, passages_fingerprint, path)
         damaged = []
-        for entry in counted(found.shards, "shards read"):
-            if watcher.requested:
-                raise Preempted("Stopped before anything was repaired. Run the same command again.")
+        for entry in with_progress(found.shards, "verify", "shards"):
+            STOP.poll("Stopped before anything was repaired. Run the same command again.")
             if check_shard(kvstore, entry):
                 damaged.append(entry)
         for entry in damaged:
             logger.info("rebuilding shard %s", entry.name)
             name, stored = f"shard {entry.name} of {where}", entry.program
             build_plan.check_program(name, stored, recipe.program, _SAME_BYTES)
-            job = Job(recipe, passages, watcher, Progress(entry.passages, None, 10.0))
+            job = Job(recipe, passages, build.make_progress(entry.passages))
             _rebuild(kvstore, found, entry, job, lock)
     return [entry.name for entry in damaged]
 
@@ -248,7 +243,7 @@ def _ids_of(kvstore: ts.KvStore, entry: Shard) -> np.ndarray | None:
         return shard.open_array(here, shard.IDS, ts.Context()).result().read().result()
     except ValueError as error:
         if not folder.is_damage(error):
-            raise folder.unreachable(here.url, error) from error
+            raise storage_error(here.url, error) from error
         return None
 
 
@@ -339,6 +334,7 @@ def merge(parts: Sequence[folder.Path], path: folder.Path) -> Manifest:
             row += len(store)
             for entry in store.manifest.shards:
                 name = build_plan.shard_name(len(shards))
+                STOP.poll("Stopped between two shards. Run the same command again to resume.")
                 lock.check()
                 shards.append(_copy(store.kvstore, entry, kvstore, name))
         errors = [store.manifest.codec_error for store in stores]

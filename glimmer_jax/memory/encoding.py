@@ -29,7 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from glimmer_jax import codecs
 from glimmer_jax.memory.manifest import Identity, Program
 from glimmer_jax.memory.shard import Passages, Source, read_source
-from glimmer_jax.runtime.preemption import Preempted, Watcher
+from glimmer_jax.runtime.preemption import STOP
 from glimmer_jax.runtime.prefetch import ReadAhead
 from glimmer_jax.runtime.progress import Progress
 
@@ -190,10 +190,9 @@ class _Running:
 class Job:
     """The computing half: everything that stays the same from shard to shard."""
 
-    def __init__(self, recipe: Recipe, passages: Passages, watcher: Watcher, progress: Progress):
+    def __init__(self, recipe: Recipe, passages: Passages, progress: Progress):
         self.recipe = recipe
         self.passages = passages
-        self.watcher = watcher
         self.progress = progress
         identity = recipe.identity
         self._specs = codecs.get(identity.codec).array_specs(identity.emb_dim)
@@ -203,7 +202,7 @@ class Job:
 
         Raises:
           ValueError: the encoder gave NaN or infinity, or arrays that are not the codec's.
-          Preempted: asked to stop between two batches; the shard is dropped.
+          StopRequested: asked to stop between two batches; the shard is dropped.
         """
         running: deque[_Running] = deque()
         for content in ReadAhead(self._read)(shards):
@@ -211,11 +210,10 @@ class Job:
             batches = groups(content.source.lengths, program.rows, program.buckets)
             planned = list(calls(batches, self.recipe.devices))
             for number, call in enumerate(planned, 1):
-                if self.watcher.requested:
-                    raise Preempted(
-                        f"Stopped before shard {content.name} was complete; finished shards are "
-                        "kept. Run the same command again to go on."
-                    )
+                STOP.poll(
+                    f"Stopped before shard {content.name} was complete; finished shards are kept. "
+                    "Run the same command again to resume."
+                )
                 encoded = self.recipe.encode(self._tokens(content.source, call))
                 running.append(_Running(content, call, encoded, number == len(planned)))
                 # One batch ahead: the device works on this one while the last is put in place.
@@ -263,7 +261,8 @@ class Job:
                     content.arrays[name][begin:end] = value[slot, : end - begin]
                 tokens += int(end - begin)
         passages = sum(len(group.positions) for group in done.call)
-        self.progress.encoded(passages, tokens, self.recipe.devices * rows * bucket)
+        computed = self.recipe.devices * rows * bucket
+        self.progress.advance(passages, tokens=tokens, computed=computed)
         if done.last:
             yield content
 

@@ -12,7 +12,8 @@ import tensorstore as ts
 from glimmer_jax.memory import manifest, shard
 from glimmer_jax.memory.manifest import Record, Shard, describe
 from glimmer_jax.memory.store import MemoryStore
-from glimmer_jax.runtime.progress import counted
+from glimmer_jax.runtime.preemption import STOP
+from glimmer_jax.runtime.progress import with_progress
 from glimmer_jax.storage import folder
 
 
@@ -34,11 +35,11 @@ def verify(store: MemoryStore, sample: int | None = None) -> list[str]:
             )
         chosen = np.unique(np.linspace(0, len(entries) - 1, sample).astype(np.int64))
         entries = tuple(entries[i] for i in chosen)
-    return [
-        problem
-        for entry in counted(entries, "shards read")
-        for problem in check_shard(store.kvstore, entry)
-    ]
+    problems = []
+    for entry in with_progress(entries, "verify", "shards"):
+        STOP.poll("Stopped before all shards were verified. Run the same command again.")
+        problems += check_shard(store.kvstore, entry)
+    return problems
 
 
 def check_shard(store: ts.KvStore, entry: Shard) -> list[str]:

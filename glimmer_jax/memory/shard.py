@@ -18,6 +18,7 @@ import tensorstore as ts
 
 from glimmer_jax.memory.manifest import DamagedStore
 from glimmer_jax.storage import folder
+from glimmer_jax.storage.errors import storage_error
 
 
 class Passages(Protocol):
@@ -148,7 +149,7 @@ def write_arrays(
         for write in pending:
             write.result()
     except ValueError as error:
-        raise folder.unreachable(kvstore.url, error) from error
+        raise storage_error(kvstore.url, error) from error
     return files
 
 
@@ -197,7 +198,7 @@ def check_sizes(kvstore: ts.KvStore, files: Mapping[str, tuple[int, str]]) -> li
                 problems.append(f"{name} is missing")
         except ValueError as error:
             if not folder.is_damage(error):
-                raise folder.unreachable(f"{kvstore.url}{name}", error) from error
+                raise storage_error(f"{kvstore.url}{name}", error) from error
             problems.append(f"{name} is shorter than {files[name][0]} bytes")
     return problems
 
@@ -206,7 +207,7 @@ def failed(name: str, kvstore: ts.KvStore, error: ValueError) -> DamagedStore | 
     """The error to raise where TensorStore failed to read shard `name` with `error`."""
     if folder.is_damage(error):
         return damaged(name, str(error))
-    return folder.unreachable(kvstore.url, error)
+    return storage_error(kvstore.url, error)
 
 
 def damaged(name: str, problem: str) -> DamagedStore:

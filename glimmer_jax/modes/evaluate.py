@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from etils import epath
 
 from glimmer_jax.corpus.passages import Passages
@@ -14,6 +15,7 @@ from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.retrieval import corpus_check
+from glimmer_jax.runtime.progress import Progress
 from glimmer_jax.serving.predictor import Predictor
 from glimmer_jax.serving.step import add_candidates, encode_candidates
 from glimmer_jax.storage import folder
@@ -123,30 +125,9 @@ def evaluate(
         num_examples=num_examples,
         use_cached=use_cached_tasks,
     )
-    compiled = False  # by the first batch, which is not counted
-    answered = 0
-    shown = time.monotonic()
-    busy = 0.0
+    throughput = _Throughput(predictor, candidates_NT)
 
-    def rate() -> float:
-        return answered / (busy + predictor.waited)
-
-    def timed(batch: dict[str, Any]) -> Any:
-        nonlocal compiled, answered, shown, busy
-        began = time.monotonic()
-        outputs = predictor.predict(add_candidates(batch, candidates_NT))
-        now = time.monotonic()
-        if compiled:
-            # The last batch is filled up with rows without a question.
-            answered += int((batch["question_tokens"] > 0).any(axis=1).sum())
-            busy += now - began
-            if now - shown > 10:
-                shown = now
-                print(f"{answered} questions, {rate():.1f} a second", flush=True)
-        compiled = True
-        return outputs
-
-    metrics = qa.with_mean(dev.run(timed, prefetch=predictor.prefetch))
+    metrics = qa.with_mean(dev.run(throughput.predict, prefetch=predictor.prefetch))
     cost = question_cost(
         model.config,
         passages=lengths.passages,
@@ -155,8 +136,8 @@ def evaluate(
         answer=lengths.target,
     )
     metrics["tflop_per_question"] = cost.tflop
-    if answered:
-        metrics["questions_per_second"] = rate()
+    if throughput.answered:
+        metrics["questions_per_second"] = throughput.rate
     if memory_dir is not None:
         metrics["seconds_waiting_for_memory"] = predictor.waited
     if unknown_passages == "mask":
@@ -170,3 +151,37 @@ def evaluate(
         folder.write_file(output, "config.gin", operative_config().encode())
         folder.write_file(output, "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     return metrics
+
+
+class _Throughput:
+    """Answers batches and measures questions per second, without the first batch, which compiles."""
+
+    def __init__(self, predictor: Predictor, candidates_NT: np.ndarray | None):
+        self.answered = 0
+        self._predictor = predictor
+        self._candidates_NT = candidates_NT
+        self._busy = 0.0
+        self._progress: Progress | None = None
+
+    def predict(self, batch: dict[str, Any]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """As `Predictor.predict`."""
+        began = time.monotonic()
+        outputs = self._predictor.predict(add_candidates(batch, self._candidates_NT))
+        if self._progress is None:
+            self._progress = Progress("eval", None, "questions", emit=_print)
+            return outputs
+        self._busy += time.monotonic() - began
+        # The last batch is filled up with rows without a question.
+        questions = int((batch["question_tokens"] > 0).any(axis=1).sum())
+        self.answered += questions
+        self._progress.advance(questions)
+        return outputs
+
+    @property
+    def rate(self) -> float:
+        """Questions per second of computing and of waiting for memory."""
+        return self.answered / (self._busy + self._predictor.waited)
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)

@@ -16,6 +16,7 @@ from glimmer_jax.modes import checks
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.retrieval import corpus_check
 from glimmer_jax.retrieval.bm25 import Bm25Config
+from glimmer_jax.runtime.preemption import STOP
 from glimmer_jax.serving.predictor import Predictor
 from glimmer_jax.serving.step import encode_candidates
 from glimmer_jax.storage.json_lines import read_json_lines, write_json_lines
@@ -137,7 +138,8 @@ def _typed(lines: Iterable[str]) -> Iterator[str]:
     while True:
         if sys.stdin.isatty():
             print("question (empty to stop): ", end="", flush=True)
-        line = next(iter(lines), "").strip()
+        with STOP.grace(0.0):  # Nothing to save while a person types.
+            line = next(iter(lines), "").strip()
         if not line:
             return
         yield line

@@ -5,7 +5,6 @@ passages of held-out modules must not be trained on, not even as wrong ones.
 """
 
 import collections
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from glimmer_jax.retrieval.bm25 import Bm25Config, Bm25Retriever
 from glimmer_jax.retrieval.dense import DenseConfig, DenseRetriever
 from glimmer_jax.retrieval.hybrid import HybridRetriever, check_weight
 from glimmer_jax.retrieval.retriever import Retriever
+from glimmer_jax.runtime.progress import Progress
 from glimmer_jax.storage.folder import in_bucket
 from glimmer_jax.storage.json_lines import write_json_lines
 
@@ -160,17 +160,11 @@ def _pages(retriever: Retriever, retrieved: Sequence[dict[str, Any]]) -> list[st
 
 
 def _with_progress(found: Iterable[Any], total: int) -> Iterator[Any]:
-    begun = shown = time.monotonic()
-    for done, one in enumerate(found, start=1):
+    progress = Progress("retrieve", total, "questions", emit=_say)
+    for one in found:
         yield one
-        now = time.monotonic()
-        if done == 1:
-            # Many are searched for at a time, all of them before the first comes out.
-            shown = now
-        if now - shown > 5 or done == total:
-            rate = done / max(now - begun, 1e-6)
-            _say(f"  {done}/{total}, {rate:.0f} questions/s, {(total - done) / rate:.0f} s left")
-            shown = now
+        progress.advance()
+    progress.log()
 
 
 def _print(title: str, rows: Report) -> None:

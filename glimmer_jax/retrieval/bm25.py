@@ -19,7 +19,7 @@ from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.kilt.files import read_files
 from glimmer_jax.metrics.retrieval import format_report, mean_recall
 from glimmer_jax.retrieval.retriever import Found, Retriever, retrieve
-from glimmer_jax.runtime.preemption import stop_together, stoppable
+from glimmer_jax.runtime.preemption import STOP
 
 _WORD = re.compile(r"[^\W_]+")
 _NAME = re.compile(r"[^\W\d]\w*(?:\.\w+)+|\w*_\w+")
@@ -83,7 +83,7 @@ class Bm25:
         self.records: list[dict[str, Any]] = []
         self.config = config
         corpus = []
-        for record in records:
+        for record in STOP.polling(records):
             title, text = self._tokens(record["title"]), self._tokens(record["text"])
             self.records.append(record)
             corpus.append(title * config.title_weight + text)
@@ -135,7 +135,7 @@ class Bm25Retriever(Retriever):
     def _index(self) -> Bm25:
         chosen = np.zeros(len(self.passages), bool)
         chosen[self._rows] = True
-        records = stoppable(zip(chosen, self.passages.records(), strict=True))
+        records = zip(chosen, self.passages.records(), strict=True)
         return Bm25((record for wanted, record in records if wanted), self._config)
 
     def among(self, rows: np.ndarray) -> "Bm25Retriever":
@@ -145,7 +145,7 @@ class Bm25Retriever(Retriever):
         found = []
         for question in questions:
             # Of a large corpus every question takes a while.
-            stop_together()
+            STOP.poll_together()
             found += self._index.search([question], k)
         return [[(int(self._rows[row]), score) for row, score in one] for one in found]
 

@@ -24,9 +24,10 @@ from glimmer_jax.memory.build_plan import Builders, Todo, cut, wait_for_records
 from glimmer_jax.retrieval import index
 from glimmer_jax.retrieval.index import Identity, Index, Manifest, Record
 from glimmer_jax.retrieval.text_encoder import TextEncoder, passage_text
-from glimmer_jax.runtime.preemption import Preempted, Watcher
+from glimmer_jax.runtime.preemption import STOP
 from glimmer_jax.runtime.progress import Progress
 from glimmer_jax.storage import folder
+from glimmer_jax.storage.errors import storage_error
 from glimmer_jax.storage.lease import WriterLock
 
 logger = logging.getLogger(__name__)
@@ -60,8 +61,6 @@ def build_index(
     *,
     shard_passages: int = SHARD_PASSAGES,
     builders: Builders = Builders(),
-    watcher: Watcher | None = None,
-    progress_seconds: float = 10.0,
 ) -> Index:
     """The index at `path`: opened where it is finished, else made or gone on with.
 
@@ -71,14 +70,12 @@ def build_index(
       encoder: of the vectors.
       shard_passages: passages a shard; at most three shards are in RAM.
       builders: who this is, where several processes make one index at a time.
-      watcher: where a request to stop is noticed; default: SIGTERM, if in the main thread.
-      progress_seconds: between two reports.
 
     Raises:
       ValueError: what is at `path` belongs to another encoder, to other passages (both are named) or
         to another layout, another writer is at work, or the encoder gave NaN or infinity.
       OSError: the storage failed; finished shards are kept.
-      Preempted: asked to stop; finished shards are kept.
+      StopRequested: asked to stop; finished shards are kept.
     """
     kvstore = folder.open_folder(path)
     identity = identity_of(passages, encoder)
@@ -91,17 +88,17 @@ def build_index(
             return Index(kvstore, found)
     shards = cut(np.arange(len(passages)), shard_passages)
     mine = builders.own(shards)
-    with builders.lock(kvstore, index.LOCK) as lock, watcher or Watcher() as watcher:
+    with builders.lock(kvstore, index.LOCK) as lock:
         todo, records = _plan(kvstore, mine, identity)
         if records:
             logger.info("%d of %d shards of the index are already there", len(records), len(mine))
-        progress = Progress(sum(len(item.rows) for item in todo), None, progress_seconds, "index")
-        job = _Job(kvstore, passages, encoder, identity, watcher, progress, lock)
+        progress = Progress("index", sum(len(item.rows) for item in todo), "passages")
+        job = _Job(kvstore, passages, encoder, identity, progress, lock)
         records |= dict(job.run(todo))
-        progress.finish()
+        progress.log()
         others = [item for item in shards if item.name not in records]
         read = functools.partial(_read_own, kvstore, identity)
-        records |= wait_for_records(others, read, builders, watcher)
+        records |= wait_for_records(others, read, builders)
         made = Manifest.of({item.name: records[item.name] for item in shards})
         if builders.index == 0:
             lock.check()
@@ -150,7 +147,6 @@ class _Job:
     passages: Passages
     encoder: TextEncoder
     identity: Identity
-    watcher: Watcher
     progress: Progress
     lock: WriterLock
 
@@ -179,12 +175,11 @@ class _Job:
 
     def _encode(self, item: Todo, tokens: list[list[int]]) -> np.ndarray:
         def after_batch(passages: int, real: int, computed: int) -> None:
-            self.progress.encoded(passages, real, computed)
-            if self.watcher.requested:
-                raise Preempted(
-                    f"Stopped before shard {item.name} of the index was complete; finished shards are "
-                    "kept. Run the same command again to go on."
-                )
+            self.progress.advance(passages)
+            STOP.poll(
+                f"Stopped before shard {item.name} of the index was complete; finished shards are "
+                "kept. Run the same command again to resume."
+            )
 
         vectors = self.encoder.encode(tokens, after_batch)
         bad = ~np.isfinite(vectors).all(axis=1)
@@ -203,7 +198,7 @@ class _Job:
             # What an earlier attempt may have left.
             here.delete_range(ts.KvStore.KeyRange()).result()
         except ValueError as error:
-            raise folder.unreachable(here.url, error) from error
+            raise storage_error(here.url, error) from error
         files = {}
         for key, data in shard.encode_array(vectors, index.CHUNK_ROWS).items():
             path = f"{index.VECTORS}/{key}"
@@ -213,5 +208,4 @@ class _Job:
         record = Record(self.identity, program, len(vectors), truncated, files)
         self.lock.check()
         folder.write_file(here, manifest.RECORD, record.to_bytes())
-        self.progress.wrote(record.size)
         return record

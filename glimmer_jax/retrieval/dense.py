@@ -15,7 +15,7 @@ from glimmer_jax.retrieval.build_index import SHARD_PASSAGES, build_index
 from glimmer_jax.retrieval.index import Index, read_manifest
 from glimmer_jax.retrieval.retriever import Found, Retriever
 from glimmer_jax.retrieval.text_encoder import TextEncoder
-from glimmer_jax.runtime.preemption import Preempted, Watcher, stop_together
+from glimmer_jax.runtime.preemption import STOP, StopRequested
 from glimmer_jax.storage import folder
 
 
@@ -54,7 +54,7 @@ class DenseRetriever(Retriever):
 
         Raises:
           ValueError: the encoder's folder is not a GTR's, or the index another's (`build_index`).
-          Preempted: asked to stop; what is finished of the index is kept.
+          StopRequested: asked to stop; what is finished of the index is kept.
         """
         missing = [name for name in ("encoder_dir", "index_dir") if not getattr(config, name)]
         if missing:
@@ -84,7 +84,7 @@ class DenseRetriever(Retriever):
 
     def search(self, questions: Sequence[str], k: int) -> Found:
         tokens = self._encoder.tokenize(questions)
-        vectors = self._encoder.encode(tokens, lambda *_: stop_together())
+        vectors = self._encoder.encode(tokens, lambda *_: STOP.poll_together())
         scores, rows = self._search(vectors, k, self._allowed)
         return [
             [(int(row), float(score)) for row, score in zip(*one, strict=True) if row >= 0]
@@ -96,7 +96,7 @@ def _finished_index(
     passages: Passages, encoder: TextEncoder, index_dir: str, shard_passages: int
 ) -> Index:
     """The index, made by all processes of the job; where one was asked to stop, all of them stop."""
-    watcher, made = Watcher(), None
+    made = None
     try:
         made = build_index(
             index_dir,
@@ -104,15 +104,14 @@ def _finished_index(
             encoder,
             shard_passages=shard_passages,
             builders=Builders(jax.process_index(), jax.process_count()),
-            watcher=watcher,
         )
-    except Preempted:
+    except StopRequested:
         # If the others have all they waited for, they have not been told, and wait below.
         alone = jax.process_count() == 1
         if alone or read_manifest(folder.open_folder(index_dir)) is None:
             raise
-    stopped = made is None or watcher.requested
+    stopped = made is None or STOP.requested
     if multihost_utils.process_allgather(np.bool_(stopped)).any():
-        raise Preempted("Stopped when the index was finished. Run the same command again.")
+        raise StopRequested("Stopped when the index was finished. Run the same command again.")
     assert made is not None
     return made

@@ -21,6 +21,7 @@ import tensorstore as ts
 
 from glimmer_jax.memory import manifest, shard
 from glimmer_jax.storage import folder
+from glimmer_jax.storage.errors import storage_error
 
 FORMAT_VERSION = 1
 LOCK = "index.lock"
@@ -227,7 +228,7 @@ class Index:
 
     def _failed(self, error: ValueError) -> ValueError | OSError:
         if not folder.is_damage(error):
-            return folder.unreachable(self.url, error)
+            return storage_error(self.url, error)
         return ValueError(
             f"The index {self.url} is damaged: {error}. Delete the folder of that shard and run the "
             "same --run_mode=retrieve command again; it makes that shard alone."

@@ -11,7 +11,7 @@ import numpy as np
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.kilt.examples import provenance
 from glimmer_jax.kilt.gold import is_gold
-from glimmer_jax.runtime.preemption import stoppable
+from glimmer_jax.runtime.preemption import STOP
 
 # For each question (row of the passages folder, score), best first.
 Found = list[list[tuple[int, float]]]
@@ -76,7 +76,7 @@ def rows_of_split(passages: Passages, split: str) -> np.ndarray:
 
     Raises ValueError where there is none.
     """
-    records = stoppable(enumerate(passages.records()))
+    records = STOP.polling(enumerate(passages.records()))
     rows = [row for row, one in records if one.get("split", split) == split]
     if not rows:
         raise ValueError(

@@ -8,7 +8,6 @@ The blocks lie on the devices where they fit, and are read anew for every pass w
 Either way it is the same compiled program over the same blocks, so the results are the same bits.
 """
 
-import concurrent.futures
 import functools
 from collections.abc import Iterator
 
@@ -19,7 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glimmer_jax import axes, partitioning
 from glimmer_jax.retrieval.index import DTYPE, Index
-from glimmer_jax.runtime.preemption import stop_together, stoppable
+from glimmer_jax.runtime.preemption import STOP
+from glimmer_jax.runtime.prefetch import ReadAhead
 
 # Rows of a block on one device: 96 MiB of vectors of 768.
 BLOCK_ROWS = 65536
@@ -55,7 +55,7 @@ class Search:
         held = len(self._starts) * self._rows * index.vector_dim * DTYPE.itemsize
         self.on_mesh = held <= bytes_per_device
         self._by_row = NamedSharding(mesh, partitioning.spec((axes.MEMORY_ROWS,)))
-        blocks = stoppable(self._starts, every=1)
+        blocks = STOP.polling(self._starts, every=1)
         self._held = [self._load(start) for start in blocks] if self.on_mesh else None
 
     def __call__(
@@ -106,7 +106,7 @@ class Search:
         empty = (np.full(shape, -np.inf, np.float32), np.zeros(shape, np.int32))
         best: list[Best] = [(self._spread(empty[0]), self._spread(empty[1])) for _ in batches]
         for start, block in zip(self._starts, self._blocks(), strict=True):
-            stop_together()
+            STOP.poll_together()
             mask = self._spread(self._mask(start, allowed))
             for i, batch in enumerate(batches):
                 best[i] = _step(best[i], batch, block, mask, np.int32(start), mesh=self.mesh)
@@ -121,12 +121,7 @@ class Search:
         if self._held is not None:
             yield from self._held
             return
-        with concurrent.futures.ThreadPoolExecutor(1, "index-blocks") as reader:
-            coming = reader.submit(self._load, self._starts[0])
-            for start in self._starts[1:]:
-                block, coming = coming.result(), reader.submit(self._load, start)
-                yield block
-            yield coming.result()
+        yield from ReadAhead(self._load)(self._starts)
 
     def _load(self, start: int) -> jax.Array:
         """float16 `[devices * rows, E]` from row `start` on; each process reads its own part."""

@@ -1,18 +1,21 @@
-"""Joining a job of many processes: told by flags, or found by JAX where it runs.
+"""Joins a job of many processes, described by flags or detected by JAX.
 
-A launcher on one machine gives every process the address of the first, their number and its own
-place. TPU pods, GKE and Slurm describe all that in the environment, and JAX reads it there.
+A launcher on one machine gives every process the address of process 0, the number of processes and its
+own index. TPU pods, GKE and Slurm describe the job in the environment, where JAX reads it.
 """
 
 import os
 import sys
 import threading
+from typing import Any
 
 import jax
 
-# Seconds that a process which is done waits for the others: a builder may be days ahead of the slowest.
-# One that dies meanwhile is missed after `silence`.
-_FAREWELL = 7 * 24 * 3600
+from glimmer_jax.runtime.preemption import STOP
+
+# Seconds that a finished process waits for the others: one builder may be days ahead of the slowest. A
+# process that dies in the meantime is noticed after `silence`.
+_SHUTDOWN_SECONDS = 7 * 24 * 3600
 
 
 def join(
@@ -23,33 +26,29 @@ def join(
     timeout: int = 300,
     silence: int = 100,
 ) -> None:
-    """Makes this process one of a job's; does nothing where nothing is asked. Before any array.
+    """Makes this process part of a job; does nothing by default. Call it before creating any array.
 
     Args:
-      detect: let JAX find the other three in the environment.
+      detect: let JAX detect the other three.
       coordinator_address: `host:port` of process 0, which listens there.
       num_processes: of the job.
       process_id: of this process, from 0.
-      timeout: seconds to wait for all the others. Both ends are JAX's: it aborts, and `last_words`
-        says why.
-      silence: seconds after which a process that sends no sign of life ends the job.
+      timeout: seconds to wait for all processes to join. JAX aborts after this and after `silence`;
+        `supervisor` explains why.
+      silence: seconds without a heartbeat of some process after which the job ends.
 
     Raises:
-      ValueError: some of the three without the others, or numbers that do not fit.
+      ValueError: some of the three are missing, or out of range.
     """
-    told = (coordinator_address, num_processes, process_id)
-    if all(value is None for value in told):
+    given = (coordinator_address, num_processes, process_id)
+    if all(value is None for value in given):
         if detect:
-            jax.distributed.initialize(
-                initialization_timeout=timeout,
-                heartbeat_timeout_seconds=silence,
-                shutdown_timeout_seconds=_FAREWELL,
-            )
+            _initialize(timeout, silence)
         return
     if detect or coordinator_address is None or num_processes is None or process_id is None:
         raise ValueError(
             "A job of many processes needs --coordinator_address, --num_processes and --process_id, "
-            "all three, or --distributed alone where the environment tells them; got "
+            "all three, or --distributed alone where the environment describes it; got "
             f"{'--distributed, ' if detect else ''}coordinator_address={coordinator_address}, "
             f"num_processes={num_processes}, process_id={process_id}."
         )
@@ -62,25 +61,28 @@ def join(
             f"--process_id must be from 0 to {num_processes - 1} (--num_processes={num_processes}), "
             f"got {process_id}."
         )
-    jax.distributed.initialize(
-        coordinator_address,
-        num_processes,
-        process_id,
+    _initialize(timeout, silence, coordinator_address, num_processes, process_id)
+
+
+def _initialize(timeout: int, silence: int, *job: Any) -> None:
+    jax.distributed.initialize(  # type: ignore[misc]
+        *job,
         initialization_timeout=timeout,
         heartbeat_timeout_seconds=silence,
-        shutdown_timeout_seconds=_FAREWELL,
+        shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
     )
+    STOP.reinstall()
 
 
-def leave_soon(code: int, seconds: float = 60.0) -> None:
-    """Ends this process with `code` even where the others do not come to the end with it.
+def exit_after(code: int, seconds: float = 60.0) -> None:
+    """Ends this process with `code` in `seconds`, even if the other processes never finish.
 
-    A process that fails by itself would wait for the others, and they for it. Where no job was joined it
-    does nothing.
+    A process that fails alone would otherwise wait for the others, and they for it. Does nothing
+    outside a job.
 
     Args:
-      code: of exit.
-      seconds: for the others to fail with it, as all do over the same bad input.
+      code: exit code.
+      seconds: for the others to fail as well, as they all do on the same invalid input.
     """
     if not jax.distributed.is_initialized():
         return

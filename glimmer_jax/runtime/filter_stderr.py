@@ -1,9 +1,8 @@
-"""Keeps the chatter of native libraries out of the terminal.
+"""Drops the log lines of native libraries from stderr.
 
-tensorflow and its copy of SentencePiece write information straight to file descriptor 2, whatever
-their settings; a person looking for the one line that matters would have to find it among them. The
-filter is a process of its own, this file run as a script: a thread would stand still while native
-code holds the interpreter, and the last words of a process that aborts would die with it.
+TensorFlow and its copy of SentencePiece log to file descriptor 2 whatever their settings. The filter is
+a separate process, this file run as a script: a thread would block while native code holds the
+interpreter lock, and the last lines of a process that aborts would be lost with it.
 """
 
 import atexit
@@ -12,7 +11,7 @@ import re
 import subprocess
 import sys
 
-_CHATTER = re.compile(
+_LOG_LINE = re.compile(
     rb"(?:I\d{4} .*\b(?:port|cudart_stub|cpu_feature_guard)\.cc:\d+\]"
     rb"|WARNING: All log messages before absl::InitializeLog"
     rb"|normalizer\.cc\(\d+\) LOG\(INFO\))"
@@ -20,14 +19,14 @@ _CHATTER = re.compile(
 
 
 def filter_stderr() -> None:
-    """From now on, lines of known chatter are dropped; everything else passes unchanged."""
+    """Drops known log lines from now on; everything else passes unchanged."""
     real = os.dup(2)
     child = subprocess.Popen(
         # Without site packages it starts in a few milliseconds.
         [sys.executable, "-I", "-S", __file__],
         stdin=subprocess.PIPE,
         stdout=real,
-        # Ctrl-C is for the work; the filter ends when there is nothing more to read.
+        # Ctrl-C is for the job; the filter ends at the end of its input.
         start_new_session=True,
     )
     assert child.stdin is not None
@@ -44,7 +43,7 @@ def filter_stderr() -> None:
 
 def _forward() -> None:
     for line in sys.stdin.buffer:
-        if not _CHATTER.match(line):
+        if not _LOG_LINE.match(line):
             sys.stdout.buffer.write(line)
             sys.stdout.buffer.flush()
 

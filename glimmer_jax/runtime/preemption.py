@@ -1,159 +1,261 @@
-"""Being asked to stop: SIGTERM is noticed here and acted on where a job can save.
+"""The stop signal: SIGTERM and Ctrl-C set a flag, every loop polls it, and the process ends with 42.
 
-A preempted machine sends SIGTERM and allows some seconds. A handler must not save by itself (it may
-interrupt anything), so it only raises a flag, and every loop that has something to save polls the flag
-between two units of work, saves, and raises `Preempted`, which the command line turns into exit code
-42 ("start me again"). Everything else is simply left, by `leave_at_sigterm`: what it writes appears
-whole or not at all. In a job of many processes `stop_together` leaves it, between two units of work.
+A preempted machine sends SIGTERM and allows some seconds. The handler only sets a flag, since an
+exception raised from a handler can be swallowed (in a finaliser or a garbage-collection callback) or
+wrapped into another error. Loops poll the flag between two units of work. `StopRequested` derives from
+BaseException, so that `except Exception` in a library does not stop it on its way to `main`.
+
+Some work cannot poll: imports, the initialisation of a backend, compilation. A watchdog thread learns
+of the signal even while the main thread runs native code. It ends the process with the same exit code
+when nothing has polled for `grace` seconds, or when a second signal arrives. That loses work but never
+corrupts a file, because every file and checkpoint counts only once it is complete: files are renamed
+into place, shards count by their record, and checkpoints by their checksums.
+
+In a job of many processes JAX tells all of them of a SIGTERM to one and chooses the step at which
+`agreed` becomes true in all.
 """
 
+import atexit
 import contextlib
 import ctypes
 import itertools
+import os
+import select
 import signal
+import sys
 import threading
-from collections.abc import Iterable, Iterator
-from types import FrameType, TracebackType
-from typing import TypeVar
+import time
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+from typing import Any, TypeVar
 
-import jax
-from jax.experimental import multihost_utils
+from glimmer_jax.runtime import exit_codes
 
 T = TypeVar("T")
-_calls = itertools.count()  # of all loops together
+
+GRACE_SECONDS = 10.0
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# `timeout` and process groups may deliver one request twice; the copies arrive together.
+_REPEAT_SECONDS = 1.0
+_TICK_SECONDS = 0.25
 
 
-class Preempted(Exception):
-    """The job was asked to stop, has saved what it did, and goes on when started again."""
+class StopRequested(BaseException):
+    """The process was asked to stop; finished work is saved, and the same command resumes."""
 
 
-class Interrupted(Exception):
-    """Work that its caller finishes by saving was cut short; nothing is saved yet."""
+class StopSignal:
+    """Whether this process was asked to stop. `STOP` is the instance of this process."""
 
-
-@contextlib.contextmanager
-def leave_at_sigterm() -> Iterator[None]:
-    """Raises `Preempted` where the main thread stands when SIGTERM comes; a Watcher inside takes over.
-
-    It does nothing outside the main thread, where Python installs no handlers, and in a job of many
-    processes, where JAX listens to SIGTERM and a handler of ours would keep it from JAX.
-    """
-    main = threading.current_thread() is threading.main_thread()
-    if not main or jax.distributed.is_initialized():
-        yield
-        return
-
-    def leave(signum: int, frame: FrameType | None) -> None:
-        raise Preempted("Stopped by SIGTERM.")
-
-    previous = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def stop_together() -> None:
-    """Raises `Preempted` in all processes of a job at one call, soon after SIGTERM came to one.
-
-    All processes make the same calls, of this and of a Watcher's `requested_at` and `poll`. For loops
-    that save nothing; a process alone is stopped by `leave_at_sigterm`.
-    """
-    if jax.process_count() > 1 and _at_sync_point():
-        raise Preempted("Stopped by SIGTERM between two batches. Run the same command again.")
-
-
-def _at_sync_point() -> bool:
-    # JAX finds a number that no process has come to, and says yes to this one alone.
-    return multihost_utils.reached_preemption_sync_point(next(_calls))
-
-
-def stoppable(items: Iterable[T], every: int = 1024) -> Iterator[T]:
-    """The items, the same in all processes; before each `every` of them, `stop_together`."""
-    for number, item in enumerate(items):
-        if number % every == 0:
-            stop_together()
-        yield item
-
-
-class Watcher:
-    """Context that turns SIGTERM into a flag; restores the previous handler on leaving.
-
-    Outside the main thread, where Python installs no handlers, the flag can still be raised by
-    `request()`.
-
-    Args:
-      together: the processes of a job stop at one and the same place, asked with `requested_at` or
-        `poll`; if each stopped where its own signal came, the others would wait for it for ever.
-    """
-
-    def __init__(self, together: bool = False) -> None:
-        self._event = threading.Event()
-        self._installed = False
-        self._together = together and jax.process_count() > 1
-        self._reached = False
-
-    def __enter__(self) -> "Watcher":
-        # Between processes JAX carries the news; it listens to SIGTERM since the job was joined.
-        if not self._together and threading.current_thread() is threading.main_thread():
-            self._native = _Handler()
-            self._previous = signal.signal(signal.SIGTERM, self._on_signal)
-            self._installed = True
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._installed:
-            signal.signal(signal.SIGTERM, self._previous)
-            # Python knows nothing of JAX's handler and has put the system's own in its place.
-            self._native.restore()
-            self._installed = False
-
-    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        self._event.set()
-
-    def request(self) -> None:
-        """Asks the loop that polls this watcher to save and stop."""
-        if self._together:
-            signal.raise_signal(signal.SIGTERM)
-        self._event.set()
+    def __init__(self) -> None:
+        self._requested = threading.Event()
+        self._signal = signal.SIGTERM
+        self._grace = GRACE_SECONDS
+        self._received_at: float | None = None  # written and read by the watchdog alone
+        self._last_poll = 0.0
+        self._acknowledged = False
+        self._agreed = False
+        self._polls = itertools.count()  # of all loops together: JAX's step counter
+        self._final_code: int | None = None
+        self._previous: dict[int, tuple[Any, _NativeHandler]] = {}  # empty: not installed
+        self._notify_jax: Callable[[int], Any] | None = None
 
     @property
     def requested(self) -> bool:
-        """True once SIGTERM has arrived at this process."""
-        return self._event.is_set()
+        """Whether this process was asked to stop. A caller that sees True saves and ends its work."""
+        self._acknowledged |= self._requested.is_set()
+        self._last_poll = time.monotonic()
+        return self._requested.is_set()
 
-    def requested_at(self) -> bool:
-        """True in all processes at the same call, soon after SIGTERM has arrived at any of them.
+    def poll(self, message: str = "") -> None:
+        """Raises StopRequested if this process was asked to stop.
 
-        It stays true from there on.
+        For work that each process does independently; `poll_together` is for work that all share.
         """
-        if self._together:
-            self._reached = self._reached or _at_sync_point()
-            return self._reached
-        return self.requested
+        if self.requested:
+            raise StopRequested(message or self._default_message)
 
-    def poll(self) -> None:
-        """Raises Interrupted once SIGTERM has arrived; for work that may be given up half done.
+    def agreed(self) -> bool:
+        """Whether all processes of the job stop here; true in all of them at the same call.
 
-        Between processes it is raised in all of them at the same call.
+        All processes must make the same sequence of calls. It stays true. Alone, it is `requested`.
         """
-        if self.requested_at():
-            raise Interrupted("SIGTERM")
+        import jax
+
+        if jax.process_count() == 1:
+            return self.requested
+        from jax.experimental import multihost_utils
+
+        if not self._agreed:
+            # True for a single step number, which JAX chooses ahead of all processes.
+            self._agreed = multihost_utils.reached_preemption_sync_point(next(self._polls))
+        self._acknowledged |= self._agreed
+        self._last_poll = time.monotonic()
+        return self._agreed
+
+    def poll_together(self, message: str = "") -> None:
+        """Raises StopRequested in all processes of the job at the same call, see `agreed`."""
+        if self.agreed():
+            raise StopRequested(message or self._default_message)
+
+    def polling(self, items: Iterable[T], every: int = 1024) -> Iterator[T]:
+        """The items, the same in all processes, with `poll_together` before each `every` of them."""
+        for index, item in enumerate(items):
+            if index % every == 0:
+                self.poll_together()
+            yield item
+
+    def request(self) -> None:
+        """Asks the process to stop, as SIGTERM does."""
+        self._on_signal(signal.SIGTERM, None)
+
+    @contextlib.contextmanager
+    def grace(self, seconds: float) -> Iterator[None]:
+        """Inside, the watchdog waits `seconds` for a poll: longer where there is progress to save,
+        0 where the process only waits for input."""
+        previous, self._grace = self._grace, seconds
+        try:
+            yield
+        finally:
+            self._grace = previous
+
+    @property
+    def _default_message(self) -> str:
+        return f"Stopped by {self._signal.name}. Run the same command again to resume."
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code of a process that ends because of the signal."""
+        return exit_codes.INTERRUPTED if self._signal == signal.SIGINT else exit_codes.RETRY
+
+    def finish(self, code: int) -> None:
+        """The work ended with `code`: a later signal ends the process with it, too."""
+        self._final_code = code
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Handles SIGTERM and SIGINT inside. Nested contexts, and those of other threads, do nothing."""
+        if self._previous or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self.install()
+        try:
+            yield
+        finally:
+            self._uninstall()
+
+    def install(self) -> None:
+        """Handles SIGTERM and SIGINT for the rest of the process. Main thread only."""
+        self._previous = {n: (signal.getsignal(n), _NativeHandler(n)) for n in _SIGNALS}
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        self._wakeup = write_end, signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        self.reinstall()
+        self._watchdog = threading.Thread(
+            target=self._watch, args=(read_end,), name="stop-watchdog", daemon=True
+        )
+        self._watchdog.start()
+        # The first function registered is the last to run: JAX leaves the job before it. Afterwards
+        # Python removes its handlers, and a signal would replace the exit code.
+        atexit.register(_ignore_signals)
+
+    def _uninstall(self) -> None:
+        atexit.unregister(_ignore_signals)
+        for number, (handler, native) in self._previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+            native.restore()  # Python knows nothing of a handler that it did not set.
+        write_end, previous_fd = self._wakeup
+        signal.set_wakeup_fd(previous_fd)
+        os.close(write_end)
+        self._watchdog.join()
+        self._previous = {}
+        self.clear()
+
+    def reinstall(self) -> None:
+        """Takes SIGTERM back from JAX, which sets a handler of its own when a job is joined.
+
+        JAX's handler is called from ours, so that the other processes learn of the signal.
+        """
+        if not self._previous:
+            return
+        before = _NativeHandler(signal.SIGTERM).address
+        for number in _SIGNALS:
+            signal.signal(number, self._on_signal)
+        python = _NativeHandler(signal.SIGTERM).address
+        if before not in (signal.SIG_DFL, signal.SIG_IGN, python):
+            self._notify_jax = ctypes.CFUNCTYPE(None, ctypes.c_int)(before)
+
+    def clear(self) -> None:
+        """Forgets requests."""
+        self._requested.clear()
+        self._signal = signal.SIGTERM
+        self._received_at = self._final_code = None
+        self._acknowledged = self._agreed = False
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if not self._requested.is_set():
+            self._signal = signal.Signals(number)
+            self._requested.set()
+            if self._notify_jax is not None:
+                self._notify_jax(signal.SIGTERM)
+
+    def _watch(self, read_end: int) -> None:
+        while True:
+            waiting = _TICK_SECONDS if self._requested.is_set() else None
+            readable, _, _ = select.select([read_end], [], [], waiting)
+            if readable:
+                # Python writes the number of each signal here, also while the main thread is in C.
+                received = os.read(read_end, 64)
+                if not received:
+                    os.close(read_end)
+                    return
+                for number in set(received) & set(_SIGNALS):
+                    self._receive(number)
+            if self._received_at is not None and not self._acknowledged:
+                if time.monotonic() >= max(self._received_at, self._last_poll) + self._grace:
+                    self._end("nothing had to be saved")
+
+    def _receive(self, number: int) -> None:
+        now = time.monotonic()
+        if self._received_at is None:
+            self._received_at = now
+            self._on_signal(number, None)
+        elif now - self._received_at >= _REPEAT_SECONDS:
+            self._end("a second signal arrived")
+
+    def _end(self, reason: str) -> None:
+        if self._final_code is not None:
+            os._exit(self._final_code)
+        flushing = threading.Thread(target=sys.stdout.flush, daemon=True)
+        flushing.start()
+        flushing.join(1.0)  # the main thread may hold the stream
+        text = f"glimmer: Stopped at once by {self._signal.name}: {reason}. Run the same command again.\n"
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())
+        os._exit(self.exit_code)
 
 
-class _Handler:
-    """What SIGTERM does now, for whomever it was set, Python or not."""
+class _NativeHandler:
+    """The handler of a signal at the level of the C library, whoever set it."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: signal.Signals) -> None:
+        self._number = int(number)
         self._libc = ctypes.CDLL(None)
-        # The C library's `struct sigaction`, of which we need to know no more than its size, at most.
+        # `struct sigaction` begins with the handler's address and is much smaller than this.
         self._action = ctypes.create_string_buffer(1024)
-        self._libc.sigaction(int(signal.SIGTERM), None, self._action)
+        self._libc.sigaction(self._number, None, self._action)
+
+    @property
+    def address(self) -> int:
+        return int.from_bytes(self._action.raw[: ctypes.sizeof(ctypes.c_void_p)], sys.byteorder)
 
     def restore(self) -> None:
-        self._libc.sigaction(int(signal.SIGTERM), self._action, None)
+        self._libc.sigaction(self._number, self._action, None)
+
+
+def _ignore_signals() -> None:
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+STOP = StopSignal()

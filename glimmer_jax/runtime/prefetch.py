@@ -1,104 +1,65 @@
-"""Batches on the devices before they are asked for: a thread prepares n + 1 while n is computed.
-
-What is read while the device works: batch n + 1 on a thread, n at the device.
-"""
+"""Work on a thread, one item ahead of the consumer."""
 
 import concurrent.futures
-import queue
-import threading
+import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Generic, TypeVar
-
-from jax.sharding import Mesh
-
-from glimmer_jax.partitioning import put_batch
-
-_END = object()
-
-
-class Prefetch:
-    """Device batches made by a thread, one ahead. A context; leaving it stops the thread.
-
-    An error in the source is raised where its batch would have come.
-    """
-
-    def __init__(self, batches: Iterator[dict[str, Any]], mesh: Mesh, num_microbatches: int = 1):
-        self._source = batches
-        self._put = lambda batch: put_batch(batch, mesh, num_microbatches)
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=1)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
-
-    def __enter__(self) -> "Prefetch":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._stop.set()
-        while self._thread.is_alive():
-            # The thread may be waiting for room.
-            try:
-                self._queue.get(timeout=0.05)
-            except queue.Empty:
-                continue
-
-    def __iter__(self) -> "Prefetch":
-        return self
-
-    def __next__(self) -> dict[str, Any]:
-        item = self._queue.get()
-        if item is _END:
-            raise StopIteration
-        if isinstance(item, Exception):
-            raise item
-        return item
-
-    def _run(self) -> None:
-        try:
-            for batch in self._source:
-                if self._stop.is_set():
-                    return
-                self._queue.put(self._put(batch))
-            self._queue.put(_END)
-        # Whatever it is, it belongs to the thread that trains, and is raised there.
-        except Exception as error:  # noqa: BLE001
-            self._queue.put(error)
-
 
 T = TypeVar("T")
 U = TypeVar("U")
+_END: Any = object()
 
 
 class ReadAhead(Generic[T, U]):
-    """`read` of each batch of a stream, one ahead of who takes them.
+    """Maps a function over a stream, computing the next item on a thread while one is consumed.
 
     Attributes:
-      waited: seconds that takers have waited so far, but for the first batch of each stream, which
-        has nothing before it to hide behind.
+      waited: seconds that consumers have waited so far, except for the first item of each stream,
+        which has nothing to hide behind.
     """
 
-    def __init__(self, read: Callable[[T], U]):
-        self._read = read
+    def __init__(self, function: Callable[[T], U]):
+        self._function = function
         self.waited = 0.0
 
-    def __call__(self, batches: Iterable[T]) -> Iterator[U]:
-        """The batches in order, read; an error is raised where its batch would have come."""
-        with concurrent.futures.ThreadPoolExecutor(1, "read-ahead") as reader:
-            before: concurrent.futures.Future[U] | None = None
-            first = True
-            for batch in batches:
-                reading = reader.submit(self._read, batch)
-                if before is not None:
-                    yield self._take(before, first)
-                    first = False
-                before = reading
-            if before is not None:
-                yield self._take(before, first)
+    def __call__(self, items: Iterable[T]) -> Iterator[U]:
+        """The results in order. An error is raised where its result would have come.
 
-    def _take(self, reading: concurrent.futures.Future[U], first: bool) -> U:
+        The items are drawn on the consumer's thread. At most two results exist at a time.
+        """
+        with concurrent.futures.ThreadPoolExecutor(1, "read-ahead") as thread:
+            previous: concurrent.futures.Future[U] | None = None
+            first = True
+            for item in items:
+                following = thread.submit(self._function, item)
+                if previous is not None:
+                    yield self._take(previous, first)
+                    first = False
+                previous = following
+            if previous is not None:
+                yield self._take(previous, first)
+
+    def _take(self, result: concurrent.futures.Future[U], first: bool) -> U:
         began = time.monotonic()
-        batch = reading.result()
+        item = result.result()
         if not first:
             self.waited += time.monotonic() - began
-        return batch
+        return item
+
+
+def prefetch(items: Iterable[T], function: Callable[[T], U]) -> Generator[U]:
+    """`function` of each item, where drawing an item is work for the thread as well.
+
+    Close the iterator (`contextlib.closing`) to end the thread early.
+    """
+    source = iter(items)
+
+    def read(_: None) -> Any:
+        item = next(source, _END)
+        return _END if item is _END else function(item)
+
+    for result in ReadAhead(read)(itertools.repeat(None)):
+        if result is _END:
+            return
+        yield result

@@ -1,10 +1,11 @@
-"""How far a build is: rates, padding, bytes and time left, for people and for metrics writers."""
+"""Progress of long work: count, rate and time left, in at most one line every few seconds."""
 
+import collections
 import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 logger = logging.getLogger(__name__)
@@ -12,95 +13,114 @@ EVERY_SECONDS = 10.0
 T = TypeVar("T")
 
 
-def counted(items: Sequence[T], what: str) -> Iterator[T]:
-    """The items; says now and then how many of them are done, and when the rest will be."""
-    begun = told = time.monotonic()
-    for number, item in enumerate(items):
-        now = time.monotonic()
-        if number and now - told >= EVERY_SECONDS:
-            told = now
-            left = (now - begun) / number * (len(items) - number)
-            logger.info("%s: %d of %d, %.0f s left", what, number, len(items), left)
-        yield item
-
-
 class Progress:
-    """Counts from the computing and the writing thread, and reports now and then."""
+    """Counts finished units of work, from any thread, and logs lines such as
+
+        memory: 4096 of 100000 passages, 51.2 passages/s, 12% padding, 31m12s left
+
+    Attributes:
+      done: units finished so far.
+      totals: sums of the other amounts given to `advance`.
+    """
 
     def __init__(
         self,
-        passages: int,
-        report: Callable[[Mapping[str, float]], None] | None,
-        every_seconds: float,
-        what: str = "memory",
-        floor: float | None = None,
+        name: str,
+        total: int | None,
+        unit: str,
+        *,
+        done: int = 0,
+        details: Callable[[], str] = str,
+        emit: Callable[[str], None] = logger.info,
+        every_seconds: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ):
-        """Starts the clock.
+        """Starts measuring.
 
         Args:
-          passages: that are to be done.
-          report: gets the numbers of each report.
-          every_seconds: between reports.
-          what: is made, for people.
-          floor: tokens a second that matrix products alone would allow, if that is known.
+          name: what is worked on; begins every line.
+          total: units in all; None where nobody knows.
+          unit: its plural; `bytes` are shown as GB and MB/s.
+          done: units finished before, by an earlier run.
+          details: further facts for a line, computed when one is due.
+          emit: takes the lines.
+          every_seconds: between two lines; None: EVERY_SECONDS.
+          clock: seconds.
         """
-        self._what = what
-        self._wanted = passages
-        self._floor = floor
-        self._report = report
-        self._every = every_seconds
+        self.name = name
+        self.total = total
+        self.done = done
+        self.totals: collections.Counter[str] = collections.Counter()
+        self._unit = unit
+        self._details = details
+        self._emit = emit
+        self._every = EVERY_SECONDS if every_seconds is None else every_seconds
+        self._clock = clock
         self._lock = threading.Lock()
-        self._start = self._last = time.monotonic()
-        self._passages = self._tokens = self._computed = self._bytes = 0
+        self._logged = clock()
+        self.restart()
 
-    def encoded(self, passages: int, tokens: int, computed: int) -> None:
-        """A batch is done: real passages and tokens, and tokens computed with padding."""
+    def restart(self) -> None:
+        """Measures rates from here on, so that compilation, for instance, does not count."""
+        self._began, self._first = self._clock(), self.done
+
+    def advance(self, count: int = 1, **amounts: float) -> None:
+        """`count` more units are finished; adds `amounts` to `totals`. Logs where a line is due."""
         with self._lock:
-            self._passages += passages
-            self._tokens += tokens
-            self._computed += computed
-        if time.monotonic() - self._last >= self._every:
-            self._last = time.monotonic()
-            self._say()
+            self.done += count
+            for name, amount in amounts.items():
+                self.totals[name] += amount  # type: ignore[assignment]
+            due = self._clock() - self._logged >= self._every
+            if due:
+                self._logged = self._clock()
+        if due:
+            self.log()
 
-    def wrote(self, num_bytes: int) -> None:
-        """A shard is on disk."""
-        with self._lock:
-            self._bytes += num_bytes
+    @property
+    def seconds(self) -> float:
+        """Since the measuring began; never 0."""
+        return max(self._clock() - self._began, 1e-9)
 
-    def _rates(self) -> dict[str, float]:
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        tokens_per_s = self._tokens / seconds
-        return {
-            "passages_per_s": self._passages / seconds,
-            "tokens_per_s": tokens_per_s,
-            "of_floor": tokens_per_s / self._floor if self._floor else math.nan,
-            "padding": 1.0 - self._tokens / self._computed if self._computed else 0.0,
-            "seconds": seconds,
-        }
+    @property
+    def rate(self) -> float:
+        """Units per second."""
+        return (self.done - self._first) / self.seconds
 
-    def _say(self) -> None:
-        rates = self._rates()
-        left = (self._wanted - self._passages) / max(rates["passages_per_s"], 1e-9)
-        logger.info(
-            "%s: %d of %d passages, %.1f passages/s, %.0f tokens/s%s, %.1f%% padding, %.1f MB "
-            "written, %.0f s left",
-            self._what,
-            self._passages,
-            self._wanted,
-            rates["passages_per_s"],
-            rates["tokens_per_s"],
-            f" ({rates['of_floor']:.0%} of the floor)" if self._floor else "",
-            100 * rates["padding"],
-            self._bytes / 1e6,
-            left,
-        )
-        if self._report is not None:
-            values = {"passages": self._passages, "bytes": self._bytes, "seconds_left": left}
-            self._report({**rates, **values})
+    @property
+    def seconds_left(self) -> float:
+        """At this rate; infinite where the total is not known, and before anything is done."""
+        if self.total is None or not self.rate:
+            return math.inf
+        return (self.total - self.done) / self.rate
 
-    def finish(self) -> dict[str, float]:
-        """The last report, and the rates of the whole run."""
-        rates = self._rates()
-        self._say()
-        return rates
+    def log(self, details: str = "") -> None:
+        """Logs a line now."""
+        unit, done, total, rate = self._unit, self.done, self.total, self.rate
+        if unit == "bytes":
+            of = "" if total is None else f" of {total / 1e9:.3g}"
+            count = f"{done / 1e9:.3g}{of} GB, {rate / 1e6:.3g} MB/s"
+        else:
+            of = "" if total is None else f" of {total}"
+            count = f"{done}{of} {unit}, {rate:.3g} {unit}/s"
+        left = "" if total is None else f"{format_seconds(self.seconds_left)} left"
+        facts = (count, self._details(), details, left)
+        self._emit(f"{self.name}: {', '.join(fact for fact in facts if fact)}")
+
+
+def with_progress(items: Sequence[T], name: str, unit: str) -> Iterator[T]:
+    """The items; logs how many of them are done."""
+    progress = Progress(name, len(items), unit)
+    for item in items:
+        yield item
+        progress.advance()
+
+
+def format_seconds(seconds: float) -> str:
+    """`7384.2` -> `2h03m`."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -1,9 +1,9 @@
-"""What JAX says when it ends a job of many processes, in our words and as an exit code.
+"""A parent process that explains why JAX ended its child, and turns that into an exit code.
 
-When one process no longer answers, or does not come, JAX aborts all the others, from native code that
-no Python code can catch. So the process that a launcher sees is a parent: it passes signals to the
-child that does the work, reads what the child says, and explains its end. A parent and not a thread,
-for what `filter_stderr` says of threads.
+When one process of a job stops answering, or never joins, JAX aborts all the others from native code,
+which Python cannot catch. So the process that a launcher sees is a parent: it forwards signals to the
+child that does the work, reads the child's stderr, and explains its end. It is a process and not a
+thread, because a thread dies with the process that aborts.
 """
 
 import collections
@@ -16,93 +16,98 @@ import sys
 import threading
 from types import FrameType
 
-_ENDED = "JAX distributed service detected fatal errors"
+_FATAL = "JAX distributed service detected fatal errors"
 _SILENT = re.compile(
     r"stopped sending heartbeats\):\n((?:[\d, ]+\n)+)|Task (\d+) heartbeat timeout"
 )
-_UNREACHED = re.compile(
+_UNREACHABLE = re.compile(
     "Failed to send RPC to coordination service|DEADLINE_EXCEEDED|Socket closed|failed to connect"
 )
-_AGAIN = "Start the job again: it goes on from what it has saved."
-_LINES = 1000  # of the child's last words that are looked at; an abort has some 30 of them
+_RETRY = "Run the same command again: it resumes from the last save."
+_LINES = 1000  # of the child's last output that are searched; an abort prints about 30
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def work_in_child(start_again: int) -> None:
-    """Returns in a child of this process; the parent waits for it and ends as it does.
+def work_in_child(retry_code: int) -> None:
+    """Returns in a child of this process; the parent waits for it and exits with its code.
 
-    To be called before JAX is imported, which does not survive a fork.
+    Call it before JAX is imported, since JAX does not survive a fork.
 
     Args:
-      start_again: the parent's exit code where JAX ended the child because of another process.
+      retry_code: the parent's exit code where JAX ended the child because of another process.
     """
-    reading, writing = os.pipe()
+    read_end, write_end = os.pipe()
+    # Signals that arrive before the parent forwards them wait.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     parent, child = os.getpid(), os.fork()
     if child:
-        os.close(writing)
-        os._exit(_wait(child, reading, start_again))
-    os.close(reading)
-    os.dup2(writing, 2)
-    os.close(writing)
-    # A signal to the whole group would come twice: directly, and from the parent.
+        os.close(write_end)
+        os._exit(_wait(child, read_end, retry_code))
+    os.close(read_end)
+    os.dup2(write_end, 2)
+    os.close(write_end)
+    # A signal to the whole group would arrive twice: directly, and from the parent.
     os.setpgid(0, 0)
     if sys.platform == "linux":
-        # Who kills the parent means the work.
+        # Killing the parent must end the work too.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def explain(words: str) -> str | None:
-    """Why JAX ended a process, of what it said last; None where no other process was missed."""
-    # Who waits for the others at the end, in vain, has failed by itself, and has said so.
-    if _ENDED not in words or "Barrier timed out" in words:
+def describe_abort(output: str) -> str | None:
+    """Why JAX ended a process, from its last output; None if it was not for another process."""
+    # A process that waits for the others in vain at its end has failed by itself, and said why.
+    if _FATAL not in output or "Barrier timed out" in output:
         return None
-    if "CoordinationService/RegisterTask" in words:
+    if "CoordinationService/RegisterTask" in output:
         return (
-            "Not all processes joined the job in time. Those that did end with this line; look at the "
-            "one without: whether it was started, with a --process_id of its own, and reaches the "
-            f"--coordinator_address. {_AGAIN}"
+            "Not all processes joined the job in time. Look for the process whose output lacks this "
+            "line: check that it was started, with its own --process_id, and that it reaches the "
+            f"--coordinator_address. {_RETRY}"
         )
     numbers = {
-        int(n) for found in _SILENT.findall(words) for n in re.findall(r"\d+", "".join(found))
+        int(n) for match in _SILENT.findall(output) for n in re.findall(r"\d+", "".join(match))
     }
     if numbers:
         silent = f"Process {', '.join(map(str, sorted(numbers)))} of the job no longer answers"
-    elif _UNREACHED.search(words):
-        # It is the one that counts the others.
-        silent = "Process 0 of the job no longer answers"
+    elif _UNREACHABLE.search(output):
+        silent = "Process 0 of the job no longer answers"  # It hosts the coordination service.
     else:
         silent = "Another process of the job no longer answers"
     return (
-        f"{silent}: it has died, or its machine stands still; its own output says more. All others have "
-        f"ended. {_AGAIN}"
+        f"{silent}: it died or its machine hangs; see its own output. All other processes have ended. "
+        f"{_RETRY}"
     )
 
 
-def _wait(child: int, reading: int, start_again: int) -> int:
-    """The parent: exit code of the child, as shells report it."""
+def _wait(child: int, read_end: int, retry_code: int) -> int:
+    """The parent: the child's exit code, as shells report it."""
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
+    def forward_signal(number: int, frame: FrameType | None) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, pass_on)
-    last: collections.deque[bytes] = collections.deque(maxlen=_LINES)
+    for number in _SIGNALS:
+        signal.signal(number, forward_signal)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    last_lines: collections.deque[bytes] = collections.deque(maxlen=_LINES)
 
-    def forward() -> None:
-        with os.fdopen(reading, "rb") as lines:
+    def forward_output() -> None:
+        with os.fdopen(read_end, "rb") as lines:
             for line in lines:
-                last.append(line)
+                last_lines.append(line)
                 os.write(2, line)
 
-    reader = threading.Thread(target=forward, daemon=True)
+    reader = threading.Thread(target=forward_output, daemon=True)
     reader.start()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    # What the child left running may hold the pipe open for ever.
+    # A process that the child left behind may hold the pipe open.
     reader.join(timeout=5)
-    if code == -signal.SIGABRT and (why := explain(b"".join(last).decode(errors="replace"))):
-        os.write(2, f"glimmer: {why}\n".encode())
-        return start_again
+    output = b"".join(last_lines).decode(errors="replace")
+    if code == -signal.SIGABRT and (reason := describe_abort(output)):
+        os.write(2, f"glimmer: {reason}\n".encode())
+        return retry_code
     return code if code >= 0 else 128 - code

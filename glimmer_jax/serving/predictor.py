@@ -24,7 +24,7 @@ from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.retrieval.bm25 import Bm25, Bm25Config
-from glimmer_jax.runtime.preemption import stop_together
+from glimmer_jax.runtime.preemption import STOP
 from glimmer_jax.serving import param_layout
 from glimmer_jax.serving.step import Batch, Predict, add_candidates, encode_candidates
 from glimmer_jax.vocabulary import Vocabulary, question_text
@@ -151,9 +151,9 @@ class Predictor:
 
         The batch has `passage_tokens`, or `passage_ids` where passages are read as memory.
 
-        Raises `Preempted` in a job of many processes that was asked to stop.
+        Raises `StopRequested` in all processes of a job where one was asked to stop.
         """
-        stop_together()
+        STOP.poll_together()
         return self._predict(self._params, batch)
 
     def prefetch(self, batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -1,57 +1,148 @@
-"""What a library's error says of storage: it failed for a while, it refused, or it is full.
+"""Which errors of disks and buckets are temporary, which ask for a change, and which are bugs.
 
-Our own readers and writers say so themselves (`folder.unreachable`). Checkpoints and metrics are
-written by Orbax, TensorStore and TensorFlow, whose errors come up as they are.
+`main` turns that into an exit code: 42 only for what is listed here as temporary, 2 for what the user
+must change first, 1 for anything unknown. Our own readers and writers raise `StorageError`. Orbax,
+TensorStore and TensorFlow raise errors of their own, which are recognised by number or status.
 """
 
+import contextlib
 import errno
+import os
 import re
+from collections.abc import Iterator
+from typing import Any, Literal
 
-# How TensorStore's ValueErrors begin, and what TensorFlow's error classes are called.
-_LATER = re.compile(
+Kind = Literal["temporary", "permanent"]
+
+_TEMPORARY_ERRNO = {
+    errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT, errno.EHOSTUNREACH,
+    errno.EHOSTDOWN, errno.ENETUNREACH, errno.ENETDOWN, errno.ENETRESET, errno.ESTALE, errno.EAGAIN,
+    errno.EINTR, errno.EBUSY,
+}  # fmt: skip
+_FULL_ERRNO = {errno.ENOSPC, errno.EDQUOT}
+_PERMANENT_ERRNO = _FULL_ERRNO | {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG, errno.EFBIG, errno.EXDEV, errno.EIO, errno.EMFILE,
+    errno.ENFILE, errno.ENODEV, errno.ENXIO, errno.EINVAL, errno.EOPNOTSUPP,
+}  # fmt: skip
+# TensorStore raises ValueErrors that begin with a status; TensorFlow has an error class for each.
+_TEMPORARY = re.compile(
     r"(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED): |(Unavailable|DeadlineExceeded|Aborted)Error$"
 )
-_REFUSED = re.compile(
+# The status of a rate limit (HTTP 429) is that of a full disk, without its words.
+_LIMITED = re.compile(r"RESOURCE_EXHAUSTED: ")
+_DENIED = re.compile(
     r"(PERMISSION_DENIED|UNAUTHENTICATED): |(PermissionDenied|Unauthenticated)Error$"
 )
 _FULL = re.compile(r"No space left on device|Disk quota exceeded")
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 
 
-def explain(error: BaseException) -> tuple[str, bool] | None:
-    """What to say of an error, and whether the same command may succeed later; None: not storage's.
+class StorageError(OSError):
+    """A file could not be read or written; raised from the library's error, which says why."""
+
+
+def storage_error(where: str, error: Exception) -> StorageError:
+    """The error to raise, `from error`, where a library could not reach a file."""
+    return StorageError(
+        f"{where} could not be read or written: {error}. Check the path, the connection, permissions "
+        "and free space, and run the same command again."
+    )
+
+
+@contextlib.contextmanager
+def invalid_file(path: Any, expected: str, *library_errors: type[Exception]) -> Iterator[None]:
+    """Turns what a library raises over the content of a user's file into ValueError.
+
+    Each file format has one such boundary. Errors of the storage pass unchanged.
 
     Args:
-      error: with what it came from, if that is known.
+      path: of the file, for the message.
+      expected: such as `a safetensors file`.
+      library_errors: that the library raises for other content.
     """
+    try:
+        yield
+    except library_errors as error:
+        if classify_error(error) is not None:
+            raise
+        detail = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise ValueError(
+            f"{os.fspath(path)} is not {expected}, or is damaged: {detail[0]}. Copy it again or write it "
+            "again."
+        ) from error
+
+
+def classify_error(error: BaseException) -> Kind | None:
+    """Whether the same command may succeed later without a change; None: not storage's error."""
+    match = _find(error)
+    return None if match is None else match[1]
+
+
+def describe_error(error: BaseException) -> str:
+    """The message for an error that `classify_error` knows."""
+    match = _find(error)
+    assert match is not None
+    cause, kind = match
+    if isinstance(error, StorageError):
+        return str(error)
+    if _is_full(cause):
+        return (
+            f"The storage is full: {cause}. What was finished before is kept. Make room, and run the "
+            "same command again."
+        )
+    if kind == "temporary":
+        return f"The storage did not answer: {cause} Run the same command again."
+    if _DENIED.match(_status(cause)):
+        return f"The storage refused: {cause} Check permissions and credentials."
+    return f"{cause}. Check the path, permissions and limits of the disk."
+
+
+def _find(error: BaseException) -> tuple[BaseException, Kind] | None:
+    """The error in the chain of causes that storage raised, and its kind."""
+    ours = None
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _full(cause)
-        # A pipe is what our own output goes through.
-        if isinstance(cause, (ConnectionError, TimeoutError)) and not isinstance(
-            cause, BrokenPipeError
-        ):
-            return _later(cause)
-        # The name for TensorFlow, which need not be there; a ValueError's words for TensorStore. XLA has
-        # the same words for what a device lacks.
-        about = str(cause) if isinstance(cause, ValueError) else type(cause).__name__
-        if isinstance(cause, ValueError) and _FULL.search(about):
-            return _full(cause)
-        if _LATER.match(about):
-            return _later(cause)
-        if _REFUSED.match(about):
-            return f"The storage refused: {cause} Check permissions and credentials.", False
+        if (kind := _kind(cause)) is not None:
+            return cause, kind
+        if isinstance(cause, StorageError):
+            ours = ours or cause
         cause = cause.__cause__
-    return None
+    return None if ours is None else (ours, "permanent")
 
 
-def _later(error: BaseException) -> tuple[str, bool]:
-    return f"The storage did not answer: {error} Run the same command again.", True
+def _kind(error: BaseException) -> Kind | None:
+    number = _errno(error)
+    if number is not None:
+        if number in _TEMPORARY_ERRNO:
+            return "temporary"
+        return "permanent" if number in _PERMANENT_ERRNO else None
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        # A broken pipe is where our own output goes.
+        return None if isinstance(error, BrokenPipeError) else "temporary"
+    status = _status(error)
+    if _is_full(error):
+        return "permanent"
+    if _TEMPORARY.match(status) or _LIMITED.match(status):
+        return "temporary"
+    return "permanent" if _DENIED.match(status) else None
 
 
-def _full(error: BaseException) -> tuple[str, bool]:
-    return (
-        f"The storage is full: {error}. What was finished before is kept. Make room, and run the same "
-        "command again.",
-        False,
+def _errno(error: BaseException) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    # TensorStore's errors of the local disk carry the number in their text.
+    number = _OS_ERROR.search(str(error)) if isinstance(error, ValueError) else None
+    return None if number is None else int(number[1])
+
+
+def _is_full(error: BaseException) -> bool:
+    return _errno(error) in _FULL_ERRNO or (
+        isinstance(error, ValueError) and bool(_FULL.search(str(error)))
     )
+
+
+def _status(error: BaseException) -> str:
+    # TensorStore's text; TensorFlow need not be installed, so its classes are known by name. XLA uses
+    # the same words for devices, in errors that are no ValueErrors.
+    return str(error) if isinstance(error, ValueError) else type(error).__name__

@@ -1,47 +1,55 @@
-"""Folders and buckets behind one small interface, TensorStore's key-value stores.
+"""Files in local folders and in buckets behind one small interface, TensorStore's key-value stores.
 
-A store's path is a local folder, a TensorStore URL (`gs://bucket/memory/`, `file:///data/memory/`)
-or a TensorStore key-value spec. Every file is written through the key-value store: on a local disk
-that is a temporary file, fsync, rename, and fsync of the folder; in a bucket it is one atomic
-object. So a file is there whole or not at all, wherever it lives.
-
-Paths on a local disk, and those in a bucket.
+A folder's path is a local path, a URL (`gs://bucket/memory/`, `file:///data/memory/`) or a TensorStore
+key-value spec. Every file is written atomically: on a local disk as a temporary file, with fsync and
+rename, in a bucket as one object. A file is complete or absent, wherever it lives.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping
-from typing import Any
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
 
 import tensorstore as ts
 
-# TensorStore sets no limit to how long a bucket may keep it waiting. A request that brings less than a
-# byte a second for this many seconds is given up by curl then, and made again by TensorStore.
+from glimmer_jax.storage.errors import storage_error
+
+# TensorStore waits for a bucket without limit. With these settings curl gives up a request that receives
+# less than a byte per second for this many seconds, and TensorStore repeats it.
 os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "60")
 os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
 
 Path = str | os.PathLike | Mapping[str, Any]
 
-# TensorStore raises ValueError for every status and puts its code first. These codes speak of the
-# bytes that were found: a checksum, a chunk that is not there, a file cut short, nonsense in JSON.
+# TensorStore raises ValueError for every status and puts its code first. These codes concern the bytes:
+# a wrong checksum, a missing chunk, a truncated file, invalid JSON.
 _DAMAGE = re.compile(r"(DATA_LOSS|NOT_FOUND|OUT_OF_RANGE|FAILED_PRECONDITION): ")
-# A web server's refusal says nothing of the bytes, except that there are none (404) or too few (416).
+# A web server's error says nothing about the bytes, except that there are none (404) or too few (416).
 _REFUSED = re.compile(r"\[(HTTP code |http_response_code=')(?!404|416)\d+'?\]")
 
 
 def open_folder(path: Path, context: ts.Context | None = None) -> ts.KvStore:
-    """The key-value store at `path`; nothing is created before the first write."""
+    """The key-value store at `path`; nothing is created before the first write.
+
+    Raises:
+      ValueError: TensorStore does not accept the path.
+    """
     if isinstance(path, Mapping):
         spec: Any = dict(path)
     else:
-        text = os.fspath(path)
-        if in_bucket(text):
-            spec = text
-        else:
-            spec = {"driver": "file", "path": os.path.abspath(text)}
-    kvstore = ts.KvStore.open(spec, context=context or ts.Context()).result()
+        text = local_path(path)
+        spec = text if in_bucket(text) else {"driver": "file", "path": os.path.abspath(text)}
+    try:
+        kvstore = ts.KvStore.open(spec, context=context or ts.Context()).result()
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not a path that can be opened: {error}. Give a local path or a URL such as "
+            "gs://BUCKET/FOLDER."
+        ) from None
     # The root of a bucket is the empty path.
     if kvstore.path and not kvstore.path.endswith("/"):
         kvstore.path += "/"
@@ -49,9 +57,10 @@ def open_folder(path: Path, context: ts.Context | None = None) -> ts.KvStore:
 
 
 def of_file(path: str | os.PathLike) -> tuple[ts.KvStore, str]:
-    """The folder that a file lies in, and the file's name there."""
-    parent, name = os.path.split(os.fspath(path))
-    return open_folder(parent or "."), name
+    """The folder that contains a file, and the file's name in it."""
+    text = local_path(path)
+    parent, name = os.path.split(text if in_bucket(text) else os.path.abspath(text))
+    return open_folder(parent), name
 
 
 def subfolder(kvstore: ts.KvStore, name: str) -> ts.KvStore:
@@ -63,27 +72,27 @@ def read_file(kvstore: ts.KvStore, key: str) -> bytes | None:
     """The bytes of a file, or None where there is none.
 
     Raises:
-      OSError: the storage did not answer, or refused.
+      StorageError: the storage did not answer, or denied access.
     """
     try:
         result = kvstore.read(key).result()
     except ValueError as error:
-        raise unreachable(f"{kvstore.url}{key}", error) from error
+        raise storage_error(f"{kvstore.url}{key}", error) from error
     return None if result.state == "missing" else bytes(result.value)
 
 
 def read_if_new(
     kvstore: ts.KvStore, key: str, known: bytes | None
 ) -> tuple[bytes | None, bytes] | None:
-    """A file's bytes and generation; no bytes where that is `known`; None where there is no file.
+    """A file's bytes and generation; no bytes if the generation is `known`; None without a file.
 
     Raises:
-      OSError: the storage did not answer, or refused.
+      StorageError: the storage did not answer, or denied access.
     """
     try:
         result = kvstore.read(key, if_not_equal=known).result()
     except ValueError as error:
-        raise unreachable(f"{kvstore.url}{key}", error) from error
+        raise storage_error(f"{kvstore.url}{key}", error) from error
     if result.state == "missing":
         return None
     data = bytes(result.value) if result.state == "value" else None
@@ -91,10 +100,10 @@ def read_if_new(
 
 
 def read_range(kvstore: ts.KvStore, file: str, start: int, stop: int) -> bytes:
-    """Bytes `[start, stop)` of a file, fewer where it ends before.
+    """Bytes `[start, stop)` of a file, fewer if it ends earlier.
 
     Raises:
-      OSError: the storage did not answer, or refused.
+      StorageError: the storage did not answer, or denied access.
       ValueError: there is no such file.
     """
     for byte_range in (slice(start, stop), slice(start, None)):
@@ -102,8 +111,8 @@ def read_range(kvstore: ts.KvStore, file: str, start: int, stop: int) -> bytes:
             result = kvstore.read(file, byte_range=byte_range).result()
         except ValueError as error:
             if not is_damage(error):
-                raise unreachable(f"{kvstore.url}{file}", error) from error
-            continue  # The file ends within the range: what is left is less than was asked.
+                raise storage_error(f"{kvstore.url}{file}", error) from error
+            continue  # The file ends within the range.
         if result.state == "missing":
             raise ValueError(f"{kvstore.url}{file} is missing. Fetch it again.")
         return bytes(result.value)
@@ -111,43 +120,100 @@ def read_range(kvstore: ts.KvStore, file: str, start: int, stop: int) -> bytes:
 
 
 def list_files(kvstore: ts.KvStore, prefix: str) -> list[str]:
-    """Keys that begin with `prefix`, sorted. Raises OSError where the storage did not answer."""
+    """Keys that begin with `prefix`, sorted. Raises StorageError."""
     try:
         keys = kvstore.list(ts.KvStore.KeyRange(prefix, prefix + "\x7f")).result()
     except ValueError as error:
-        raise unreachable(kvstore.url, error) from error
+        raise storage_error(kvstore.url, error) from error
     return sorted(key.decode() for key in keys)
 
 
 def write_file(kvstore: ts.KvStore, key: str, data: bytes) -> None:
-    """Writes a file whole.
+    """Writes a file atomically.
 
     Raises:
-      OSError: the storage is full, did not answer, or refused.
+      StorageError: the storage is full, unreachable, or denies access.
     """
     try:
         kvstore.write(key, data).result()
     except ValueError as error:
-        raise unreachable(f"{kvstore.url}{key}", error) from error
+        raise storage_error(f"{kvstore.url}{key}", error) from error
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike, private: bool = False) -> Iterator[BinaryIO]:
+    """A file to write that appears at `path` when the context ends, and never after an error.
+
+    For files that do not fit `write_file`. The bytes go through a local disk.
+
+    Args:
+      path: local, in folders that are created if missing, or a URL.
+      private: readable by the owner alone; on a local disk only.
+    """
+    kvstore, name = of_file(path)
+    text = local_path(path)
+    target = None if in_bucket(text) else pathlib.Path(text).absolute()
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    folder = None if target is None else target.parent
+    handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+    try:
+        with open(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if target is None:
+            write_file(kvstore, name, pathlib.Path(temporary).read_bytes())
+            return
+        # Files of mkstemp are private; data files follow the umask.
+        if not private:
+            os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: pathlib.Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def is_damage(error: ValueError) -> bool:
-    """Whether TensorStore's error is about wrong bytes, and not about reaching them."""
+    """Whether TensorStore's error concerns the bytes, and not access to them."""
     text = str(error)
     return bool(_DAMAGE.match(text)) and not _REFUSED.search(text)
 
 
-def unreachable(where: str, error: ValueError) -> OSError:
-    """The error to raise where storage failed: the same command may well succeed later."""
-    return OSError(
-        f"{where} could not be read or written: {error}. That is the storage, not what is in it: check "
-        "the connection, permissions and free space, and run the same command again."
-    )
-
-
 def dump_json(value: Any) -> bytes:
-    """The one form in which we write JSON, so that equal values are equal bytes."""
+    """JSON in one form, so that equal values are equal bytes."""
     return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def local_path(path: str | os.PathLike) -> str:
+    """`file:///data/x` as `/data/x`; other paths and URLs unchanged.
+
+    Raises:
+      ValueError: a `file:` URL with a host or without slashes.
+    """
+    text = os.fspath(path)
+    if not text.startswith("file:"):
+        return text
+    if not text.startswith("file:///"):
+        raise ValueError(
+            f"{text} must begin with file:/// and an absolute path. Give a local path."
+        )
+    return text.removeprefix("file://")
 
 
 def in_bucket(path: Any) -> bool:
@@ -156,15 +222,16 @@ def in_bucket(path: Any) -> bool:
 
 
 def local(name: str, path: Any) -> pathlib.Path:
-    """The path of what is written by libraries that know no buckets; `name` is what a user sets.
+    """The path of what libraries write that know no buckets; `name` is the setting, for messages.
 
-    Raises ValueError for a bucket's (`gs://...`).
+    Raises:
+      ValueError: the path is in a bucket.
     """
-    text = os.fspath(path)
+    text = local_path(path)
     if in_bucket(text):
-        # pathlib would take it for a folder `gs:` here.
+        # pathlib would take it for a local folder `gs:`.
         raise ValueError(
-            f"{name} is written to a local disk, got {text}. Give a local path, and copy what is "
-            "written into the bucket (gcloud storage cp -r)."
+            f"{name} is written to a local disk, got {text}. Give a local path, and copy it into the "
+            "bucket afterwards (gcloud storage cp -r)."
         )
     return pathlib.Path(text)

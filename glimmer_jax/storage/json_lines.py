@@ -4,18 +4,14 @@ Values that Python's json accepts silently are rejected: NaN and infinities, rep
 surrogates. Every message names the file and the line.
 """
 
-import contextlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from etils import epath
-
-from glimmer_jax.storage.folder import in_bucket
+from glimmer_jax.storage.folder import writing
 from glimmer_jax.storage.lines import MAX_LINE, Span, is_regular_file, read_lines
 
 
@@ -38,7 +34,7 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def regular_file(path: str | Path) -> str:
     """The path. Raises ValueError where there is no file, or a pipe, socket or device that may block."""
     if not is_regular_file(path):
-        kind = "is not a regular file" if epath.Path(path).exists() else "does not exist"
+        kind = "is not a regular file" if os.path.exists(path) else "does not exist"
         raise ValueError(f"No file: {path} {kind}. Check the path, or write the file first.")
     return str(path)
 
@@ -101,36 +97,11 @@ def dump_line(record: dict[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def write_json_lines(path: str | Path, records: Iterable[dict[str, Any]]) -> int:
-    """Writes records, to a bucket too; returns their number. The file appears complete or not at all."""
-    target = epath.Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # A bucket's object appears when it is complete: it is written here and then copied.
-    bucket = in_bucket(path)
-    folder = None if bucket else target.parent
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=folder)
+def write_json_lines(path: str | os.PathLike, records: Iterable[dict[str, Any]]) -> int:
+    """Writes records atomically, also to a bucket; returns their number."""
     count = 0
-    try:
-        with open(handle, "w", encoding="utf-8", newline="\n") as file:
-            for record in records:
-                file.write(dump_line(record))
-                count += 1
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp's files are private to their owner; data files follow the umask.
-        os.chmod(temporary, 0o666 & ~_umask())
-        if bucket:
-            epath.Path(temporary).copy(target, overwrite=True)
-        else:
-            os.replace(temporary, target)
-    finally:
-        # A signal may come at any line: also when the file has its name already.
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+    with writing(path) as file:
+        for record in records:
+            file.write(dump_line(record).encode("utf-8"))
+            count += 1
     return count
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

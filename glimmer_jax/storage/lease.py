@@ -1,15 +1,19 @@
-"""One writer at a time: a lease on a folder, kept in a small file that says who holds it.
+"""One writer at a time: a lease on a folder, kept in a small file that names its holder.
 
-The file is created only where there is none (an atomic conditional write, on a disk as in a
-bucket), rewritten every few seconds while it is held, and removed at the end. A holder that was
-killed cannot remove it, and the next writer takes it over: at once if the holder was a process of
-this machine and is dead, otherwise when the file has not been rewritten for a whole lease by the
-clock of the one who waits. So no two clocks have to agree, and a host that comes back under another
-name waits for a bounded time only.
+The file is created only where there is none (an atomic conditional write, on a disk as in a bucket),
+rewritten every few seconds while it is held, and removed at the end. A killed holder cannot remove it,
+so the next writer takes it over: at once if the holder was a process of this machine and is dead,
+otherwise when the file has not changed for a whole lease by the clock of the waiting process. So no two
+clocks have to agree, and a host that comes back under another name waits for a bounded time.
 """
 
+import contextlib
+import dataclasses
+import errno
+import fcntl
 import json
 import logging
+import math
 import os
 import pathlib
 import socket
@@ -20,9 +24,101 @@ from typing import Any
 
 import tensorstore as ts
 
+from glimmer_jax.runtime.preemption import STOP
+from glimmer_jax.storage.errors import storage_error
+
 LEASE_SECONDS = 60.0
-_BEATS = 6  # rewritings a lease
+MAX_LEASE_SECONDS = 3600.0  # a longer one in a file is not ours
+_RENEWALS = 6  # per lease
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _logger = logging.getLogger(__name__)
+
+
+class LockUnsupported(Exception):
+    """The file system has no `flock`, as some network file systems."""
+
+
+def try_lock(path: pathlib.Path) -> int | None:
+    """Locks a local file or folder among the processes of this machine, until it is closed.
+
+    Returns:
+      The descriptor to close; None if another process holds the lock.
+
+    Raises:
+      LockUnsupported: the file system has no locks.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in _NO_LOCKS:
+            raise LockUnsupported(f"{path} cannot be locked: {error.strerror}") from error
+        if isinstance(error, BlockingIOError):
+            return None
+        raise
+    return descriptor
+
+
+@dataclasses.dataclass(frozen=True)
+class _Holder:
+    """What a lock file says of its holder."""
+
+    pid: int
+    host: str
+    since: str
+    machine: str | None  # boot and process namespace, see `_here`
+    process_start: str | None
+    lease_seconds: float
+    about: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, data: bytes) -> "_Holder":
+        """Raises ValueError for what this module did not write."""
+        fields = json.loads(data)
+        if not isinstance(fields, dict):
+            raise ValueError("it holds no JSON object")
+        given: dict[str, Any] = {
+            field.name: fields.get(field.name) for field in dataclasses.fields(cls)
+        }
+        given["lease_seconds"] = fields.get("lease_seconds", LEASE_SECONDS)
+        given["about"] = fields.get("about", {})
+        holder = cls(**given)
+        lease = holder.lease_seconds
+        checks = {
+            "pid": type(holder.pid) is int and 0 < holder.pid < 2**31,
+            "host": isinstance(holder.host, str),
+            "since": isinstance(holder.since, str),
+            "machine": isinstance(holder.machine, str | None),
+            "process_start": isinstance(holder.process_start, str | None),
+            "lease_seconds": type(lease) in (int, float)
+            and math.isfinite(lease)
+            and 0 < lease <= MAX_LEASE_SECONDS,
+            "about": isinstance(holder.about, dict),
+        }
+        if wrong := [name for name, valid in checks.items() if not valid]:
+            raise ValueError(", ".join(f"{name} is {fields.get(name)!r}" for name in wrong))
+        return holder
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} since {self.since}"
+
+    def is_dead(self) -> bool | None:
+        """Whether the holder is dead; None if this cannot be known from here."""
+        here = _here()
+        if self.machine is None or (self.host, self.machine) != (here["host"], here["machine"]):
+            return None
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass
+        state, start = _process_state(self.pid)
+        # A killed process stays in the table as a zombie until its parent asks for its exit code.
+        if state in ("Z", "X"):
+            return True
+        return None not in (start, self.process_start) and start != self.process_start
 
 
 class WriterLock:
@@ -43,41 +139,42 @@ class WriterLock:
 
         Args:
           kvstore: of the folder.
-          name: of the lock's file in it.
-          lease_seconds: how long the file may stay untouched before its holder counts as dead.
-          about: what else the file says of its holder, see `about`; JSON.
+          name: of the lock file in it.
+          lease_seconds: how long the file may stay unchanged before its holder counts as dead.
+          about: further facts about the holder, see `about`; JSON-able.
         """
         self._kvstore = kvstore
         self._name = name
+        self._where = f"{kvstore.url}{name}"
         self._lease = lease_seconds
         self._about = dict(about or {})
-        self._me: dict[str, Any] = {}
+        self._own: dict[str, Any] = {}
         self._generation = b""
         self._lost = False
-        self._last_beat = 0.0
+        self._renewed_at = 0.0
         self._writing = threading.Lock()
         self._stop = threading.Event()
 
     def __enter__(self) -> "WriterLock":
-        generation = self._wait_for_the_dead()
-        self._me = {
-            **_place(),
+        generation = self._await_death()
+        self._own = {
+            **_here(),
             "pid": os.getpid(),
-            "process_start": _process_start(os.getpid()),
+            "process_start": _process_state(os.getpid())[1],
             "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "lease_seconds": self._lease,
             "about": self._about,
             "beat": 0,
         }
-        # Only if nothing has happened to the file since we looked at it.
+        # Only if the file has not changed since it was read.
         written = self._write(if_equal=generation)
         if not written:
             raise ValueError(
-                f"Another writer took {self._name} of {self._kvstore.url} just now. One writer at a "
-                "time: wait for it, or choose another folder."
+                f"{self._where} was taken by another writer just now. One writer at a time: wait for "
+                "it, or choose another folder."
             )
-        self._generation, self._last_beat = written, time.monotonic()
-        self._thread = threading.Thread(target=self._keep_beating, name=self._name, daemon=True)
+        self._generation, self._renewed_at = written, time.monotonic()
+        self._thread = threading.Thread(target=self._keep_renewing, name=self._name, daemon=True)
         self._thread.start()
         return self
 
@@ -88,125 +185,131 @@ class WriterLock:
             try:
                 self._kvstore.write(self._name, None, if_equal=self._generation).result()
             except ValueError as error:
-                # What the holder did is done, or has an error of its own that says more.
+                # The holder's work is done, or has an error of its own that says more.
                 _logger.warning(
-                    "%s of %s could not be removed, and ends by itself after %.0f s: %s",
-                    self._name,
-                    self._kvstore.url,
+                    "%s could not be removed; it expires after %.0f s: %s",
+                    self._where,
                     self._lease,
                     error,
                 )
 
     def check(self) -> None:
-        """To be asked before anything is written that another writer could spoil.
+        """Call it before writing anything that another writer could damage.
 
         Raises:
-          ValueError: another writer has taken the lock over, because this process stood still (or
-            could not reach the folder) for longer than its lease.
+          ValueError: another writer took the lock over, because this process hung or could not reach
+            the folder for longer than its lease.
         """
-        if time.monotonic() - self._last_beat > self._lease:
-            self._beat()
+        if time.monotonic() - self._renewed_at > self._lease:
+            self._renew()
         if self._lost:
-            who = _describe(self._read())[1]
+            holder, problem = self._parse(self._read())
             raise ValueError(
-                f"{self._name} of {self._kvstore.url} was taken over by {who}: this process had not "
-                f"renewed it for {self._lease:.0f} s. Nothing more is written from here."
+                f"{self._where} was taken over by {holder or problem}: this process had not renewed it "
+                f"for {self._lease:.0f} s. It writes nothing more."
             )
 
     def about(self) -> dict[str, Any] | None:
-        """What the lock's file says of its holder, living or dead; None where there is no file."""
-        found = self._read()
-        return None if found.state == "missing" else _describe(found)[0].get("about", {})
+        """The `about` of the lock's holder, alive or dead; None where there is no file."""
+        result = self._read()
+        if result.state == "missing":
+            return None
+        holder, _ = self._parse(result)
+        return {} if holder is None else dict(holder.about)
 
     def remove_if_dead(self) -> None:
-        """Leaves no file of a dead holder. Raises ValueError, as on entry, where it is alive."""
-        generation = self._wait_for_the_dead()
+        """Removes the file of a dead holder. Raises ValueError, as on entry, if it is alive."""
+        generation = self._await_death()
         try:
             self._kvstore.write(self._name, None, if_equal=generation).result()
         except ValueError as error:
-            raise self._unreachable(error) from error
+            raise storage_error(self._where, error) from error
 
-    def _wait_for_the_dead(self) -> Any:
-        """The generation to replace; raises if a living writer holds the lock."""
-        found = self._read()
-        if found.state == "missing":
-            return found.stamp.generation
-        holder, who = _describe(found)
-        dead = _is_dead(holder)
+    def _await_death(self) -> Any:
+        """The generation of the file to replace. Raises ValueError if a living writer holds it."""
+        result = self._read()
+        if result.state == "missing":
+            return result.stamp.generation
+        holder, problem = self._parse(result)
+        if holder is None:
+            dead, lease = None, self._lease
+            _logger.warning("%s is no lock file of ours (%s).", self._where, problem)
+        else:
+            dead, lease = holder.is_dead(), holder.lease_seconds
         if dead is None:
-            # Elsewhere, or unreadable: a living holder rewrites the file before its lease ends.
-            lease = float(holder.get("lease_seconds", self._lease))
+            # On another machine, or unreadable: a living holder rewrites the file within its lease.
             _logger.warning(
-                "%s holds %s of %s; waiting up to %.0f s for a sign of life.",
-                who,
-                self._name,
-                self._kvstore.url,
+                "%s is held by %s; waiting up to %.0f s for a sign of life.",
+                self._where,
+                holder or "an unknown process",
                 lease,
             )
-            first, end = found.stamp.generation, time.monotonic() + lease
-            while found.stamp.generation == first and time.monotonic() < end:
+            first, end = result.stamp.generation, time.monotonic() + lease
+            while result.stamp.generation == first and time.monotonic() < end:
+                STOP.poll()
                 time.sleep(min(1.0, lease / 20))
-                found = self._read()
-                if found.state == "missing":
-                    return found.stamp.generation
-            dead = found.stamp.generation == first
+                result = self._read()
+                if result.state == "missing":
+                    return result.stamp.generation
+            dead = result.stamp.generation == first
         if not dead:
             raise ValueError(
-                f"{self._kvstore.url} is being written by {who}. One writer at a time: wait for it, "
-                "stop it, or choose another folder."
+                f"{self._kvstore.url} is being written by {holder or 'another process'}. One writer at "
+                "a time: wait for it, stop it, or choose another folder."
             )
-        _logger.warning("%s is dead; its %s counts no longer.", who, self._name)
-        return found.stamp.generation
+        _logger.warning("%s is stale: %s is dead.", self._where, holder or "its holder")
+        return result.stamp.generation
+
+    @staticmethod
+    def _parse(result: Any) -> tuple[_Holder | None, str]:
+        """The holder, or None and what is wrong with the file."""
+        try:
+            return _Holder.parse(bytes(result.value)), ""
+        except (ValueError, RecursionError) as error:
+            return None, str(error)
 
     def _read(self) -> Any:
         try:
             return self._kvstore.read(self._name).result()
         except ValueError as error:
-            raise self._unreachable(error) from error
+            raise storage_error(self._where, error) from error
 
     def _write(self, if_equal: Any) -> bytes:
         """The new generation, or b"" where the file is not the one of generation `if_equal`."""
-        data = (json.dumps(self._me, indent=1, sort_keys=True) + "\n").encode()
+        data = (json.dumps(self._own, indent=1, sort_keys=True) + "\n").encode()
         try:
             written = self._kvstore.write(self._name, data, if_equal=if_equal).result().generation
         except ValueError as error:
-            raise self._unreachable(error) from error
+            raise storage_error(self._where, error) from error
         if not written:
             # A bucket's answer may be lost and the write repeated, which then meets itself.
-            found = self._read()
-            if found.state == "value" and bytes(found.value) == data:
-                return found.stamp.generation
+            result = self._read()
+            if result.state == "value" and bytes(result.value) == data:
+                return result.stamp.generation
         return written
 
-    def _unreachable(self, error: ValueError) -> OSError:
-        return OSError(
-            f"{self._name} of {self._kvstore.url} could not be read or written: {error}. Check the "
-            "connection, permissions and free space, and run the same command again."
-        )
-
-    def _beat(self) -> None:
+    def _renew(self) -> None:
         with self._writing:
             if self._lost:
                 return
-            self._me["beat"] += 1
+            self._own["beat"] += 1
             written = self._write(if_equal=self._generation)
             if written:
-                self._generation, self._last_beat = written, time.monotonic()
+                self._generation, self._renewed_at = written, time.monotonic()
             else:
                 self._lost = True
 
-    def _keep_beating(self) -> None:
-        while not self._lost and not self._stop.wait(self._lease / _BEATS):
+    def _keep_renewing(self) -> None:
+        while not self._lost and not self._stop.wait(self._lease / _RENEWALS):
             try:
-                self._beat()
+                self._renew()
             except (ValueError, OSError) as error:
-                # TensorStore's errors of a disk or a bucket: the next beat may succeed, and
-                # `check` looks at how long ago the last one did.
-                _logger.warning("%s could not be renewed: %s", self._name, error)
+                # The next renewal may succeed; `check` looks at how long ago the last one did.
+                _logger.warning("%s could not be renewed: %s", self._where, error)
 
 
-def _place() -> dict[str, Any]:
-    """Where process ids mean something: host, boot, and space of process ids."""
+def _here() -> dict[str, Any]:
+    """Where process ids are meaningful: host, boot, and process namespace."""
     try:
         machine = f"{_boot()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -218,34 +321,9 @@ def _boot() -> str:
     return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def _process_start(pid: int) -> str | None:
-    """When the process began, by the kernel's count; a pid used again has another start."""
-    try:
-        stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
-        return f"{_boot()} {stat.rpartition(')')[2].split()[19]}"
-    except OSError:
-        return None
-
-
-def _describe(found: Any) -> tuple[dict[str, Any], str]:
-    """The holder in a lock's file, and in words."""
-    try:
-        holder = json.loads(bytes(found.value))
-        return holder, f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (ValueError, KeyError, TypeError):
-        return {}, "an unreadable lock file"
-
-
-def _is_dead(holder: dict[str, Any]) -> bool | None:
-    """Whether the holder is dead; None if that cannot be told from here."""
-    here = _place()
-    if not holder or any(holder.get(key) != here[key] for key in here):
-        return None
-    try:
-        os.kill(holder["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    start = _process_start(holder["pid"])
-    return None not in (start, holder["process_start"]) and start != holder["process_start"]
+def _process_state(pid: int) -> tuple[str | None, str | None]:
+    """The kernel's state letter of a process, and when it started: a pid used again starts later."""
+    with contextlib.suppress(OSError):
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[0], f"{_boot()} {fields[19]}"
+    return None, None

@@ -56,6 +56,11 @@ def is_regular_file(path: Any) -> bool:
     return epath.Path(path).is_file() if in_bucket(path) else os.path.isfile(path)
 
 
+def file_size(path: Any) -> int:
+    """Bytes of a file, local or in a bucket."""
+    return epath.Path(path).stat().length
+
+
 def check_encoding(path: str) -> bytes:
     """The first bytes of a file. Raises ValueError for UTF-16 and unknown binary formats."""
     with epath.Path(path).open("rb") as file:

@@ -12,12 +12,12 @@ deletes them, which may be done whenever nothing runs.
 import collections
 import concurrent.futures
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,8 +25,11 @@ from typing import Any
 
 import tensorstore as ts
 
+from glimmer_jax.runtime.preemption import STOP
+from glimmer_jax.runtime.progress import Progress
 from glimmer_jax.storage import folder
 from glimmer_jax.storage.folder import in_bucket
+from glimmer_jax.storage.lease import LockUnsupported, try_lock
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +37,6 @@ CACHE_VARIABLE = "GLIMMER_CACHE"
 BLOCK_BYTES = 32 * 2**20  # asked of a bucket at once
 _AT_ONCE = 8
 Wanted = dict[str, tuple[int, str]]  # file -> bytes, SHA-256
-_EVERY_SECONDS = 10.0
 
 
 def fetch_file(name: str, path: Any) -> Path:
@@ -97,8 +99,8 @@ def fetch_folder(name: str, path: Any, manifest: str, files: Sequence[str]) -> P
         ) from None
     wanted[manifest] = len(data), hashlib.sha256(data).hexdigest()
     if _missing(target, wanted):
-        with _alone(target):
-            _copy(name, kvstore, wanted, target)
+        with _alone(target) as locked:
+            _copy(name, kvstore, wanted, target, locked)
     return target
 
 
@@ -108,16 +110,30 @@ def _cache() -> Path:
 
 
 @contextlib.contextmanager
-def _alone(target: Path) -> Iterator[None]:
-    """One process of this machine at a time; the others wait for its copy."""
+def _alone(target: Path) -> Iterator[bool]:
+    """One process of this machine at a time; the others wait for its copy.
+
+    Without locks, as on some network file systems, each process makes a copy of its own; then the
+    value is False.
+    """
     target.mkdir(parents=True, exist_ok=True)
-    with open(target / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("Another process fetches %s; waiting for it.", target)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    lock = target / "lock"
+    lock.touch()
+    descriptor, waiting = None, False
+    try:
+        while (descriptor := try_lock(lock)) is None:
+            if not waiting:
+                logger.info("Another process fetches %s; waiting for it.", target)
+            waiting = True
+            STOP.poll()
+            time.sleep(0.1)
+    except LockUnsupported as error:
+        logger.warning("%s; other processes may copy the same files.", error)
+    try:
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _missing(target: Path, wanted: Wanted) -> Wanted:
@@ -129,10 +145,11 @@ def _missing(target: Path, wanted: Wanted) -> Wanted:
     }
 
 
-def _copy(name: str, kvstore: ts.KvStore, wanted: Wanted, target: Path) -> None:
+def _copy(name: str, kvstore: ts.KvStore, wanted: Wanted, target: Path, locked: bool) -> None:
     """Copies what is missing: also what a copy that was cut short, or a deletion, has left out."""
-    for partial in target.glob("*.partial"):
-        partial.unlink()
+    if locked:  # They are leftovers of killed processes.
+        for partial in target.glob("*.partial"):
+            partial.unlink()
     missing = _missing(target, wanted)
     total, room = sum(size for size, _ in missing.values()), shutil.disk_usage(target).free
     if total > room:
@@ -142,23 +159,16 @@ def _copy(name: str, kvstore: ts.KvStore, wanted: Wanted, target: Path) -> None:
         )
     if missing:
         logger.info("%s: fetching %.3g GB of %s to %s", name, total / 1e9, kvstore.url, target)
-    begun = told = time.monotonic()
-    done = 0
+    progress = Progress(name, total, "bytes")
     for file, (size, sha256) in missing.items():
         digest = hashlib.sha256()
-        partial = target / f"{file}.partial"
+        partial = target / f"{file}.{os.getpid()}.{threading.get_ident()}.partial"
         with open(partial, "wb") as copy:
             for block in _blocks(kvstore, file, size):
                 digest.update(block)
                 copy.write(block)
-                done += len(block)
-                if time.monotonic() - told >= _EVERY_SECONDS:
-                    told = time.monotonic()
-                    rate = done / (told - begun)
-                    logger.info(
-                        "%s: %.2f of %.2f GB, %.0f MB/s, %.0f s left",
-                        name, done / 1e9, total / 1e9, rate / 1e6, (total - done) / rate,
-                    )  # fmt: skip
+                progress.advance(len(block))
+                STOP.poll("Stopped fetching. Run the same command again to resume.")
             copy.flush()
             os.fsync(copy.fileno())
         if (got := digest.hexdigest()) != sha256:

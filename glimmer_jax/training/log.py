@@ -5,7 +5,6 @@ import math
 import pathlib
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from glimmer_jax.runtime.progress import Progress
 from glimmer_jax.training.goodput import Goodput, PreviousRuns
 
 
@@ -61,7 +61,10 @@ class TrainingLog:
     def add(self, step: int, metrics: Any, batch_size: int) -> None:
         """Takes the metrics of a step that was dispatched, and reads those of the previous step."""
         if self._progress is None:
-            self._progress = Progress(step, self._total_steps, batch_size)
+            self._progress = Progress(
+                "train", self._total_steps, "steps", emit=print_once, every_seconds=math.inf
+            )
+            self._batch_size = batch_size
         unread, self._unread = self._unread, (step, metrics)
         self._read(unread)
 
@@ -79,7 +82,8 @@ class TrainingLog:
         self._writer.write(step, dev_metrics, "dev")
         print_once(f"step {step}  dev  {format_scalars(dev_metrics)}")
         if self._progress is not None:
-            self._progress.restart(step)
+            self._progress.done = step
+            self._progress.restart()
 
     def _read(self, unread: tuple[int, Any] | None) -> None:
         if unread is None:
@@ -87,13 +91,21 @@ class TrainingLog:
         step, metrics = unread[0], jax.device_get(unread[1])
         if not self._skipped.add(step, metrics):
             self._averages.add(metrics)
-        assert self._progress is not None
+        progress = self._progress
+        assert progress is not None
+        progress.done = step
         if step == self._first_step:
-            self._progress.restart(step)  # The first step compiles.
+            progress.restart()  # The first step compiles.
             self.goodput.mark_started()
         if step % self._log_every == 0 or step == self._total_steps:
             scalars = self._averages.take()
-            speeds = self._progress.report(step, scalars)
+            examples_per_second = progress.rate * self._batch_size
+            speeds = {
+                "steps_per_second": progress.rate,
+                "examples_per_second": examples_per_second,
+            }
+            progress.log(f"{examples_per_second:.3g} examples/s, {format_scalars(scalars)}")
+            progress.restart()
             totals = {**self.goodput.report(), "skipped_steps": self._skipped.total}
             self._writer.write(step, {**scalars, **speeds, **totals}, "train")
 
@@ -268,47 +280,6 @@ def print_once(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-class Progress:
-    """Speed and remaining time, measured between reports."""
-
-    def __init__(self, start_step: int, total_steps: int, batch_size: int):
-        self._total_steps = total_steps
-        self._batch_size = batch_size
-        self.restart(start_step)
-
-    def restart(self, step: int) -> None:
-        """Starts a new measurement, after time that must not count (compilation, evaluation)."""
-        self._step, self._time = step, time.monotonic()
-
-    def report(self, step: int, scalars: Mapping[str, float]) -> dict[str, float]:
-        """Prints one line on stderr, starts a new measurement, and returns the speeds as scalars."""
-        seconds = max(time.monotonic() - self._time, 1e-9)
-        steps_per_second = (step - self._step) / seconds
-        left = (self._total_steps - step) / steps_per_second if steps_per_second else math.inf
-        speeds = {
-            "steps_per_second": steps_per_second,
-            "examples_per_second": steps_per_second * self._batch_size,
-        }
-        print_once(
-            f"step {step}/{self._total_steps}  {format_scalars(scalars)}  "
-            f"{steps_per_second:.3g} steps/s  {speeds['examples_per_second']:.3g} examples/s  "
-            f"{format_seconds(left)} left"
-        )
-        self.restart(step)
-        return speeds
-
-
 def format_scalars(scalars: Mapping[str, float]) -> str:
-    """`{"loss": 2.34567}` -> `loss 2.346`."""
-    return "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
-
-
-def format_seconds(seconds: float) -> str:
-    """`7384.2` -> `2h03m`."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+    """`{"loss": 2.34567, "z_loss": 0.1}` -> `loss 2.346, z_loss 0.1`."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in scalars.items())

@@ -17,8 +17,9 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from glimmer_jax.runtime.preemption import Interrupted, Preempted, Watcher
-from glimmer_jax.runtime.prefetch import Prefetch
+from glimmer_jax.partitioning import put_batch
+from glimmer_jax.runtime.preemption import STOP, StopRequested
+from glimmer_jax.runtime.prefetch import prefetch
 from glimmer_jax.storage.folder import open_folder
 from glimmer_jax.storage.lease import WriterLock
 from glimmer_jax.training.checkpoint import Checkpoints
@@ -29,6 +30,8 @@ from glimmer_jax.training.state import TrainState, state_shardings
 from glimmer_jax.training.step import Model, jit_train_step, make_train_step
 
 LOCK = "run.lock"
+# The stop signal is polled after each step. The launchers leave 120 s between SIGTERM and SIGKILL.
+GRACE_SECONDS = 100.0
 
 # (state, poll) -> dev metrics. It calls `poll()` between batches and lets its exception pass.
 Evaluate = Callable[[TrainState, Callable[[], None]], dict[str, float]]
@@ -110,7 +113,7 @@ class Run:
           ValueError: another job trains in the folder, or all of its checkpoints are damaged.
         """
         with contextlib.ExitStack() as stack:
-            self._watcher = stack.enter_context(Watcher(together=True))
+            stack.enter_context(STOP.installed())
             if self._lock is not None:
                 stack.enter_context(self._lock)
             self._checkpoints = stack.enter_context(
@@ -159,7 +162,7 @@ class Run:
           The state after the last step.
 
         Raises:
-          Preempted: the job was asked to stop; the state is saved.
+          StopRequested: the job was asked to stop; the state is saved.
           NonFiniteError: too many consecutive steps had a non-finite loss or gradient.
           ValueError: the data ended early.
         """
@@ -174,10 +177,14 @@ class Run:
             state_shardings(self._optimizer, state.params, self._mesh),
             self._mesh,
         )
-        overdue = False
+        overdue, first_step = False, step + 1
+        device_batches = prefetch(
+            batches, lambda batch: put_batch(batch, self._mesh, config.num_microbatches)
+        )
         with (
             self._open_log(step) as log,
-            Prefetch(batches, self._mesh, config.num_microbatches) as device_batches,
+            contextlib.closing(device_batches),
+            contextlib.ExitStack() as stack,
         ):
             while step < config.total_steps:
                 batch = next(device_batches, None)
@@ -188,13 +195,17 @@ class Run:
                     )
                 state, metrics = train_step(state, batch)
                 step += 1
+                if (
+                    step == first_step
+                ):  # It is compiled, and from here on there is progress to save.
+                    stack.enter_context(STOP.grace(GRACE_SECONDS))
                 log.add(step, metrics, jax.tree.leaves(batch)[0].shape[0])
 
                 last = step == config.total_steps
                 dev_metrics = None
                 if evaluate and (last or step % config.eval_every == 0):
                     dev_metrics = self._evaluate(evaluate, state, log)
-                stopping = self._watcher.requested_at()
+                stopping = STOP.agreed()
                 saving = last or stopping or self._checkpoints.is_best(dev_metrics)
                 if not saving and (overdue or step % config.checkpoint_every == 0):
                     # Training does not wait for a slow disk: the checkpoint is delayed instead.
@@ -211,7 +222,7 @@ class Run:
                 unevaluated = last and evaluate is not None and dev_metrics is None
                 if unevaluated or (stopping and not last):
                     self._checkpoints.wait()
-                    raise Preempted(f"Stopped at step {step} of {config.total_steps}, saved.")
+                    raise StopRequested(f"Stopped at step {step} of {config.total_steps}, saved.")
         self._checkpoints.wait()
         return state
 
@@ -231,8 +242,8 @@ class Run:
         """Dev metrics, or None if the evaluation was interrupted."""
         # A run that ends because of its losses must end before the evaluation.
         log.flush()
-        with contextlib.suppress(Interrupted), log.goodput.lost_time():
-            dev_metrics = evaluate(state, self._watcher.poll)
+        with contextlib.suppress(StopRequested), log.goodput.lost_time():
+            dev_metrics = evaluate(state, STOP.poll_together)
             log.write_dev(int(state.step), dev_metrics)
             return dev_metrics
         return None
@@ -255,5 +266,5 @@ class Run:
         with self._open_log(step) as log:
             dev_metrics = self._evaluate(evaluate, state, log)
         if dev_metrics is None:
-            raise Preempted(f"Stopped during the evaluation of step {step}, which is saved.")
+            raise StopRequested(f"Stopped during the evaluation of step {step}, which is saved.")
         self._checkpoints.add_dev_metrics(step, dev_metrics)

@@ -23,6 +23,7 @@ import numpy as np
 import tensorstore as ts
 
 from glimmer_jax.storage import folder
+from glimmer_jax.storage.errors import storage_error
 
 _BLOCK = 128  # rows and columns read from a disk at once
 _BLOCK_BYTES = 1 << 23  # asked of a bucket at once
@@ -52,7 +53,7 @@ def exists(kvstore: ts.KvStore, file: str) -> bool:
         return kvstore.read(file, byte_range=slice(0, 1)).result().state == "value"
     except ValueError as error:
         if not folder.is_damage(error):
-            raise folder.unreachable(f"{kvstore.url}{file}", error) from error
+            raise storage_error(f"{kvstore.url}{file}", error) from error
         return False
 
 
@@ -131,7 +132,7 @@ def opened(path: Any, file: str, futures: Mapping[str, ts.Future]) -> dict[str, 
             arrays[name] = future.result()
         except ValueError as error:
             if not folder.is_damage(error):
-                raise folder.unreachable(str(path), error) from error
+                raise storage_error(str(path), error) from error
             lost[name] = error
     if lost:
         raise ValueError(

@@ -6,10 +6,9 @@ import logging
 
 import pytest
 
-from glimmer_jax.corpus import progress
-from glimmer_jax.corpus.progress import Progress
 from glimmer_jax.corpus.reading import Reading, read_passages
 from glimmer_jax.corpus.report import Policy, Problem, Report, merge
+from glimmer_jax.runtime import progress
 from glimmer_jax.storage import lines
 from glimmer_jax.storage.lines import Span
 
@@ -128,16 +127,12 @@ def test_settings_are_checked(settings, message):
         Reading(**settings)
 
 
-def test_progress_tells_rate_and_time_left(tmp_path, monkeypatch, caplog):
-    (tmp_path / "a").write_bytes(b"x" * 4000)
-    now = iter([0.0, 5.0, 10.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
-    told = Progress([str(tmp_path / "a")], Report(documents=3), every_seconds=10)
+def test_reading_logs_bytes_and_counts(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
+    (tmp_path / "a.jsonl").write_text('{"id": 1, "title": "t", "text": "one"}\n')
     with caplog.at_level(logging.INFO):
-        told.read(500)
-        told.read(500)
-    assert len(caplog.records) == 1
-    assert "0.00 of 0.00 GB, 0.0 MB/s, 3 documents" in caplog.text and "30 s left" in caplog.text
+        list(read_passages([str(tmp_path / "a.jsonl")]))
+    assert "corpus: 3.9e-08 of 3.9e-08 GB" in caplog.text and "0 bad lines" in caplog.text
 
 
 def test_reports_of_spans_merge_to_that_of_the_file():

@@ -38,7 +38,7 @@ def gcloud(tmp_path, monkeypatch):
         subprocess.run([*git, *arguments], check=True)
     (code / "new.py").write_text("not committed\n")
     monkeypatch.setattr(command_line, "ROOT", code)
-    monkeypatch.setattr(lifecycle, "play", functools.partial(lifecycle.play, poll=0.01))
+    monkeypatch.setattr(lifecycle, "run_plan", functools.partial(lifecycle.run_plan, poll=0.01))
     monkeypatch.setenv("PATH", f"{folder}/bin:{os.environ['PATH']}")
     monkeypatch.setenv("GCLOUD_STUB", str(folder))
     monkeypatch.setenv("JOB", "exit 0")

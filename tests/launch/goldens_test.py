@@ -20,6 +20,7 @@ import launch.__main__ as command_line
 from glimmer_jax import main
 from glimmer_jax.runtime import distributed
 from launch import jobset, local, processes, record, slurm
+from tests.children import running
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 CODE = record.Code("c0ffee" * 6 + "c0de", "7ree" * 10, b"diff")
@@ -132,7 +133,7 @@ BAD = [
     ("slurm --name=r --partition='a\n#SBATCH --uid=0'", "--partition must be letters"),
     ("slurm --name=r --sbatch_flag=qos", "--sbatch_flag must be a flag of sbatch"),
     ("slurm --name=r --sbatch_flag='--qos=a\nrm'", "--sbatch_flag must be a flag of sbatch"),
-    (f"tpu_vm {TPU} --env=1A=x", "--env must be NAME=VALUE.*got '1A=x'"),
+    (f"tpu_vm {TPU} --env=1A=x", "--env must be NAME=VALUE.*'1A'"),
     (f"queued_resource {TPU} --env=A-B=x", "--env must be NAME=VALUE"),
     ("jobset --name=r --image=i --tpu=v5e --topology=2x2 --env=A", "--env must be NAME=VALUE"),
     ("local --num_processes=0", "--num_processes must be at least 1"),
@@ -305,7 +306,7 @@ def test_slurm_gives_up_after_many_cut_short_lives_in_a_row(tmp_path, monkeypatc
 def test_a_process_under_slurm_has_its_time_to_save(tmp_path):
     saves = f"trap 'sleep 0.3; exit 42' TERM; touch {tmp_path}/up; while :; do sleep 0.05; done"
     wrapped = ["bash", "-c", slurm.CODES, "glimmer", "sh", "-c", saves]
-    with subprocess.Popen(wrapped, start_new_session=True) as process:
+    with running(wrapped, start_new_session=True) as process:
         while not (tmp_path / "up").exists():
             assert process.poll() is None
             time.sleep(0.05)

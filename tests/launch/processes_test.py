@@ -15,8 +15,12 @@ import pytest
 
 from launch import local
 from launch.plans import shell
-from launch.processes import TIED, Answer, Interrupts, read, run, run_again, run_heard
+from launch.processes import TIED, Answer, Interrupts, read, run, run_again, run_showing_errors
+from tests.children import running
 from tests.training import toy_job
+
+# Starting Python takes seconds on a loaded machine, and JAX takes more.
+pytestmark = pytest.mark.timeout(600)
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY_JOB = str(pathlib.Path(__file__).with_name("tiny_job.py"))
@@ -52,7 +56,7 @@ def wait_for(condition, seconds=60.0):
 
 def start(*argv):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, *argv], env=environment)
+    return running([sys.executable, *argv], env=environment)
 
 
 @pytest.mark.parametrize(
@@ -102,17 +106,17 @@ def test_an_answer_is_what_was_printed_and_complaints_are_shown(capfd):
 
 
 def test_what_a_command_complains_of_is_shown_at_once_and_heard(capfd):
-    assert run_heard(sh("echo no >&2; exit 3"), Interrupts()) == Answer(3, "", "no")
+    assert run_showing_errors(sh("echo no >&2; exit 3"), Interrupts()) == Answer(3, "", "no")
     assert capfd.readouterr().err == "no\n"
     code = (
-        "import sys\nfrom launch.processes import Interrupts, run_heard\n"
+        "import sys\nfrom launch.processes import Interrupts, run_showing_errors\n"
         "with Interrupts() as interrupts:\n"
-        "    answer = run_heard(('sh', '-c', sys.argv[1]), interrupts)\n"
+        "    answer = run_showing_errors(('sh', '-c', sys.argv[1]), interrupts)\n"
         "print(answer.code, answer.errors)"
     )
     command = "trap 'echo late >&2; exit 42' TERM; echo early >&2; while :; do sleep 0.05; done"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", code, command], cwd=ROOT, **pipes) as driver:
+    with running([sys.executable, "-c", code, command], cwd=ROOT, **pipes) as driver:
         assert driver.stderr.readline() == "early\n"
         driver.terminate()
         text, shown = driver.communicate(timeout=60)
@@ -131,7 +135,7 @@ def test_a_silent_command_is_ended_with_what_it_started(tmp_path):
 def test_a_command_is_tried_again_until_it_succeeds(tmp_path, capfd):
     second = sh(f"test -e {tmp_path}/x || {{ touch {tmp_path}/x; exit 7; }}")
     assert run_again(second, Interrupts(), attempts=3, pause=0.01) == 0
-    assert "exit code 7, once more: sh -c" in capfd.readouterr().out
+    assert "exit code 7, retrying: sh -c" in capfd.readouterr().out
     assert run_again(sh("exit 7"), Interrupts(), attempts=2, pause=0.01) == 7
 
 
@@ -198,7 +202,7 @@ def test_a_launcher_that_another_one_started_stops_when_its_input_ends(tmp_path)
     command = f"trap 'exit 42' TERM; touch {tmp_path}/up; while :; do sleep 0.05; done"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), TIED: "1"}
     argv = [sys.executable, "-c", code, command]
-    with subprocess.Popen(argv, env=environment, stdin=subprocess.PIPE) as driver:
+    with running(argv, env=environment, stdin=subprocess.PIPE) as driver:
         wait_for((tmp_path / "up").exists)
         assert driver.poll() is None
         driver.stdin.close()
@@ -213,7 +217,6 @@ def joined(count, *arguments, job=TINY_JOB):
     return [f"exec {command}" for command in commands]
 
 
-@pytest.mark.timeout(600)
 def test_two_jax_processes_add_up_and_stop_at_the_same_step(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     with start("-c", DRIVER, *joined(2, tmp_path)) as driver:
@@ -227,7 +230,6 @@ def test_two_jax_processes_add_up_and_stop_at_the_same_step(tmp_path, monkeypatc
 
 
 @pytest.mark.fault
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "victim", [2, pytest.param(0, marks=pytest.mark.slow)], ids=["any", "first"]
 )
@@ -290,7 +292,6 @@ def test_four_processes_train_as_one_and_go_on_after_one_was_stopped(tmp_path, m
 
 @pytest.mark.fault
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("told", [0, 1])
 def test_sigterm_to_one_process_saves_the_same_step_in_all(tmp_path, monkeypatch, capfd, told):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
@@ -317,7 +318,6 @@ def test_sigterm_to_one_process_saves_the_same_step_in_all(tmp_path, monkeypatch
 
 
 @pytest.mark.fault
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_other_soon_and_is_named(tmp_path, capfd, victim):
     commands, reports = joined(2, tmp_path, 200, 6), [tmp_path / "0", tmp_path / "1"]

@@ -1,11 +1,13 @@
 """The record of a launch: the code as git sees it, where launch.json goes, what it says."""
 
+import errno
 import json
 import subprocess
 import tarfile
 
 import pytest
 
+import launch.__main__ as launch_command
 from glimmer_jax.main import parse_flags
 from launch import record
 
@@ -112,18 +114,51 @@ def test_a_record_that_was_cut_short_is_kept_and_bars_no_launch(tmp_path, capfd)
 
 
 def test_a_record_appears_whole(tmp_path, monkeypatch):
+    flags = ["--run_mode=train", f"--gin.MODEL_DIR={str(tmp_path / 'run')!r}"]
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(record.os, "replace", fail)
+    with pytest.raises(ValueError, match="launch.json could not be written.*Input/output"):
+        record.write(record.Code(None, None, b""), ["local"], flags, "")
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_local_records_are_readable_by_their_owner_alone(tmp_path):
     run = tmp_path / "run"
     flags = ["--run_mode=train", f"--gin.MODEL_DIR={str(run)!r}"]
-    code = record.Code("c" * 40, "d" * 40, b"")
-    replace, renamed = type(record.epath.Path(run)).replace, []
+    for _ in range(2):
+        record.write(record.Code("c" * 40, "d" * 40, b"a diff"), ["local"], flags, "")
+    files = list(run.iterdir())
+    assert len(files) == 3 and {path.stat().st_mode & 0o777 for path in files} == {0o600}
 
-    def seen(self, target):
-        renamed.append(target)
-        assert not (run / "launch.json").exists()
-        assert json.loads(self.read_text())["argv"] == ["local"]
-        return replace(self, target)
 
-    monkeypatch.setattr(type(record.epath.Path(run)), "replace", seen)
-    record.write(code, ["local"], flags, "")
-    assert renamed == [run / "launch.json"]
-    assert [path.name for path in run.iterdir()] == ["launch.json"]
+@pytest.mark.parametrize(
+    "argv, shown",
+    [
+        (["tpu_vm", "--env=TOKEN=s3cret=x"], ["tpu_vm", "--env=TOKEN=***"]),
+        (["--env", "TOKEN=s3cret", "--spot"], ["--env", "TOKEN=***", "--spot"]),
+        (["--env=TOKEN=", "--env=TOKEN"], ["--env=TOKEN=***", "--env=TOKEN"]),
+        (["--name=a"], ["--name=a"]),
+    ],
+)
+def test_values_of_variables_are_hidden(argv, shown):
+    assert record.without_secrets(argv) == shown
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        ["tpu_vm", "--zone=z", "--accelerator_type=v5p-8", "--version=v"],
+        ["jobset", "--image=i", "--tpu=v5e", "--topology=2x2"],
+        ["xm", "jobset", "--image=i", "--tpu=v5e", "--topology=2x2"],
+    ],
+)
+def test_no_plan_shows_the_value_of_a_variable(target, capsys):
+    options = ["--name=run1", "--env=TOKEN=s3cret"]
+    flags = ["--", "--run_mode=train", "--gin.MODEL_DIR='gs://b/r'"]
+    own = [target[0], "--dry_run", *target[1:], *options]
+    assert launch_command.main([*own, *flags]) == 0
+    shown = capsys.readouterr().out
+    assert "TOKEN" in shown and "***" in shown and "s3cret" not in shown

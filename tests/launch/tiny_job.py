@@ -8,11 +8,12 @@ import os
 import pathlib
 import sys
 
-from glimmer_jax.main import START_AGAIN, parse_flags
+from glimmer_jax.main import parse_flags
+from glimmer_jax.runtime.exit_codes import RETRY
 from glimmer_jax.runtime.supervisor import work_in_child
 
 flags = parse_flags(sys.argv[1:])
-work_in_child(START_AGAIN)
+work_in_child(RETRY)
 
 from glimmer_jax.runtime.distributed import join
 
@@ -23,16 +24,16 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from glimmer_jax.runtime.preemption import Watcher
+from glimmer_jax.runtime.preemption import STOP
 
 report = pathlib.Path(flags.gin_bindings[0]) / str(jax.process_index())
-with Watcher(together=True) as watcher:
+with STOP.installed():
     total = int(multihost_utils.process_allgather(np.int32(jax.process_index() + 1)).sum())
     report.write_text(f"of {jax.process_count()} total {total}\n{os.getpid()}\n")
     step = 0
-    while not watcher.requested_at():
+    while not STOP.agreed():
         multihost_utils.process_allgather(np.int32(step))
         step += 1
 with report.open("a") as lines:
     lines.write(f"stopped at {step}\n")
-sys.exit(START_AGAIN)
+sys.exit(RETRY)

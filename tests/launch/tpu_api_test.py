@@ -205,7 +205,7 @@ def test_only_force_deletes_a_queued_resource_that_has_nodes(api, through, capfd
         delete = tuple(part for part in plan.delete if part != "--force")
         plan = dataclasses.replace(plan, delete=delete)
     with Interrupts() as interrupts:
-        assert lifecycle.play(plan, interrupts, poll=0.01) == (0 if forced else 1)
+        assert lifecycle.run_plan(plan, interrupts, poll=0.01) == (0 if forced else 1)
     assert empty(api) == forced
     assert ("FAILED_PRECONDITION" in capfd.readouterr().err) != forced
 

@@ -13,6 +13,7 @@ import pytest
 
 from launch import sweep, xm
 from tests import mini_kilt
+from tests.children import running
 from tests.kilt_road_test import GLIMMER, LENGTHS, TINY
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -123,7 +124,7 @@ def test_what_stops_the_experiment_stops_its_units(home, number):
         f"shipped.root = lambda: pathlib.Path({str(stand_in.parent)!r}); "
         "sys.exit(xm.run(sweep.Sweep((('a',), ('b',)), 1), 'title'))"
     )
-    with subprocess.Popen([sys.executable, "-c", code]) as launcher:
+    with running([sys.executable, "-c", code]) as launcher:
         up = home / "up"
         wait_for(lambda: (up.exists() and up.read_text()) or launcher.poll() is not None)
         launcher.send_signal(number)

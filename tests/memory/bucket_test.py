@@ -131,7 +131,7 @@ STALLED = """
 import os
 import tensorstore
 os.environ["TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS"] = "1"
-from glimmer_jax import folder
+from glimmer_jax.storage import folder
 kvstore = folder.open_folder("gs://bucket/stalled/")
 folder.write_file(kvstore, "a", b"1")
 print(folder.read_file(kvstore, "a"), os.environ["TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES"])

@@ -12,7 +12,7 @@ import pytest
 from glimmer_jax.memory import edit, manifest
 from glimmer_jax.memory.build_plan import Builders
 from glimmer_jax.memory.store import MemoryStore
-from glimmer_jax.runtime.preemption import Preempted
+from glimmer_jax.runtime.preemption import StopRequested
 from glimmer_jax.storage import folder
 from glimmer_jax.storage.lease import WriterLock
 
@@ -40,7 +40,9 @@ def test_builders_at_the_same_time(tiny, tiny_store, tmp_path, folder_bytes, mon
 
 def test_the_first_builder_waits_for_the_others_and_goes_on_later(tiny, tmp_path):
     path = tmp_path / "s"
-    with pytest.raises(Preempted, match="2 shards of other builders are missing, the first 000001"):
+    with pytest.raises(
+        StopRequested, match="2 shards of other builders are missing, the first 000001"
+    ):
         tiny.build_tiny(path, builders=Builders(0, 2, wait_seconds=0.0))
     tiny.build_tiny(path, builders=Builders(1, 2))
     report = tiny.build_tiny(path, builders=Builders(0, 2))
@@ -88,7 +90,7 @@ def test_what_dead_builders_of_another_number_left_is_in_nobodys_way(
     path = tmp_path / "s"
     dead = f"""
 import os, signal, sys
-from glimmer_jax import folder
+from glimmer_jax.storage import folder
 from glimmer_jax.memory.build_plan import Builders
 with Builders(1, 2).lock(folder.open_folder({str(path)!r}), "build.lock"):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -15,7 +15,7 @@ from glimmer_jax.memory import encoding, estimate, manifest
 from glimmer_jax.memory.maintain import verify
 from glimmer_jax.memory.manifest import Layout
 from glimmer_jax.memory.store import MemoryStore
-from glimmer_jax.runtime.preemption import Preempted, Watcher
+from glimmer_jax.runtime.preemption import STOP, StopRequested
 
 
 def _run_and_die(path, die_at):
@@ -80,11 +80,10 @@ def test_sigterm_keeps_finished_shards_and_exits_42(tiny, tiny_store, tmp_path, 
     assert folder_bytes(path) == folder_bytes(tiny_store)
 
 
-def test_stop_request_raises_preempted(tiny, tmp_path):
-    watcher = Watcher()
-    watcher.request()
-    with pytest.raises(Preempted, match="same command again"):
-        tiny.build_tiny(tmp_path / "s", watcher=watcher)
+def test_a_build_polls_the_stop_signal(tiny, tmp_path):
+    STOP.request()
+    with pytest.raises(StopRequested, match="same command again"):
+        tiny.build_tiny(tmp_path / "s")
 
 
 def test_finished_build_run_again_changes_nothing(tiny, copied_store, folder_bytes):
@@ -243,13 +242,11 @@ def test_bad_settings_are_refused(tiny, tmp_path):
         tiny.build_tiny(tmp_path / "s", emb_dim=16, reference=None)
 
 
-def test_progress_is_reported(tiny, tmp_path):
-    seen = []
-    report = tiny.build_tiny(
-        tmp_path / "s", on_progress=seen.append, progress_seconds=0.0, floor=1e6
-    )
-    assert seen[-1]["passages"] == 23 and seen[-1]["seconds_left"] == 0
-    assert seen[-1]["bytes"] == report.manifest.num_bytes
+def test_progress_is_reported(tiny, tmp_path, caplog):
+    with caplog.at_level("INFO", "glimmer_jax"):
+        report = tiny.build_tiny(tmp_path / "s", floor=1e6)
+    assert "memory: 23 of 23 passages" in caplog.text and "padding" in caplog.text
+    assert f"{report.manifest.num_bytes / 1e6:.1f} MB written, 0s left" in caplog.text
     assert 0 < report.padding < 0.6 and report.tokens_per_s > 0
     assert report.of_floor == pytest.approx(report.tokens_per_s / 1e6)
 

@@ -13,7 +13,7 @@ from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.t5 import T5Config
 from glimmer_jax.runtime import progress
-from glimmer_jax.runtime.preemption import Preempted, Watcher
+from glimmer_jax.runtime.preemption import STOP, StopRequested
 from glimmer_jax.storage import folder
 
 
@@ -52,10 +52,10 @@ def test_append_adds_what_is_new_and_readers_keep_their_version(tiny, tmp_path):
 def test_append_that_was_stopped_goes_on(tiny, tmp_path):
     path, whole = tmp_path / "s", tiny.TinyPassages()
     tiny.build_tiny(path, tiny.part(range(9)))
-    watcher = Watcher()
-    watcher.request()
-    with pytest.raises(Preempted, match="same command again"):
-        tiny.append_tiny(path, whole, watcher=watcher)
+    STOP.request()
+    with pytest.raises(StopRequested, match="same command again"):
+        tiny.append_tiny(path, whole)
+    STOP.clear()
     assert MemoryStore.open(path).manifest.version == 1
     assert tiny.append_tiny(path, whole).num_passages == 23
 
@@ -265,30 +265,29 @@ def test_repair_stops_when_asked_and_says_how_far_it_is(
     tiny, copied_store, folder_bytes, monkeypatch, caplog
 ):
     (copied_store / "shards" / "000002" / "shard.json").unlink()
-    before, watcher, looked = folder_bytes(copied_store), Watcher(), []
+    before, looked = folder_bytes(copied_store), []
     check_shard = edit.check_shard
 
     def look(kvstore, entry):
         looked.append(entry.name)
         if len(looked) == 2:
-            watcher.request()
+            STOP.request()
         return check_shard(kvstore, entry)
 
     monkeypatch.setattr(edit, "check_shard", look)
     monkeypatch.setattr(progress, "EVERY_SECONDS", -1.0)
     with (
         caplog.at_level("INFO", "glimmer_jax"),
-        pytest.raises(Preempted, match="Stopped before anything was repaired"),
+        pytest.raises(StopRequested, match="Stopped before anything was repaired"),
     ):
         edit.repair(
             tiny.recipe(),
             tiny.TinyPassages(),
             copied_store,
             passages_fingerprint="sha256:p1",
-            watcher=watcher,
         )
     assert looked == ["000000", "000001"] and folder_bytes(copied_store) == before
-    assert "shards read: 1 of " in caplog.text and " s left" in caplog.text
+    assert "verify: 1 of " in caplog.text and "s left" in caplog.text
 
 
 def test_repair_finds_appended_passages_by_id(tiny, tmp_path, folder_bytes):

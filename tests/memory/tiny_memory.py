@@ -20,7 +20,7 @@ from kill_at import kill_at
 from glimmer_jax.memory import build, edit, encoding, shard
 from glimmer_jax.memory.encoding import Recipe
 from glimmer_jax.memory.manifest import Identity, Layout, Program
-from glimmer_jax.runtime.preemption import Preempted
+from glimmer_jax.runtime.preemption import STOP, StopRequested
 from glimmer_jax.storage import folder
 
 MAX_LENGTH = 12
@@ -154,12 +154,13 @@ def _main(path, die_at):
         build_tiny(path, part(range(9)))
     if file:
         _die_at_file(point, file)
+    STOP.install()
     try:
         if "versions" in file:
             append_tiny(path, TinyPassages())
         else:
             build_tiny(path, encode=dying_encode)
-    except Preempted:
+    except StopRequested:
         sys.exit(42)
     except OSError as error:
         sys.exit(f"{error}")

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import sys
 
 import gin
 import pytest
@@ -11,11 +12,11 @@ from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.corpus.passages_writer import write_passages
 from glimmer_jax.data.retrieved_tasks import configure, read_split
 from glimmer_jax.modes.retrieve import retrieve
-from glimmer_jax.retrieval import bm25, corpus_check, dense, top_k
+from glimmer_jax.retrieval import corpus_check
 from glimmer_jax.retrieval import retriever as retrievers
 from glimmer_jax.retrieval.bm25 import Bm25Retriever
 from glimmer_jax.retrieval.dense import DenseConfig
-from glimmer_jax.runtime import preemption
+from glimmer_jax.runtime.preemption import STOP
 from glimmer_jax.storage.json_lines import read_json_lines, write_json_lines
 from tests.retrieval import tiny_gtr
 
@@ -134,13 +135,19 @@ def test_kilts_published_files_are_taken_as_they_are(work, tmp_path, retriever):
 
 def test_every_part_of_the_work_asks_whether_the_job_is_to_stop(work, tmp_path, monkeypatch):
     asked = collections.Counter()
-    for module in (preemption, bm25, dense, top_k):
-        name = module.__name__.split(".")[-1]
-        monkeypatch.setattr(module, "stop_together", lambda name=name: asked.update([name]))
+    monkeypatch.setattr(
+        STOP, "poll_together", lambda: asked.update([sys._getframe(1).f_globals["__name__"]])
+    )
     retrieve(**settings(work, tmp_path, retriever="hybrid"))
     # Each question; each batch of questions and each block of the index, for either file. Before that
     # the passages, read for the split and for either index of BM25, and the block held on the devices.
-    assert asked == {"bm25": 8, "dense": 2, "top_k": 2, "preemption": 4}
+    retrieval = "glimmer_jax.retrieval"
+    assert asked == {
+        f"{retrieval}.bm25": 8,
+        f"{retrieval}.dense": 2,
+        f"{retrieval}.top_k": 2,
+        "glimmer_jax.runtime.preemption": 4,
+    }
 
 
 def test_examples_are_read_as_they_are_searched_for(work):

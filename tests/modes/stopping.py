@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 from glimmer_jax import shipped
+from tests.children import running
 
 ALONE = ("glimmer_jax.main",)
 TWO = ("launch", "local", "--num_processes=2", "--")
@@ -22,7 +23,7 @@ def stopped(program, line, mode, *files, **macros):
     flags = [f"--run_mode={mode}", *(f"--gin_file=gin/{file}.gin" for file in files)]
     flags += [f"--gin.{name}={value!r}" for name, value in macros.items()]
     said = ""
-    with subprocess.Popen(
+    with running(
         [sys.executable, "-m", *program, *flags],
         cwd=pathlib.Path(shipped.root()),
         env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
@@ -30,12 +31,8 @@ def stopped(program, line, mode, *files, **macros):
         stderr=subprocess.STDOUT,
         text=True,
     ) as process:
-        try:
-            while line not in said and (one := process.stdout.readline()):
-                said += one
-            process.terminate()
-            said += process.stdout.read()
-        finally:
-            # A launcher kills its processes at the second.
-            process.terminate()
+        while line not in said and (text := process.stdout.readline()):
+            said += text
+        process.terminate()
+        said += process.stdout.read()
         return process.wait(60), said

@@ -6,7 +6,7 @@ import pytest
 from jax.experimental import multihost_utils
 
 from glimmer_jax.retrieval import dense
-from glimmer_jax.runtime.preemption import Preempted
+from glimmer_jax.runtime.preemption import StopRequested
 
 
 @pytest.fixture
@@ -28,24 +28,24 @@ def job(monkeypatch, tmp_path):
 
 
 def asked_to_stop(*args, **kwargs):
-    raise Preempted("shards of other builders are missing")
+    raise StopRequested("shards of other builders are missing")
 
 
 def test_all_go_on_or_none(job):
     told, made = job(lambda *args, **kwargs: "index", others=False)
     assert made() == "index" and told == [False]
     told, made = job(lambda *args, **kwargs: "index", others=True)
-    with pytest.raises(Preempted, match="when the index was finished"):
+    with pytest.raises(StopRequested, match="when the index was finished"):
         made()
 
 
 def test_who_is_stopped_waiting_tells_those_who_wait_no_more(job, tmp_path, monkeypatch):
     told, made = job(asked_to_stop, others=False)
-    with pytest.raises(Preempted, match="shards of other builders are missing"):
+    with pytest.raises(StopRequested, match="shards of other builders are missing"):
         made()
     assert told == []
     # The others have found the index finished.
     monkeypatch.setattr(dense, "read_manifest", lambda kvstore: "manifest")
-    with pytest.raises(Preempted, match="when the index was finished"):
+    with pytest.raises(StopRequested, match="when the index was finished"):
         made()
     assert told == [True]

@@ -16,7 +16,7 @@ from glimmer_jax.retrieval import index as indexes
 from glimmer_jax.retrieval.build_index import build_index, identity_of
 from glimmer_jax.retrieval.index import Index
 from glimmer_jax.retrieval.text_encoder import passage_text
-from glimmer_jax.runtime.preemption import Preempted, Watcher
+from glimmer_jax.runtime.preemption import STOP, StopRequested
 from tests.retrieval import tiny_gtr
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -104,10 +104,9 @@ def test_killed_and_started_again_it_equals_an_uninterrupted_one(
 
 
 def test_asked_to_stop_it_keeps_what_is_finished(encoder, passages, tmp_path):
-    watcher = Watcher()
-    watcher.request()
-    with pytest.raises(Preempted, match="before shard 000000 .* Run the same command again"):
-        build_index(tmp_path, passages, encoder, shard_passages=3, watcher=watcher)
+    STOP.request()
+    with pytest.raises(StopRequested, match="before shard 000000 .* Run the same command again"):
+        build_index(tmp_path, passages, encoder, shard_passages=3)
     assert files_of(tmp_path) == {}
 
 
@@ -141,7 +140,9 @@ def test_another_encoder_and_other_passages_are_refused_with_both_named(
 
 def test_several_processes_make_one_index(encoder, passages, finished, tmp_path):
     impatient = [Builders(i, 2, wait_seconds=0.0) for i in range(2)]
-    with pytest.raises(Preempted, match="2 shards of other builders are missing, the first 000000"):
+    with pytest.raises(
+        StopRequested, match="2 shards of other builders are missing, the first 000000"
+    ):
         build_index(tmp_path, passages, encoder, shard_passages=3, builders=impatient[1])
     build_index(tmp_path, passages, encoder, shard_passages=3, builders=impatient[0])
     assert files_of(tmp_path) == files_of(finished)

@@ -1,6 +1,6 @@
 """Joining a job: what is told, what is missing, and when nothing is asked. Real jobs: tests/launch."""
 
-import subprocess
+import contextlib
 import sys
 
 import jax
@@ -9,6 +9,7 @@ import pytest
 from glimmer_jax import main as command_line
 from glimmer_jax.runtime.distributed import join
 from launch.local import free_port
+from tests.children import running
 
 TIMES = {
     "initialization_timeout": 300,
@@ -68,30 +69,29 @@ JOB = """
 import sys
 from glimmer_jax.runtime.supervisor import work_in_child
 work_in_child(42)
-from glimmer_jax.runtime.distributed import join, leave_soon
+from glimmer_jax.runtime.distributed import join, exit_after
 address, me, seconds, who_fails = sys.argv[1], *map(int, sys.argv[2:])
 join(False, address, 2, me, silence=10)
 from jax.experimental import multihost_utils
 if who_fails in (me, 2):
-    leave_soon(2, seconds)
+    exit_after(2, seconds)
     sys.exit(2)
 multihost_utils.sync_global_devices("never")
 """
 
 
 @pytest.mark.fault
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("who_fails", "seconds", "codes"), [(2, 60, [2, 2]), (1, 2, [42, 2])], ids=["all", "one"]
 )
 def test_who_fails_alone_ends_with_its_own_code_and_does_not_wait(who_fails, seconds, codes):
     address = f"127.0.0.1:{free_port()}"
-    started = [
-        subprocess.Popen([sys.executable, "-c", JOB, address, *map(str, (me, seconds, who_fails))])
-        for me in range(2)
-    ]
-    try:
-        assert [process.wait(120) for process in started] == codes
-    finally:
-        for process in started:
-            process.kill()
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                running([sys.executable, "-c", JOB, address, *map(str, (me, seconds, who_fails))])
+            )
+            for me in range(2)
+        ]
+        assert [process.wait(240) for process in processes] == codes

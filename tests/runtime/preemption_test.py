@@ -1,75 +1,143 @@
-"""SIGTERM: a flag where there is something to save, a way out where there is not."""
+"""The stop signal: a flag that loops poll, and a watchdog for work that cannot poll."""
 
 import ctypes
 import signal
+import subprocess
+import sys
+import time
 
 import jax
 import pytest
 from jax.experimental import multihost_utils
 
-from glimmer_jax.runtime.preemption import (
-    Interrupted,
-    Preempted,
-    Watcher,
-    leave_at_sigterm,
-    stop_together,
-    stoppable,
-)
+from glimmer_jax.runtime.preemption import STOP, StopRequested, StopSignal
+from tests.children import running
 
 
-def test_sigterm_leaves_at_once_and_the_former_handler_comes_back():
-    former = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Preempted, match="Stopped by SIGTERM"), leave_at_sigterm():
-        signal.raise_signal(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) is former
+def test_sigterm_sets_a_flag_and_the_previous_handler_comes_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with STOP.installed():
+        with STOP.installed():  # Nested contexts do nothing.
+            signal.raise_signal(signal.SIGTERM)
+        assert STOP.requested and STOP.exit_code == 42
+        with pytest.raises(StopRequested, match="SIGTERM.*same command"):
+            STOP.poll()
+        with pytest.raises(StopRequested, match="saved"):
+            STOP.poll("saved")
+    assert signal.getsignal(signal.SIGTERM) is before and not STOP.requested
 
 
-def test_a_watcher_inside_decides_for_itself():
-    with leave_at_sigterm(), Watcher() as watcher:
-        signal.raise_signal(signal.SIGTERM)
-        assert watcher.requested
+def test_ctrl_c_has_an_exit_code_of_its_own():
+    with STOP.installed():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(StopRequested, match="SIGINT"):
+            STOP.poll()
+        assert STOP.exit_code == 130
 
 
-def test_a_handler_that_python_did_not_set_comes_back():
-    libc, ignore = ctypes.CDLL(None), 1
+def test_a_native_handler_is_called_and_comes_back():
+    libc = ctypes.CDLL(None)
+    called = []
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(called.append)
     libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
-    former = libc.signal(signal.SIGTERM, ignore)
+    address = ctypes.cast(handler, ctypes.c_void_p).value
+    before = libc.signal(signal.SIGTERM, address)
     try:
-        with Watcher():
-            pass
+        stop = StopSignal()
+        with stop.installed():
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.requested and called == [signal.SIGTERM]
     finally:
-        assert libc.signal(signal.SIGTERM, former) == ignore
+        assert libc.signal(signal.SIGTERM, before) == address
 
 
-def test_work_of_a_job_is_given_up_at_one_call_and_the_loop_around_it_hears_of_it(monkeypatch):
+def test_code_that_catches_exceptions_lets_a_stop_through():
+    def poll_in_library():
+        try:
+            STOP.poll()
+        except Exception:  # noqa: BLE001
+            pytest.fail("swallowed")
+
+    STOP.request()
+    with pytest.raises(StopRequested):
+        poll_in_library()
+
+
+def test_processes_of_a_job_stop_at_the_same_call(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    calls = []
+    steps = []
     monkeypatch.setattr(
         multihost_utils,
         "reached_preemption_sync_point",
-        lambda n: calls.append(n) or n == calls[0] + 3,
+        lambda step: steps.append(step) or step == 3,
     )
-    with Watcher(together=True) as watcher:
-        assert not watcher.requested_at()
-        watcher.poll()
-        watcher.poll()
-        with pytest.raises(Interrupted):
-            watcher.poll()
-        # JAX would say no at the next number.
-        assert watcher.requested_at() and len(calls) == 4
+    stop = StopSignal()
+    assert list(stop.polling(range(4), every=2)) == [0, 1, 2, 3]
+    assert not stop.agreed()
+    with pytest.raises(StopRequested):
+        stop.poll_together()
+    # JAX would say no at the next step.
+    assert stop.agreed() and steps == [0, 1, 2, 3]
 
 
-def test_all_loops_of_a_job_count_as_one(monkeypatch):
-    polled = []
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(
-        multihost_utils, "reached_preemption_sync_point", lambda n: polled.append(n) or n == stop
-    )
-    stop = None
-    for _ in range(2):
-        assert list(stoppable(range(5), every=2)) == [0, 1, 2, 3, 4]
-        stop_together()
-    assert polled == list(range(polled[0], polled[0] + 8))
-    stop = polled[-1] + 2
-    with pytest.raises(Preempted, match="Run the same command again"):
-        list(stoppable(range(9), every=4))
+SCRIPT = """
+import os, signal, sys, threading, time
+from glimmer_jax.runtime.preemption import STOP, StopRequested
+STOP.install()
+print("ready", flush=True)
+{body}
+"""
+
+
+def ended(body, *signals, pause=0.0):
+    """Exit code and stderr of a script that gets these signals."""
+    command = [sys.executable, "-c", SCRIPT.format(body=body)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with running(command, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        for number in signals:
+            time.sleep(pause)
+            process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
+
+
+# A main thread that runs native code: no Python handler runs before it returns.
+NATIVE = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'a', b'b', 10**9)"
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 42), (signal.SIGINT, 130)])
+def test_native_code_that_never_polls_ends_after_the_grace(number, code):
+    returned, errors = ended(f"with STOP.grace(0.2):\n    {NATIVE}", number)
+    assert returned == code
+    assert f"Stopped at once by {number.name}" in errors and "Traceback" not in errors
+
+
+def test_saving_after_a_poll_may_take_longer_than_the_grace():
+    body = """
+with STOP.grace(0.5):
+    while True:
+        time.sleep(0.05)
+        try:
+            STOP.poll()
+        except StopRequested:
+            time.sleep(2)  # Saves.
+            sys.exit(7)
+"""
+    assert ended(body, signal.SIGTERM)[0] == 7
+
+
+def test_a_second_signal_ends_at_once_even_while_saving():
+    body = "while not STOP.requested: time.sleep(0.01)\n" + NATIVE
+    returned, errors = ended(body, signal.SIGTERM, signal.SIGTERM, pause=1.5)
+    assert returned == 42 and "second signal" in errors
+
+
+def test_one_request_delivered_twice_counts_once():
+    body = "while not STOP.requested: time.sleep(0.01)\ntime.sleep(1)\nsys.exit(7)"
+    assert ended(body, signal.SIGTERM, signal.SIGTERM, pause=0.05)[0] == 7
+
+
+def test_a_signal_after_the_work_keeps_its_exit_code():
+    body = f"STOP.finish(0)\nwith STOP.grace(0.2):\n    {NATIVE}"
+    assert ended(body, signal.SIGTERM) == (0, "")

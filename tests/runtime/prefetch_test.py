@@ -1,62 +1,73 @@
-"""Batches on their way to the devices."""
+"""Reading ahead: work on a thread while the consumer works, and a count of the waiting that remains."""
 
+import contextlib
+import itertools
 import threading
 
-import jax
-import numpy as np
 import pytest
 
-from glimmer_jax import partitioning
-from glimmer_jax.partitioning import MeshConfig, make_mesh, put_batch
-from glimmer_jax.runtime.prefetch import Prefetch
-from tests.training.toy_model import batch_at, batches_from
+from glimmer_jax.runtime import prefetch as module
+from glimmer_jax.runtime.prefetch import ReadAhead, prefetch
 
 
-@pytest.fixture(scope="module")
-def mesh():
-    return make_mesh(MeshConfig(data=2, fsdp=2, model=2))
+def test_the_next_item_is_computed_while_the_caller_works_on_this_one():
+    begun = [threading.Event() for _ in range(4)]
+
+    def read(number):
+        begun[number].set()
+        return {"number": number}
+
+    for number, batch in enumerate(ReadAhead(read)(range(4))):
+        assert batch == {"number": number}
+        # The caller works: it does not ask for the next one.
+        assert begun[min(number + 1, 3)].wait(60)
 
 
-def test_rows_are_spread_and_ids_stay_on_the_host(mesh):
-    batch = {**batch_at(0), "passage_memory": {"states": np.ones((16, 2, 3))}}
-    placed = put_batch(batch, mesh)
-    assert set(placed) == set(batch) - {"passage_ids"}
-    for leaf in jax.tree.leaves(placed):
-        assert leaf.sharding.is_equivalent_to(partitioning.batch_sharding(mesh), leaf.ndim)
-    np.testing.assert_array_equal(placed["tokens"], batch["tokens"])
+def test_all_but_the_first_item_of_each_stream_count_as_waiting(monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(module.time, "monotonic", lambda: float(next(ticks)))
+    ahead = ReadAhead(lambda number: {"number": number})
+    assert len(list(ahead(range(5)))) == 5 and ahead.waited == 4
+    assert len(list(ahead(range(1)))) == 1 and ahead.waited == 4
+    assert list(ahead([])) == []
 
 
-def test_passages_are_spread_over_their_own_axis():
-    mesh = make_mesh(MeshConfig(data=2, passages=4))
-    batch = {"passage_memory": {"states": np.arange(96.0).reshape(4, 8, 3)}}
-    states = put_batch(batch, mesh)["passage_memory"]["states"]
-    assert states.sharding.shard_shape(states.shape) == (2, 2, 3)
-    np.testing.assert_array_equal(states, batch["passage_memory"]["states"])
+def test_an_error_is_raised_in_place_of_its_item():
+    def read(number):
+        if number == 1:
+            raise ValueError("one")
+        return {"number": number}
+
+    stream = ReadAhead(read)(range(3))
+    assert next(stream) == {"number": 0}
+    with pytest.raises(ValueError, match="one"):
+        next(stream)
 
 
-def test_rows_that_do_not_divide_are_refused(mesh):
-    with pytest.raises(ValueError, match=r"BATCH_SIZE.*8 .*4 x 2"):
-        put_batch(batch_at(0, rows=12), mesh, num_microbatches=2)
+def test_a_source_is_drawn_on_the_thread_and_its_end_is_the_end():
+    drawn_on = set()
+
+    def source():
+        for number in range(3):
+            drawn_on.add(threading.current_thread())
+            yield number
+
+    assert list(prefetch(source(), lambda number: number + 1)) == [1, 2, 3]
+    assert threading.current_thread() not in drawn_on
 
 
-def test_batches_come_in_order_and_the_thread_ends(mesh):
-    with Prefetch(batches_from(3), mesh) as batches:
-        for step in (3, 4, 5):
-            np.testing.assert_array_equal(next(batches)["tokens"], batch_at(step)["tokens"])
-    assert "prefetch" not in {thread.name for thread in threading.enumerate()}
-
-
-def test_an_error_in_the_data_is_raised_where_its_batch_would_be(mesh):
+def test_an_error_in_the_source_is_raised_in_place_of_its_item():
     def broken():
-        yield batch_at(0)
+        yield 0
         raise ValueError("line 7 is not JSON")
 
-    with Prefetch(broken(), mesh) as batches:
-        next(batches)
-        with pytest.raises(ValueError, match="line 7 is not JSON"):
-            next(batches)
+    stream = prefetch(broken(), str)
+    assert next(stream) == "0"
+    with pytest.raises(ValueError, match="line 7"):
+        next(stream)
 
 
-def test_the_end_of_the_data_ends_the_iteration(mesh):
-    with Prefetch(iter([batch_at(0)]), mesh) as batches:
-        assert len(list(batches)) == 1
+def test_closing_ends_the_thread():
+    with contextlib.closing(prefetch(itertools.count(), str)) as stream:
+        assert next(stream) == "0"
+    assert not [one for one in threading.enumerate() if one.name.startswith("read-ahead")]

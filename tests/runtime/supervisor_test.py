@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from glimmer_jax.runtime.supervisor import explain
+from glimmer_jax.runtime.supervisor import describe_abort
 
 FATAL = (
     "F1126 01:42:01.173387   11177 client.h:80] Terminating process because the JAX distributed service "
@@ -58,17 +58,18 @@ print(os.getpid(), flush=True)
     ],
 )
 def test_the_process_that_is_missed_is_named(words, expected):
-    found = explain("step 14  train\n" + words)
-    assert found.startswith(expected) and "Start the job again" in found
+    found = describe_abort("step 14  train\n" + words)
+    assert found.startswith(expected) and "Run the same command again" in found
 
 
 def test_another_abort_and_the_end_of_a_process_that_failed_itself_are_not_explained():
-    assert explain("free(): invalid pointer\n" + SILENT) is None
+    assert describe_abort("free(): invalid pointer\n" + SILENT) is None
     failed = (
         "DEADLINE_EXCEEDED: Barrier timed out. Id: Shutdown::127. The first task at the barrier: 1."
     )
     assert (
-        explain(f"{FATAL}INTERNAL: Shutdown barrier has failed.\nBarrier result: {failed}") is None
+        describe_abort(f"{FATAL}INTERNAL: Shutdown barrier has failed.\nBarrier result: {failed}")
+        is None
     )
 
 

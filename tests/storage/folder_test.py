@@ -1,3 +1,5 @@
+"""Paths of folders and buckets, and files that are complete or absent."""
+
 import pathlib
 
 import pytest
@@ -8,7 +10,7 @@ from glimmer_jax.storage import folder
 
 def test_what_is_written_through_memory_maps_is_local():
     assert folder.local("X", "data/x") == pathlib.Path("data/x")
-    with pytest.raises(ValueError, match=r"PASSAGES_DIR is written to a local disk, got gs://b/p"):
+    with pytest.raises(ValueError, match="PASSAGES_DIR.*local.*gs://b/p"):
         write_passages("gs://b/passages", [], str.split, "f", 9, vocab_size=9)
 
 
@@ -26,3 +28,60 @@ def test_what_is_written_through_memory_maps_is_local():
 def test_a_file_lies_in_its_folder(path, parent):
     place, name = folder.of_file(path)
     assert (place.url.rstrip("/"), name) == (parent.rstrip("/"), "a.json")
+
+
+@pytest.mark.parametrize(
+    "path, reason",
+    [
+        ("file://host/x", "file:///"),
+        ("file:x", "file:///"),
+        ("foo://x/y", "unsupported URL scheme"),
+        ("gs://Not_A_Bucket!", "bucket name"),
+        ("a\0b", "Invalid file path"),
+    ],
+)
+def test_a_path_that_cannot_be_opened_is_rejected_by_name(path, reason):
+    with pytest.raises(ValueError, match=reason):
+        folder.open_folder(path)
+
+
+def test_file_urls_are_local_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path / "in")
+    for path in (f"file://{tmp_path}/a", "../b", tmp_path / "new" / "c"):
+        with folder.writing(path) as file:
+            file.write(b"1")
+        place, name = folder.of_file(path)
+        assert folder.read_file(place, name) == b"1"
+    assert (tmp_path / "a").is_file() and (tmp_path / "b").is_file()
+    assert folder.local("X", f"file://{tmp_path}/a") == tmp_path / "a"
+
+
+def write_half(path):
+    with folder.writing(path) as file:
+        file.write(b"new")
+        raise KeyError("half")
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyError, match="half"):
+        write_half(path)
+    assert [one.read_bytes() for one in tmp_path.iterdir()] == [b"old"]
+    with folder.writing(path, private=True) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new" and path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_bucket_gets_an_object_when_it_is_complete(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bucket = folder.open_folder("memory://bucket/")
+    monkeypatch.setattr(folder, "of_file", lambda path: (bucket, "a.jsonl"))
+    with pytest.raises(KeyError, match="half"):
+        write_half("memory://bucket/a.jsonl")
+    assert folder.read_file(bucket, "a.jsonl") is None
+    with folder.writing("memory://bucket/a.jsonl") as file:
+        file.write(b"1")
+    assert folder.read_file(bucket, "a.jsonl") == b"1" and not list(tmp_path.iterdir())

@@ -1,9 +1,7 @@
 import gzip
 import os
-import pathlib
 
 import pytest
-from etils import epath
 
 from glimmer_jax.storage.json_lines import parse_line, read_json_lines, write_json_lines
 
@@ -67,22 +65,3 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 def test_a_whole_surrogate_pair_is_a_character():
     assert parse_line(b'{"a": "\\ud83d\\ude42"}', "x:1") == {"a": "🙂"}
-
-
-def test_a_bucket_gets_a_file_when_it_is_complete(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    copied = []
-
-    def copy(source, target, **options):
-        copied.append((pathlib.Path(source).read_bytes(), str(target), options))
-
-    bad = [{"a": 1}, {"a": float("nan")}]
-    path = type(epath.Path("gs://bucket"))
-    with monkeypatch.context() as patched:
-        patched.setattr(path, "mkdir", lambda *_, **__: None)
-        patched.setattr(path, "copy", copy)
-        with pytest.raises(ValueError, match="not JSON compliant"):
-            write_json_lines("gs://bucket/some/a.jsonl", bad)
-        assert write_json_lines("gs://bucket/some/a.jsonl", bad[:1]) == 1
-    assert copied == [(b'{"a": 1}\n', "gs://bucket/some/a.jsonl", {"overwrite": True})]
-    assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """The writer's lock: refused while its holder lives, taken over soon after it is dead."""
 
+import errno
 import json
 import os
 import pathlib
@@ -50,7 +51,7 @@ def holder(tmp_path):
 
 def elsewhere(monkeypatch):
     """From now on this process seems to run on another host."""
-    monkeypatch.setattr(lease, "_place", lambda: {"host": "elsewhere", "machine": "m"})
+    monkeypatch.setattr(lease, "_here", lambda: {"host": "elsewhere", "machine": "m"})
 
 
 def test_held_once_and_gone_afterwards(tmp_path):
@@ -80,7 +81,8 @@ def test_a_killed_holder_is_replaced_at_once_here_and_after_its_lease_from_anoth
     tmp_path, holder, monkeypatch
 ):
     os.kill(holder.pid, signal.SIGKILL)
-    holder.wait()
+    # Not reaped: it stays in the process table as a zombie.
+    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
     left = (tmp_path / NAME).read_text()
     started = time.monotonic()
     with locked(tmp_path):
@@ -94,18 +96,48 @@ def test_a_killed_holder_is_replaced_at_once_here_and_after_its_lease_from_anoth
 
 
 def test_a_process_number_used_again_is_not_its_old_holder(tmp_path):
-    holder = {**lease._place(), "pid": os.getpid(), "process_start": "other boot 1", "since": "t"}
+    holder = {**lease._here(), "pid": os.getpid(), "process_start": "other boot 1", "since": "t"}
     (tmp_path / NAME).write_text(json.dumps(holder))
     with locked(tmp_path):
         pass
 
 
+HOLDER = {"pid": 7, "host": "h", "since": "t", "lease_seconds": 1.0}
+
+
 @pytest.mark.fault
-def test_an_unreadable_lock_file_is_replaced_after_a_lease(tmp_path):
-    (tmp_path / NAME).write_text("{")
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("{", "Expecting"),
+        ("[]", "no JSON object"),
+        ("[" * 100_000, "recursion"),
+        (json.dumps({**HOLDER, "pid": "7"}), "pid is '7'"),
+        (json.dumps({**HOLDER, "pid": -1}), "pid is -1"),
+        (json.dumps({**HOLDER, "lease_seconds": None}), "lease_seconds is None"),
+        (json.dumps({**HOLDER, "lease_seconds": 10**18}), "lease_seconds is 10000"),
+        (json.dumps({"pid": 7}), "host is None, since is None"),
+    ],
+)
+def test_a_file_that_is_no_lock_is_replaced_after_a_lease(tmp_path, caplog, text, problem):
+    (tmp_path / NAME).write_text(text)
     started = time.monotonic()
-    with locked(tmp_path):
-        assert time.monotonic() - started > LEASE / 2
+    with WriterLock(folder(tmp_path), NAME, LEASE / 4):
+        assert LEASE / 8 < time.monotonic() - started < 60
+    assert problem in caplog.text and "stale" in caplog.text
+
+
+def test_a_file_system_without_locks_is_told_from_a_lock_that_is_held(tmp_path, monkeypatch):
+    descriptor = lease.try_lock(tmp_path)
+    assert lease.try_lock(tmp_path) is None
+    os.close(descriptor)
+
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lease.fcntl, "flock", unsupported)
+    with pytest.raises(lease.LockUnsupported, match="No locks available"):
+        lease.try_lock(tmp_path)
 
 
 @pytest.mark.fault
@@ -124,6 +156,6 @@ def test_who_stood_still_for_a_lease_asks_the_file_first(tmp_path):
     with locked(tmp_path) as held:
         held._stop.set()
         held._thread.join()
-        held._last_beat -= 2 * LEASE
+        held._renewed_at -= 2 * LEASE
         held.check()
         assert json.loads((tmp_path / NAME).read_text())["beat"] > 0

@@ -16,7 +16,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from glimmer_jax.partitioning import MeshConfig, make_mesh
-from glimmer_jax.runtime.preemption import Preempted
+from glimmer_jax.runtime.preemption import StopRequested
 from glimmer_jax.training import checkpoint, log, loop
 from glimmer_jax.training.checkpoint import Checkpoints
 from glimmer_jax.training.goodput import Goodput, PreviousRuns
@@ -24,7 +24,6 @@ from glimmer_jax.training.log import (
     MetricWriter,
     NonFiniteError,
     SkippedSteps,
-    format_seconds,
     means,
 )
 from glimmer_jax.training.loop import TrainConfig
@@ -88,7 +87,9 @@ def test_the_step_is_traced_once_and_progress_is_logged(tmp_path, capfd):
     assert int(state.step) == 6 and next(traces) == 1
     err = capfd.readouterr().err
     assert "from random parameters" in err
-    assert "step 6/6" in err and "steps/s" in err and "examples/s" in err and "left" in err
+    assert (
+        "train: 6 of 6 steps" in err and "steps/s" in err and "examples/s" in err and "left" in err
+    )
     lines = log_lines(tmp_path)
     assert [line["step"] for line in lines] == [3, 6]
     assert {"train/loss", "train/token_loss", "train/grad_norm", "train/learning_rate"} < set(
@@ -188,7 +189,7 @@ def test_sigterm_saves_and_raises_preempted(tmp_path):
             step += 1
 
     handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Preempted, match=r"Stopped at step \d of 50, saved"):
+    with pytest.raises(StopRequested, match=r"Stopped at step \d of 50, saved"):
         train_toy(tmp_path, make_batches, total_steps=50)
     assert signal.getsignal(signal.SIGTERM) is handler
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
@@ -258,7 +259,7 @@ def test_sigterm_interrupts_an_evaluation_and_saves(tmp_path, capfd):
             poll()
         return {}
 
-    with pytest.raises(Preempted, match="Stopped at step 2 of 50, saved"):
+    with pytest.raises(StopRequested, match="Stopped at step 2 of 50, saved"):
         train_toy(tmp_path, evaluate=evaluate, total_steps=50, eval_every=2)
     assert next(polls) == 1 and "dev" not in capfd.readouterr().err
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
@@ -275,9 +276,9 @@ def test_an_interrupted_last_evaluation_is_completed_on_rerun(tmp_path):
         return {"exact_match": 0.5}
 
     settings = dict(total_steps=3, eval_every=5, best_metric="exact_match")
-    with pytest.raises(Preempted, match="Stopped at step 3 of 3, saved"):
+    with pytest.raises(StopRequested, match="Stopped at step 3 of 3, saved"):
         train_toy(tmp_path, evaluate=evaluate, **settings)
-    with pytest.raises(Preempted, match="Stopped.*evaluation.*step 3.*saved"):
+    with pytest.raises(StopRequested, match="Stopped.*evaluation.*step 3.*saved"):
         train_toy(tmp_path, evaluate=evaluate, **settings)
     for _ in range(2):
         train_toy(tmp_path, evaluate=evaluate, **settings)
@@ -361,9 +362,3 @@ def test_in_a_bucket_both_log_files_are_rewritten(tmp_path, monkeypatch):
 
 def test_means_leave_out_names_of_zero_weight():
     assert means({"a": (6.0, 3.0), "b": (0.0, 0.0)}) == {"a": 2.0}
-    assert [format_seconds(s) for s in (7, 67, 7384.2, float("inf"))] == [
-        "7s",
-        "1m07s",
-        "2h03m",
-        "?",
-    ]

@@ -15,9 +15,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from glimmer_jax import partitioning
-from glimmer_jax.main import START_AGAIN, parse_flags
+from glimmer_jax.main import parse_flags
 from glimmer_jax.runtime.distributed import join
-from glimmer_jax.runtime.preemption import Preempted
+from glimmer_jax.runtime.exit_codes import RETRY
+from glimmer_jax.runtime.preemption import StopRequested
 from glimmer_jax.training.loop import TrainConfig
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tests.training.toy_model import ToyModel, batch_at, train
@@ -89,6 +90,6 @@ def named(state):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except Preempted as error:
+    except StopRequested as error:
         print(error, flush=True)
-        sys.exit(START_AGAIN)
+        sys.exit(RETRY)

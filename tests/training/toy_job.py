@@ -10,11 +10,12 @@ import sys
 import time
 
 if __name__ == "__main__":
-    from glimmer_jax.main import START_AGAIN, parse_flags
+    from glimmer_jax.main import parse_flags
+    from glimmer_jax.runtime.exit_codes import RETRY
     from glimmer_jax.runtime.supervisor import work_in_child
 
     flags = parse_flags(sys.argv[1:])
-    work_in_child(START_AGAIN)
+    work_in_child(RETRY)
 
 from glimmer_jax import partitioning
 from glimmer_jax.runtime.distributed import join

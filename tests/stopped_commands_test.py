@@ -1,0 +1,207 @@
+"""SIGTERM at random moments: a command ends with 42 and resumes, or with 0 and complete output."""
+
+import json
+import pathlib
+import random
+import signal
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from glimmer_jax import shipped
+from glimmer_jax.weights.load import load
+from tests.children import running
+
+pytest.importorskip("seqio")
+
+ROOT = pathlib.Path(shipped.root())
+# Starting Python with JAX and TensorFlow takes long on a loaded machine.
+SECONDS = 400
+MOMENTS = 100
+WORDS = ("red", "green", "blue", "black", "white", "grey")
+SIZES = {
+    "NUM_ENCODER_LAYERS": 3,
+    "t5.T5Config.num_decoder_layers": 1,
+    "t5.T5Config.emb_dim": 8,
+    "t5.T5Config.num_heads": 2,
+    "t5.T5Config.head_dim": 4,
+    "t5.T5Config.mlp_dim": 16,
+}
+LENGTHS = {"TASK_FEATURE_LENGTHS": {"inputs": 24, "targets": 16, "passages": (3, 16)}}
+GLIMMER = ("sizes/tiny", "models/glimmer")
+pytestmark = [pytest.mark.fault]
+
+
+def command(mode, *files, **macros):
+    flags = [f"--run_mode={mode}", *(f"--gin_file=gin/{file}.gin" for file in files)]
+    return [*flags, *(f"--gin.{name}={value!r}" for name, value in macros.items())]
+
+
+class Commands:
+    """Each mode's command, over one folder of inputs; `out` is where it writes."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.data = {"PASSAGES_DIR": f"{folder}/passages", "DATA_DIR": f"{folder}/retrieved"}
+        self.model = {"CHECKPOINT_PATH": f"{folder}/run", "PASSAGES_DIR": f"{folder}/passages"}
+        self.passage_sizes = {"MAX_PASSAGE_TOKENS": 16, "BATCH_SIZE": 8, **SIZES}
+
+    def passages(self, out):
+        corpus = {"CORPUS": f"{self.folder}/corpus.jsonl", "PASSAGES_DIR": f"{out}/passages"}
+        return command("passages", "runs/passages", **corpus, MAX_PASSAGE_TOKENS=16)
+
+    def retrieve(self, out):
+        places = {"QUESTIONS": f"{self.folder}/questions/*.jsonl", "DATA_DIR": f"{out}/retrieved"}
+        passages = {"PASSAGES_DIR": f"{self.folder}/passages", "NUM_PASSAGES": 3}
+        return command("retrieve", "runs/retrieve", **places, **passages)
+
+    def train(self, out):
+        settings = {"TRAIN_STEPS": 20, "BATCH_SIZE": 8, "EVAL_PERIOD": 10, "CHECKPOINT_EVERY": 5}
+        quiet = {"BEST_METRIC": None, "LOG_EVERY": 1, "MIXTURE_OR_TASK_NAME": "pydocs"}
+        sizes = {"EVALUATOR_NUM_EXAMPLES": 8, **SIZES, **LENGTHS}
+        macros = {**settings, **quiet, **sizes, **self.data, "MODEL_DIR": f"{out}/run"}
+        return command("train", "examples/pydocs_glimmer_train", **macros)
+
+    def build_memory(self, out):
+        macros = {**self.model, **self.passage_sizes, "MEMORY_DIR": f"{out}/memory"}
+        return command("build_memory", *GLIMMER, "runs/build_memory", SHARD_PASSAGES=8, **macros)
+
+    def codebooks(self, out):
+        macros = {**self.model, **self.passage_sizes, "OUTPUT_PATH": f"{out}/pq.safetensors"}
+        return command("codebooks", *GLIMMER, "runs/codebooks", MEMORY_CODEC="pq", **macros)
+
+    def export(self, out):
+        places = {
+            "CHECKPOINT_PATH": f"{self.folder}/run",
+            "OUTPUT_PATH": f"{out}/model.safetensors",
+        }
+        return command("export", *GLIMMER, "runs/export", **places, **SIZES)
+
+    def eval(self, out):
+        macros = {**self.model, **self.data, **SIZES, **LENGTHS, "EVAL_OUTPUT_DIR": f"{out}/eval"}
+        return command("eval", "examples/pydocs_glimmer_eval", BATCH_SIZE=8, **macros)
+
+    def infer(self, out):
+        questions = f"{self.folder}/questions/which_function-test.jsonl"
+        macros = {**self.model, **SIZES, **LENGTHS, "QUESTIONS": questions}
+        return command(
+            "infer", "examples/pydocs_glimmer_infer", INFER_OUTPUT_DIR=f"{out}/infer", **macros
+        )
+
+    def verify(self, out):
+        return command("memory", "runs/memory", ACTION="verify", MEMORY_DIR=f"{self.folder}/memory")
+
+
+MODES = [name for name in vars(Commands) if not name.startswith("_")]
+# Files that hold times, or what is compared otherwise.
+VARYING = ("metrics.json", "metrics.jsonl", "events.out", "config.gin", "checkpoints", "dev")
+
+
+def run(arguments, stop_after=None):
+    """Exit code, output and seconds of a command; SIGTERM `stop_after` seconds after it hears it."""
+    with running(
+        [sys.executable, "-m", "glimmer_jax.main", *arguments],
+        cwd=ROOT,
+        stdout=-1,
+        stderr=-2,
+        text=True,
+    ) as process:
+        while process.poll() is None and not hears_sigterm(process.pid):
+            time.sleep(0.005)
+        began = time.monotonic()
+        if stop_after is not None:
+            time.sleep(stop_after)
+            process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=SECONDS)
+        return process.returncode, output, time.monotonic() - began
+
+
+def hears_sigterm(pid):
+    """Whether the process has set a handler. Before, for some milliseconds, SIGTERM just kills it."""
+    try:
+        lines = pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return False
+    caught = next(int(line.split()[1], 16) for line in lines if line.startswith("SigCgt"))
+    return bool(caught >> (signal.SIGTERM - 1) & 1)
+
+
+def contents(folder):
+    """What must be the same however often the command was stopped."""
+    files = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(part.startswith(VARYING) for part in path.parts)
+    }
+    if (folder / "run").exists():
+        files["params"] = [
+            np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(load(folder / "run").params)
+        ]
+    return files
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    lines = [{"id": i, "title": WORDS[i % 6], "text": f"{WORDS[i % 6]} {i}"} for i in range(120)]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "questions").mkdir()
+    for task in ("which_function", "slot_filling", "fact_verification"):
+        for split in ("train", "dev", "test"):
+            text = "".join(
+                json.dumps(
+                    {
+                        "id": f"{task}/{split}/{i}",
+                        "input": f"{WORDS[i % 6]} {i}",
+                        "output": [
+                            {"answer": WORDS[i % 6], "provenance": [{"title": WORDS[i % 6]}]}
+                        ],
+                    }
+                )
+                + "\n"
+                for i in range(16)
+            )
+            (folder / "questions" / f"{task}-{split}.jsonl").write_text(text)
+    made = Commands(folder)
+    for mode in ("passages", "retrieve", "train", "build_memory"):
+        code, output, _ = run(getattr(made, mode)(folder))
+        assert code == 0, output
+    return made
+
+
+def check(commands, tmp_path, mode, moments):
+    """Stops the mode `moments` times, at random; then it is run to its end each time."""
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    make = getattr(commands, mode)
+    code, output, seconds = run(make(whole))
+    assert code == 0, output
+    for moment in range(moments):
+        out = tmp_path / str(moment)
+        out.mkdir()
+        # A little longer than the command takes, so that it sometimes ends first.
+        after = random.uniform(0.0, 1.1 * seconds)
+        code, output, _ = run(make(out), after)
+        case = f"SIGTERM after {after:.3f} s of {seconds:.1f}, exit code {code}\n{output}"
+        assert code in (0, 42) and "Traceback" not in output, case
+        if code == 42:
+            assert "Run the same command again" in output or "saved" in output, case
+            code, output, _ = run(make(out))
+            assert code == 0, f"{case}\nresumed:\n{output}"
+        assert contents(out) == contents(whole), case
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("mode", ["passages", "train", "export"])
+def test_a_command_stopped_once_resumes_or_is_complete(commands, tmp_path, mode):
+    check(commands, tmp_path, mode, moments=1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(100 * 3600)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_command_stopped_at_any_moment_resumes_or_is_complete(commands, tmp_path, mode):
+    check(commands, tmp_path, mode, moments=MOMENTS)
