@@ -14,6 +14,7 @@ import pytest
 from glimmer_jax import main as command_line
 from glimmer_jax import shipped
 from glimmer_jax.pydocs.questions import TASKS
+from glimmer_jax.runtime.preemption import STOP
 from glimmer_jax.storage.errors import storage_error
 
 ROOT = pathlib.Path(shipped.root())
@@ -519,7 +520,13 @@ def test_what_is_not_the_storages_comes_up_as_it_is(monkeypatch, broken, kind):
         command_line.main(["--run_mode=score"])
 
 
-def test_sigterm_before_training_starts_asks_to_be_started_again(monkeypatch, capsys):
-    monkeypatch.setattr(command_line, "run_mode", lambda _: os.kill(os.getpid(), 15))
-    assert command_line.main(["--run_mode=score"]) == 42
-    assert "Stopped by SIGTERM" in capsys.readouterr().err
+def test_a_stop_ends_with_42_and_finished_work_with_0(monkeypatch, capsys):
+    def stop(poll):
+        os.kill(os.getpid(), 15)
+        if poll:
+            STOP.poll()
+
+    for poll, code in ((True, 42), (False, 0)):
+        monkeypatch.setattr(command_line, "run_mode", lambda _, poll=poll: stop(poll))
+        assert command_line.main(["--run_mode=score"]) == code
+        assert ("Stopped by SIGTERM" in capsys.readouterr().err) == (code == 42)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from etils import epath
 
+from glimmer_jax.storage.folder import local_path
 from glimmer_jax.storage.lines import (
     GZIP,
     PARQUET,
@@ -30,6 +31,7 @@ def find_files(pattern: str) -> list[str]:
       ValueError: nothing matches, a match is a pipe, socket or device, or shards
         `…-00003-of-00008…` have gaps.
     """
+    pattern = local_path(pattern)
     if is_regular_file(pattern):
         return [pattern]
     if not _WILDCARD.search(pattern):

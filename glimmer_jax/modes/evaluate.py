@@ -1,13 +1,13 @@
 """Mode `eval`: a checkpoint on held-out questions, passages from tokens or from a memory."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import numpy as np
-from etils import epath
 
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.models.cost import question_cost
@@ -80,8 +80,8 @@ def evaluate(
     checks.batch_size("BATCH_SIZE", batch_size, devices)
     checks.passages_divide(lengths, devices)
     if output_dir is not None and jax.process_index() == 0:
-        # Now, and not when everything has been asked.
-        epath.Path(output_dir).mkdir(parents=True, exist_ok=True)
+        # Fails now rather than after the evaluation.
+        folder.make_folder(output_dir)
     candidates_NT = None
     if candidates is not None:
         candidates_NT = encode_candidates(candidates, vocabulary, lengths.target)
@@ -146,7 +146,7 @@ def evaluate(
         print(f"{name:48} {value:.4f}")
     if output_dir is not None and jax.process_index() == 0:
         for task, rows in dev.predictions().items():
-            write_json_lines(epath.Path(output_dir) / f"predictions-{task}.jsonl", rows)
+            write_json_lines(os.path.join(output_dir, f"predictions-{task}.jsonl"), rows)
         output = folder.open_folder(output_dir)
         folder.write_file(output, "config.gin", operative_config().encode())
         folder.write_file(output, "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())

@@ -1,5 +1,6 @@
 """Mode `infer`: answers to the questions of a file, or to questions typed at the prompt."""
 
+import os
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -7,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-from etils import epath
 
 from glimmer_jax import axes, partitioning
 from glimmer_jax.kilt.examples import check_example
@@ -109,7 +109,7 @@ def infer(
         if jax.process_index():
             deque(answers, maxlen=0)  # of a job, one process writes what all compute
             return
-        path = epath.Path(str(output_dir)) / f"predictions-{Path(str(questions)).stem}.jsonl"
+        path = os.path.join(str(output_dir), f"predictions-{Path(str(questions)).stem}.jsonl")
         count = write_json_lines(path, answers)
         print(f"Wrote {count} answers to {path}.")
         if predictor.masked:

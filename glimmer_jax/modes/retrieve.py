@@ -5,12 +5,12 @@ passages of held-out modules must not be trained on, not even as wrong ones.
 """
 
 import collections
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from etils import epath
 
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.kilt import files
@@ -106,7 +106,7 @@ def retrieve(
         scores = RetrievalScores(ks)
         found = _retrieve_file(asked, counts[name], chosen, num_passages, scores)
         if jax.process_index() == 0:
-            path = epath.Path(data_dir) / name
+            path = os.path.join(data_dir, name)
             write_json_lines(path, found)
             corpus_check.note(path, passages)
         else:

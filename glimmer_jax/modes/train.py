@@ -2,12 +2,12 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from etils import epath
 
 from glimmer_jax.axes import Lengths
 from glimmer_jax.corpus.passages import Passages
@@ -20,6 +20,7 @@ from glimmer_jax.modes import checks
 from glimmer_jax.partitioning import MeshConfig, check_divisible, make_mesh, own_rows
 from glimmer_jax.retrieval import corpus_check
 from glimmer_jax.serving.step import Predict
+from glimmer_jax.storage import folder
 from glimmer_jax.training import loop
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
 from glimmer_jax.training.state import TrainState
@@ -161,7 +162,9 @@ def train(
             num_examples=evaluation.num_examples,
             use_cached=use_cached_tasks,
             # seqio's logger renames files, which only one process may do.
-            log_dir=str(epath.Path(model_dir) / "dev") if jax.process_index() == 0 else None,
+            log_dir=os.path.join(folder.local_path(model_dir), "dev")
+            if jax.process_index() == 0
+            else None,
         )
         if loop_config.best_metric is not None:
             probe = Evaluation(
@@ -272,6 +275,4 @@ def check_best_metric(
 
 def _save_config(model_dir: str, text: str) -> None:
     if jax.process_index() == 0 and text:
-        folder = epath.Path(model_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.gin").write_text(text)
+        folder.write_file(folder.open_folder(model_dir), "config.gin", text.encode())

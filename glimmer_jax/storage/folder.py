@@ -56,6 +56,13 @@ def open_folder(path: Path, context: ts.Context | None = None) -> ts.KvStore:
     return kvstore
 
 
+def make_folder(path: str | os.PathLike) -> None:
+    """Creates a local folder; buckets have none. Raises OSError where it cannot be created."""
+    text = local_path(path)
+    if not in_bucket(text):
+        os.makedirs(text, exist_ok=True)
+
+
 def of_file(path: str | os.PathLike) -> tuple[ts.KvStore, str]:
     """The folder that contains a file, and the file's name in it."""
     text = local_path(path)

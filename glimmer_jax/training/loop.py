@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from glimmer_jax.partitioning import put_batch
 from glimmer_jax.runtime.preemption import STOP, StopRequested
 from glimmer_jax.runtime.prefetch import prefetch
-from glimmer_jax.storage.folder import open_folder
+from glimmer_jax.storage.folder import local_path, open_folder
 from glimmer_jax.storage.lease import WriterLock
 from glimmer_jax.training.checkpoint import Checkpoints
 from glimmer_jax.training.log import TrainingLog, print_once
@@ -99,7 +99,7 @@ class Run:
         self._model = model
         self._optimizer = optimizer
         self._mesh = mesh
-        self._model_dir = epath.Path(model_dir)
+        self._model_dir = epath.Path(local_path(model_dir))
         self._metadata = {**(metadata or {}), "seed": config.seed}
         self._lock: WriterLock | None = None
         if jax.process_index() == 0:

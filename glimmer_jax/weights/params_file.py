@@ -17,7 +17,7 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
-from glimmer_jax.storage.folder import in_bucket
+from glimmer_jax.storage.folder import in_bucket, local_path
 from glimmer_jax.storage.json_lines import parse_line
 
 
@@ -100,7 +100,7 @@ def _unfinished(path: epath.Path) -> epath.Path:
 
 def check_name(path: Any) -> epath.Path:
     """The path, if it is called as a parameter file must be; raises ValueError otherwise."""
-    path = epath.Path(path)
+    path = epath.Path(local_path(path))
     if path.suffix != ".safetensors":
         raise ValueError(f"A parameter file is called NAME.safetensors, got {path}.")
     return path

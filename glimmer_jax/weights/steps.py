@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from glimmer_jax.storage.folder import open_folder
+from glimmer_jax.storage.folder import local_path, open_folder
 from glimmer_jax.weights.checksums import has_sidecar, verify_sidecar
 from glimmer_jax.weights.lazy_arrays import open_arrays
 
@@ -33,7 +33,7 @@ def find_step(path: Any) -> Step:
     Raises:
       ValueError: neither `path` nor a folder in it is a checkpoint.
     """
-    path = epath.Path(path).resolve()
+    path = epath.Path(local_path(path)).resolve()
     for folder in (path, path / "checkpoints"):
         if (folder / "params").exists():
             return Step(folder, "the step given")
