@@ -146,3 +146,38 @@ def test_facts_cut_from_a_long_signature_are_not_asked():
     assert len(page.signature) <= pydocs.MAX_SIGNATURE_CHARACTERS
     assert all(fact.value in page.signature for fact in pydocs_signatures.facts(page))
     assert not any("p30" in fact.relation for fact in pydocs_signatures.facts(page))
+
+
+def test_signatures_as_text_say_the_facts_of_their_pages():
+    for page in PAGES.values():
+        assert pydocs_signatures.signature_in(f"{page.signature} Does (it).") == page.signature
+        shown = pydocs_signatures.shown_parameters(page.signature)
+        for fact in pydocs_signatures.facts(page):
+            assert pydocs_signatures.value_of(fact.relation, shown) == fact.value
+
+
+def test_signatures_end_at_their_own_bracket():
+    signature = r"f(a=(), *, b=')', c='\'(', **d)"
+    assert pydocs_signatures.signature_in(signature + " Calls g(x).") == signature
+    shown = [("a", "()"), ("b", "')'"), ("c", r"'\'('")]
+    assert pydocs_signatures.shown_parameters(signature) == shown
+    for text in ("Calls g(x).", "", "f(a", "f"):
+        assert pydocs_signatures.signature_in(text) == ""
+        assert pydocs_signatures.shown_parameters(text) == []
+    assert pydocs_signatures.value_of("first parameter", []) is None
+    assert pydocs_signatures.value_of("parameter after c", shown) is None
+    assert pydocs_signatures.value_of("default of x", shown) is None
+
+
+def test_questions_on_signatures_are_told_apart_from_their_wording():
+    claim = "The default of indent in json.dumps is None."
+    assert pydocs_signatures.parse_claim(claim) == ("default of indent", "json.dumps", "None")
+    first = "The first parameter in json.dumps is obj."
+    assert pydocs_signatures.parse_claim(first) == ("first parameter", "json.dumps", "obj")
+    assert pydocs_signatures.parse_claim("json.dumps: Serialize obj.") is None
+    assert pydocs_signatures.wording(claim)[1::2] == ["indent", "json.dumps", "None"]
+    slot = "json.dumps [SEP] parameter after obj"
+    assert pydocs_signatures.wording(slot)[1::2] == ["json.dumps", "obj"]
+    assert pydocs_signatures.wording("json.dumps [SEP] first parameter")[1::2] == ["json.dumps", ""]
+    for question in (claim, first, slot, "some words of a docstring"):
+        assert "".join(pydocs_signatures.wording(question)) == question
