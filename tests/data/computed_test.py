@@ -11,7 +11,7 @@ from glimmer_jax.data import computed, pipeline
 from glimmer_jax.data.reading import Exercises, Stage
 from glimmer_jax.data.vocabulary import Vocabulary
 
-LENGTHS = {"inputs": 16, "targets": 16, "passages": (2, 24)}
+LENGTHS = {"inputs": 40, "targets": 40, "passages": (2, 48)}
 RECORDS = [
     {"title": f"mod.func_{i}", "module": "mod", "text": " ".join(f"w{i}x{j}" for j in range(9))}
     for i in range(10)
@@ -78,3 +78,15 @@ def test_without_a_seed_it_is_seed_0():
         return [one["inputs"].tolist() for one in ds.as_numpy_iterator()]
 
     assert read() == read(seed=0) != read(seed=1)
+
+
+def test_cut_passages_of_examples_that_hold_them_are_counted(caplog):
+    def cuts(split, length):
+        fit = {**LENGTHS, "passages": (2, length)}
+        settings = dict(vocabulary=Vocabulary(), has_passages=False, examples=20)
+        return pipeline.check_fit("generated_1", split, fit, **settings)["passages_cut"]
+
+    assert cuts("train", 99) == cuts("validation", 99) == 0 and not caplog.records
+    assert cuts("train", 12) == 20 and not caplog.records
+    assert cuts("validation", 12) == 20
+    assert "20 of 20 passages of generated_1 (validation)" in caplog.text
