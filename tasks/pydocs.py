@@ -7,7 +7,8 @@
 Files are `<DATA_DIR>/<task>-<split>.jsonl`, written by `--run_mode=retrieve`.
 
 For training there are the same questions with made-up names, other ones in every example:
-`pydocs_renamed` and, for one task, `pydocs_<task>_renamed`. They hold their passages themselves (no
+`pydocs_renamed` and, for one task, `pydocs_<task>_renamed`; with the gold passage alone,
+`pydocs_renamed_gold`. They hold their passages themselves (no
 PASSAGES_DIR), as many as TASK_FEATURE_LENGTHS says, up to `RENAMED_PASSAGES`.
 """
 
@@ -40,12 +41,13 @@ RENAMED_PASSAGES = 10
 SHARES = {"which_function": 0.5}
 
 
-def _renamed(tasks: tuple[str, ...]) -> RenamedQuestions:
+def _renamed(tasks: tuple[str, ...], given: int | None = None) -> RenamedQuestions:
     examples = {name: list(read_examples(retrieved_file(name, "train"))) for name in tasks}
     records = {record["id"]: record for record in pydocs.train_texts()}
-    return RenamedQuestions(examples, records, RENAMED_PASSAGES, Vocabulary(), SHARES)
+    return RenamedQuestions(examples, records, RENAMED_PASSAGES, Vocabulary(), SHARES, given=given)
 
 
 computed.register("pydocs_renamed", functools.partial(_renamed, tuple(METRICS)))
+computed.register("pydocs_renamed_gold", functools.partial(_renamed, tuple(METRICS), given=1))
 for _task in METRICS:
     computed.register(f"pydocs_{_task}_renamed", functools.partial(_renamed, (_task,)))

@@ -41,6 +41,7 @@ class RenamedQuestions:
         vocabulary: Vocabulary,
         shares: Mapping[str, float] | None = None,
         seed: int = 0,
+        given: int | None = None,
     ):
         """Args:
           tasks: retrieved examples of each task; those with fewer passages, or without a gold one among
@@ -51,6 +52,7 @@ class RenamedQuestions:
           vocabulary: of questions, answers and passages.
           shares: how often each task is drawn; None for equally often.
           seed: of all draws.
+          given: an example holds this many of the K; 1 is the gold passage alone. None for all.
 
         Raises ValueError where a task has no example with K passages, a gold one among them, or names
         passages that are not in `records`.
@@ -74,6 +76,7 @@ class RenamedQuestions:
         self._weights = [(shares or {}).get(name, 1.0) for name in self._tasks]
         self._records = records
         self._num_passages = num_passages
+        self._given = num_passages if given is None else given
         self._vocabulary = vocabulary
         self._seed = seed
         titles = {record["title"] for record in records.values()}
@@ -97,7 +100,9 @@ class RenamedQuestions:
         draw = random.Random(f"{self._seed}:{stream}:{index}")
         task = draw.choices(list(self._tasks), self._weights)[0]
         asked = draw.choice(self._tasks[task])
-        retrieved = _gold_first(asked["retrieved"][: self._num_passages], draw)
+        retrieved = _gold_first(
+            asked["retrieved"][: self._num_passages], min(FIRST, self._given), draw
+        )[: self._given]
         records = [self._records[one["id"]] for one in retrieved]
         about = asked["output"][0]["provenance"][0]["title"]
         titles = list(dict.fromkeys([*(record["title"] for record in records), about]))
@@ -218,12 +223,12 @@ def _is_told(retrieved: Sequence[Mapping[str, Any]], num_passages: int) -> bool:
     return len(first) == num_passages and any(one["gold"] for one in first)
 
 
-def _gold_first(retrieved: Sequence[Any], draw: random.Random) -> list[Any]:
-    """The retriever's order, with a gold passage that lies behind the first `FIRST` changed into them."""
+def _gold_first(retrieved: Sequence[Any], first: int, draw: random.Random) -> list[Any]:
+    """The retriever's order, with a gold passage that lies behind the first `first` changed into them."""
     placed = list(retrieved)
     found = next(i for i, one in enumerate(placed) if one["gold"])
-    if found >= FIRST:
-        place = draw.randrange(FIRST)
+    if found >= first:
+        place = draw.randrange(first)
         placed[found], placed[place] = placed[place], placed[found]
     return placed
 

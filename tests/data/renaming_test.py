@@ -162,6 +162,17 @@ def test_the_wording_of_a_question_is_never_renamed():
         assert question.startswith(f"The first parameter in {title} is ")
 
 
+@pytest.mark.parametrize("about", NAMES)
+def test_the_gold_passage_alone_can_be_given(about):
+    asked = {"which": [line("text", about, about)]}
+    made = RenamedQuestions(asked, RECORDS, 4, VOCABULARY, given=1)
+    for index in range(10):
+        example = made.example(index)
+        assert example["gold_passages"] == [1] and len(example["passages"]) == 1
+        _, answer, _, title, _ = read(example)
+        assert answer == title
+
+
 def test_streams_and_seeds_give_other_examples():
     asked = [line("text", "json.dumps", "json.dumps")]
     made = questions(which=asked)
