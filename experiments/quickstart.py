@@ -18,6 +18,7 @@ from experiments import report
 from experiments.command import glimmer
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.metrics import qa
+from glimmer_jax.pydocs import baselines
 from glimmer_jax.pydocs.questions import TASKS
 from glimmer_jax.shipped import CHECKPOINTS
 from glimmer_jax.storage.json_lines import read_json_lines, write_json_lines
@@ -93,8 +94,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     _answer_a_few(data, runs, weights["glimmer"], memories["glimmer"])
 
-    titles = {one["id"]: one["title"] for one in Passages.open(data / "passages").records()}
-    found = collect(data / "retrieved", runs, titles)
+    records = {one["id"]: one for one in Passages.open(data / "passages").records()}
+    found = collect(data / "retrieved", runs, records)
     found["seconds"] = round(time.monotonic() - started)
     Path("report.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     report.plot(found, Path("report.png"))
@@ -129,19 +130,23 @@ def _answer_a_few(data: Path, runs: Path, checkpoint: Path, memory: Path) -> Non
         print(f"\n  {question['input']}\n    -> {given}  (gold: {gold}; read: {best})")
 
 
-def collect(retrieved: Path, runs: Path, titles: Mapping[int, str]) -> dict[str, Any]:
-    """The report: scores of the retriever and the three models on the same test questions.
+def collect(
+    retrieved: Path, runs: Path, records: Mapping[int, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The report: scores of simple rules, the retriever and three models on the same test questions.
 
     Args:
       retrieved: folder of the retrieved test files.
-      titles: title of each passage id.
+      records: passage id -> `{"title", "text"}`.
       runs: folder with `<model>_eval/metrics.json` and `predictions-pydocs_<task>.jsonl`.
 
     Returns:
       For `retriever` and each model `exact_match` and `recall_at_1` on the which-function task and
-      `tasks`; for models also `tflop_per_question` and `questions_per_second`; and `differences` of
-      which-function exact match and recall with paired 95 % intervals, pages resampled whole.
+      `tasks`; for models also `tflop_per_question` and `questions_per_second`; `baselines`, the exact
+      match of each rule of `pydocs.baselines` by task, and the retriever's recall; and `differences`
+      of which-function exact match and recall with paired 95 % intervals, pages resampled whole.
     """
+    rule_scores: dict[str, dict[str, float]] = {}
     systems: dict[str, Any] = {"retriever": {"tasks": {}}}
     rows: dict[tuple[str, str], Mapping[str, Any]] = {}
     for name in MODELS:
@@ -160,8 +165,10 @@ def collect(retrieved: Path, runs: Path, titles: Mapping[int, str]) -> dict[str,
             rows[name, task] = _scores(task, predictions, examples)
         asked = [examples[line["id"]] for line in predictions]
         rows["retriever", task] = _scores(
-            task, [_first_title(line, titles) for line in asked], examples
+            task, [_first_title(line, records) for line in asked], examples
         )
+        rules = baselines.scores(task, asked, records)
+        rule_scores[task] = {name: sum(found) / len(found) for name, found in rules.items()}
     for (name, task), scores in rows.items():
         means = {key: sum(v) / len(v) for key, v in scores.items() if key != "groups"}
         systems[name]["tasks"][task] = {"n": len(scores["groups"]), **means}
@@ -171,14 +178,16 @@ def collect(retrieved: Path, runs: Path, titles: Mapping[int, str]) -> dict[str,
             main_task["exact_match"],
             main_task["recall_at_1"],
         )
-    return {**systems, "differences": _differences(rows)}
+    return {**systems, "baselines": rule_scores, "differences": _differences(rows)}
 
 
-def _first_title(line: Mapping[str, Any], titles: Mapping[int, str]) -> dict[str, Any]:
+def _first_title(
+    line: Mapping[str, Any], records: Mapping[int, Mapping[str, Any]]
+) -> dict[str, Any]:
     """The retriever as a reader: it answers every question with its first passage's page."""
     return {
         "id": line["id"],
-        "prediction": titles[line["retrieved"][0]["id"]],
+        "prediction": records[line["retrieved"][0]["id"]]["title"],
         "passage_ids": [one["id"] for one in line["retrieved"]],
     }
 

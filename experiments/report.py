@@ -6,7 +6,7 @@ from typing import Any
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The report as text: a row for each system, then the differences that matter."""
+    """The report as text: a row for each system, what rules answer, and the differences that matter."""
     tasks = list(report["retriever"]["tasks"])
     head = ["", *(f"{task} EM" for task in tasks), "recall@1", "GFLOP/question", "questions/s"]
     lines = [head]
@@ -23,6 +23,9 @@ def table(report: Mapping[str, Any]) -> str:
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         for line in lines
     ]
+    text.append("\nWhat simple rules answer, exact match, and the retriever's recall:")
+    for task, rules in report["baselines"].items():
+        text.append(f"  {task:18} " + "  ".join(f"{name} {v:.3f}" for name, v in rules.items()))
     n = report["retriever"]["tasks"]["which_function"]["n"]
     text.append(f"\nDifferences on which_function (n = {n}, paired 95 % intervals):")
     for name, one in report["differences"].items():

@@ -6,8 +6,9 @@
 
 Files are `<DATA_DIR>/<task>-<split>.jsonl`, written by `--run_mode=retrieve`.
 
-For training there are the same questions on passages whose titles are made up anew in every example,
-`pydocs_renamed` and, for one task, `pydocs_<task>_renamed`. They hold their passages themselves (no
+For training there are the same questions with made-up names, other ones in every example:
+`pydocs_renamed` and, for one task, `pydocs_<task>_renamed`; with the gold passage alone,
+`pydocs_renamed_gold`. They hold their passages themselves (no
 PASSAGES_DIR), as many as TASK_FEATURE_LENGTHS says, up to `RENAMED_PASSAGES`.
 """
 
@@ -38,16 +39,19 @@ for _task, _metrics in METRICS.items():
 seqio.MixtureRegistry.add("pydocs", [f"pydocs_{task}" for task in METRICS], default_rate=1.0)
 
 RENAMED_PASSAGES = 10
-# Which function is asked more often: it alone is answered by copying a whole title.
-SHARES = {"which_function": 8.0}
+# Which function is learnt soonest, and the start practises it already.
+SHARES = {"which_function": 0.5}
 
 
-def _renamed(tasks: tuple[str, ...]) -> RenamedQuestions:
+def _renamed(tasks: tuple[str, ...], given: int | None = None) -> RenamedQuestions:
     examples = {name: list(read_examples(retrieved_file(name, "train"))) for name in tasks}
     records = {record["id"]: record for record in corpus.train_texts()}
-    return RenamedQuestions(examples, records, RENAMED_PASSAGES, Vocabulary(), SHARES)
+    return RenamedQuestions(examples, records, RENAMED_PASSAGES, Vocabulary(), SHARES, given=given)
 
 
 generated_tasks.register("pydocs_renamed", functools.partial(_renamed, tuple(METRICS)))
+generated_tasks.register(
+    "pydocs_renamed_gold", functools.partial(_renamed, tuple(METRICS), given=1)
+)
 for _task in METRICS:
     generated_tasks.register(f"pydocs_{_task}_renamed", functools.partial(_renamed, (_task,)))

@@ -185,7 +185,7 @@ def test_ablations_change_one_thing(path):
     assert changed and len(changed) <= (2 if path.stem == "alpha" else 1), changed
     if path.stem == "k":
         lengths = [ast.literal_eval(found["task_feature_lengths"]) for found in (before, after)]
-        assert [one.pop("passages") for one in lengths] == [(10, 80), (4, 80)]
+        assert [one.pop("passages") for one in lengths] == [(10, 120), (4, 120)]
         assert lengths[0] == lengths[1]
 
 

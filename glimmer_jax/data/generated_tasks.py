@@ -1,4 +1,9 @@
-"""Tasks whose examples are computed from their index, passages and all; no file is read twice."""
+"""Tasks whose examples are computed, passages and all, from a stream's name and their index.
+
+The seed of the run (`SEED`) chooses the stream of training examples: two seeds give different
+examples, one seed always the same ones. Validation examples have a stream of their own, the same for
+every seed.
+"""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -10,14 +15,14 @@ import tensorflow as tf
 
 from glimmer_jax.vocabulary import Vocabulary
 
-# Examples of an epoch, by index.
-EPOCH = {"train": (0, 1_000_000), "validation": (1_000_000, 1_000_512)}
+# Examples of an epoch.
+EPOCH = {"train": 1_000_000, "validation": 512}
 
 
 class Examples(Protocol):
-    """What computes them, a function of the index alone."""
+    """Computes examples; each is a function of stream and index alone."""
 
-    def example(self, index: int) -> dict[str, Any]:
+    def example(self, index: int, stream: str = "") -> dict[str, Any]:
         """`inputs`, `targets` (token lists), `passages` (K token lists), `gold_passages` (K)."""
         ...
 
@@ -45,16 +50,24 @@ def register(
     )
 
 
+def stream_name(split: str, seed: int | None) -> str:
+    """Name of the stream that a split reads; only the training stream depends on the seed.
+
+    Without a seed it is that of seed 0.
+    """
+    return f"{split}:{seed or 0}" if split == "train" else split
+
+
 def blocks(
-    examples: Examples, start: int, stop: int, size: int = 256
+    examples: Examples, start: int, stop: int, size: int = 256, stream: str = ""
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Examples `start` to `stop`, `size` at a time, as int32 arrays padded with 0.
+    """Examples `start` to `stop` of a stream, `size` at a time, as int32 arrays padded with 0.
 
     Yields:
       `inputs` [n, Q], `targets` [n, T], `passages` [n, K, P], `gold_passages` [n, K].
     """
     for first in range(start, stop, size):
-        made = [examples.example(i) for i in range(first, min(first + size, stop))]
+        made = [examples.example(i, stream) for i in range(first, min(first + size, stop))]
         passages = [ids for example in made for ids in example["passages"]]
         yield {
             "inputs": _padded([example["inputs"] for example in made]),
@@ -72,12 +85,12 @@ def _padded(lists: list[list[int]]) -> np.ndarray:
 
 
 def _dataset(split: str, shuffle_files: bool, seed: int | None = None, *, make: Any) -> Any:
-    del shuffle_files, seed  # An example depends on its index alone.
+    del shuffle_files  # Every stream is in random order already.
     # Here, where an error is Python's own; inside the generator tensorflow would make it one of its.
     examples = make()
     # Blocks, because every call from tensorflow into Python costs more than an example.
     ds = tf.data.Dataset.from_generator(
-        lambda: blocks(examples, *EPOCH[split]),
+        lambda: blocks(examples, 0, EPOCH[split], stream=stream_name(split, seed)),
         output_signature={
             "inputs": tf.TensorSpec([None, None], tf.int32),
             "targets": tf.TensorSpec([None, None], tf.int32),

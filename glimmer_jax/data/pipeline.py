@@ -6,6 +6,7 @@ position in the stream is the step alone: a restarted run skips what was seen.
 """
 
 import importlib
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ from glimmer_jax.axes import check_lengths
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.data.features import NO_PASSAGE, GlimmerFeatureConverter
 from glimmer_jax.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
 
@@ -142,10 +145,13 @@ def check_fit(
     vocabulary: Vocabulary,
     has_passages: bool,
     use_cached: bool = False,
-    examples: int = 1000,
+    examples: int | None = 1000,
     max_cut: float = 0.1,
 ) -> dict[str, int]:
     """Compares every task, and its first examples, with the settings, before anything is compiled.
+
+    Whatever is cut is counted; outside of the training split it is logged as a warning, since a
+    question or an answer without its end is evaluated wrongly.
 
     Args:
       mixture_or_task_name: registered with seqio.
@@ -154,20 +160,23 @@ def check_fit(
       vocabulary: that of model and passages.
       has_passages: whether there is a folder or a memory to read passages from.
       use_cached: read seqio's cache of the tasks.
-      examples: of each task that are looked at.
-      max_cut: share of them that may be longer than their lengths.
+      examples: of each task that are looked at; None for all.
+      max_cut: share of questions, and of answers, that may be longer than their lengths.
 
     Returns:
-      Counts over all tasks: `examples`, and of them `questions_cut`, `answers_cut` and `without_gold`
-      (no passage that is known to answer).
+      Counts over all tasks: `examples`, and of them `questions_cut`, `answers_cut`, `passages_cut` (one
+      or more of the passages that an example holds itself; those in a folder are
+      `Passages.warn_of_cuts`'s) and `without_gold` (no passage that is known to answer).
 
     Raises:
       ValueError: a task has another vocabulary, its passages are ids that nothing resolves, no
         example has an answer or as many passages as K, or more than `max_cut` of the questions or of
         the answers are longer than Q or T.
     """
-    question_length, target_length, num_passages, _ = check_lengths(lengths)
-    counts = {"examples": 0, "questions_cut": 0, "answers_cut": 0, "without_gold": 0}
+    num_passages = check_lengths(lengths).passages
+    counts = dict.fromkeys(
+        ("examples", "questions_cut", "answers_cut", "passages_cut", "without_gold"), 0
+    )
     for task in seqio.get_subtasks(find_mixture_or_task(mixture_or_task_name)):
         for feature in ("inputs", "targets"):
             if task.output_features[feature].vocabulary != vocabulary.seqio():
@@ -187,11 +196,12 @@ def check_fit(
                 "MIXTURE_OR_TASK_NAME, or take another split."
             )
         ds = task.get_dataset(None, split, use_cached, shuffle=False, num_epochs=1)
-        most = seen = questions = targets = answered = 0
-        for example in ds.take(examples).as_numpy_iterator():
+        most = seen = answered = 0
+        found: dict[str, list[int]] = {"inputs": [], "targets": [], "passages": []}
+        for example in ds.take(-1 if examples is None else examples).as_numpy_iterator():
             seen += 1
-            questions += len(example["inputs"]) > question_length
-            targets += len(example["targets"]) > target_length
+            for key, longest in found.items():
+                longest.append(_longest(example.get(key), num_passages))
             most = max(most, len(example.get("passage_ids", example.get("passages"))))
             answered += bool(np.any(example["targets"] > vocabulary.eos_id))
             counts["without_gold"] += not np.any(example.get("gold_passages", 1))
@@ -205,16 +215,32 @@ def check_fit(
                 f"TASK_FEATURE_LENGTHS asks for K={num_passages} passages, and the {split} examples "
                 f"of {task.name} have {most} at most. Retrieve {num_passages}, or lower K."
             )
-        for name, key, count in (
-            ("questions", "inputs", questions),
-            ("answers", "targets", targets),
-        ):
-            if count > max_cut * seen:
-                raise ValueError(
-                    f"{count} of {seen} {name} of {task.name} ({split}) are longer than the "
-                    f"{lengths[key]} tokens that TASK_FEATURE_LENGTHS[{key!r}] gives them. Raise it."
-                )
         counts["examples"] += seen
-        counts["questions_cut"] += questions
-        counts["answers_cut"] += targets
+        for name, key in (
+            ("questions", "inputs"),
+            ("answers", "targets"),
+            ("passages", "passages"),
+        ):
+            length = lengths[key] if key != "passages" else lengths[key][1]
+            count = sum(one > length for one in found[key])
+            counts[f"{name}_cut"] += count
+            # Of ten passages one may well be longer, and rarely is it the one that answers.
+            if key != "passages" and count > max_cut * seen:
+                raise ValueError(
+                    f"{count} of {seen} {name} of {task.name} ({split}) are longer than the {length} "
+                    f"tokens that TASK_FEATURE_LENGTHS[{key!r}] gives them. Raise it."
+                )
+            if count and split != "train":
+                logger.warning(
+                    "%d of %d %s of %s (%s) are longer than the %d tokens that TASK_FEATURE_LENGTHS[%r]"
+                    " gives them, and are cut; the longest has %d.",
+                    count, seen, name, task.name, split, length, key, max(found[key]),
+                )  # fmt: skip
     return counts
+
+
+def _longest(tokens: np.ndarray | None, num_passages: int) -> int:
+    """Tokens of `[n]`, or of the longest of the first passages `[K, P]` padded with 0; None has none."""
+    if tokens is None or tokens.ndim == 1:
+        return 0 if tokens is None else len(tokens)
+    return int((tokens[:num_passages] > 0).sum(axis=1).max(initial=0))

@@ -169,7 +169,7 @@ class GlimmerModel:
         exists = _passage_exists(batch)
         counts = {
             "tokens": jnp.sum(jnp.asarray(batch["decoder_loss_weights"], jnp.float32)),
-            "questions": jnp.sum(jnp.sum(exists, axis=-1) >= 2).astype(jnp.float32),
+            "questions": jnp.sum(_is_distilled(batch, exists)).astype(jnp.float32),
         }
         if "gold_passages" in batch:
             gold = (jnp.asarray(batch["gold_passages"]) > 0) & exists
@@ -264,18 +264,18 @@ class GlimmerModel:
                 chunk=loss_config.teacher_chunk,
                 mean=loss_config.mean_log_likelihood,
             )
-            distillation = jnp.sum(
-                losses.distillation(
-                    live.scores,
-                    useful,
-                    exists,
-                    temperature=loss_config.temperature,
-                    direction=loss_config.kl_direction,
-                )
+            by_question = losses.distillation(
+                live.scores,
+                useful,
+                exists,
+                temperature=loss_config.temperature,
+                direction=loss_config.kl_direction,
             )
+            distilled = _is_distilled(batch, exists)
+            distillation = jnp.sum(by_question * distilled)
             loss += loss_config.distillation_weight * distillation / normalizers["questions"]
-            several = jnp.sum(jnp.sum(exists, axis=-1) >= 2).astype(jnp.float32)
-            metrics["distillation"] = (distillation, several)
+            count = jnp.sum(distilled).astype(jnp.float32)
+            metrics["distillation"] = (distillation, count)
 
         if "gold_passages" in batch:
             gold = (batch["gold_passages"] > 0) & exists
@@ -381,3 +381,16 @@ def _passage_exists(batch: Batch) -> jax.Array:
     if "passage_memory" in batch:
         return jnp.asarray(batch["passage_lengths"]) > 0
     return jnp.any(jnp.asarray(batch["passage_tokens"]) > 0, axis=-1)
+
+
+def _is_distilled(batch: Batch, exists: jax.Array) -> jax.Array:
+    """bool `[B]`: questions with passages to compare and an answer to compare them by.
+
+    Without answer tokens all passages are equally useful, and scores would be trained to be equal.
+
+    Args:
+      batch: see the module's docstring.
+      exists: bool `[B, K]`, passages that there are.
+    """
+    answered = jnp.sum(jnp.asarray(batch["decoder_loss_weights"]) > 0, axis=-1) > 0
+    return answered & (jnp.sum(exists, axis=-1) >= 2)

@@ -114,8 +114,9 @@ def evaluate(
         vocabulary=vocabulary,
         has_passages=True,
         use_cached=use_cached_tasks,
+        examples=num_examples,
     )
-    print("First examples: " + ", ".join(f"{name} {n}" for name, n in counts.items()))
+    print("Examples: " + ", ".join(f"{name} {n}" for name, n in counts.items()))
     dev = Evaluation(
         mixture_or_task_name,
         split,

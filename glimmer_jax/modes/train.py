@@ -141,15 +141,20 @@ def train(
 
     retrieved_tasks.configure(data_dir, min_bleu_score, vocabulary)
     pipeline.import_tasks(mixture_or_task_module)
-    counts = pipeline.check_fit(
-        mixture_or_task_name,
-        split,
-        task_feature_lengths,
-        vocabulary=vocabulary,
-        has_passages=passages is not None or memory_dir is not None,
-        use_cached=use_cached_tasks,
-    )
-    print("First examples: " + ", ".join(f"{name} {n}" for name, n in counts.items()))
+    looked_at: list[tuple[str, int | None]] = [(split, 1000)]
+    if loop_config.eval_every:
+        looked_at.append((evaluation.split, evaluation.num_examples))
+    for one, first in looked_at:
+        counts = pipeline.check_fit(
+            mixture_or_task_name,
+            one,
+            task_feature_lengths,
+            vocabulary=vocabulary,
+            has_passages=passages is not None or memory_dir is not None,
+            use_cached=use_cached_tasks,
+            examples=first,
+        )
+        print(f"First examples ({one}): " + ", ".join(f"{name} {n}" for name, n in counts.items()))
 
     dev: Evaluation | None = None
     if loop_config.eval_every:

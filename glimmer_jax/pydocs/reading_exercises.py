@@ -46,7 +46,7 @@ class Stage:
 
 
 class Exercises:
-    """Exercises on a set of passages, each a function of seed and index alone."""
+    """Exercises on a set of passages, each a function of seed, stream and index alone."""
 
     def __init__(
         self, records: Sequence[dict[str, Any]], stage: Stage, vocabulary: Vocabulary, seed: int = 0
@@ -70,14 +70,14 @@ class Exercises:
         self._vocabulary = vocabulary
         self._seed = seed
 
-    def example(self, index: int) -> dict[str, Any]:
-        """One exercise.
+    def example(self, index: int, stream: str = "") -> dict[str, Any]:
+        """One exercise, number `index` of the stream.
 
         Returns:
           `inputs` and `targets` (token lists, the target ended), `passages` (K token lists), and
           `gold_passages` (K times 0 or 1).
         """
-        draw = random.Random(f"{self._seed}:{index}")
+        draw = random.Random(f"{self._seed}:{stream}:{index}")
         stage = self._stage
         gold = draw.choice(self._asked)
         chosen = [gold]

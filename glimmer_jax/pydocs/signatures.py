@@ -10,6 +10,13 @@ SLOTS_PER_PAGE = 3
 # Of the slots with these answers only a part is asked, or guessing them would pay.
 _THINNED = {"None": 0.3, "False": 0.5, "True": 0.6, "0": 0.6}
 
+# Words of a default that stand for themselves, not for a name.
+CONSTANTS = ("None", "True", "False")
+_RELATION = r"default of |first parameter|parameter after "
+# Odd groups are wording, even ones names and values.
+_CLAIM = re.compile(rf"(The (?:{_RELATION}))(\S*)( in )(\S+)( is )(.*)(\.)", re.DOTALL)
+_SLOT = re.compile(rf"()(\S+)( \[SEP\] (?:{_RELATION}))(\S*)()")
+
 Claim = tuple[Page, str, int, bool]
 
 
@@ -53,8 +60,80 @@ def facts(page: Page) -> list[Slot]:
     return found
 
 
+def signature_in(text: str) -> str:
+    """The signature that a passage's text starts with; "" where it starts with none.
+
+    `f(a=(), *, b=')') Does it.` -> `f(a=(), *, b=')')`
+    """
+    head = re.match(r"\w+\(", text)
+    if head is None:
+        return ""
+    depth, quote, escaped = 1, "", False
+    for end, character in enumerate(text[head.end() :], start=head.end() + 1):
+        if quote:
+            quote = "" if character == quote and not escaped else quote
+            escaped = character == "\\" and not escaped
+        elif character in "'\"":
+            quote = character
+        else:
+            depth += (character in "([{") - (character in ")]}")
+            if not depth:
+                return text[:end]
+    return ""
+
+
+def shown_parameters(signature: str) -> list[tuple[str, str | None]]:
+    """(name, default or None) of the plain parameters that a signature as text shows, in order.
+
+    `f(a, *args, b=None, ...)` -> `[("a", None), ("b", "None")]`; empty for text of another form.
+    """
+    inside = re.fullmatch(r"[^()]*\((.*)\)", signature, re.DOTALL)
+    found = []
+    # Defaults hold no spaces (`pydocs_objects`), so that this comma only parts parameters.
+    for text in inside[1].split(", ") if inside else ():
+        name, equals, default = text.partition("=")
+        if name.isidentifier():
+            found.append((name, default if equals else None))
+    return found
+
+
+def parse_claim(claim: str) -> tuple[str, str, str] | None:
+    """(relation, page, value) of a claim on a signature; None for one on a docstring.
+
+    `The default of indent in json.dumps is None.` -> `("default of indent", "json.dumps", "None")`
+    """
+    found = _CLAIM.fullmatch(claim)
+    if found is None:
+        return None
+    return found[1].removeprefix("The ") + found[2], found[4], found[6]
+
+
+def wording(question: str) -> list[str]:
+    """A slot or claim on a signature in pieces: fixed wording first, then by turns what it is about.
+
+    `json.dumps [SEP] default of indent` -> `["", "json.dumps", " [SEP] default of ", "indent", ""]`;
+    a question of another form is `["", question]`.
+    """
+    found = _SLOT.fullmatch(question) or _CLAIM.fullmatch(question)
+    return ["", question] if found is None else list(found.groups())
+
+
+def value_of(relation: str, parameters: list[tuple[str, str | None]]) -> str | None:
+    """What a signature says of a relation of `facts`; None where it says nothing."""
+    names = [name for name, _ in parameters]
+    if relation == "first parameter":
+        return names[0] if names else None
+    kind, _, name = relation.rpartition(" ")
+    if name not in names:
+        return None
+    place = names.index(name)
+    if kind == "default of":
+        return parameters[place][1]
+    return names[place + 1] if place + 1 < len(names) else None
+
+
 def _type(default: str) -> str:
-    if default in ("None", "True", "False"):
+    if default in CONSTANTS:
         return "constant"
     if re.fullmatch(r"-?[\d.]+(e-?\d+)?", default):
         return "number"

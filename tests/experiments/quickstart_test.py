@@ -46,8 +46,12 @@ def found(tmp_path):
             write_json_lines(folder / f"predictions-pydocs_{task}.jsonl", rows)
             metrics = {"tflop_per_question": 0.1, "questions_per_second": 7.0}
             (folder / "metrics.json").write_text(json.dumps(metrics))
-    titles = {passage["id"]: passage["title"] for one in examples for passage in one["retrieved"]}
-    return quickstart.collect(tmp_path, tmp_path, titles)
+    records = {
+        passage["id"]: {"title": passage["title"], "text": "page(a, b) Some words."}
+        for one in examples
+        for passage in one["retrieved"]
+    }
+    return quickstart.collect(tmp_path, tmp_path, records)
 
 
 def test_the_report_has_what_it_promises(found):
@@ -64,10 +68,20 @@ def test_the_report_has_what_it_promises(found):
     assert difference["low"] <= 2 / 6 <= difference["high"]
 
 
+def test_the_report_has_baselines_of_every_task(found):
+    assert found["baselines"].keys() == set(TASKS)
+    assert found["baselines"]["which_function"]["first_title"] == pytest.approx(3 / 6)
+    for rules in found["baselines"].values():
+        assert rules["recall_at_1"] == pytest.approx(3 / 6) and rules["recall_at_10"] == 1.0
+
+
 def test_table_and_plot_show_every_system(found, tmp_path):
     text = report.table(found)
     assert "n = 6" in text
     for name in ("retriever", *quickstart.MODELS):
         assert f"\n{name:>9}" in "\n" + text
+    for task, rules in found["baselines"].items():
+        row = [row for row in text.splitlines() if row.split()[:1] == [task]][-1]
+        assert all(f"{name} {value:.3f}" in row for name, value in rules.items())
     report.plot(found, tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")

@@ -199,3 +199,25 @@ def test_loss_terms_without_their_data_are_rejected(loss, batch, match):
     config = dataclasses.replace(tiny.GLIMMER, num_kept=1)
     with pytest.raises(ValueError, match=match):
         GlimmerModel(config, loss).loss_fn(tiny.params(config), tiny.batch(**batch), None)
+
+
+def test_rows_without_an_answer_teach_the_scores_nothing():
+    params, batch = tiny.params(tiny.GLIMMER), tiny.batch(gold=False)
+    unanswered = {**batch, "decoder_target_tokens": batch["decoder_target_tokens"].copy()}
+    weights = batch["decoder_loss_weights"].copy()
+    rows = np.array([0, 3])
+    assert ((batch["passage_tokens"][rows] > 0).any(-1).sum(-1) >= 2).all()
+    weights[rows], unanswered["decoder_target_tokens"][rows] = 0, 0
+    unanswered["decoder_loss_weights"] = weights
+    kept = np.setdiff1d(np.arange(tiny.B), rows)
+    model = tiny.model(tiny.GLIMMER, TEACHING)
+    without = {name: value[kept] for name, value in batch.items()}
+    counts = [float(model.loss_normalizers(b)["questions"]) for b in (batch, unanswered, without)]
+    assert counts[0] - 2 == counts[1] == counts[2]
+    run = tiny.loss_and_grad(tiny.GLIMMER, TEACHING)
+    (loss, metrics), grads = run(params, unanswered)
+    (wanted, expected), wanted_grads = run(params, without)
+    np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+    np.testing.assert_allclose(metrics["distillation"], expected["distillation"], rtol=1e-6)
+    for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted_grads), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-7)

@@ -146,3 +146,38 @@ def test_facts_cut_from_a_long_signature_are_not_asked():
     assert len(page.signature) <= corpus.MAX_SIGNATURE_CHARACTERS
     assert all(fact.value in page.signature for fact in signatures.facts(page))
     assert not any("p30" in fact.relation for fact in signatures.facts(page))
+
+
+def test_signatures_as_text_say_the_facts_of_their_pages():
+    for page in PAGES.values():
+        assert signatures.signature_in(f"{page.signature} Does (it).") == page.signature
+        shown = signatures.shown_parameters(page.signature)
+        for fact in signatures.facts(page):
+            assert signatures.value_of(fact.relation, shown) == fact.value
+
+
+def test_signatures_end_at_their_own_bracket():
+    signature = r"f(a=(), *, b=')', c='\'(', **d)"
+    assert signatures.signature_in(signature + " Calls g(x).") == signature
+    shown = [("a", "()"), ("b", "')'"), ("c", r"'\'('")]
+    assert signatures.shown_parameters(signature) == shown
+    for text in ("Calls g(x).", "", "f(a", "f"):
+        assert signatures.signature_in(text) == ""
+        assert signatures.shown_parameters(text) == []
+    assert signatures.value_of("first parameter", []) is None
+    assert signatures.value_of("parameter after c", shown) is None
+    assert signatures.value_of("default of x", shown) is None
+
+
+def test_questions_on_signatures_are_told_apart_from_their_wording():
+    claim = "The default of indent in json.dumps is None."
+    assert signatures.parse_claim(claim) == ("default of indent", "json.dumps", "None")
+    first = "The first parameter in json.dumps is obj."
+    assert signatures.parse_claim(first) == ("first parameter", "json.dumps", "obj")
+    assert signatures.parse_claim("json.dumps: Serialize obj.") is None
+    assert signatures.wording(claim)[1::2] == ["indent", "json.dumps", "None"]
+    slot = "json.dumps [SEP] parameter after obj"
+    assert signatures.wording(slot)[1::2] == ["json.dumps", "obj"]
+    assert signatures.wording("json.dumps [SEP] first parameter")[1::2] == ["json.dumps", ""]
+    for question in (claim, first, slot, "some words of a docstring"):
+        assert "".join(signatures.wording(question)) == question

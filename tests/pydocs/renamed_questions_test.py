@@ -2,6 +2,7 @@
 
 import pytest
 
+from glimmer_jax.pydocs import renamed_questions
 from glimmer_jax.pydocs.renamed_questions import RenamedQuestions
 from glimmer_jax.vocabulary import Vocabulary
 
@@ -122,3 +123,65 @@ def test_questions_of_another_corpus_are_refused():
         ValueError, match="name passage 99, which this Python's documentation does not"
     ):
         questions(which=[asked])
+
+
+def test_one_mapping_serves_question_answer_and_passages():
+    records = {
+        **RECORDS,
+        2: {
+            "title": "json.dumps",
+            "signature": "dumps(obj, *, sep=', ', split=8192)",
+            "text": "dumps(obj, *, sep=', ', split=8192) Writes obj, in 8192 parts.",
+        },
+    }
+    asked = [line("json.dumps [SEP] default of split", "8192", "json.dumps")]
+    asked.append(line("The first parameter in json.dumps is b.", "REFUTES", "json.dumps"))
+    made = RenamedQuestions({"slots": asked}, records, 4, VOCABULARY, seed=1)
+    for index in range(40):
+        question, answer, _, title, text = read(made.example(index))
+        first = text.partition("(")[2].partition(",")[0]
+        assert f"Writes {first}, in " in text and first != "obj"
+        if answer == "REFUTES":
+            # A parameter of no passage is made up as well, or it would betray the false claim.
+            value = question.removeprefix(f"The first parameter in {title} is ").removesuffix(".")
+            assert value not in ("b", first)
+        else:
+            name = question.removeprefix(f"{title} [SEP] default of ")
+            assert f"{name}={answer})" in text and f"in {answer} parts" in text
+            assert name != "split" and len(answer) == 4
+
+
+def test_the_wording_of_a_question_is_never_renamed():
+    records = {**RECORDS, 2: {"title": "first.parameter", "text": "parameter(a) The default."}}
+    asked = [line("The first parameter in first.parameter is a.", "SUPPORTS", "first.parameter")]
+    for one in asked:
+        one["retrieved"] = [{"id": i, "gold": i == 2} for i in range(4)]
+    made = RenamedQuestions({"claims": asked}, records, 4, VOCABULARY, seed=1)
+    for index in range(20):
+        question, _, _, title, _ = read(made.example(index))
+        assert question.startswith(f"The first parameter in {title} is ")
+
+
+@pytest.mark.parametrize("about", NAMES)
+def test_the_gold_passage_alone_can_be_given(about):
+    asked = {"which": [line("text", about, about)]}
+    made = RenamedQuestions(asked, RECORDS, 4, VOCABULARY, given=1)
+    for index in range(10):
+        example = made.example(index)
+        assert example["gold_passages"] == [1] and len(example["passages"]) == 1
+        _, answer, _, title, _ = read(example)
+        assert answer == title
+
+
+def test_streams_and_seeds_give_other_examples():
+    asked = [line("text", "json.dumps", "json.dumps")]
+    made = questions(which=asked)
+    assert made.example(3, "train:0") == made.example(3, "train:0")
+    assert made.example(3, "train:0") != made.example(3, "train:1")
+
+
+def test_a_question_whose_words_no_renaming_keeps_apart_is_an_error(monkeypatch):
+    monkeypatch.setattr(renamed_questions, "ATTEMPTS", 2)
+    monkeypatch.setattr(renamed_questions, "made_up_name", lambda *_: "same")
+    with pytest.raises(ValueError, match="2 random renamings of the question 'text'"):
+        questions(which=[line("text", "json.dumps", "json.dumps")]).example(0)

@@ -2,7 +2,7 @@
 
 import random
 
-from glimmer_jax.pydocs.renamed_questions import BLENDED, REPEATED, made_up_name
+from glimmer_jax.pydocs.synthetic_names import BLENDED, REPEATED, made_up_name
 
 PARTS = ["alpha", "bravo", "charlie"]
 
