@@ -250,7 +250,7 @@ def test_every_ablation_trains_for_five_steps(work, tmp_path, ablation):
             "export",
             ["sizes/tiny", "models/fid", "runs/export"],
             {"CHECKPOINT_PATH": "none", "OUTPUT_PATH": "o.safetensors"},
-            "none is no checkpoint",
+            "none is not a checkpoint",
         ),
         (
             "infer",

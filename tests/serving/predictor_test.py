@@ -116,6 +116,6 @@ def test_a_checkpoint_that_does_not_know_its_model_is_named(corpus, tmp_path):
     checkpoint = tmp_path / "some.safetensors"
     save_params_file(checkpoint, tiny.params(GLIMMER), {})
     with pytest.raises(
-        ValueError, match=r"some.safetensors, a parameter file, does not say which model it holds"
+        ValueError, match=r"some.safetensors, a parameter file does not record its model"
     ):
         Predictor.load(checkpoint, LENGTHS, passages_dir=corpus)
