@@ -82,7 +82,7 @@ _TRIES = 3
 _SIDE = {True: 512, False: 8192}
 
 
-def matrix_rate(mesh: Mesh, operands: str) -> float:
+def matmul_rate(mesh: Mesh, operands: str) -> float:
     """Multiply-adds a second of all devices together, the best of a few products.
 
     Args:

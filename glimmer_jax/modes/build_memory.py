@@ -5,10 +5,8 @@ import jax.numpy as jnp
 
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.memory import build
-from glimmer_jax.memory.build_plan import Builders
-from glimmer_jax.memory.estimate import matrix_rate
+from glimmer_jax.memory.estimate import matmul_rate
 from glimmer_jax.memory.fingerprint import passages_fingerprint
-from glimmer_jax.memory.manifest import Layout
 from glimmer_jax.models.cost import question_cost
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
@@ -26,14 +24,10 @@ def build_memory(
     batch_size: int = 32,
     mesh: MeshConfig = MeshConfig(),
     vocabulary: Vocabulary = Vocabulary(),
-    shard_passages: int = 1024,
-    chunk_tokens: int = 64,
+    config: build.BuildConfig = build.BuildConfig(),
     measure_error: bool = True,
-    accept_other_program: bool = False,
-    builder_index: int | None = None,
-    builder_count: int | None = None,
 ) -> build.Report:
-    """Builds the store at `memory_dir`, or goes on with it; prints progress and rates.
+    """Builds the store at `memory_dir`, or resumes the build; prints progress and rates.
 
     Args:
       model: with a memory encoder (LUMEN or GLIMMER).
@@ -44,14 +38,8 @@ def build_memory(
       batch_size: passages a device encodes at once.
       mesh: devices.
       vocabulary: that of the model.
-      shard_passages: passages a shard.
-      chunk_tokens: tokens of the smallest unit of reading.
+      config: shards, builders, and whether shards of another program are accepted.
       measure_error: compare a sample with float32, and record it in the manifest.
-      accept_other_program: go on with shards that another program (rows, backend) has made.
-
-      builder_index: which of `builder_count` builders of one store this is, on storage that all of
-        them see; default: this process among JAX's.
-      builder_count: how many there are; the first also writes the manifest.
 
     Raises:
       ValueError: missing settings, files that are damaged or do not belong together, or a model
@@ -59,10 +47,6 @@ def build_memory(
     """
     checks.required(
         CHECKPOINT_PATH=checkpoint_path, PASSAGES_DIR=passages_dir, MEMORY_DIR=memory_dir
-    )
-    builders = Builders(
-        jax.process_index() if builder_index is None else builder_index,
-        jax.process_count() if builder_count is None else builder_count,
     )
     check_model(model)
     corpus = Passages.open(passages_dir, vocabulary.fingerprint)
@@ -76,23 +60,21 @@ def build_memory(
         corpus,
         memory_dir,
         passages_fingerprint=passages_fingerprint(corpus.manifest),
-        layout=Layout(shard_passages, chunk_tokens),
+        config=config,
         reference=reference if measure_error else None,
-        accept_other_program=accept_other_program,
-        builders=builders,
-        floor=_floor(model, mesh),
+        matmul_bound=_matmul_bound(model, mesh),
     )
     made = report.manifest
     if made is None:
         print(
-            f"{memory_dir}: builder {builders.index} of {builders.count} has built {report.built} "
-            f"shards and found {report.skipped}; the first builder finishes the store."
+            f"{memory_dir}: builder {config.builders.index} of {config.builders.count} built "
+            f"{report.built} shards and found {report.skipped}; the first builder finishes the store."
         )
         return report
     print(
         f"{memory_dir}: {made.num_passages} passages, {made.num_tokens} tokens, "
         f"{made.num_bytes / 2**20:.1f} MiB; {report.built} shards built, {report.skipped} found; "
-        f"{report.passages_per_s:.1f} passages/s ({report.of_floor:.0%} of the floor), "
+        f"{report.passages_per_s:.1f} passages/s ({report.fraction_of_peak:.0%} of the matmul bound), "
         f"{made.truncated} cut at {max_length} tokens."
     )
     if made.codec_error is not None:
@@ -100,10 +82,10 @@ def build_memory(
     return report
 
 
-def _floor(model: GlimmerModel, mesh: MeshConfig) -> float:
-    """Tokens a second that matrix products alone would allow."""
+def _matmul_bound(model: GlimmerModel, mesh: MeshConfig) -> float:
+    """Upper bound of tokens per second: the matrix products of the encoder, and nothing else."""
     t5 = model.config.t5
     operands = str(jnp.dtype(t5.dtype if t5.operands is None else t5.operands))
-    rate = matrix_rate(make_mesh(mesh, jax.local_devices()), operands)
+    rate = matmul_rate(make_mesh(mesh, jax.local_devices()), operands)
     token = question_cost(model.config, passages=1, question=0, passage=1, answer=0)
     return rate / token.precompute

@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from glimmer_jax.corpus.passages import Passages
-from glimmer_jax.memory import edit, estimate
-from glimmer_jax.memory.encoding import Recipe
+from glimmer_jax.memory import edit, estimate, maintain, versions
+from glimmer_jax.memory.build import BuildConfig
+from glimmer_jax.memory.encoding import MemoryEncoder
 from glimmer_jax.memory.fingerprint import passages_fingerprint
 from glimmer_jax.memory.maintain import find, inspect, verify
 from glimmer_jax.memory.manifest import Layout
@@ -15,6 +16,7 @@ from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
 from glimmer_jax.modes.recipe import make_recipe
 from glimmer_jax.partitioning import MeshConfig
+from glimmer_jax.storage import folder
 from glimmer_jax.vocabulary import Vocabulary
 
 ACTIONS = ("plan", "inspect", "verify", "repair", "append", "withdraw", "merge")
@@ -82,7 +84,7 @@ def memory(
     if action != "plan":
         checks.required(MEMORY_DIR=memory_dir)
 
-    def recipe() -> tuple[Recipe, Passages]:
+    def recipe() -> tuple[MemoryEncoder, Passages]:
         checks.required(CHECKPOINT_PATH=checkpoint_path, PASSAGES_DIR=passages_dir)
         assert model is not None
         corpus = Passages.open(str(passages_dir), vocabulary.fingerprint)
@@ -111,12 +113,11 @@ def memory(
         return inspect(store) if passage is None else find(store, passage)
 
     def verify_memory() -> Any:
-        store = MemoryStore.open(str(memory_dir), version=version)
-        if problems := verify(store, verify_shards):
+        if problems := verify(str(memory_dir), verify_shards, version):
             raise ValueError(
                 f"{memory_dir} is damaged: {'; '.join(problems)}. Repair it with --action=repair."
             )
-        found = store.manifest
+        found = versions.read_manifest(folder.open_folder(str(memory_dir)), version)
         shards = len(found.shards)
         read = shards if verify_shards is None else min(verify_shards, shards)
         return {
@@ -130,7 +131,7 @@ def memory(
         made, corpus = recipe()
         fingerprint = passages_fingerprint(corpus.manifest)
         path = str(memory_dir)
-        return {"rebuilt": edit.repair(made, corpus, path, passages_fingerprint=fingerprint)}
+        return {"rebuilt": maintain.repair(made, corpus, path, passages_fingerprint=fingerprint)}
 
     def append_passages() -> Any:
         made, corpus = recipe()
@@ -139,9 +140,8 @@ def memory(
             corpus,
             str(memory_dir),
             passages_fingerprint=passages_fingerprint(corpus.manifest),
-            layout=layout,
+            config=BuildConfig(layout, accept_other_program),
             replace=replace,
-            accept_other_program=accept_other_program,
         )
         return inspect(MemoryStore.open(str(memory_dir)))
 

@@ -3,9 +3,9 @@
 import jax
 
 from glimmer_jax.memory import codec_error, encoding
-from glimmer_jax.memory.encoding import Recipe
+from glimmer_jax.memory.encoding import MemoryEncoder
 from glimmer_jax.memory.fingerprint import encoder_fingerprint
-from glimmer_jax.memory.manifest import Identity, Program
+from glimmer_jax.memory.manifest import EncodeProgram, Identity
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
 from glimmer_jax.partitioning import MeshConfig, make_mesh
@@ -19,7 +19,7 @@ def make_recipe(
     mesh: MeshConfig,
     max_length: int,
     batch_size: int,
-) -> tuple[Recipe, encoding.States]:
+) -> tuple[MemoryEncoder, encoding.States]:
     """How `model` with a checkpoint's parameters makes memory, and its float32 reference.
 
     Args:
@@ -40,7 +40,7 @@ def make_recipe(
     host_params = parameters.load(checkpoint_path, model, vocabulary_fingerprint)
     params = parameters.place(host_params, model, devices)
     t5, codec = model.config.t5, model.config.memory_codec
-    recipe = Recipe(
+    recipe = MemoryEncoder(
         encoding.bind_encoder(model.memory_states, params, devices, codec),
         Identity(
             encoder_fingerprint=encoder_fingerprint(host_params, model.config),
@@ -49,7 +49,7 @@ def make_recipe(
             emb_dim=t5.emb_dim,
             max_length=max_length,
         ),
-        Program(
+        EncodeProgram(
             rows=batch_size,
             buckets=encoding.default_buckets(max_length),
             dtype=t5.dtype,

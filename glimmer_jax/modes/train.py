@@ -197,7 +197,12 @@ def train(
         lookup: DiskLookup | None = None
         if memory_dir is not None:
             fingerprint = encoder_fingerprint(state.params, model.config)
-            store = MemoryStore.open(memory_dir, fingerprint, vocabulary.fingerprint)
+            store = MemoryStore.open(
+                memory_dir,
+                fingerprint,
+                vocabulary.fingerprint,
+                codec=model.config.memory_codec,
+            )
             if corpus is not None:
                 store.check_passages(corpus)
             lookup = DiskLookup(store, lengths.passage)

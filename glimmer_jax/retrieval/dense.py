@@ -8,11 +8,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from glimmer_jax.corpus.passages import Passages
+from glimmer_jax.memory import versions
 from glimmer_jax.memory.build_plan import Builders
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.retrieval import top_k
 from glimmer_jax.retrieval.build_index import SHARD_PASSAGES, build_index
-from glimmer_jax.retrieval.index import Index, read_manifest
+from glimmer_jax.retrieval.index import Index
 from glimmer_jax.retrieval.retriever import Found, Retriever
 from glimmer_jax.retrieval.text_encoder import TextEncoder
 from glimmer_jax.runtime.preemption import STOP, StopRequested
@@ -67,11 +68,11 @@ class DenseRetriever(Retriever):
         print(f"Encoder: {encoder.loaded.what}.", flush=True)
         index = _finished_index(passages, encoder, str(config.index_dir), config.shard_passages)
         search = top_k.Search(index, make_mesh(MeshConfig()), config.bytes_per_device)
-        made = index.manifest
+        stored = index.store.manifest
         print(
-            f"{config.index_dir}: {made.passages} vectors of {index.vector_dim}, "
-            f"{made.size / 2**20:.1f} MiB, {made.truncated} passages cut at "
-            f"{made.identity.max_length} tokens; searched "
+            f"{config.index_dir}: {stored.num_passages} vectors of {index.vector_dim} channels, "
+            f"{stored.num_bytes / 2**20:.1f} MiB, {stored.truncated} passages truncated to "
+            f"{stored.identity.max_length} tokens; searched "
             f"{'on the devices' if search.on_mesh else 'from disk, in blocks'}.",
             flush=True,
         )
@@ -108,7 +109,7 @@ def _finished_index(
     except StopRequested:
         # If the others have all they waited for, they have not been told, and wait below.
         alone = jax.process_count() == 1
-        if alone or read_manifest(folder.open_folder(index_dir)) is None:
+        if alone or not versions.is_finished(folder.open_folder(index_dir)):
             raise
     stopped = made is None or STOP.requested
     if multihost_utils.process_allgather(np.bool_(stopped)).any():

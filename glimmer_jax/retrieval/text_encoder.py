@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from glimmer_jax import partitioning
 from glimmer_jax.memory import encoding
-from glimmer_jax.memory.manifest import Program
+from glimmer_jax.memory.manifest import EncodeProgram
 from glimmer_jax.models.gtr import Gtr
 from glimmer_jax.models.stacking import stack_layers
 from glimmer_jax.weights.sentence_transformers import LoadedGtr, load_gtr
@@ -35,7 +35,8 @@ class TextEncoder:
     Attributes:
       loaded: what the folder holds.
       program: what one device runs.
-      devices: that rows are spread over.
+      devices: over which rows are distributed.
+      run: int32 tokens `[devices * rows, P]` -> float32 vectors `[devices * rows, E]`.
     """
 
     def __init__(self, loaded: LoadedGtr, mesh: Mesh, rows: int, dtype: str = "float32"):
@@ -52,7 +53,9 @@ class TextEncoder:
         self.devices = mesh.size
         t5 = dataclasses.replace(loaded.t5, scan_layers=True, dtype=dtype)
         buckets = encoding.default_buckets(loaded.max_length)
-        self.program = Program(rows, buckets, dtype, None, jax.default_backend(), jax.__version__)
+        self.program = EncodeProgram(
+            rows, buckets, dtype, None, jax.default_backend(), jax.__version__
+        )
         self._processor = sentencepiece.SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(loaded.vocabulary)
         pieces = int(self._processor.GetPieceSize())
@@ -64,7 +67,7 @@ class TextEncoder:
             )
         model = Gtr(t5, loaded.vector_dim)
         params = jax.device_put(stack_layers(loaded.params), partitioning.replicated(mesh))
-        self._run = encoding.bind_states(lambda p, x: model.apply({"params": p}, x), params, mesh)
+        self.run = encoding.bind_states(lambda p, x: model.apply({"params": p}, x), params, mesh)
 
     @classmethod
     def open(cls, path: str, mesh: Mesh, rows: int, dtype: str = "float32") -> "TextEncoder":
@@ -115,7 +118,7 @@ class TextEncoder:
             for device, group in enumerate(call):
                 for slot, position in enumerate(group.positions):
                     batch[device, slot, : lengths[position]] = [*tokens[position][:most], EOS_ID]
-            running.append((call, self._run(batch.reshape(-1, call[0].bucket))))
+            running.append((call, self.run(batch.reshape(-1, call[0].bucket))))
             # One batch ahead: the device works on this one while the last is put in place.
             if len(running) > 1:
                 place()

@@ -129,7 +129,8 @@ class Predictor:
         lookup = None
         if memory_dir is not None:
             fingerprint = encoder_fingerprint(host_params, model.config)
-            store = MemoryStore.open(memory_dir, fingerprint, vocabulary.fingerprint)
+            codec = model.config.memory_codec
+            store = MemoryStore.open(memory_dir, fingerprint, vocabulary.fingerprint, codec=codec)
             if passages is not None:
                 store.check_passages(passages_fingerprint(passages.manifest))
             lookup = open_lookup(

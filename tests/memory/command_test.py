@@ -194,7 +194,7 @@ def test_a_memory_is_built_appended_to_repaired_withdrawn_from_and_merged(
     parts = [str(memory), str(more)]
     assert run("memory", "runs/memory", ACTION="merge", MEMORY_DIR=str(whole), PARTS=parts) == 0
     store = MemoryStore.open(whole)
-    assert verify(store) == []
+    assert verify(store.path) == []
     assert store.rows([3, 44, 100], "mask").tolist() == [50, -1, 51]
 
 
