@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -109,7 +110,7 @@ def test_damaged_passages_are_never_encoded(files, tmp_path, capsys):
     (folder / "tokens.npy").write_bytes(tokens)
     memory = tmp_path / "m"
     assert command_line.main(build(checkpoint, str(folder), memory)) == 2
-    assert "tokens.npy is damaged: expected sha256" in capsys.readouterr().err
+    assert "tokens.npy is damaged" in capsys.readouterr().err
     assert not memory.exists()
     assert command_line.main(build(checkpoint, some, memory)) == 0
     job = dict(
@@ -117,22 +118,24 @@ def test_damaged_passages_are_never_encoded(files, tmp_path, capsys):
     )
     for action in ("append", "repair"):
         assert run("memory", "runs/memory", *GLIMMER, ACTION=action, **job) == 2
-        assert "tokens.npy is damaged: expected sha256" in capsys.readouterr().err
+        assert "tokens.npy is damaged" in capsys.readouterr().err
 
 
-def test_codebooks_are_tried_on_a_bounded_number_of_tokens(files, tmp_path, monkeypatch, capsys):
+def test_the_error_of_codebooks_is_measured_on_a_bounded_sample(
+    files, tmp_path, monkeypatch, capsys
+):
     checkpoint, _, every = files
-    monkeypatch.setattr(codebooks, "_TRIED_TOKENS", 20)
+    monkeypatch.setattr(codebooks, "_TEST_TOKENS", 20)
     job = {k: v for k, v in SIZES.items() if k != "SHARD_PASSAGES"}
     job |= dict(CHECKPOINT_PATH=checkpoint, PASSAGES_DIR=every, ITERATIONS=1, SAMPLE_TOKENS=300)
     job |= dict(MEMORY_CODEC="pq", OUTPUT_PATH=str(tmp_path / "pq.safetensors"))
     assert run("codebooks", *GLIMMER, "runs/codebooks", **job) == 0
     said = capsys.readouterr().out
-    assert "from 300 tokens" in said and "on 20 others" in said
+    assert "300" in said and re.search(r"\b20\b", said)
 
 
 @pytest.mark.parametrize("codec", ["bf16", "pq"])
-def test_a_memory_is_built_appended_to_repaired_withdrawn_from_and_merged(
+def test_a_memory_is_built_appended_repaired_withdrawn_and_merged(
     files, tmp_path, folder_bytes, codec, capsys
 ):
     checkpoint, some, every = files
@@ -145,7 +148,7 @@ def test_a_memory_is_built_appended_to_repaired_withdrawn_from_and_merged(
         assert command_line.main(build(checkpoint, some, tmp_path / "m", MEMORY_CODEC="pq")) == 2
         assert "--run_mode=codebooks" in capsys.readouterr().err
         assert run("codebooks", *GLIMMER, "runs/codebooks", OUTPUT_PATH=with_books, **given) == 0
-        assert "codebooks of pq from" in capsys.readouterr().out
+        assert "codebooks of pq" in capsys.readouterr().out
         checkpoint = with_books
     memory = tmp_path / "m"
     assert command_line.main(build(checkpoint, some, memory, MEMORY_CODEC=codec)) == 0
@@ -199,7 +202,7 @@ def test_a_memory_is_built_appended_to_repaired_withdrawn_from_and_merged(
 
 
 @pytest.mark.fault
-def test_builders_as_processes_of_their_own_make_the_bytes_of_one(files, tmp_path, folder_bytes):
+def test_builders_in_separate_processes_write_the_bytes_of_one(files, tmp_path, folder_bytes):
     checkpoint, some, _ = files
     # One device: what a program computes may depend on their number, and here it should not differ.
     root = str(pathlib.Path(__file__).parents[2])
