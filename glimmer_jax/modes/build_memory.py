@@ -3,58 +3,42 @@
 import jax
 import jax.numpy as jnp
 
-from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.memory import build
 from glimmer_jax.memory.estimate import matmul_rate
 from glimmer_jax.memory.fingerprint import passages_fingerprint
 from glimmer_jax.models.cost import question_cost
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
-from glimmer_jax.modes.recipe import check_model, make_recipe
+from glimmer_jax.modes.recipe import check_model, make_recipe, open_corpus
+from glimmer_jax.modes.settings import EncoderConfig
 from glimmer_jax.partitioning import MeshConfig, make_mesh
-from glimmer_jax.vocabulary import Vocabulary
 
 
 def build_memory(
-    model: GlimmerModel,
-    checkpoint_path: str,
-    passages_dir: str,
+    encoder: EncoderConfig,
     memory_dir: str,
-    max_length: int,
-    batch_size: int = 32,
-    mesh: MeshConfig = MeshConfig(),
-    vocabulary: Vocabulary = Vocabulary(),
     config: build.BuildConfig = build.BuildConfig(),
     measure_error: bool = True,
 ) -> build.Report:
     """Builds the store at `memory_dir`, or resumes the build; prints progress and rates.
 
     Args:
-      model: with a memory encoder (LUMEN or GLIMMER).
-      checkpoint_path: a run's folder, a step's, or a `.safetensors` file.
-      passages_dir: written by mode `passages`.
+      encoder: the checkpoint, and the passages that it encodes.
       memory_dir: a folder or a TensorStore URL.
-      max_length: P, tokens of a passage.
-      batch_size: passages a device encodes at once.
-      mesh: devices.
-      vocabulary: that of the model.
       config: shards, builders, and whether shards of another program are accepted.
-      measure_error: compare a sample with float32, and record it in the manifest.
+      measure_error: compare a sample with float32, and record the error in the manifest.
 
     Raises:
       ValueError: missing settings, files that are damaged or do not belong together, or a model
         without memory.
     """
-    checks.required(
-        CHECKPOINT_PATH=checkpoint_path, PASSAGES_DIR=passages_dir, MEMORY_DIR=memory_dir
-    )
+    encoder.check_given()
+    checks.required(MEMORY_DIR=memory_dir)
+    model = encoder.model
+    assert model is not None
     check_model(model)
-    corpus = Passages.open(passages_dir, vocabulary.fingerprint)
-    # Every byte, once: memory of changed tokens would be taken for that of the right ones.
-    corpus.verify()
-    recipe, reference = make_recipe(
-        model, checkpoint_path, vocabulary.fingerprint, mesh, max_length, batch_size
-    )
+    corpus = open_corpus(encoder)
+    recipe, reference = make_recipe(encoder)
     report = build.build_memory(
         recipe,
         corpus,
@@ -62,7 +46,7 @@ def build_memory(
         passages_fingerprint=passages_fingerprint(corpus.manifest),
         config=config,
         reference=reference if measure_error else None,
-        matmul_bound=_matmul_bound(model, mesh),
+        matmul_bound=_matmul_bound(model, encoder.mesh),
     )
     made = report.manifest
     if made is None:
@@ -75,7 +59,7 @@ def build_memory(
         f"{memory_dir}: {made.num_passages} passages, {made.num_tokens} tokens, "
         f"{made.num_bytes / 2**20:.1f} MiB; {report.built} shards built, {report.skipped} found; "
         f"{report.passages_per_s:.1f} passages/s ({report.fraction_of_peak:.0%} of the matmul bound), "
-        f"{made.truncated} cut at {max_length} tokens."
+        f"{made.truncated} cut at {encoder.max_length} tokens."
     )
     if made.codec_error is not None:
         print(f"Error of {model.config.memory_codec} against float32: {made.codec_error}")
