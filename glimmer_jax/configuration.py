@@ -276,17 +276,21 @@ def _conforms(value: Any, hint: Any) -> bool:
 
 
 def _type_name(hint: Any) -> str:
-    if typing.get_origin(hint) in (Mapping, dict):
-        return "dict"
+    kinds = {Mapping: "dict", dict: "dict", Sequence: "list", list: "list", tuple: "list"}
+    if (origin := typing.get_origin(hint)) in kinds:
+        return kinds[origin]
     return hint.__name__ if inspect.isclass(hint) else re.sub(r"\b[\w.]+\.(?=\w)", "", str(hint))
 
 
 def _example(hint: Any) -> str:
     """A value of the annotated type, as a shell takes it."""
-    choices = typing.get_args(hint) or (hint,)
-    examples = {int: "8", float: "0.1", bool: "True", str: "\"'text'\""}
-    if typing.get_origin(hint) is Literal:
+    origin, choices = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _example(choices[0])
+    if origin is Literal:
         return f"\"'{choices[0]}'\""
-    if typing.get_origin(hint) in (Mapping, dict):
+    if origin in (Mapping, dict):
         return "\"{'inputs': 48, 'targets': 32, 'passages': (40, 304)}\""
-    return next((examples[choice] for choice in choices if choice in examples), "None")
+    if origin in (Sequence, list, tuple):
+        return "\"['a', 'b']\"" if str in choices else '"[0, 1]"'
+    return {int: "8", float: "0.1", bool: "True", str: "\"'text'\""}.get(hint, "None")

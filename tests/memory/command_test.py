@@ -182,14 +182,14 @@ def test_a_memory_is_built_appended_repaired_withdrawn_and_merged(
     whole = tmp_path / "whole"
     capsys.readouterr()
     for action, wrong, message in (
-        ("withdraw", {"IDS": 3}, r"IDS is a list, for example --gin.IDS=[0, 1]; got 3."),
+        ("withdraw", {"IDS": 3}, 'IDS must be list, got 3. Set for example --gin.IDS="[0, 1]"'),
         ("withdraw", {"IDS": []}, "This mode needs IDS"),
         ("withdraw", {"IDS": [-1]}, "IDS are passage ids, from 0 to 2**63 - 1; got -1 to -1"),
         ("withdraw", {"IDS": [0, 2**63]}, "got 0 to 9223372036854775808"),
         (
             "merge",
             {"PARTS": str(more)},
-            "PARTS is a list, for example --gin.PARTS=['one', 'another']",
+            "PARTS must be list, got ",
         ),
     ):
         assert run("memory", "runs/memory", ACTION=action, MEMORY_DIR=str(whole), **wrong) == 2
