@@ -1,8 +1,8 @@
-"""The package, and with it the shipped gin files, tasks and launchers.
+"""The package with its gin files, tasks and launchers.
 
-`gin/`, `tasks/` and `launch/` stand at the top of the repository, where people edit them. In a
-wheel they lie inside the package (`glimmer_jax/_shipped`), because a top-level package called `gin`
-would take the place of the gin library. `glimmer_jax.shipped` finds them in both places.
+`gin/`, `tasks/` and `launch/` are top-level folders of the repository. A wheel has them inside the
+package (`glimmer_jax/_shipped`), because a top-level package named `gin` would shadow the gin library.
+`glimmer_jax.shipped` finds them in both places.
 """
 
 import pathlib
@@ -25,29 +25,33 @@ CORE = [
     "sentencepiece>=0.2.1",
     "safetensors>=0.6",
     "msgpack>=1.0",
-    "tensorboardX>=2.6.4",
     "bm25s>=0.3",
-    "matplotlib>=3.9",
     "PyStemmer>=3",
     "gin-config>=0.5",
-    "flatbuffers>=24",  # jax.export writes and reads programs with it, and does not ask for it
+    "flatbuffers>=24",  # jax.export needs it, but does not depend on it
 ]
-# Only glimmer_jax.data and tasks/ import these. They are part of the default install because every
-# run mode but `passages` and `retrieve` reads its examples through seqio.
+# Only glimmer_jax.data and tasks/ import these. The default install has them because training and
+# evaluation read their examples through seqio.
 DATA = [
     "seqio>=0.0.20",
     "tensorflow>=2.20",
     "tensorflow-text>=2.20",
     "tensorflow-datasets>=4.9.9",
 ]
+PLOTS = ["matplotlib>=3.9"]
+TENSORBOARD = ["tensorboardX>=2.6.4"]
 EXTRAS = {
+    # Figures of the experiments.
+    "plots": PLOTS,
+    # TensorBoard files beside metrics.jsonl.
+    "tensorboard": TENSORBOARD,
     # Corpora: Parquet files, and conversion in many processes.
     "parquet": ["pyarrow>=18"],
     "beam": ["apache-beam>=2.60"],
     "parity": ["torch>=2.6", "transformers>=5"],
-    # For the tests of the launchers alone: what Kubernetes and the TPU API take.
+    # Schemas of Kubernetes and of the TPU API, for the tests of the launchers only.
     "cloud": ["kubernetes-validate>=1.33", "google-cloud-tpu>=1.24"],
-    # Sweeps. With constraints.txt: pip alone searches very long for versions that go together.
+    # Sweeps. Install with constraints.txt: pip alone takes very long to resolve the versions.
     "xm": ["xmanager>=0.8"],
     "tpu": ["jax[tpu]>=0.10"],
     # XLA's TPU compiler alone, for machines without a TPU.
@@ -55,6 +59,8 @@ EXTRAS = {
     "cuda12": ["jax[cuda12]>=0.10"],
     "cuda13": ["jax[cuda13]>=0.10"],
     "dev": [
+        *PLOTS,
+        *TENSORBOARD,
         "hypothesis>=6.100",
         "mypy>=1.15",
         "pre-commit>=4",

@@ -1,5 +1,6 @@
 """Passages that are made up, and a store of some, built by the package's own job."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -9,10 +10,10 @@ from jax.sharding import Mesh
 from benchmarks.setting import Setting
 from glimmer_jax.memory import encoding
 from glimmer_jax.memory.build import build_memory
-from glimmer_jax.memory.encoding import Recipe
+from glimmer_jax.memory.encoding import MemoryEncoder
 from glimmer_jax.memory.fingerprint import encoder_fingerprint
 from glimmer_jax.memory.lookup import DiskLookup
-from glimmer_jax.memory.manifest import Identity, Program
+from glimmer_jax.memory.manifest import EncodeProgram, Identity
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.models.model import GlimmerModel
 
@@ -35,8 +36,8 @@ class RandomPassages:
     def tokens(self, rows: np.ndarray, length: int) -> np.ndarray:
         return self._tokens[rows, :length]
 
-    def text(self, row: int) -> dict[str, Any]:
-        return {"title": str(row), "text": ""}
+    def records(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        return ({"title": str(row), "text": ""} for row in range(start, stop))
 
 
 class MadeUpPassages:
@@ -60,8 +61,8 @@ class MadeUpPassages:
         made = 2 + (rows[:, None] * 31 + places * 17) % 60
         return np.where(places < self.lengths(rows)[:, None], made, 0).astype(np.int32)
 
-    def text(self, row: int) -> dict[str, Any]:
-        return {"title": f"passage {row}"}
+    def records(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        return ({"title": f"passage {row}"} for row in range(start, stop))
 
 
 def build_lookup(
@@ -76,7 +77,7 @@ def build_lookup(
         config.t5.emb_dim,
         setting.passage,
     )
-    program = Program(
+    program = EncodeProgram(
         ROWS,
         (setting.passage,),
         config.t5.dtype,
@@ -86,7 +87,7 @@ def build_lookup(
     )
     encode = encoding.bind_encoder(model.memory_states, params, mesh, config.memory_codec)
     build_memory(
-        Recipe(encode, identity, program),
+        MemoryEncoder(encode, identity, program),
         RandomPassages(tokens_NP),
         path,
         passages_fingerprint="sha256:random",

@@ -25,10 +25,10 @@ import numpy as np
 from benchmarks.memory import ROWS, RandomPassages
 from glimmer_jax import codecs
 from glimmer_jax.memory import table
-from glimmer_jax.memory.build import build_memory
-from glimmer_jax.memory.encoding import Recipe
+from glimmer_jax.memory.build import BuildConfig, build_memory
+from glimmer_jax.memory.encoding import MemoryEncoder
 from glimmer_jax.memory.lookup import DiskLookup
-from glimmer_jax.memory.manifest import Identity, Layout, Program, shard_folder
+from glimmer_jax.memory.manifest import EncodeProgram, Identity, Layout, shard_folder
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 
@@ -83,15 +83,15 @@ def _make(path: Path, codec: str, passages: int, tokens: int, emb_dim: int) -> N
         return made, np.ones(batch.shape, bool)
 
     build_memory(
-        Recipe(
+        MemoryEncoder(
             encode,
             Identity("sha256:random", "sha256:none", codec, emb_dim, tokens),
-            Program(ROWS, (tokens,), "float32", None, jax.default_backend(), jax.__version__),
+            EncodeProgram(ROWS, (tokens,), "float32", None, jax.default_backend(), jax.__version__),
         ),
         RandomPassages(np.ones((passages, tokens), np.int32)),
         path,
         passages_fingerprint="sha256:random",
-        layout=LAYOUT,
+        config=BuildConfig(LAYOUT),
     )
 
 

@@ -22,8 +22,8 @@ import numpy as np
 
 from benchmarks.memory import MadeUpPassages
 from glimmer_jax.memory import build, encoding
-from glimmer_jax.memory.encoding import Recipe
-from glimmer_jax.memory.manifest import Identity, Layout, Program
+from glimmer_jax.memory.encoding import MemoryEncoder
+from glimmer_jax.memory.manifest import EncodeProgram, Identity, Layout
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 
@@ -63,19 +63,19 @@ def measure(count: int, path: Path) -> dict[str, Any]:
             marks.append([passages, seconds, _resident_mb()])
         return encode(tokens)
 
-    recipe = Recipe(
+    encoder = MemoryEncoder(
         marked_encode,
         Identity("sha256:synthetic", "sha256:synthetic", "bf16", EMB_DIM, MAX_LENGTH),
-        Program(
+        EncodeProgram(
             ROWS, (8, 16, 24, MAX_LENGTH), "float32", None, jax.default_backend(), jax.__version__
         ),
     )
     report = build.build_memory(
-        recipe,
+        encoder,
         MadeUpPassages(count, 8, MAX_LENGTH),
         path,
         passages_fingerprint="sha256:synthetic",
-        layout=LAYOUT,
+        config=build.BuildConfig(LAYOUT),
     )
     made = report.manifest
     assert made is not None

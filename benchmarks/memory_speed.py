@@ -23,9 +23,9 @@ import numpy as np
 from benchmarks.memory import MadeUpPassages
 from benchmarks.setting import SIZES
 from glimmer_jax.memory import encoding
-from glimmer_jax.memory.build import build_memory
-from glimmer_jax.memory.encoding import Recipe
-from glimmer_jax.memory.manifest import Identity, Layout, Program
+from glimmer_jax.memory.build import BuildConfig, build_memory
+from glimmer_jax.memory.encoding import MemoryEncoder
+from glimmer_jax.memory.manifest import EncodeProgram, Identity, Layout
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.models.t5 import T5Config
@@ -79,26 +79,32 @@ def measure(codec: str, args: argparse.Namespace) -> dict[str, Any]:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     params = jax.device_put(params, jax.devices()[0])
     buckets = encoding.default_buckets(LENGTH, 64)
-    recipe = Recipe(
+    encoder = MemoryEncoder(
         encoding.bind_encoder(model.memory_states, params, mesh, codec),
         Identity("sha256:random", "sha256:none", codec, config.t5.emb_dim, LENGTH),
-        Program(args.rows, buckets, config.t5.dtype, None, jax.default_backend(), jax.__version__),
+        EncodeProgram(
+            args.rows, buckets, config.t5.dtype, None, jax.default_backend(), jax.__version__
+        ),
         codebooks=params.get("memory_codebooks"),
     )
     states = encoding.bind_states(model.memory_states, params, mesh)
     passages = MadeUpPassages(args.passages, 100, LENGTH)
     for bucket in buckets:
         empty = np.zeros((args.rows, bucket), np.int32)
-        jax.block_until_ready((states(empty), recipe.encode(empty)))
+        jax.block_until_ready((states(empty), encoder.encode(empty)))
 
     layout = Layout(args.shard_passages, chunk_tokens=64)
     every: dict[str, list[float]] = {"states": [], "encode": [], "job": []}
     for _ in range(args.rounds):
-        every["states"].append(_alone(states, passages, recipe, layout))
-        every["encode"].append(_alone(recipe.encode, passages, recipe, layout))
+        every["states"].append(_alone(states, passages, encoder, layout))
+        every["encode"].append(_alone(encoder.encode, passages, encoder, layout))
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             report = build_memory(
-                recipe, passages, folder, passages_fingerprint="sha256:random", layout=layout
+                encoder,
+                passages,
+                folder,
+                passages_fingerprint="sha256:random",
+                config=BuildConfig(layout),
             )
         every["job"].append(report.seconds)
     assert report.manifest is not None
@@ -119,16 +125,19 @@ def measure(codec: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _alone(
-    encode: Callable[[np.ndarray], Any], passages: MadeUpPassages, recipe: Recipe, layout: Layout
+    encode: Callable[[np.ndarray], Any],
+    passages: MadeUpPassages,
+    encoder: MemoryEncoder,
+    layout: Layout,
 ) -> float:
     """Seconds for the batches of the job, the next always under way while one is waited for."""
     work = []
     for start in range(0, len(passages), layout.shard_passages):
         rows = np.arange(start, min(start + layout.shard_passages, len(passages)))
         tokens, lengths = passages.tokens(rows, LENGTH), passages.lengths(rows)
-        for group in encoding.groups(lengths, recipe.program.rows, recipe.program.buckets):
+        for group in encoding.groups(lengths, encoder.program.rows, encoder.program.buckets):
             some = tokens[group.positions, : group.bucket]
-            work.append(encoding.padded(some, recipe.program.rows))
+            work.append(encoding.padded(some, encoder.program.rows))
     running: deque[Any] = deque()
     began = time.monotonic()
     for batch in work:

@@ -9,6 +9,7 @@ therefore shrinks the files, the network traffic and the table in device memory 
     pq      D / 8 bytes per token: 8-bit codes of 8 channels; needs codebooks
     pq16    D / 8 bytes per token: 16-bit codes of 16 channels, as MEMORY-VQ (arXiv 2308.14903);
             encoding takes 256 times as long as with `pq`
+    f16     2 D bytes per token: vectors of a dense index; token states may exceed its range
     f32     for tests of exact equality, and as the baseline of error measurements
 """
 
@@ -298,5 +299,6 @@ _CODECS: dict[str, Codec] = {
     "int8": Int8(),
     "pq": ProductQuantisation("pq", channels=8, bits=8),
     "pq16": ProductQuantisation("pq16", channels=16, bits=16),
+    "f16": Cast("f16", jnp.float16),
     "f32": Cast("f32", jnp.float32),
 }

@@ -1,19 +1,30 @@
-"""Gin, in one place: files and bindings are read, checked and finalised here.
+"""The gin configuration: files and bindings are read, checked and finalised here.
 
-Library code knows no gin; files register what they configure by `dynamic_registration`. Upper-case
-macros are the settings that people give. Gin itself swallows a misspelt one; here a macro that is
-bound but never used is an error, and so is one that is used but has no value.
+Library code does not use gin; gin files register what they configure by `dynamic_registration`.
+Upper-case macros are the settings that users give. Gin ignores a macro that nothing uses; here it is
+an error with a suggestion, as are a used macro without a value and a value of the wrong type.
 """
 
+import ast
+import contextlib
 import difflib
 import importlib.util  # noqa: F401 (gin uses it without importing it)
+import inspect
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
-import gin
-from gin import config as gin_config
+try:
+    import gin
+    from gin import config as gin_config
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "gin is not installed. Install it with: pip install gin-config", name=error.name
+    ) from None
 
 from glimmer_jax import shipped
 
@@ -33,7 +44,22 @@ RENAMED = {
 
 
 class ConfigError(ValueError):
-    """A gin file or binding at fault; the message is one line."""
+    """A faulty gin file or binding; the message is one line."""
+
+
+# Gin's private names, all of them. `tests/gin_test.py` has the version that they are from.
+
+
+def _bindings() -> Mapping[tuple[str, str], Mapping[str, Any]]:
+    """(scope, selector) -> {parameter: value}; a macro's scope is its name."""
+    # Gin shows its configuration only to finalising hooks. Its own hooks run before ours and raise
+    # messages that list every binding.
+    return gin_config._CONFIG
+
+
+def _search_in(folders: Sequence[str]) -> None:
+    """Replaces the folders in which gin looks for files and includes, in this order."""
+    gin_config._LOCATION_PREFIXES[:] = folders
 
 
 def parse(
@@ -44,32 +70,48 @@ def parse(
 ) -> None:
     """Reads files, then bindings, in order, and locks the configuration.
 
+    A shipped file (`gin/runs/eval.gin`) cannot be replaced by one of the current folder or of
+    `search_paths`, neither here nor in an `include`. Begin a path with `./` to read such a file.
+
     Args:
-      gin_files: paths, tried as they are, then below `search_paths`, then below the shipped root.
+      gin_files: paths, looked up below the shipped root, the current folder and `search_paths`.
       bindings: such as `TRAIN_STEPS = 10`.
       search_paths: folders.
-      unbound: macro -> value of those that are used and that nothing else gives a value.
+      unbound: macro -> value, for used macros that nothing else binds.
 
     Raises:
       ConfigError: a file is missing or malformed, or macros and bindings do not fit together.
     """
     gin.clear_config()
-    gin_config._LOCATION_PREFIXES[:] = ["", *search_paths, str(shipped.root())]
+    _search_in([str(shipped.root()), "", *search_paths])
     shipped.make_importable()
-    # Gin logs an error for every folder in which it does not find a file before it does.
+    # Gin logs an error for every folder that it searches in vain.
     search_noise = logging.getLogger()
     search_noise.addFilter(_is_not_search)
     try:
         for path in gin_files:
-            gin.parse_config_file(path)
-        gin.parse_config(list(bindings))
+            with _errors_of_gin():
+                gin.parse_config_file(str(Path(path).absolute()) if path[:2] == "./" else path)
+        for binding in bindings:
+            _parse_binding(binding)
         missing = [name for name in missing_macros() if name in (unbound or {})]
-        gin.parse_config([f"{name} = {(unbound or {})[name]}" for name in missing])
+        with _errors_of_gin():
+            gin.parse_config([f"{name} = {(unbound or {})[name]}" for name in missing])
         check_macros()
-        gin.finalize()
+        with _errors_of_gin():
+            check_types()
+            gin.finalize()
+    finally:
+        search_noise.removeFilter(_is_not_search)
+
+
+@contextlib.contextmanager
+def _errors_of_gin() -> Iterator[None]:
+    """Turns gin's errors, all of which are about what a user wrote, into `ConfigError`."""
+    try:
+        yield
     except ConfigError:
         raise
-    # Whatever gin raises while it reads what a person wrote is about what that person wrote.
     except (
         ValueError,
         SyntaxError,
@@ -82,8 +124,28 @@ def parse(
         KeyError,
     ) as error:
         raise ConfigError(first_line(error)) from error
-    finally:
-        search_noise.removeFilter(_is_not_search)
+
+
+def _parse_binding(binding: str) -> None:
+    name, _, value = (part.strip() for part in binding.partition("="))
+    try:
+        with _errors_of_gin():
+            gin.parse_config(binding)
+    except ConfigError as error:
+        if value[:1] in ("@", "%") or _is_literal(value):
+            raise
+        raise ConfigError(
+            f"{name}={value}: the value is not a Python literal. Text needs two pairs of quotes: "
+            f"--gin.{name}=\"'{value}'\""
+        ) from error
+
+
+def _is_literal(text: str) -> bool:
+    try:
+        ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return False
+    return True
 
 
 def configured(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,13 +155,13 @@ def configured(function: Callable[..., Any]) -> Callable[..., Any]:
       ConfigError: no gin file configures it.
     """
     place = f"{function.__module__}.{function.__name__}"
-    if not any(selector == place for _, selector in gin_config._CONFIG):
+    if not any(selector == place for _, selector in _bindings()):
         raise ConfigError(f"No gin file configures {place}. Add one of gin/runs with --gin_file.")
     return gin.get_configurable(function)
 
 
 def settings(function: Callable[..., Any]) -> dict[str, Any]:
-    """What `function` would be called with.
+    """The arguments that `configured(function)` would pass.
 
     Raises:
       ConfigError: no gin file configures it.
@@ -109,12 +171,12 @@ def settings(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def operative_config() -> str:
-    """The bindings that were used so far, as a gin file."""
+    """The bindings used so far, as a gin file."""
     return gin.operative_config_str()
 
 
 def first_line(error: object) -> str:
-    """A message, or that of an error, on one line, without the places that gin adds below it."""
+    """A message, or an error's, on one line, without the locations that gin appends."""
     text = str(error).strip() or type(error).__name__
     text = re.split(r"\n\s*(?:In (?:call to configurable|binding|file|bindings)|\n)", text)[0]
     return " ".join(text.split())
@@ -125,7 +187,7 @@ def _is_not_search(record: logging.LogRecord) -> bool:
 
 
 def check_macros() -> None:
-    """Raises ConfigError for macros that are bound and unused, or used and without a value."""
+    """Raises ConfigError for macros that are bound but unused, or used but without a value."""
     used, bound = _macros()
     if unused := sorted(bound - used):
         raise ConfigError("; ".join(_unused(name, used) for name in unused))
@@ -137,20 +199,16 @@ def check_macros() -> None:
 
 
 def missing_macros() -> list[str]:
-    """Macros that are used and have no value."""
+    """Macros that are used but have no value."""
     used, bound = _macros()
-    config = gin_config._CONFIG
-    return sorted((used - bound) | {name for name in bound if _is_required(config, name)})
+    return sorted((used - bound) | {name for name in bound if _is_required(name)})
 
 
 def _macros() -> tuple[set[str], set[str]]:
-    """Those that are used, and those that are bound."""
-    # Gin offers its configuration only to hooks, and its own hooks run first, with messages that
-    # list every binding.
-    config = gin_config._CONFIG
+    """Macros that are used, and macros that are bound."""
     macro = gin.get_configurable("gin.macro")
-    used = {ref.config_key[0] for ref in gin_config.iterate_references(config, to=macro)}
-    return used, {scope for scope, selector in config if selector == "gin.macro"}
+    used = {ref.config_key[0] for ref in gin_config.iterate_references(_bindings(), to=macro)}
+    return used, {scope for scope, selector in _bindings() if selector == "gin.macro"}
 
 
 def _unused(name: str, used: set[str]) -> str:
@@ -161,5 +219,78 @@ def _unused(name: str, used: set[str]) -> str:
     return f"{name} is set, but nothing uses it: {known}"
 
 
-def _is_required(config: Any, name: str) -> bool:
-    return repr(config[name, "gin.macro"]["value"]) == "%gin.REQUIRED"
+def _is_required(name: str) -> bool:
+    return repr(_bindings()[name, "gin.macro"]["value"]) == "%gin.REQUIRED"
+
+
+def check_types() -> None:
+    """Raises ConfigError for a macro whose value is not of the annotated type of its parameter."""
+    for (_, selector), parameters in _bindings().items():
+        if selector == "gin.macro":
+            continue
+        hints = _annotations(gin.get_configurable(selector))
+        for parameter, value in parameters.items():
+            name = f"{selector.split('.')[-1]}.{parameter}"
+            if isinstance(value, gin_config.ConfigurableReference):
+                name, of_macro = value.config_key
+                if of_macro != "gin.macro":
+                    continue
+                value = _bindings()[name, of_macro]["value"]
+            hint = hints.get(parameter, Any)
+            if not _conforms(value, hint):
+                raise ConfigError(
+                    f"{name} must be {_type_name(hint)}, got {value!r}. Set for example "
+                    f"--gin.{name}={_example(hint)}"
+                )
+
+
+def _annotations(configurable: Callable[..., Any]) -> dict[str, Any]:
+    target = configurable.__init__ if inspect.isclass(configurable) else configurable
+    return typing.get_type_hints(inspect.unwrap(target))
+
+
+def _conforms(value: Any, hint: Any) -> bool:
+    """Whether a value has the type of an annotation; true for annotations that are not known here."""
+    origin, choices = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, gin_config.ConfigurableReference):
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_conforms(value, choice) for choice in choices)
+    if origin is Literal:
+        return value in choices
+    if hint is types.NoneType:
+        return value is None
+    if hint in (int, float):
+        kinds = (int,) if hint is int else (int, float)
+        return isinstance(value, kinds) and not isinstance(value, bool)
+    if value is None:
+        return hint is not bool  # "not given": the mode itself reports a required setting
+    if hint in (str, bool):
+        return isinstance(value, hint)
+    if origin in (Sequence, list, tuple):
+        return isinstance(value, list | tuple)
+    if origin in (Mapping, dict):
+        return isinstance(value, dict)
+    # Gin's values are literals, never objects of ours.
+    return not (inspect.isclass(hint) and hint.__module__.startswith("glimmer_jax."))
+
+
+def _type_name(hint: Any) -> str:
+    kinds = {Mapping: "dict", dict: "dict", Sequence: "list", list: "list", tuple: "list"}
+    if (origin := typing.get_origin(hint)) in kinds:
+        return kinds[origin]
+    return hint.__name__ if inspect.isclass(hint) else re.sub(r"\b[\w.]+\.(?=\w)", "", str(hint))
+
+
+def _example(hint: Any) -> str:
+    """A value of the annotated type, as a shell takes it."""
+    origin, choices = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _example(choices[0])
+    if origin is Literal:
+        return f"\"'{choices[0]}'\""
+    if origin in (Mapping, dict):
+        return "\"{'inputs': 48, 'targets': 32, 'passages': (40, 304)}\""
+    if origin in (Sequence, list, tuple):
+        return "\"['a', 'b']\"" if str in choices else '"[0, 1]"'
+    return {int: "8", float: "0.1", bool: "True", str: "\"'text'\""}.get(hint, "None")

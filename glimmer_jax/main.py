@@ -1,12 +1,13 @@
-"""The command line: `python -m glimmer_jax.main --run_mode=MODE --gin_file=… --gin.X=…`.
+"""The command line: `glimmer --run_mode=MODE --gin_file=... --gin.NAME=VALUE`.
 
-Flags are T5X's. One job is set by flags instead of gin, since it takes two files and nothing else:
-KILT's official scores, `--run_mode=score --gold=FILE --guess=FILE [--ks=1,5,10,20]`. Exit codes:
-0 done; 42 preempted, safe to retry; 2 invalid input, do not retry; 1 a bug; 130 Ctrl-C.
+Flags are T5X's. KILT's official scores take flags instead of gin, since they need two files only:
+`--run_mode=score --gold=FILE --guess=FILE [--ks=1,5,10,20]`. Exit codes: 0: done; 2: invalid input,
+do not retry; 42: preempted, safe to retry; 1: a bug; 130: Ctrl-C.
 """
 
 import argparse
 import importlib
+import inspect
 import logging
 import os
 import signal
@@ -14,38 +15,131 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from glimmer_jax.runtime import exit_codes
 from glimmer_jax.runtime.preemption import STOP, StopRequested
 
-# Mode -> function, imported when the mode is run.
+
+class Mode(NamedTuple):
+    """A run mode: a function that gin configures, imported when the mode runs."""
+
+    function: str  # "module:name"
+    gin_file: str
+    summary: str
+    many_processes: bool = False  # all processes of a job run it together
+
+
 MODES = {
-    "passages": "glimmer_jax.modes.passages:passages",
-    "retrieve": "glimmer_jax.modes.retrieve:retrieve",
-    "train": "glimmer_jax.modes.train:train",
-    "codebooks": "glimmer_jax.modes.codebooks:learn_codebooks",
-    "build_memory": "glimmer_jax.modes.build_memory:build_memory",
-    "memory": "glimmer_jax.modes.memory:memory",
-    "eval": "glimmer_jax.modes.evaluate:evaluate",
-    "infer": "glimmer_jax.modes.infer:infer",
-    "score": "glimmer_jax.modes.score:score",
-    "export": "glimmer_jax.modes.export:export",
+    "passages": Mode(
+        "glimmer_jax.modes.passages:passages", "gin/runs/passages.gin", "tokenize a corpus once"
+    ),
+    "retrieve": Mode(
+        "glimmer_jax.modes.retrieve:retrieve",
+        "gin/runs/retrieve.gin",
+        "retrieve passages for questions, by BM25, a dense encoder or both",
+        many_processes=True,
+    ),
+    "train": Mode(
+        "glimmer_jax.modes.train:train",
+        "gin/runs/finetune.gin",
+        "train FiD, LUMEN or GLIMMER; from random parameters with gin/runs/pretrain.gin",
+        many_processes=True,
+    ),
+    "codebooks": Mode(
+        "glimmer_jax.modes.codebooks:learn_codebooks",
+        "gin/runs/codebooks.gin",
+        "learn the codebooks of a product-quantised memory",
+        many_processes=True,
+    ),
+    "build_memory": Mode(
+        "glimmer_jax.modes.build_memory:build_memory",
+        "gin/runs/build_memory.gin",
+        "encode a corpus into a memory store",
+        many_processes=True,
+    ),
+    "memory": Mode(
+        "glimmer_jax.modes.memory:memory",
+        "gin/runs/memory.gin",
+        "plan, inspect, verify, repair, append to, withdraw from or merge memory stores (--action)",
+    ),
+    "eval": Mode(
+        "glimmer_jax.modes.evaluate:evaluate",
+        "gin/runs/eval.gin",
+        "metrics and predictions on held-out questions",
+        many_processes=True,
+    ),
+    "infer": Mode(
+        "glimmer_jax.modes.infer:infer",
+        "gin/runs/infer.gin",
+        "answer the questions of a file, or of the prompt",
+        many_processes=True,
+    ),
+    "score": Mode(
+        "glimmer_jax.modes.score:score",
+        "gin/runs/score.gin",
+        "metrics of a prediction file; KILT's official scores with --gold and --guess",
+    ),
+    "export": Mode(
+        "glimmer_jax.modes.export:export",
+        "gin/runs/export.gin",
+        "write a checkpoint as one file, for Hugging Face or for T5X; as a program with "
+        "gin/runs/export_program.gin",
+    ),
 }
-# What all processes of a job do together; the other modes are the work of one.
-JOBS = ("retrieve", "train", "codebooks", "build_memory", "eval", "infer")
-# Not configured itself: it asks about one of these, whichever the gin files configure.
+# Modes that all processes of a job run together. The others reject multi-process launches.
+JOBS = tuple(name for name, mode in MODES.items() if mode.many_processes)
+# Library -> its name for pip, where they differ.
+PACKAGES = {
+    "Stemmer": "PyStemmer",
+    "gin": "gin-config",
+    "google": "protobuf",
+    "orbax": "orbax-checkpoint",
+    "tensorflow_datasets": "tensorflow-datasets",
+    "tensorflow_text": "tensorflow-text",
+}
+# Not configured itself: it reads the settings of another mode.
 PREFLIGHT = "preflight"
+
+
+def _modes_help() -> str:
+    lines = [f"  {name:13} {mode.summary}\n{'':16}{mode.gin_file}" for name, mode in MODES.items()]
+    lines.append(
+        f"  {PREFLIGHT:13} compile another mode for a TPU slice (--topology); nothing runs\n{'':16}"
+        "the gin files of that mode"
+    )
+    return "\n".join(
+        [
+            "run modes, each with its gin file:",
+            *lines,
+            "",
+            "exit codes: 0: done; 2: invalid input, do not retry; 42: preempted, safe to retry;",
+            "1: a bug.",
+            "gin files run code: use only files that you trust.",
+        ]
+    )
 
 
 def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     """Flags; every `--gin.NAME=VALUE` becomes the binding `NAME = VALUE`."""
     parser = argparse.ArgumentParser(
-        prog="glimmer", description="FiD, LUMEN and GLIMMER.", allow_abbrev=False
+        prog="glimmer",
+        description="FiD, LUMEN and GLIMMER in JAX. Settings are gin macros: --gin.NAME=VALUE.",
+        epilog=_modes_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--run_mode", choices=sorted([*MODES, PREFLIGHT]), default="train")
+    parser.add_argument(
+        "--run_mode",
+        choices=[*MODES, PREFLIGHT],
+        default="train",
+        metavar="MODE",
+        help="one of the modes below; train by default",
+    )
     parser.add_argument("--action", help="of --run_mode=memory; short for --gin.ACTION")
-    parser.add_argument("--gin_file", action="append", default=[], metavar="PATH")
+    parser.add_argument(
+        "--gin_file", action="append", default=[], metavar="PATH", help="may be repeated"
+    )
     parser.add_argument("--gin_search_paths", default="", metavar="DIR,DIR")
     parser.add_argument("--gin_bindings", action="append", default=[], metavar="X=V")
     parser.add_argument("--seqio_additional_cache_dirs", default="", metavar="DIR,DIR")
@@ -59,15 +153,16 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     kilt.add_argument(
         "--ks", type=_integers, metavar="K,K", help="of precision@k and recall@k; 1,5,10,20"
     )
-    parser.add_argument(
+    job = parser.add_argument_group("jobs of many processes")
+    job.add_argument(
         "--distributed",
         action="store_true",
-        help="one of many processes, as TPU pods and Slurm tell",
+        help="one of many processes; TPU pods and Slurm provide the rest",
     )
-    parser.add_argument("--coordinator_address", metavar="HOST:PORT", help="of process 0")
-    parser.add_argument("--num_processes", type=int, metavar="N")
-    parser.add_argument("--process_id", type=int, metavar="I", help="from 0 to N - 1")
-    parser.add_argument("--debug", action="store_true", help="tracebacks of bad input")
+    job.add_argument("--coordinator_address", metavar="HOST:PORT", help="of process 0")
+    job.add_argument("--num_processes", type=int, metavar="N")
+    job.add_argument("--process_id", type=int, metavar="I", help="from 0 to N - 1")
+    parser.add_argument("--debug", action="store_true", help="tracebacks of invalid input")
     flags, others = parser.parse_known_args(argv)
     for other in others:
         name, equals, value = other.removeprefix("--gin.").partition("=")
@@ -75,10 +170,10 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
             parser.error(f"unknown argument {other!r}; bindings are written --gin.NAME=VALUE")
         flags.gin_bindings.append(f"{name} = {value}")
     if (flags.topology or flags.json) and flags.run_mode != PREFLIGHT:
-        parser.error("--topology and --json want --run_mode=preflight")
+        parser.error("--topology and --json need --run_mode=preflight")
     if official_arguments(flags):
         if flags.run_mode != "score" or not flags.gold or not flags.guess:
-            parser.error("--gold, --guess and --ks want --run_mode=score and both files")
+            parser.error("--gold, --guess and --ks need --run_mode=score and both files")
         if flags.gin_file or flags.gin_bindings:
             parser.error("--gold and --guess take no gin; without them gin/runs/score.gin scores")
     if flags.action is not None:
@@ -87,26 +182,25 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def official_arguments(flags: argparse.Namespace) -> dict[str, Any]:
-    """The given ones of the flags of KILT's official scores."""
+    """The flags of KILT's official scores that are given."""
     given = {name: getattr(flags, name) for name in ("gold", "guess", "ks")}
     return {name: value for name, value in given.items() if value is not None}
 
 
 def run_mode(flags: argparse.Namespace) -> Any:
-    """Configures the mode's function, with gin or with the flags of its own, and calls it."""
+    """Configures the mode's function, with gin or its own flags, and calls it."""
     if arguments := official_arguments(flags):
         return _find("glimmer_jax.modes.score:official")(**arguments)
     if flags.run_mode == PREFLIGHT:
         return _preflight(flags)
     from glimmer_jax import configuration
 
-    function = _find(MODES[flags.run_mode])
-    search_paths = [path for path in flags.gin_search_paths.split(",") if path]
-    configuration.parse(flags.gin_file, flags.gin_bindings, search_paths)
+    function = _find(MODES[flags.run_mode].function)
+    configuration.parse(flags.gin_file, flags.gin_bindings, _paths(flags.gin_search_paths))
     configured = configuration.configured(function)
     _set_seqio_dirs(flags)
     kwargs = {}
-    if "operative_config" in function.__code__.co_varnames[: function.__code__.co_argcount]:
+    if "operative_config" in inspect.signature(function).parameters:
         kwargs["operative_config"] = configuration.operative_config
     return configured(**kwargs)
 
@@ -114,35 +208,35 @@ def run_mode(flags: argparse.Namespace) -> Any:
 def _preflight(flags: argparse.Namespace) -> Any:
     import jax
 
-    # The compiler for the slice runs on this machine's CPU; its own accelerators are not looked at.
+    # The compiler for the slice runs on this machine's CPU. Its accelerators stay unused.
     jax.config.update("jax_platforms", "cpu")
-    # A program for a slice that is not there can be kept between runs, and cannot be read again.
+    # A program for an absent slice can be cached, but not be loaded again.
     jax.config.update("jax_enable_compilation_cache", False)
     from glimmer_jax import configuration
     from glimmer_jax.modes import preflight
 
-    search_paths = [path for path in flags.gin_search_paths.split(",") if path]
+    search_paths = _paths(flags.gin_search_paths)
     configuration.parse(flags.gin_file, flags.gin_bindings, search_paths, preflight.UNBOUND)
     for job in preflight.JOBS:
         try:
-            settings = configuration.settings(_find(MODES[job]))
+            settings = configuration.settings(_find(MODES[job].function))
         except configuration.ConfigError:
             continue
         return preflight.preflight(job, settings, flags.topology, flags.json)
     raise ValueError(
-        f"The gin files configure none of {', '.join(preflight.JOBS)}. Add the --gin_file of "
-        "gin/runs that the job itself has."
+        f"--gin_file: the files configure none of {', '.join(preflight.JOBS)}. Add the run file of "
+        "the job, such as gin/runs/finetune.gin."
     )
 
 
 def _check_alone(mode: str) -> None:
-    """Raises ValueError where a job of many processes would do the same work many times."""
+    """Raises ValueError if many processes would run a single-process mode."""
     import jax
 
     if mode not in JOBS and jax.process_count() > 1:
         raise ValueError(
-            f"--run_mode={mode} is the work of one process, and this job has {jax.process_count()}. "
-            "Run it on one machine, without --distributed."
+            f"--run_mode={mode} is a single-process mode, but this job has {jax.process_count()} "
+            "processes. Run it on one machine, without --distributed."
         )
 
 
@@ -161,6 +255,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_mode(flags)
         except StopRequested as stop:
             message, code = stop, STOP.exit_code
+        except ModuleNotFoundError as error:
+            library = (error.name or "glimmer_jax").split(".")[0]
+            if library in ("glimmer_jax", "tasks"):
+                raise
+            message = (
+                f"{library} is not installed, and --run_mode={flags.run_mode} needs it. Install it "
+                f"with: pip install {PACKAGES.get(library, library)}"
+            )
+            print(f"glimmer: {message}", file=sys.stderr)
+            return exit_codes.INVALID_INPUT
         except Exception as error:
             if (outcome := _classify(error)) is None:
                 raise
@@ -211,12 +315,12 @@ def run() -> None:
     STOP.install()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # Compiled programs are kept between runs; set the variable to "" to keep none.
+    # Compiled programs are cached between runs; set the variable to "" to disable the cache.
     cache = Path.home() / ".cache" / "glimmer_jax" / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("glimmer_jax").setLevel(logging.INFO)
-    # seqio's advice about lengths and caches; what is wrong comes as an error.
+    # seqio's advice about lengths and caches. Errors are raised.
     logging.getLogger("absl").setLevel(logging.ERROR)
     if not flags.debug:
         from glimmer_jax.runtime.filter_stderr import filter_stderr
@@ -243,7 +347,11 @@ def _integers(text: str) -> list[int]:
     try:
         return [int(number) for number in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"wants numbers like 1,5,10, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"must be numbers such as 1,5,10, got {text!r}") from None
+
+
+def _paths(text: str) -> list[str]:
+    return [path for path in text.split(",") if path]
 
 
 def _find(place: str) -> Callable[..., Any]:
@@ -252,7 +360,7 @@ def _find(place: str) -> Callable[..., Any]:
 
 
 def _set_seqio_dirs(flags: argparse.Namespace) -> None:
-    cache_dirs = [path for path in flags.seqio_additional_cache_dirs.split(",") if path]
+    cache_dirs = _paths(flags.seqio_additional_cache_dirs)
     if not cache_dirs and not flags.tfds_data_dir:
         return
     import seqio

@@ -1,10 +1,10 @@
-"""Where the shipped gin files, tasks and launchers are: beside the package, or inside a wheel."""
+"""The location of the gin files, tasks and launchers: beside the package, or inside a wheel."""
 
 import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
-CHECKPOINTS = PACKAGE / "checkpoints"  # of our own training; its README.md is the model card
+CHECKPOINTS = PACKAGE / "checkpoints"  # trained on the built-in corpus; README.md is the model card
 
 
 def root() -> Path:
@@ -14,9 +14,9 @@ def root() -> Path:
 
 
 def make_importable() -> None:
-    """Lets `import tasks.pydocs` work from any folder; modules found elsewhere come first.
+    """Makes `import tasks.pydocs` work from any folder.
 
-    A working directory with its own `tasks/` is meant by whoever stands in it.
+    Modules found elsewhere come first: a `tasks/` folder in the working directory wins.
     """
     for path in (str(Path.cwd()), str(root())):
         if path not in sys.path:

@@ -70,6 +70,8 @@ def _restore(folder: Path, intact: dict[str, bytes]) -> None:
         (folder / name).unlink()
     for name, data in intact.items():
         path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
         if not path.is_file() or path.read_bytes() != data:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)

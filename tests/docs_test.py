@@ -198,7 +198,7 @@ def test_commands_configure_their_mode(arguments):
     configuration.parse(flags.gin_file, flags.gin_bindings, (), unbound)
     modes = preflight.JOBS if flags.run_mode == main.PREFLIGHT else (flags.run_mode,)
     for mode in modes:
-        module, name = main.MODES[mode].split(":")
+        module, name = main.MODES[mode].function.split(":")
         try:
             configuration.configured(getattr(importlib.import_module(module), name))
             return

@@ -1,7 +1,9 @@
 """Every shipped gin file parses, finalises, and builds what it configures without computing."""
 
 import ast
+import importlib.metadata
 import pathlib
+import re
 
 import gin
 import jax
@@ -10,6 +12,7 @@ import pytest
 from glimmer_jax import configuration, shipped
 from glimmer_jax.main import MODES
 from glimmer_jax.models.model import DecodeConfig, GlimmerModel
+from glimmer_jax.modes.settings import CorpusConfig, DatasetConfig, flatten
 
 ROOT = shipped.root() / "gin"
 SIZES = sorted(
@@ -74,9 +77,9 @@ def arguments(mode):
     """What the mode's function would be called with."""
     from glimmer_jax.main import _find
 
-    function = _find(MODES[mode])
+    function = _find(MODES[mode].function)
     configuration.configured(function)
-    return gin.get_bindings(function)
+    return flatten(gin.get_bindings(function))
 
 
 def parameter_count(model):
@@ -166,10 +169,14 @@ def test_answers_are_searched_drawn_or_given_as_macros_say():
 
 def test_memory_takes_a_model_after_its_own_file():
     configuration.parse(["gin/runs/memory.gin"], RUNS["memory"][1])
-    assert arguments("memory")["model"] is None
+    assert plan_model() is None
     files = ["gin/runs/memory.gin", "gin/sizes/tiny.gin", "gin/models/lumen.gin"]
     configuration.parse(files, RUNS["memory"][1])
-    assert isinstance(arguments("memory")["model"], GlimmerModel)
+    assert isinstance(plan_model(), GlimmerModel)
+
+
+def plan_model():
+    return gin.get_bindings("glimmer_jax.modes.memory.plan")["model"]
 
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
@@ -191,7 +198,9 @@ def test_ablations_change_one_thing(path):
 
 def described(bound):
     model = bound.pop("model")
-    found = {name: repr(value) for name, value in bound.items()}
+    # Their fields stand beside them.
+    groups = (DatasetConfig, CorpusConfig)
+    found = {k: repr(v) for k, v in bound.items() if not isinstance(v, groups)}
     for config in (model.config, model.loss, model.decode):
         found |= {f"{type(config).__name__}.{k}": repr(v) for k, v in vars(config).items()}
     return found
@@ -213,6 +222,45 @@ def test_renamed_macros_are_errors_that_name_the_new_one(old, new):
         configuration.parse(files, [*RUNS[run][1], f"{old} = 1"])
 
 
+@pytest.mark.parametrize(
+    ("binding", "facts"),
+    [
+        ("BATCH_SIZE = 3.5", r"BATCH_SIZE must be int, got 3\.5.*--gin\.BATCH_SIZE=8"),
+        ("TRAIN_STEPS = 'ten'", r"TRAIN_STEPS must be int, got 'ten'.*--gin\.TRAIN_STEPS=8"),
+        ("LEARNING_RATE = 'fast'", r"LEARNING_RATE must be float, got 'fast'.*LEARNING_RATE=0\.1"),
+        ("USE_CACHED_TASKS = 1", r"USE_CACHED_TASKS must be bool, got 1"),
+        ("MODEL_DIR = 3", r"MODEL_DIR must be str, got 3.*--gin\.MODEL_DIR=\"'text'\""),
+        ("BATCH_SIZE = abc", r"BATCH_SIZE=abc.*--gin\.BATCH_SIZE=\"'abc'\""),
+        ("PASSAGES_DIR = /data/p", r"PASSAGES_DIR=/data/p.*--gin\.PASSAGES_DIR=\"'/data/p'\""),
+        ("t5.T5Config.emb_dim = 'x'", r"T5Config\.emb_dim must be int, got 'x'"),
+    ],
+)
+def test_values_of_a_wrong_type_name_the_macro(binding, facts):
+    files = ["gin/sizes/tiny.gin", "gin/models/glimmer.gin", "gin/runs/finetune.gin"]
+    with pytest.raises(configuration.ConfigError, match=facts):
+        configuration.parse(files, [*RUNS["finetune"][1], binding])
+
+
+def test_the_current_folder_cannot_replace_a_shipped_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/score.gin", "mesh.gin"):
+        path = tmp_path / "gin" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("REPLACED = 1\n")
+    (tmp_path / "mine.gin").write_text('include "gin/runs/score.gin"\n')
+    for files in (["gin/runs/score.gin"], ["mine.gin"]):
+        configuration.parse(files, RUNS["score"][1])
+    with pytest.raises(configuration.ConfigError, match="REPLACED"):
+        configuration.parse(["./gin/runs/score.gin"], [])
+
+
+def test_private_names_are_those_of_the_pinned_gin():
+    # Of another version, check `_bindings` and `_search_in` in configuration.py first.
+    assert importlib.metadata.version("gin-config") == "0.5.0"
+    source = pathlib.Path(configuration.__file__).read_text()
+    assert set(re.findall(r"gin_config\.(_\w+)", source)) == {"_CONFIG", "_LOCATION_PREFIXES"}
+
+
 def test_macros_without_value_are_named():
     with pytest.raises(ValueError, match=r"No value for QUESTIONS.*--gin\.QUESTIONS="):
         configuration.parse(["gin/runs/score.gin"], ["PREDICTIONS = 'p'"])
@@ -224,7 +272,7 @@ def test_macros_without_value_are_named():
     ("files", "bindings", "message"),
     [
         (["gin/runs/typo.gin"], [], r"gin/runs/typo\.gin"),
-        (["gin/runs/score.gin"], ["QUESTIONS = oops"], "oops|QUESTIONS"),
+        (["gin/runs/score.gin"], ["QUESTIONS = oops"], "QUESTIONS=oops"),
         (["gin/runs/score.gin"], ["score.score.typo = 1"], "typo"),
     ],
 )

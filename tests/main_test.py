@@ -212,7 +212,7 @@ def test_a_question_at_the_prompt(work, trained, monkeypatch, capsys):
     candidates = {"CANDIDATES": ["none of these", "nor this"]}
     assert run("infer", "examples/pydocs_glimmer_infer", **shared, **candidates) == 0
     shown = capsys.readouterr().out
-    assert "log probability" in shown
+    assert "log-likelihood" in shown
     assert shown.splitlines()[-4].split("    ")[0] in candidates["CANDIDATES"]
     assert "blue" in shown
 
@@ -250,7 +250,7 @@ def test_every_ablation_trains_for_five_steps(work, tmp_path, ablation):
             "export",
             ["sizes/tiny", "models/fid", "runs/export"],
             {"CHECKPOINT_PATH": "none", "OUTPUT_PATH": "o.safetensors"},
-            "none is no checkpoint",
+            "none is not a checkpoint",
         ),
         (
             "infer",
@@ -318,7 +318,33 @@ def test_a_bad_line_and_a_wrong_k_are_named(work, tmp_path, capfd):
     assert "asks for K=4 passages" in capfd.readouterr().err
 
 
-def test_unknown_arguments_are_refused(capsys):
+def test_a_missing_library_is_one_line_with_the_pip_command(monkeypatch, capsys):
+    def needs_gin(_):
+        raise ModuleNotFoundError("No module named 'gin'", name="gin")
+
+    monkeypatch.setattr(command_line, "run_mode", needs_gin)
+    assert command_line.main(["--run_mode=score"]) == 2
+    error = capsys.readouterr().err
+    assert "gin is not installed" in error and "pip install gin-config" in error
+    assert error.count("\n") == 1
+
+
+def test_help_describes_every_mode_without_heavy_imports():
+    code = """if True:
+        import contextlib, io, sys
+        from glimmer_jax import main
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+            main.parse_flags(["--help"])
+        for name, mode in main.MODES.items():
+            assert f"  {name} " in text.getvalue() and mode.gin_file in text.getvalue(), name
+        heavy = {"jax", "flax", "numpy", "gin", "tensorflow", "seqio"} & set(sys.modules)
+        assert not heavy, heavy
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT)
+
+
+def test_unknown_arguments_are_rejected(capsys):
     with pytest.raises(SystemExit) as caught:
         command_line.parse_flags(["--gin_fil=x"])
     assert caught.value.code == 2
@@ -366,13 +392,13 @@ def test_official_scores_name_what_is_wrong(tmp_path, capfd):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--run_mode=score", "--gold=g"], "want --run_mode=score and both files"),
-        (["--run_mode=score", "--ks=1"], "want --run_mode=score and both files"),
-        (["--gold=g", "--guess=p"], "want --run_mode=score and both files"),
+        (["--run_mode=score", "--gold=g"], "need --run_mode=score and both files"),
+        (["--run_mode=score", "--ks=1"], "need --run_mode=score and both files"),
+        (["--gold=g", "--guess=p"], "need --run_mode=score and both files"),
         (["--run_mode=score", "--gold=g", "--guess=p", "--gin.X=1"], "take no gin"),
         (
             ["--run_mode=score", "--gold=g", "--guess=p", "--ks=1,x"],
-            "--ks: wants numbers like 1,5,10, got '1,x'",
+            "--ks: must be numbers such as 1,5,10, got '1,x'",
         ),
     ],
 )
@@ -383,7 +409,7 @@ def test_flags_of_official_scores_go_together(capsys, flags, message):
     assert message in capsys.readouterr().err
 
 
-def test_as_a_process_bad_input_gives_exit_code_2_and_a_traceback_with_debug(tmp_path):
+def test_invalid_input_exits_with_2_and_has_a_traceback_with_debug(tmp_path):
     command = [sys.executable, "-m", "glimmer_jax.main", "--run_mode=score"]
     command += ["--gin_file=gin/runs/score.gin", "--gin.PREDICTIONS='x'", "--gin.QUESTIONS='y'"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -502,7 +528,9 @@ def test_work_of_one_process_is_not_done_by_a_job_of_many(monkeypatch, capsys):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     monkeypatch.setattr(command_line, "run_mode", lambda _: None)
     assert command_line.main(["--run_mode=export"]) == 2
-    assert "export is the work of one process, and this job has 4" in capsys.readouterr().err
+    assert (
+        "--run_mode=export is a single-process mode, but this job has 4" in capsys.readouterr().err
+    )
     assert command_line.main(["--run_mode=eval"]) == 0
 
 

@@ -28,6 +28,7 @@ with warnings.catch_warnings():
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.modes import evaluate as evaluate_mode
 from glimmer_jax.modes.export import export
+from glimmer_jax.modes.settings import CorpusConfig, DatasetConfig, ReaderConfig
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.serving import predictor
 from glimmer_jax.weights import t5_names
@@ -164,16 +165,12 @@ def test_train_resume_eval_and_infer_of_t5x_drive_our_models(work, tmp_path, mod
     tiny.assert_trees_equal(train(work, model, start, tmp_path / "b", 5), trained)
 
     checkpoint = str(tmp_path / "a" / "checkpoint_5")
+    files = data(work)
     wanted = evaluate_mode.evaluate(
-        ours,
-        checkpoint,
-        "pydocs",
-        LENGTHS,
-        8,
-        passages_dir=data(work)["PASSAGES_DIR"],
-        mixture_or_task_module="tasks.pydocs",
+        ReaderConfig(ours, checkpoint, MESHES[devices]),
+        DatasetConfig("pydocs", LENGTHS, 8, "test", "tasks.pydocs", files["DATA_DIR"]),
+        CorpusConfig(files["PASSAGES_DIR"]),
         output_dir=str(tmp_path / "ours"),
-        mesh=MESHES[devices],
     )
     configure(
         work,

@@ -1,11 +1,12 @@
 """Codebooks of product-quantised memory, learnt from a sample of passages on the device mesh.
 
-Each channel is brought to mean 0 and size 1; the principal directions are dealt out to the subspaces so
-that each gets as much to say (Ge et al., 2013, "Optimized Product Quantization", section 3.2); then
-k-means finds the centroids of every subspace, each device summing over its own part of the sample.
+Each channel is normalised to mean 0 and variance 1; principal directions are allocated to the subspaces
+so that the products of their variances are balanced (Ge et al., 2013, "Optimized Product Quantization",
+section 3.2); k-means then finds the centroids of every subspace, each device summing over its own part of
+the sample.
 
-A sample of N tokens takes 4 N D bytes of the host's RAM, and as much again spread over the devices: 31 GB
-each for ten million tokens of 768 channels. Everything else is small beside it.
+A sample of N tokens takes 4 N D bytes of the host's RAM, and as much again distributed over the devices:
+31 GB each for ten million tokens of 768 channels. Everything else is small in comparison.
 """
 
 import functools
@@ -24,7 +25,7 @@ from glimmer_jax.runtime.preemption import STOP
 
 Codebooks = dict[str, np.ndarray]
 _ROWS = 16384  # of a sample at a time: bounds RAM for samples of millions
-# Of k-means in one call: nobody who asks it to stop waits for more. Each call takes its memory anew.
+# Iterations of k-means in one call: a stop is noticed between calls.
 _ITERATIONS = 5
 
 
@@ -38,34 +39,34 @@ def sample_states(
     devices: int,
     seed: int = 0,
 ) -> np.ndarray:
-    """States of the tokens of passages drawn at random, float32 `[<= tokens, D]`.
+    """States of the tokens of randomly drawn passages, float32 `[<= tokens, D]`.
 
     Args:
       states: int32 tokens `[n, P]` -> states `[n, P, D]`.
       passages: the corpus.
-      tokens: how many are wanted; fewer where the corpus is smaller.
-      rows: passages a device encodes at once; a call takes this many for each.
-      buckets: lengths that a batch is padded to; longer passages are cut.
-      devices: that a call of `states` spreads its rows over.
+      tokens: size of the sample; a smaller corpus gives fewer.
+      rows: passages in the batch of one device.
+      buckets: lengths that a batch may be padded to; longer passages are truncated.
+      devices: over which a call of `states` distributes its rows.
       seed: of the draw.
     """
     chosen = np.random.default_rng(seed).permutation(len(passages))
     lengths = np.minimum(passages.lengths(chosen), buckets[-1])
     count = int(np.searchsorted(np.cumsum(lengths, dtype=np.int64), tokens)) + 1
     chosen, lengths = chosen[:count], lengths[:count]
-    # In the order of the draw, for whoever takes a part of it: groups have the shortest passages first.
+    # In the order of the draw, so that any part is a random sample: groups are sorted by length.
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
-    # Made once the channels are known, and whole: parts to be joined at the end would take twice the RAM.
+    # Allocated once, when the channels are known: concatenating parts would take twice the RAM.
     sample: np.ndarray | None = None
     for group in encoding.groups(lengths, rows * devices, buckets):
         STOP.poll_together()
         tokens_nP = passages.tokens(chosen[group.positions], group.bucket)
         batch = encoding.padded(tokens_nP, rows * devices)
-        found = np.asarray(states(batch), np.float32)[: len(group.positions)]
+        encoded = np.asarray(states(batch), np.float32)[: len(group.positions)]
         real = np.arange(group.bucket) < lengths[group.positions][:, None]
         if sample is None:
-            sample = np.empty((int(lengths.sum(dtype=np.int64)), found.shape[-1]), np.float32)
-        sample[(starts[group.positions][:, None] + np.arange(group.bucket))[real]] = found[real]
+            sample = np.empty((int(lengths.sum(dtype=np.int64)), encoded.shape[-1]), np.float32)
+        sample[(starts[group.positions][:, None] + np.arange(group.bucket))[real]] = encoded[real]
     assert sample is not None
     return sample[:tokens]
 
@@ -77,26 +78,26 @@ def learn(
     iterations: int = 25,
     seed: int = 0,
 ) -> Codebooks:
-    """Codebooks for `codec` from a sample of states; the same for the same mesh and seed.
+    """Codebooks for `codec` from a sample of states; deterministic for a given mesh and seed.
 
     Args:
       codec: with its sizes.
-      states_ND: float `[N, D]`; some hundred for each code are enough.
-      mesh: the sample is spread over all its devices.
+      states_ND: float `[N, D]`; a few hundred per code are enough.
+      mesh: the sample is distributed over all its devices.
       iterations: of k-means.
-      seed: of the centroids that it starts from.
+      seed: of the initial centroids.
 
     Raises:
-      ValueError: there are fewer states than codes, or some are not finite.
+      ValueError: there are fewer states than codes, or a state is not finite.
     """
     states_ND = np.asarray(states_ND, np.float32)
     count, emb_dim = states_ND.shape
     if count < codec.num_codes:
         raise ValueError(
-            f"Codebooks of {codec.num_codes} codes need a sample of at least as many tokens, and this "
-            f"has {count}. Raise SAMPLE_TOKENS, give more passages, or choose a codec of fewer codes."
+            f"Codebooks of {codec.num_codes} codes need a sample of at least as many tokens, but this "
+            f"one has {count}. Raise SAMPLE_TOKENS, use more passages, or choose a codec of fewer codes."
         )
-    # NaN or infinity anywhere is in the sums; numpy would warn of infinities that cancel.
+    # NaN and infinity show in the sums; numpy would warn about infinities that cancel.
     with np.errstate(invalid="ignore"):
         mean = sum(some.sum(0, dtype=np.float64) for some in _pieces(states_ND)) / count
     if not np.isfinite(mean).all():
@@ -105,7 +106,7 @@ def learn(
             "(did its training diverge?) and the activation dtype."
         )
     size = np.sqrt(sum(np.square(some - mean).sum(0) for some in _pieces(states_ND)) / count)
-    # A channel that is always the same needs no code.
+    # A constant channel needs no code.
     scale = np.where(size > 0, size, 1.0)
     books: Codebooks = {
         "mean": mean.astype(np.float32),
@@ -136,10 +137,10 @@ def _pieces(states_ND: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _spread(states_ND: np.ndarray, books: Codebooks, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
-    """The states with channels of mean 0 and size 1, over all devices, and a weight for each.
+    """Normalised states, distributed over all devices, and a weight for each.
 
-    Filled up to equal parts with states of weight 0. Made for one device after the other: the host never
-    holds them all a second time.
+    Padded to equal parts with states of weight 0. Built for one device after the other, so the host never
+    holds a second copy of all states.
     """
     count, emb_dim = states_ND.shape
     share = -(-count // mesh.size)
@@ -160,10 +161,10 @@ def _spread(states_ND: np.ndarray, books: Codebooks, mesh: Mesh) -> tuple[jax.Ar
 
 
 def even_basis(covariance_DD: np.ndarray, channels: int) -> np.ndarray:
-    """Orthogonal float32 `[D, D]` whose columns are principal directions, dealt out to subspaces.
+    """Orthogonal float32 `[D, D]` whose columns are principal directions, grouped by subspace.
 
-    Each direction, largest variance first, goes to the subspace with room whose variances have the
-    smallest product so far: the error of a code depends on that product alone.
+    Each direction, largest variance first, goes to the subspace that is not full and whose variances have
+    the smallest product so far: the error of a code depends on that product.
     """
     variances, directions = np.linalg.eigh(covariance_DD)
     subspaces: list[list[int]] = [[] for _ in range(len(variances) // channels)]
@@ -187,7 +188,7 @@ def _kmeans(
     iterations: int,
     mesh: Mesh,
 ) -> np.ndarray:
-    """Lloyd's iterations in every subspace; a code that nothing chose takes a spare point."""
+    """Lloyd's iterations in every subspace; a code without points is replaced by a spare point."""
     num_codes, channels = start_GCS.shape[1:]
     axes = mesh.axis_names
     rows, whole = PartitionSpec(axes), PartitionSpec()
@@ -216,7 +217,7 @@ def _kmeans(
     learnt_GCS = np.empty_like(start_GCS)
     for group, given in enumerate(zip(basis_GDS, start_GCS, spare_GCS, strict=True)):
         basis_DS, centroids_CS, spare_CS = jax.device_put(given, everywhere)
-        # Turned here and not before: a device has room for its part of the sample once.
+        # Rotated one subspace at a time: a device has room for only one copy of its part.
         points_NS = turn(even_ND, basis_DS)
         for first in range(0, iterations, _ITERATIONS):
             STOP.poll_together()
@@ -228,7 +229,7 @@ def _kmeans(
 
 
 def relative_error(codec: Codec, books: Codebooks | None, states_ND: np.ndarray) -> float:
-    """Root mean square of what the codec loses of these states, over that of the states."""
+    """Root mean square of the codec's error on these states, relative to that of the states."""
     kept = jax.jit(lambda x, books: codec.decode(codec.encode(x, books), jnp.float32, books))
     lost = whole = 0.0
     for piece in _pieces(states_ND):

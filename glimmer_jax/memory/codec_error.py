@@ -1,4 +1,4 @@
-"""What storing costs: the stored memory against the same passages in float32."""
+"""Error of stored memory: the stored arrays against the states of the same passages in float32."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from glimmer_jax.models.model import GlimmerModel
 
 
 def exact_states(model: GlimmerModel) -> StatesFunction:
-    """The model's `memory_states` in float32 throughout: activations, operands and products."""
+    """The model's `memory_states` with activations, operands and products in float32."""
     t5 = dataclasses.replace(model.config.t5, dtype="float32", matmul_dtype=None, attention="plain")
     exact = GlimmerModel(dataclasses.replace(model.config, t5=t5))
 
@@ -37,7 +37,7 @@ def measure(
     devices: int,
     sample: int,
 ) -> dict[str, float] | None:
-    """Error of the stored type over the real tokens of evenly spaced passages.
+    """Error of the stored arrays over the real tokens of evenly spaced passages.
 
     Args:
       encode: the encode step, as the build calls it.
@@ -67,7 +67,7 @@ def measure(
         largest_error = max(largest_error, float(np.abs(stored - exact).max(initial=0.0)))
         largest = max(largest, float(np.abs(exact).max(initial=0.0)))
     return {
-        # Six digits: enough to read, and the same on every run.
+        # Six digits: readable, and the same on every run.
         "relative_rms": float(f"{(square_error / max(square, 1e-300)) ** 0.5:.6g}"),
         "relative_max": float(f"{largest_error / max(largest, 1e-300):.6g}"),
         "passages": len(chosen),

@@ -1,19 +1,15 @@
-"""The computing half of the build: one shard's passages to one shard's arrays, in RAM.
+"""Encoding: the passages of a shard to the arrays of a shard, in RAM.
 
-The device encodes one batch while the host puts the last one in place, over the end of a shard too,
-and a thread reads the next shard's passages; so nobody waits.
+Three things decide the bytes of a shard, and neither the number of devices or processes nor earlier
+shards are among them:
 
-Which passages are encoded together, and at which length.
+- which passages share a batch: `groups` sorts the passages of the shard by length;
+- the program of one device: `encode_step` runs it on every device of the mesh, parameters replicated and
+  rows distributed, so the model is not partitioned and sums have one order on every mesh;
+- the parameters.
 
-The composition of a batch depends on the passages of its shard alone: not on the number of devices
-or processes, nor on what was built before. Together with a fixed program that makes every build
-of a shard give the same bytes.
-
-The encode step: every device runs the one-device program on rows of its own.
-
-Passages are independent, so nothing needs to be split inside one: parameters are whole on every
-device while it encodes, and rows are dealt out. So the bits do not depend on the mesh, also where
-the model, left alone, would spread heads and feed-forward over devices and add up in another order.
+`ShardEncoder` keeps the devices busy: they encode one batch while the host stores the previous one, also
+across the border of two shards, and a thread reads the passages of the next shard.
 """
 
 import dataclasses
@@ -27,61 +23,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glimmer_jax import codecs
-from glimmer_jax.memory.manifest import Identity, Program
+from glimmer_jax.memory.manifest import EncodeProgram, Identity
 from glimmer_jax.memory.shard import Passages, Source, read_source
 from glimmer_jax.runtime.preemption import STOP
 from glimmer_jax.runtime.prefetch import ReadAhead
 from glimmer_jax.runtime.progress import Progress
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """One device's batch."""
-
-    positions: np.ndarray  # int64 [<= rows], passages counted from the start of the shard
-    bucket: int  # tokens the batch is padded to
-
-
-def default_buckets(max_length: int, step: int = 32) -> tuple[int, ...]:
-    """Multiples of `step` up to `max_length`, and `max_length` itself."""
-    return (*range(step, max_length, step), max_length)
-
-
-def groups(lengths: np.ndarray, rows: int, buckets: Sequence[int]) -> list[Group]:
-    """Groups of `rows` passages of similar length, shortest first; only the last is partial.
-
-    Args:
-      lengths: int `[n]`, tokens of each passage of the shard, at most buckets[-1].
-      rows: passages a device encodes at once.
-      buckets: increasing lengths; a group takes the smallest that holds its longest passage.
-    """
-    order = np.argsort(lengths, kind="stable")
-    result = []
-    for start in range(0, len(order), rows):
-        positions = order[start : start + rows]
-        longest = int(lengths[positions[-1]])
-        result.append(Group(positions, int(buckets[int(np.searchsorted(buckets, longest))])))
-    return result
-
-
-def padded(tokens: np.ndarray, rows: int) -> np.ndarray:
-    """Tokens `[n, P]` of a group as int32 `[rows, P]`, filled up with empty passages."""
-    batch = np.zeros((rows, tokens.shape[1]), np.int32)
-    batch[: len(tokens)] = tokens
-    return batch
-
-
-def calls(all_groups: Sequence[Group], devices: int) -> Iterator[list[Group]]:
-    """Groups of one bucket, one for each device; fewer where the bucket has no more."""
-    pending: list[Group] = []
-    for group in all_groups:
-        if pending and (len(pending) == devices or pending[0].bucket != group.bucket):
-            yield pending
-            pending = []
-        pending.append(group)
-    if pending:
-        yield pending
-
 
 # Parameters and int32 tokens `[n, P]` -> states `[n, P, D]`; such as `GlimmerModel.memory_states`.
 StatesFunction = Callable[[Any, jax.Array], jax.Array]
@@ -92,30 +38,79 @@ States = Callable[[np.ndarray], Any]
 Encode = Callable[[np.ndarray], tuple[Mapping[str, Any], Any]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The batch of one device."""
+
+    positions: np.ndarray  # int64 [<= rows], positions of the passages in their shard
+    bucket: int  # tokens the batch is padded to
+
+
+def default_buckets(max_length: int, step: int = 32) -> tuple[int, ...]:
+    """Multiples of `step` below `max_length`, and `max_length` itself."""
+    return (*range(step, max_length, step), max_length)
+
+
+def groups(lengths: np.ndarray, rows: int, buckets: Sequence[int]) -> list[Group]:
+    """Groups of `rows` passages of similar length, shortest first; only the last may be smaller.
+
+    Args:
+      lengths: int `[n]`, tokens of each passage of the shard, at most buckets[-1].
+      rows: passages in the batch of one device.
+      buckets: increasing lengths; a group gets the smallest that holds its longest passage.
+    """
+    order = np.argsort(lengths, kind="stable")
+    result = []
+    for start in range(0, len(order), rows):
+        positions = order[start : start + rows]
+        longest = int(lengths[positions[-1]])
+        result.append(Group(positions, int(buckets[int(np.searchsorted(buckets, longest))])))
+    return result
+
+
+def calls(all_groups: Sequence[Group], devices: int) -> Iterator[list[Group]]:
+    """Groups of the same bucket, one per device; fewer at the end of a bucket."""
+    pending: list[Group] = []
+    for group in all_groups:
+        if pending and (len(pending) == devices or pending[0].bucket != group.bucket):
+            yield pending
+            pending = []
+        pending.append(group)
+    if pending:
+        yield pending
+
+
+def padded(tokens: np.ndarray, rows: int) -> np.ndarray:
+    """Tokens `[n, P]` of a group as int32 `[rows, P]`, filled up with empty passages."""
+    batch = np.zeros((rows, tokens.shape[1]), np.int32)
+    batch[: len(tokens)] = tokens
+    return batch
+
+
 def bind_encoder(memory_states: StatesFunction, params: Any, mesh: Mesh, codec: str) -> Encode:
-    """`memory_states` and the codec as the build wants them, rows spread over all of `mesh`."""
+    """`memory_states` followed by the codec, rows distributed over all devices of `mesh`."""
     return _bind(encode_step(memory_states, mesh, codec), params, mesh)
 
 
 def encode_step(memory_states: StatesFunction, mesh: Mesh, codec: str) -> Any:
-    """`(params, tokens [n, P]) -> (codec's arrays, finite)`, jitted, rows spread over `mesh`."""
+    """`(params, tokens [n, P]) -> (codec's arrays, finite)`, jitted, rows distributed over `mesh`."""
 
     def encode(params, tokens):
         states = memory_states(params, tokens)
         return encode_states(codec, states, params.get("memory_codebooks"))
 
-    return _spread(encode, mesh)
+    return _distribute(encode, mesh)
 
 
 def bind_states(memory_states: StatesFunction, params: Any, mesh: Mesh) -> States:
-    """`memory_states` alone, for measuring what a codec loses."""
-    return _bind(_spread(memory_states, mesh), params, mesh)
+    """`memory_states` without a codec, rows distributed over all devices of `mesh`."""
+    return _bind(_distribute(memory_states, mesh), params, mesh)
 
 
 def encode_states(
     codec: str, states: jax.Array, codebooks: codecs.Arrays | None = None
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """States `[n, P, D]` -> the codec's arrays and which tokens are finite, before and after."""
+    """States `[n, P, D]` -> the codec's arrays, and which tokens are finite in both."""
     arrays = codecs.get(codec).encode(states, codebooks)
     finite = jnp.isfinite(states).all(-1)
     for array in arrays.values():
@@ -124,18 +119,18 @@ def encode_states(
     return arrays, finite
 
 
-def _spread(function: Callable[[Any, jax.Array], Any], mesh: Mesh) -> Any:
+def _distribute(function: Callable[[Any, jax.Array], Any], mesh: Mesh) -> Any:
     rows = PartitionSpec(mesh.axis_names)
-    spread = jax.shard_map(
+    mapped = jax.shard_map(
         function,
         mesh=mesh,
         in_specs=(PartitionSpec(), rows),
         out_specs=rows,
-        # The model is not written for it: its scans start from values that are the same everywhere.
+        # The model's scans start from values that are replicated, which the check would reject.
         check_vma=False,
     )
-    # Parameters are an argument: as a constant they would be compiled in for every bucket.
-    return jax.jit(spread)
+    # Parameters are an argument: as a constant they would be compiled into the program of each bucket.
+    return jax.jit(mapped)
 
 
 def _bind(jitted: Callable[[Any, jax.Array], Any], params: Any, mesh: Mesh) -> Callable:
@@ -148,14 +143,16 @@ def _bind(jitted: Callable[[Any, jax.Array], Any], params: Any, mesh: Mesh) -> C
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How passages become memory: the encode step, and what is recorded of it."""
+class MemoryEncoder:
+    """How passages become memory: the encode step, and what the store records about it."""
 
     encode: Encode
     identity: Identity
-    program: Program
-    devices: int = 1  # that `encode` spreads its rows over, `program.rows` on each
-    codebooks: codecs.Arrays | None = None  # of the codec, where it has any
+    program: EncodeProgram
+    devices: int = 1  # `encode` distributes its rows over them, `program.rows` each
+    codebooks: codecs.Arrays | None = None  # of the codec, if it has any
+    # Whether `encode` returns one vector per passage, `[n, 1, D]`, in place of one state per token.
+    pooled: bool = False
 
     def __post_init__(self):
         if self.program.buckets[-1] != self.identity.max_length:
@@ -166,112 +163,125 @@ class Recipe:
         if self.devices < 1:
             raise ValueError(f"devices must be at least 1; got {self.devices}.")
 
+    @property
+    def array_specs(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Trailing shape and dtype of each stored array."""
+        return codecs.get(self.identity.codec).array_specs(self.identity.emb_dim)
+
+    def stored(self, lengths: Any) -> Any:
+        """Tokens that are stored of passages, or in a batch, of `lengths` tokens."""
+        return np.ones_like(lengths) if self.pooled else lengths
+
 
 @dataclasses.dataclass(frozen=True)
-class Content:
-    """A computed shard, in RAM."""
+class ShardContent:
+    """An encoded shard, in RAM."""
 
     name: str
     source: Source
-    offsets: np.ndarray  # int64 [n + 1], where each passage's tokens begin
+    offsets: np.ndarray  # int64 [n + 1], first token of each passage
     arrays: dict[str, np.ndarray]  # the codec's, `[tokens, *trailing]`
 
 
 @dataclasses.dataclass(frozen=True)
-class _Running:
-    """A batch that the device encodes."""
+class _RunningCall:
+    """Batches that the devices encode."""
 
-    content: Content  # what it belongs to
-    call: list[Group]
+    content: ShardContent  # the shard they belong to
+    groups: list[Group]
     encoded: Any
     last: bool  # of its shard
 
 
-class Job:
-    """The computing half: everything that stays the same from shard to shard."""
+class ShardEncoder:
+    """Encodes the shards of one corpus with one encoder."""
 
-    def __init__(self, recipe: Recipe, passages: Passages, progress: Progress):
-        self.recipe = recipe
+    def __init__(self, encoder: MemoryEncoder, passages: Passages, progress: Progress):
+        self.encoder = encoder
         self.passages = passages
         self.progress = progress
-        identity = recipe.identity
-        self._specs = codecs.get(identity.codec).array_specs(identity.emb_dim)
 
-    def compute(self, shards: Iterable[tuple[str, np.ndarray]]) -> Iterator[Content]:
+    def compute(self, shards: Iterable[tuple[str, np.ndarray]]) -> Iterator[ShardContent]:
         """Encodes shards, given as name and rows, in order.
 
         Raises:
-          ValueError: the encoder gave NaN or infinity, or arrays that are not the codec's.
-          StopRequested: asked to stop between two batches; the shard is dropped.
+          ValueError: the encoder returned NaN or infinity, or arrays that are not the codec's.
+          StopRequested: a stop was requested between two batches; the current shard is dropped.
         """
-        running: deque[_Running] = deque()
+        running: deque[_RunningCall] = deque()
         for content in ReadAhead(self._read)(shards):
-            program = self.recipe.program
+            program = self.encoder.program
             batches = groups(content.source.lengths, program.rows, program.buckets)
-            planned = list(calls(batches, self.recipe.devices))
+            planned = list(calls(batches, self.encoder.devices))
             for number, call in enumerate(planned, 1):
                 STOP.poll(
                     f"Stopped before shard {content.name} was complete; finished shards are kept. "
-                    "Run the same command again to resume."
+                    "Rerun the same command to resume."
                 )
-                encoded = self.recipe.encode(self._tokens(content.source, call))
-                running.append(_Running(content, call, encoded, number == len(planned)))
-                # One batch ahead: the device works on this one while the last is put in place.
+                encoded = self.encoder.encode(self._tokens(content.source, call))
+                running.append(_RunningCall(content, call, encoded, number == len(planned)))
+                # One call ahead: the devices work on it while the previous one is stored.
                 if len(running) > 1:
-                    yield from self._place(running.popleft())
+                    yield from self._store(running.popleft())
         while running:
-            yield from self._place(running.popleft())
+            yield from self._store(running.popleft())
 
-    def _read(self, item: tuple[str, np.ndarray]) -> Content:
+    def _read(self, item: tuple[str, np.ndarray]) -> ShardContent:
         name, rows = item
-        source = read_source(self.passages, rows, self.recipe.identity.max_length)
-        offsets = np.concatenate([[0], np.cumsum(source.lengths, dtype=np.int64)])
-        # Room only: nothing is in RAM before it is put there.
+        source = read_source(self.passages, rows, self.encoder.identity.max_length)
+        lengths = self.encoder.stored(source.lengths)
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         arrays = {
             name: np.empty((offsets[-1], *trailing), dtype)
-            for name, (trailing, dtype) in self._specs.items()
+            for name, (trailing, dtype) in self.encoder.array_specs.items()
         }
-        return Content(name, source, offsets, arrays)
+        return ShardContent(name, source, offsets, arrays)
 
     def _tokens(self, source: Source, call: list[Group]) -> np.ndarray:
         """int32 `[devices * rows, P]`."""
         bucket = call[0].bucket
-        tokens = np.zeros((self.recipe.devices, self.recipe.program.rows, bucket), np.int32)
+        tokens = np.zeros((self.encoder.devices, self.encoder.program.rows, bucket), np.int32)
         for device, group in enumerate(call):
             tokens[device, : len(group.positions)] = source.tokens[group.positions, :bucket]
         return tokens.reshape(-1, bucket)
 
-    def _place(self, done: _Running) -> Iterator[Content]:
-        """Puts a batch in place; gives its shard if that is complete now."""
-        content, bucket, rows = done.content, done.call[0].bucket, self.recipe.program.rows
+    def _store(self, done: _RunningCall) -> Iterator[ShardContent]:
+        """Copies encoded batches into the arrays of their shard; yields the shard if complete."""
+        content, bucket, rows = done.content, done.groups[0].bucket, self.encoder.program.rows
         host = {name: np.asarray(value) for name, value in done.encoded[0].items()}
         self._check_arrays(host, bucket)
         finite = np.asarray(done.encoded[1])
         tokens = 0
-        for device, group in enumerate(done.call):
+        for device, group in enumerate(done.groups):
+            tokens += int(content.source.lengths[group.positions].sum())
             for slot, position in enumerate(group.positions, device * rows):
                 begin, end = content.offsets[position], content.offsets[position + 1]
                 if not finite[slot, : end - begin].all():
                     raise ValueError(
-                        "The memory encoder gave NaN or infinity for passage "
+                        "The encoder gave NaN or infinity for passage "
                         f"{int(content.source.ids[position])}. Check the checkpoint (did its "
                         "training diverge?) and the activation dtype."
                     )
                 for name, value in host.items():
                     content.arrays[name][begin:end] = value[slot, : end - begin]
-                tokens += int(end - begin)
-        passages = sum(len(group.positions) for group in done.call)
-        computed = self.recipe.devices * rows * bucket
+        passages = sum(len(group.positions) for group in done.groups)
+        computed = self.encoder.devices * rows * bucket
         self.progress.advance(passages, tokens=tokens, computed=computed)
         if done.last:
             yield content
 
     def _check_arrays(self, host: dict[str, np.ndarray], bucket: int) -> None:
-        n = self.recipe.devices * self.recipe.program.rows
-        wanted = {name: ((n, bucket, *t), np.dtype(d)) for name, (t, d) in self._specs.items()}
+        n, stored = (
+            self.encoder.devices * self.encoder.program.rows,
+            int(self.encoder.stored(bucket)),
+        )
+        expected = {
+            name: ((n, stored, *trailing), np.dtype(dtype))
+            for name, (trailing, dtype) in self.encoder.array_specs.items()
+        }
         got = {name: (value.shape, value.dtype) for name, value in host.items()}
-        if wanted != got:
+        if expected != got:
             raise ValueError(
-                f"Codec {self.recipe.identity.codec!r} stores {wanted} for this batch, and the "
+                f"Codec {self.encoder.identity.codec!r} stores {expected} for this batch, but the "
                 f"encoder returned {got}. Build with the model's own codec, emb_dim and batch size."
             )

@@ -1,6 +1,7 @@
-"""What a memory would cost, before anything runs.
+"""Estimates: the size and cost of a memory before it is built, and an upper bound of a build's speed.
 
-The floor of a build: as many tokens a second as the devices' matrix products alone would allow.
+`plan` is arithmetic alone. `matmul_rate` measures the devices; divided by the multiply-adds of a token it
+bounds the tokens per second of a build.
 """
 
 import time
@@ -16,7 +17,7 @@ from glimmer_jax.memory.manifest import Layout
 from glimmer_jax.models.cost import question_cost
 from glimmer_jax.models.glimmer import GlimmerConfig
 
-# Id, offset and digest of a passage, and a title of usual length.
+# Id, offset and digest of a passage, and a title of typical length.
 _INDEX_BYTES = 8 + 8 + 8 + 24
 # Checksum and index entry of a chunk.
 _CHUNK_BYTES = 20
@@ -34,17 +35,17 @@ def plan(
     layout: Layout,
     device_tflops: float,
 ) -> dict[str, Any]:
-    """Sizes and time of the memory of a corpus, by arithmetic alone.
+    """Sizes and encoding time of the memory of a corpus.
 
     Args:
       config: the model's; its cut and its codec.
-      passages: of the corpus.
-      tokens: of a passage, on average.
-      layout: how it is cut.
-      device_tflops: what a device sustains, in 10^12 floating-point operations a second.
+      passages: number of passages.
+      tokens: mean tokens per passage.
+      layout: of its shards.
+      device_tflops: sustained by a device, in 10^12 floating-point operations per second.
 
     Raises:
-      ValueError: numbers that are not positive, or a model without memory.
+      ValueError: a number is not positive, or the model has no memory layers.
     """
     if min(passages, tokens, device_tflops) <= 0 or not config.memory_layers:
         raise ValueError(
@@ -60,7 +61,7 @@ def plan(
     cost = question_cost(config, passages=1, question=0, passage=1, answer=0)
     arrays = shards * (_INDEX_ARRAYS + len(specs))
     size = passages * (tokens * token + _INDEX_BYTES) + chunks * _CHUNK_BYTES
-    # The paper counts a multiply-add as one.
+    # The paper counts a multiply-add as one operation.
     token_cost = cost.precompute + codec.encode_cost(config.t5.emb_dim)
     operations = 2 * token_cost * passages * tokens
     return {
@@ -82,8 +83,8 @@ _TRIES = 3
 _SIDE = {True: 512, False: 8192}
 
 
-def matrix_rate(mesh: Mesh, operands: str) -> float:
-    """Multiply-adds a second of all devices together, the best of a few products.
+def matmul_rate(mesh: Mesh, operands: str) -> float:
+    """Multiply-adds per second of all devices together, the best of a few products.
 
     Args:
       mesh: its devices multiply at the same time.

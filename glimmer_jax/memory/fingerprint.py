@@ -1,8 +1,8 @@
-"""Fingerprints: with which weights, and of which passages, a memory was made.
+"""Fingerprints of the encoder and of the passages that a memory was built from.
 
-That of an encoder covers exactly the parameters that memory depends on: the embedding, layers
-[0, M) and their position table, the settings of the layers, and the codec's codebooks where it has
-any. It is the same for scanned and looped stacks and on any mesh.
+The encoder's fingerprint covers exactly the parameters that memory depends on: the embedding, layers
+[0, M) and their position table, the settings of the layers, and the codec's codebooks if it has any.
+It is the same for scanned and unrolled stacks and on any mesh.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from glimmer_jax.models.glimmer import GlimmerConfig
 
-_LOOPED = re.compile(r"layers_(\d+)")
+_UNROLLED = re.compile(r"layers_(\d+)")
 
 # Settings that change what the same parameters compute, beyond rounding.
 _SETTINGS = ("num_heads", "head_dim", "mlp_activations", "relpos_buckets", "relpos_max_distance")
@@ -29,10 +29,10 @@ def encoder_fingerprint(params: Mapping[str, Any], config: GlimmerConfig) -> str
 
     Args:
       params: the model's parameters, a plain nested dictionary of arrays.
-      config: the model's; of it, the settings that the encoder's function depends on.
+      config: of the model; the settings that the encoder depends on are covered.
 
     Raises:
-      ValueError: there is no memory encoder in `params`.
+      ValueError: `params` have no memory encoder.
     """
     embedder = "memory_embedder" if "memory_embedder" in params else "token_embedder"
     for part in (embedder, "memory_encoder"):
@@ -43,10 +43,10 @@ def encoder_fingerprint(params: Mapping[str, Any], config: GlimmerConfig) -> str
             )
     settings = {name: getattr(config.t5, name) for name in _SETTINGS}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    # The embedding goes by one name, so that a frozen copy equal to the live table is the same.
+    # One name for the embedding: a frozen copy that equals the live table has its fingerprint.
     _update(digest, "embedding", _on_host(params[embedder]["embedding"]))
     encoder = dict(params["memory_encoder"])
-    # A table shared with the live layers is kept there, and the memory depends on it all the same.
+    # A table shared with the live layers is stored there, but the memory depends on it too.
     encoder.setdefault("relpos_bias", params.get("live_encoder", {}).get("relpos_bias", {}))
     for name, leaf in sorted(_canonical(encoder), key=lambda item: item[0]):
         _update(digest, name, leaf)
@@ -57,7 +57,7 @@ def encoder_fingerprint(params: Mapping[str, Any], config: GlimmerConfig) -> str
 
 
 def passages_fingerprint(manifest: Mapping[str, Any]) -> str:
-    """`sha256:...` over ids and tokens of a passages folder, by the checksums in its manifest."""
+    """`sha256:...` over ids and tokens of a passages folder, from the checksums in its manifest."""
     files = manifest["files"]
     names = ("ids.npy", "offsets.npy", "tokens.npy")
     sums = json.dumps([files[name]["sha256"] for name in names])
@@ -72,18 +72,18 @@ def _update(digest: Any, name: str, leaf: Any) -> None:
 
 
 def _canonical(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Leaves by name, the layers of a stack one by one as `layers/0007/...`."""
+    """Leaves by name; each layer of a stack is one leaf, named `layers/0007/...`."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         keys = [str(entry.key) for entry in path]
         array = _on_host(leaf)
-        looped = [_LOOPED.fullmatch(key) for key in keys]
+        unrolled = [_UNROLLED.fullmatch(key) for key in keys]
         if "layers" in keys:
             at = keys.index("layers")
             for layer in range(array.shape[0]):
                 name = "/".join([*keys[:at], "layers", f"{layer:04d}", *keys[at + 1 :]])
                 yield name, array[layer]
-        elif any(looped):
-            at = next(i for i, match in enumerate(looped) if match)
+        elif any(unrolled):
+            at = next(i for i, match in enumerate(unrolled) if match)
             layer = int(keys[at].removeprefix("layers_"))
             yield "/".join([*keys[:at], "layers", f"{layer:04d}", *keys[at + 1 :]]), array
         else:
@@ -92,7 +92,7 @@ def _canonical(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _on_host(leaf: Any) -> Any:
     if isinstance(leaf, ts.TensorStore):
-        return leaf  # read when its turn comes
+        return leaf  # read when it is hashed
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         leaf = multihost_utils.process_allgather(leaf, tiled=True)
     return np.asarray(leaf)

@@ -1,8 +1,8 @@
-"""Lookup: rows of the store to the passage memory of a batch. One call, two homes.
+"""Lookup: rows of the store to the passage memory of a batch, from the mesh or from disk.
 
-`MeshLookup` holds the whole memory on the devices, sharded over all of them; `DiskLookup` reads
-what a batch asks for, a batch ahead. Both give the same bits for the same rows, so which one is
-used is a question of bytes alone (`open_lookup`).
+`MeshLookup` holds the entire memory on the devices, sharded over all of them; `DiskLookup` reads what a
+batch needs, one batch ahead. Both return the same bits for the same rows, so `open_lookup` chooses by
+size alone.
 """
 
 import abc
@@ -23,12 +23,12 @@ Memory = tuple[dict[str, Any], Any]
 
 
 class Lookup(abc.ABC):
-    """What both homes share: ids to rows, and batches with their memory put in.
+    """The interface of both: ids to rows, and batches with their memory.
 
     Attributes:
-      store: where the memory comes from.
+      store: the memory store.
       length: P, tokens that passages are padded to.
-      masked: passages so far whose ids were unknown and treated as absent.
+      masked: number of passages so far that were treated as absent because their ids are unknown.
     """
 
     def __init__(self, store: MemoryStore, length: int, unknown: Literal["error", "mask"]):
@@ -38,19 +38,19 @@ class Lookup(abc.ABC):
         self.masked = 0
         self._unknown = unknown
 
-    # Whether a call takes the rows of the whole batch, the same in every process, and not its own.
+    # Whether every process passes the rows of the global batch to a call, or only its own rows.
     whole_batch: bool
 
     @abc.abstractmethod
     def __call__(self, rows_BK: np.ndarray) -> Memory:
-        """Rows int `[B, K]`, -1 where there is none.
+        """Rows int `[B, K]`, -1 for no passage, to their memory.
 
         Returns:
           The codec's arrays `[B, K, P, ...]`, zero beyond each passage; int32 lengths `[B, K]`.
         """
 
     def rows(self, passage_ids: np.ndarray) -> np.ndarray:
-        """External ids `[...]` to rows; unknown ones raise or are masked and counted."""
+        """External ids `[...]` to rows; unknown ids raise ValueError, or are masked and counted."""
         rows = self.store.rows(passage_ids, self._unknown)
         self.masked += int(((rows < 0) & (np.asarray(passage_ids) >= 0)).sum())
         return rows
@@ -61,12 +61,12 @@ class Lookup(abc.ABC):
         return {**batch, "passage_memory": memory, "passage_lengths": lengths}
 
     def prefetch(self, batches: Iterable[Mapping[str, Any]]) -> Iterator[Batch]:
-        """`add` for each batch, done on a thread while the caller works on the one before."""
+        """`add` for each batch, on a thread, while the caller uses the previous one."""
         return ReadAhead(self.add)(batches)
 
 
 class DiskLookup(Lookup):
-    """Memory that stays on disk or in a bucket; gives numpy arrays."""
+    """Memory that stays on disk or in a bucket; returns numpy arrays."""
 
     whole_batch = False
 
@@ -83,10 +83,10 @@ class DiskLookup(Lookup):
 
 
 class MeshLookup(Lookup):
-    """Memory on the devices of a mesh; gives jax arrays, sharded like a batch where B divides.
+    """Memory on the devices of a mesh; returns jax arrays, sharded like a batch if B divides.
 
     Attributes:
-      table: the memory; an argument of the jitted lookup, never a constant in it.
+      table: the memory; an argument of the jitted lookup, not a constant.
     """
 
     whole_batch = True
@@ -123,7 +123,7 @@ def open_lookup(
     bytes_per_device: int,
     unknown: Literal["error", "mask"] = "error",
 ) -> Lookup:
-    """A MeshLookup if each device has `bytes_per_device` for its part, else a DiskLookup."""
+    """A MeshLookup if the part of each device fits in `bytes_per_device`, otherwise a DiskLookup."""
     if tables.bytes_per_device(store, mesh, tables.PAGE_TOKENS) <= bytes_per_device:
         return MeshLookup(store, mesh, length, unknown)
     return DiskLookup(store, length, unknown)

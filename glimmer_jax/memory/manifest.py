@@ -1,23 +1,23 @@
-"""What a memory store says of itself: the manifest, and one small record beside each shard.
+"""The manifest of a memory store, and the record beside each shard.
 
     memory/
       manifest.json               written last: a folder without it is an unfinished build
       shards/000000/
-        shard.json                written after the shard's arrays: sizes and SHA-256 of its files
+        shard.json                the record, written after the arrays: sizes and SHA-256 of all files
         ids/ offsets/ titles/ digests/
                                   zarr v3 arrays of the shard's passages
         states/ ...               zarr v3 arrays of the codec, `[tokens, ...]`
 
-A shard knows neither its name nor its place and needs no other shard, so shards are built, checked,
-rebuilt, added and copied to other stores one by one, by any number of processes; only the manifest
-puts them in order. Checksums form a chain: the manifest holds the SHA-256 of each record and of
-itself, a record those of its files and of itself. Neither holds a time, a host or a path, so the same
-build gives the same bytes.
+A shard contains neither its name nor its position and depends on no other shard. Shards are therefore
+built, checked, rebuilt, appended and copied one by one, by any number of processes; only the manifest
+orders them.
 
-A finished store is changed by writing a new manifest, never by changing shards that the old one
-names: whoever has opened a version reads that version to its end.
+Checksums form a chain. The manifest holds the SHA-256 of itself and of each record; a record holds
+those of itself and of its files. Neither holds a time, a host or a path, so equal builds have equal
+bytes.
 
-What must agree between shards, and between a memory and the model that reads it.
+A finished store is changed by writing a new manifest, never by changing shards that an older one
+names. A reader that has opened a version can read that version to its end.
 """
 
 import dataclasses
@@ -29,33 +29,59 @@ from typing import Any
 
 from glimmer_jax.storage import folder
 
+FORMAT_VERSION = 4
+MANIFEST = "manifest.json"
+RECORD = "shard.json"
+LOCK = "build.lock"  # held by the writer; see `glimmer_jax.storage.lease`
+
+_SHARD_NAME = re.compile(r"[0-9a-z][0-9a-z_-]*")
+_FILE_NAME = re.compile(r"[0-9a-z_]+/(zarr\.json|c(/[0-9]+)+)")
+_REBUILD_MANIFEST = "Rerun the same build_memory command: it rewrites the manifest."
+_REBUILD_SHARD = (
+    "Repair the shard with --run_mode=memory --action=repair, or rerun the command that built it: only "
+    "this shard is rebuilt."
+)
+
+
+class DamagedStore(ValueError):
+    """Bytes of a store are missing, or differ from those that were written."""
+
+
+def shard_folder(name: str) -> str:
+    """The folder of shard `name` inside the store."""
+    return f"shards/{name}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """What must agree for shards to belong to one store."""
+    """What all shards of a store, and the model that reads it, must agree on."""
 
     encoder_fingerprint: str
     vocabulary_fingerprint: str
     codec: str
-    emb_dim: int
-    max_length: int  # tokens; longer passages were cut to it
+    emb_dim: int  # D
+    max_length: int  # tokens; longer passages were truncated to it
+
+    def check(self, where: str) -> None:
+        """Raises DamagedStore for sizes that no build writes."""
+        _check_counts(where, emb_dim=self.emb_dim, max_length=self.max_length)
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """What one device ran: two builds agree to the last bit only if this is equal."""
+class EncodeProgram:
+    """The program of one device: builds agree bit for bit only if their programs are equal."""
 
-    rows: int  # passages in one device's batch
-    buckets: tuple[int, ...]  # lengths, in tokens, that a batch may be padded to
+    rows: int  # passages in the batch of one device
+    buckets: tuple[int, ...]  # lengths in tokens that a batch may be padded to
     dtype: str  # of activations while encoding
-    matmul_dtype: str | None  # of the operands of projections, where it is not `dtype`
-    backend: str  # cpu, gpu or tpu; gpu+cudnn with its attention
+    matmul_dtype: str | None  # of the operands of projections; None is `dtype`
+    backend: str  # cpu, gpu or tpu; gpu+cudnn with cuDNN's attention
     jax_version: str
 
     def __post_init__(self):
         object.__setattr__(self, "buckets", tuple(self.buckets))
         if self.rows < 1:
-            raise ValueError(f"A batch needs at least one row a device, got {self.rows}.")
+            raise ValueError(f"BATCH_SIZE must be at least 1 row per device, got {self.rows}.")
         increasing = all(a < b for a, b in zip(self.buckets, self.buckets[1:], strict=False))
         if not self.buckets or self.buckets[0] < 1 or not increasing:
             raise ValueError(f"Length buckets must be increasing and positive: {self.buckets}.")
@@ -63,10 +89,10 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How passages were cut into shards and chunks; shards of one store may differ in it."""
+    """How passages are divided into shards and chunks; shards of one store may differ in it."""
 
-    shard_passages: int  # passages in each shard of a build but the last
-    chunk_tokens: int  # tokens in the smallest unit that is read and checksummed
+    shard_passages: int = 1024  # passages in each shard of a build except the last
+    chunk_tokens: int = 64  # tokens in the smallest unit that is read and checksummed
 
     def __post_init__(self):
         if min(self.shard_passages, self.chunk_tokens) < 1:
@@ -76,61 +102,43 @@ class Layout:
             )
 
 
-def describe(settings: Program | Layout) -> str:
+def describe(settings: EncodeProgram | Layout) -> str:
     """One line for messages."""
     fields = dataclasses.asdict(settings).items()
     return ", ".join(f"{name}={value}" for name, value in fields)
 
 
-def check_identity(where: str, stored: Identity, wanted: Identity) -> None:
+def check_identity(where: str, stored: Identity, expected: Identity) -> None:
     """Raises ValueError naming every difference."""
     differences = [
-        f"{field.name} {getattr(stored, field.name)} (now {getattr(wanted, field.name)})"
+        f"{field.name} {getattr(stored, field.name)} (now {getattr(expected, field.name)})"
         for field in dataclasses.fields(Identity)
-        if getattr(stored, field.name) != getattr(wanted, field.name)
+        if getattr(stored, field.name) != getattr(expected, field.name)
     ]
     if differences:
         raise ValueError(
-            f"{where} belongs to another build: {', '.join(differences)}. Go on with the same "
-            "checkpoint, vocabulary and settings, or build into another folder."
+            f"{where} belongs to another build: {', '.join(differences)}. Use the same checkpoint, "
+            "vocabulary and settings, or build into another folder."
         )
 
 
-def check_fingerprint(kind: str, stored: str, wanted: str | None, where: Any) -> None:
-    """Refuses a store whose encoder or vocabulary is not the one at hand."""
-    if wanted is not None and stored != wanted:
+def check_fingerprint(kind: str, stored: str, expected: str | None, where: Any) -> None:
+    """Raises ValueError if a store has another encoder or vocabulary; None is not checked."""
+    if expected is not None and stored != expected:
         raise ValueError(
-            f"The memory store {where} was built with the {kind} {stored}, and this model's {kind} "
-            f"is {wanted}. Build the memory again with this model, or use the model that built it."
+            f"The memory store {where} was built with the {kind} {stored}, but the model's {kind} "
+            f"is {expected}. Rebuild the memory with this model, or use the model that built it."
         )
 
 
-def check_passages(stored: Sequence[str], wanted: str, where: Any) -> None:
-    """Refuses a store made from other passages than those at hand, though ids may agree."""
-    if wanted not in stored:
+def check_passages(stored: Sequence[str], expected: str, where: Any) -> None:
+    """Raises ValueError if a store was built from other passages, even where the ids agree."""
+    if expected not in stored:
         raise ValueError(
-            f"The memory store {where} was built from the passages {', '.join(stored)}, and the "
-            f"passages folder at hand has {wanted}: the same id may be another text. Use the "
-            "passages folder that the memory was built from, or build the memory of this one."
+            f"The memory store {where} was built from the passages {', '.join(stored)}, but the "
+            f"passages folder is {expected}: the same id may have another text. Use the passages "
+            "folder that the memory was built from, or build the memory of this one."
         )
-
-
-FORMAT_VERSION = 3
-MANIFEST = "manifest.json"
-RECORD = "shard.json"
-LOCK = "build.lock"  # held by the one writer; see `glimmer_jax.storage.lease`
-
-_SHARD_NAME = re.compile(r"[0-9a-z][0-9a-z_-]*")
-_BUILD_MANIFEST = "Run the same build_memory command again to write it anew."
-_BUILD_SHARD = (
-    "Repair the shard with --run_mode=memory --action=repair, or run the same build_memory command "
-    "again; it builds that shard alone."
-)
-_FILE_NAME = re.compile(r"[0-9a-z_]+/(zarr\.json|c(/[0-9]+)+)")
-
-
-class DamagedStore(ValueError):
-    """Bytes of a store are missing or are not those that were written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,14 +146,15 @@ class Record:
     """One finished shard."""
 
     identity: Identity
-    program: Program
+    program: EncodeProgram
     layout: Layout
     passages: int
     tokens: int
-    truncated: int  # passages cut to max_length
+    truncated: int  # passages truncated to max_length
     longest: int  # tokens of the longest passage
-    source_sha256: str  # of the passages it was made from: ids, titles and tokens
+    source_sha256: str  # of the passages: ids, titles and tokens
     files: dict[str, tuple[int, str]]  # path inside the shard -> bytes, SHA-256
+    seals: dict[str, str]  # codec array -> the seal inside its file, see `shard`
 
     def to_bytes(self) -> bytes:
         value = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
@@ -154,14 +163,14 @@ class Record:
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> "Record":
         """Raises:
-        ValueError: written by another version of the format.
-        DamagedStore: the bytes are not those that were written, or make no sense.
+        ValueError: it has another format version.
+        DamagedStore: the bytes are not those that were written, or the values are invalid.
         """
-        with _Reading(where, _BUILD_SHARD):
+        with _Parsing(where, _REBUILD_SHARD):
             value = json.loads(data)
-            _check_self(value, where, _BUILD_SHARD)
+            _pop_checked(value, where, _REBUILD_SHARD)
             value["identity"] = Identity(**value["identity"])
-            value["program"] = Program(**value["program"])
+            value["program"] = EncodeProgram(**value["program"])
             value["layout"] = Layout(**value["layout"])
             value["files"] = {name: (size, sha) for name, (size, sha) in value["files"].items()}
             record = cls(**value)
@@ -170,17 +179,18 @@ class Record:
                     raise DamagedStore(f"{where} names the file {name!r}, outside its shard.")
                 _check_counts(where, size=size)
             _check_counts(where, passages=record.passages, tokens=record.tokens)
+            record.identity.check(where)
         return record
 
     @property
     def bytes(self) -> int:
-        """Of the shard's files."""
+        """Size of all files of the shard."""
         return sum(size for size, _ in self.files.values())
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A line of the manifest's shard table."""
+    """The entry of one shard in the manifest."""
 
     name: str
     first_row: int
@@ -189,13 +199,13 @@ class Shard:
     bytes: int
     truncated: int
     longest: int
-    program: Program
+    program: EncodeProgram
     layout: Layout
     record_sha256: str
 
     @classmethod
     def of(cls, name: str, record: Record) -> "Shard":
-        """The line of a finished shard; its place is given by the manifest."""
+        """The entry of a finished shard; `Manifest.of` sets its first row."""
         return cls(
             name=name,
             first_row=0,
@@ -212,18 +222,18 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a finished store is."""
+    """One version of a finished store."""
 
     identity: Identity
-    version: int  # 1 when it was built, one more after each change
+    version: int  # 1 after the build, one more after each change
     num_passages: int  # rows, withdrawn ones included
     num_tokens: int
-    num_bytes: int  # of all shards' files
+    num_bytes: int  # of the files of all shards
     truncated: int
     longest: int
-    passages_fingerprints: tuple[str, ...]  # of the passages folders it was made from
-    codec_error: dict[str, float] | None  # of the stored type against float32, on a sample
-    withdrawn: tuple[int, ...]  # rows that count no longer, increasing
+    passages_fingerprints: tuple[str, ...]  # of the passages folders it was built from
+    codec_error: dict[str, float] | None  # of the stored arrays against float32, on a sample
+    withdrawn: tuple[int, ...]  # rows that are no longer valid, increasing
     shards: tuple[Shard, ...]
 
     @classmethod
@@ -257,114 +267,116 @@ class Manifest:
         )
 
     @property
-    def programs(self) -> tuple[Program, ...]:
-        """Every program that made a shard, once."""
+    def programs(self) -> tuple[EncodeProgram, ...]:
+        """The distinct programs of all shards."""
         return tuple(dict.fromkeys(shard.program for shard in self.shards))
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
-        """Every layout of a shard, once."""
+        """The distinct layouts of all shards."""
         return tuple(dict.fromkeys(shard.layout for shard in self.shards))
 
     def to_bytes(self) -> bytes:
         value = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
-        # Each program and layout once; shards refer to them by number.
+        # Programs and layouts are written once; shards refer to them by index.
         value["programs"] = [dataclasses.asdict(program) for program in self.programs]
         value["layouts"] = [dataclasses.asdict(layout) for layout in self.layouts]
-        for line, shard in zip(value["shards"], self.shards, strict=True):
-            line["program"] = self.programs.index(shard.program)
-            line["layout"] = self.layouts.index(shard.layout)
+        for entry, shard in zip(value["shards"], self.shards, strict=True):
+            entry["program"] = self.programs.index(shard.program)
+            entry["layout"] = self.layouts.index(shard.layout)
         return folder.dump_json({**value, "sha256": _self_checksum(value)})
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> "Manifest":
         """Raises:
-        ValueError: written by another version of the format.
-        DamagedStore: the bytes are not those that were written, or make no sense.
+        ValueError: it has another format version.
+        DamagedStore: the bytes are not those that were written, or the values are invalid.
         """
-        with _Reading(where, _BUILD_MANIFEST):
+        with _Parsing(where, _REBUILD_MANIFEST):
             value = json.loads(data)
-            _check_self(value, where, _BUILD_MANIFEST)
+            _pop_checked(value, where, _REBUILD_MANIFEST)
             value["identity"] = Identity(**value["identity"])
             value["passages_fingerprints"] = tuple(value["passages_fingerprints"])
             value["withdrawn"] = tuple(value["withdrawn"])
-            programs = [Program(**program) for program in value.pop("programs")]
+            programs = [EncodeProgram(**program) for program in value.pop("programs")]
             layouts = [Layout(**layout) for layout in value.pop("layouts")]
             value["shards"] = tuple(
                 Shard(
                     **{
-                        **line,
-                        "program": _pick(programs, line["program"], where, line["name"]),
-                        "layout": _pick(layouts, line["layout"], where, line["name"]),
+                        **entry,
+                        "program": _by_index(programs, entry["program"], where, entry["name"]),
+                        "layout": _by_index(layouts, entry["layout"], where, entry["name"]),
                     }
                 )
-                for line in value["shards"]
+                for entry in value["shards"]
             )
             manifest = cls(**value)
             manifest._check(where)
         return manifest
 
     def _check(self, where: str) -> None:
+        self.identity.check(where)
+        _check_counts(where, longest=self.longest)
         row = tokens = 0
         for shard in self.shards:
             if not _SHARD_NAME.fullmatch(shard.name):
                 raise DamagedStore(f"{where} names the shard {shard.name!r}, outside the store.")
             _check_counts(where, tokens=shard.tokens, bytes=shard.bytes, passages=shard.passages)
             if shard.first_row != row:
-                raise _does_not_fit(where, shard.name)
+                raise _invalid_entry(where, shard.name)
             row += shard.passages
             tokens += shard.tokens
         if (row, tokens) != (self.num_passages, self.num_tokens):
             raise DamagedStore(
-                f"{where} promises {self.num_passages} passages and {self.num_tokens} tokens; its "
-                f"shards have {row} and {tokens}."
+                f"{where} has totals of {self.num_passages} passages and {self.num_tokens} tokens, "
+                f"but its shards have {row} and {tokens}."
             )
         for withdrawn in self.withdrawn:
             _check_counts(where, withdrawn=withdrawn)
-        gone = self.withdrawn
-        if gone and (gone[-1] >= row or any(a >= b for a, b in zip(gone, gone[1:], strict=False))):
-            raise DamagedStore(f"{where} withdraws rows that it does not have.")
+        rows = self.withdrawn
+        if rows and (rows[-1] >= row or any(a >= b for a, b in zip(rows, rows[1:], strict=False))):
+            raise DamagedStore(f"{where} withdraws rows that do not exist.")
 
 
-def _pick(table: list, index: Any, where: str, name: Any) -> Any:
+def _by_index(table: list, index: Any, where: str, name: Any) -> Any:
     if not isinstance(index, int) or not 0 <= index < len(table):
-        raise _does_not_fit(where, name)
+        raise _invalid_entry(where, name)
     return table[index]
 
 
-def _does_not_fit(where: str, name: Any) -> DamagedStore:
-    return DamagedStore(f"{where}: the entry of shard {name!r} does not fit.")
+def _invalid_entry(where: str, name: Any) -> DamagedStore:
+    return DamagedStore(f"{where}: the entry of shard {name!r} is invalid.")
 
 
-class _Reading:
-    """Turns what parsing raises on nonsense into a DamagedStore that names the file."""
+class _Parsing:
+    """Turns errors of parsing into a DamagedStore that names the file."""
 
-    def __init__(self, where: str, way_out: str):
-        self.where, self.way_out = where, way_out
+    def __init__(self, where: str, remedy: str):
+        self.where, self.remedy = where, remedy
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback):
-        nonsense = (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError)
-        if isinstance(error, nonsense):
-            words = f"{self.where} cannot be read: {error!r}. {self.way_out}"
-            raise DamagedStore(words) from error
+        invalid = (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError)
+        if isinstance(error, invalid):
+            message = f"{self.where} cannot be parsed: {error!r}. {self.remedy}"
+            raise DamagedStore(message) from error
         return False
 
 
-def _check_self(value: dict[str, Any], where: str, way_out: str) -> None:
-    """Takes version and checksum out of `value`, and compares them."""
+def _pop_checked(value: dict[str, Any], where: str, remedy: str) -> None:
+    """Removes version and checksum from `value` after checking them."""
     version = value.pop("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{where} has format version {version}; this program reads version {FORMAT_VERSION}. "
-            "Build the memory again, or use the version of glimmer_jax that wrote it."
+            "Rebuild the memory, or use the version of glimmer_jax that wrote it."
         )
     checksum = value.pop("sha256")
     if checksum != _self_checksum({"format_version": version, **value}):
         raise DamagedStore(
-            f"{where} has been changed since it was written: its checksum differs. {way_out}"
+            f"{where} has been changed since it was written: its checksum differs. {remedy}"
         )
 
 
@@ -376,7 +388,3 @@ def _check_counts(where: str, **counts: Any) -> None:
 
 def _self_checksum(value: dict[str, Any]) -> str:
     return hashlib.sha256(folder.dump_json(value)).hexdigest()
-
-
-def shard_folder(name: str) -> str:
-    return f"shards/{name}"

@@ -1,108 +1,164 @@
-"""One shard: zarr v3 arrays, written whole and read in part through TensorStore.
+"""One shard: from passages to zarr v3 arrays, and back.
 
-Each array is one file: an outer chunk that covers the array, cut into inner chunks that carry a
-crc32c each, as does their index. Reading a passage reads and checks only the inner chunks it lies
-in. Arrays are token-major, so padding is not stored; the last inner chunk alone is filled up.
+Each array is one file: an outer chunk that covers the array, divided into inner chunks. Every inner
+chunk has a crc32c, and so has the index of chunks at the end of the file. Reading a passage reads and
+checks only the inner chunks that hold it. Arrays are token-major, so padding is not stored, except in
+the last inner chunk.
 
-The passages of one shard as the build reads them, and what is remembered of them.
+A crc32c does not tell to which shard a chunk belongs. Three things bind the bytes that are read to the
+manifest. `shard.json` must have the SHA-256 that the manifest names. The small arrays (ids, offsets,
+titles, digests) are read completely and must have the SHA-256 of the record. The codec's arrays are too
+large for that: their files carry a seal, the SHA-256 of their chunks, between the last chunk and the
+index, where zarr readers see unused bytes. The seal is compared with the record when an array is opened.
+
+Shapes, dtypes and chunks follow from the manifest. The `zarr.json` files are written for other readers
+and never read here, so damaged or hostile metadata cannot make a read allocate memory.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import tensorstore as ts
 
-from glimmer_jax.memory.manifest import DamagedStore
+from glimmer_jax import codecs
+from glimmer_jax.memory.manifest import RECORD, DamagedStore, Identity, Record, Shard
 from glimmer_jax.storage import folder
 from glimmer_jax.storage.errors import storage_error
 
+IDS, OFFSETS, TITLES, DIGESTS = "ids", "offsets", "titles", "digests"
+
+_SEAL_BYTES = 32
+# Of one inner chunk, and of the index.
+_CRC_BYTES = 4
+_INDEX_ENTRY_BYTES = 16
+
+# A missing chunk is an error; hence chunks of zeros must be written.
+_STRICT = {"fill_missing_data_reads": False, "store_data_equal_to_fill_value": True}
+
 
 class Passages(Protocol):
-    """What the build reads; see `glimmer_jax.corpus.passages`."""
+    """The corpus that a build reads; see `glimmer_jax.corpus.passages`."""
 
     ids: np.ndarray  # int64 [n]
 
     def __len__(self) -> int: ...
     def lengths(self, rows: np.ndarray) -> np.ndarray: ...
     def tokens(self, rows: np.ndarray, length: int) -> np.ndarray: ...
-    def text(self, row: int) -> Mapping[str, Any]: ...
+    def records(self, start: int, stop: int) -> Iterable[Mapping[str, Any]]: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Passages of one shard, in its order."""
+    """The n passages of one shard, in its order."""
 
     ids: np.ndarray  # int64 [n]
     tokens: np.ndarray  # int32 [n, max_length], padded with 0
     lengths: np.ndarray  # int64 [n]
     titles: list[str]
-    digests: np.ndarray  # uint64 [n]: id, title, uncut length and tokens, in 8 bytes of SHA-256
-    truncated: int
+    digests: np.ndarray  # uint64 [n]: id, title, full length and tokens, 8 bytes of their SHA-256
+    truncated: int  # passages longer than max_length
 
     @property
     def sha256(self) -> str:
-        """Of all of it; two shards of equal passages are equal here."""
+        """Of the digests: equal for shards of equal passages."""
         return hashlib.sha256(self.digests.astype("<u8").tobytes()).hexdigest()
 
 
 def read_source(passages: Passages, rows: np.ndarray, max_length: int) -> Source:
-    """Reads the passages `rows`, cut to `max_length` tokens."""
+    """Reads the passages `rows`, truncated to `max_length` tokens."""
     full = np.asarray(passages.lengths(rows), np.int64)
     ids = np.asarray(passages.ids, np.int64)[rows]
     lengths = np.minimum(full, max_length)
     tokens = np.ascontiguousarray(passages.tokens(rows, max_length), dtype=np.int32)
-    titles = [str(passages.text(int(row))["title"]) for row in rows]
+    titles = _read_titles(passages, np.asarray(rows, np.int64))
     digests = np.empty(len(rows), np.uint64)
     for i, title in enumerate(titles):
         digest = hashlib.sha256(np.array([ids[i], full[i]], "<i8").tobytes())
         digest.update(tokens[i, : lengths[i]].astype("<i4").tobytes())
-        # As JSON, because a title may hold half of a surrogate pair.
+        # As JSON, because a title may contain a lone surrogate.
         digest.update(json.dumps(title).encode("ascii"))
         digests[i] = int.from_bytes(digest.digest()[:8], "little")
     return Source(ids, tokens, lengths, titles, digests, int((full > max_length).sum()))
 
 
-IDS, OFFSETS, TITLES, DIGESTS = "ids", "offsets", "titles", "digests"
-
-# A chunk that is not there is an error; hence zeros must be written like anything else.
-_STRICT = {"fill_missing_data_reads": False, "store_data_equal_to_fill_value": True}
-
-
-def _metadata(shape: Sequence[int], dtype: np.dtype, chunk_rows: int) -> dict[str, Any]:
-    checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-    if dtype.itemsize == 1:
-        checked[0] = {"name": "bytes"}
-    chunk_rows = max(1, min(chunk_rows, shape[0]))
-    outer_rows = max(-(-shape[0] // chunk_rows), 1) * chunk_rows
-    index = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-    sharding = {"chunk_shape": [chunk_rows, *shape[1:]], "codecs": checked, "index_codecs": index}
-    return {
-        "shape": list(shape),
-        "data_type": dtype.name,
-        "chunk_grid": {
-            "name": "regular",
-            "configuration": {"chunk_shape": [outer_rows, *shape[1:]]},
-        },
-        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-        "fill_value": 0,
-    }
+def _read_titles(passages: Passages, rows: np.ndarray) -> list[str]:
+    """Titles in the order of `rows`; one sequential read for each run of consecutive rows."""
+    runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else []
+    return [
+        str(record["title"])
+        for run in runs
+        for record in passages.records(int(run[0]), int(run[-1]) + 1)
+    ]
 
 
-def encode_array(values: np.ndarray, chunk_rows: int) -> dict[str, bytes]:
+@dataclasses.dataclass(frozen=True)
+class ArrayFormat:
+    """Shape, dtype and chunks of one array, from which its metadata and its file's size follow."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunk_rows: int
+
+    @classmethod
+    def of(cls, shape: Sequence[int], dtype: np.dtype, chunk_rows: int) -> "ArrayFormat":
+        """Chunks of at most `chunk_rows` rows."""
+        return cls(tuple(shape), np.dtype(dtype), max(1, min(chunk_rows, shape[0])))
+
+    @property
+    def _chunks(self) -> int:
+        return max(-(-self.shape[0] // self.chunk_rows), 1)
+
+    @property
+    def index_bytes(self) -> int:
+        """Size of the index at the end of the file."""
+        return self._chunks * _INDEX_ENTRY_BYTES + _CRC_BYTES
+
+    @property
+    def chunks_bytes(self) -> int:
+        """Size of all inner chunks with their checksums."""
+        row_bytes = functools.reduce(lambda a, b: a * b, self.shape[1:], self.dtype.itemsize)
+        return self._chunks * (self.chunk_rows * row_bytes + _CRC_BYTES)
+
+    @property
+    def data_file(self) -> str:
+        """Name of the one data file, inside the folder of the array."""
+        return "/".join(["c", *("0" for _ in self.shape)])
+
+    def metadata(self) -> dict[str, Any]:
+        """Of zarr v3."""
+        little = {"name": "bytes", "configuration": {"endian": "little"}}
+        inner = {"name": "bytes"} if self.dtype.itemsize == 1 else little
+        sharding = {
+            "chunk_shape": [self.chunk_rows, *self.shape[1:]],
+            "codecs": [inner, {"name": "crc32c"}],
+            "index_codecs": [little, {"name": "crc32c"}],
+        }
+        outer = [self._chunks * self.chunk_rows, *self.shape[1:]]
+        return {
+            "shape": list(self.shape),
+            "data_type": self.dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": outer}},
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+            "fill_value": 0,
+        }
+
+
+def encode_array(values: np.ndarray, format_: ArrayFormat) -> dict[str, bytes]:
     """The files of one array, name -> bytes."""
     context = ts.Context()
     memory = ts.KvStore.open("memory://", context=context).result()
     spec = {
         "driver": "zarr3",
         "kvstore": memory.spec().to_json(),
-        "metadata": _metadata(values.shape, values.dtype, chunk_rows),
+        "metadata": format_.metadata(),
         **_STRICT,
     }
-    # One transaction: the outer chunk is put together once, not once for each inner chunk.
+    # One transaction: the outer chunk is assembled once, not once for each inner chunk.
     with ts.Transaction() as transaction:
         array = ts.open(spec, context=context, create=True, transaction=transaction).result()
         if values.size:
@@ -111,81 +167,261 @@ def encode_array(values: np.ndarray, chunk_rows: int) -> dict[str, bytes]:
     return {name: bytes(memory.read(name).result().value) for name in names}
 
 
+def _seal(data: bytes, format_: ArrayFormat) -> tuple[bytes, str]:
+    """The file with its seal before the index, and the seal."""
+    index_start = len(data) - format_.index_bytes
+    chunks, index = memoryview(data)[:index_start], memoryview(data)[index_start:]
+    seal = hashlib.sha256(chunks)
+    return b"".join([chunks, seal.digest(), index]), seal.hexdigest()
+
+
 def write_arrays(
     kvstore: ts.KvStore,
     arrays: Mapping[str, np.ndarray],
     source: Source,
     offsets: np.ndarray,
     chunk_tokens: int,
-) -> dict[str, tuple[int, str]]:
-    """Writes the arrays of one shard, whatever was left of an earlier attempt removed.
+) -> tuple[dict[str, tuple[int, str]], dict[str, str]]:
+    """Writes the arrays of one shard, after removing what an earlier attempt left.
 
     Args:
-      kvstore: the shard's folder.
+      kvstore: folder of the shard.
       arrays: the codec's arrays, `[tokens, ...]`.
-      source: the shard's n passages. Any title survives, one with lone surrogates too.
+      source: the shard's n passages. Titles may contain anything, also lone surrogates.
       offsets: int64 `[n + 1]`; passage i has tokens offsets[i] to offsets[i + 1].
       chunk_tokens: tokens of an inner chunk.
 
     Returns:
-      path inside the shard -> (bytes, SHA-256), computed before the bytes left memory.
+      `files` and `seals` of the record, computed before the bytes leave memory.
+
+    Raises:
+      OSError: the storage failed.
     """
-    index = {
+    small = {
         IDS: np.asarray(source.ids, np.int64),
         OFFSETS: np.asarray(offsets, np.int64),
         DIGESTS: source.digests,
         TITLES: np.frombuffer(json.dumps(source.titles).encode("ascii"), np.uint8),
     }
     files: dict[str, tuple[int, str]] = {}
+    seals: dict[str, str] = {}
     pending = []
-    every: dict[str, np.ndarray] = {**index, **arrays}
+    both: dict[str, np.ndarray] = {**small, **arrays}
     try:
         kvstore.delete_range(ts.KvStore.KeyRange()).result()
-        for name, values in every.items():
-            chunk_rows = chunk_tokens if name in arrays else len(values)
-            for key, data in encode_array(np.ascontiguousarray(values), chunk_rows).items():
+        for name, values in both.items():
+            chunk_rows = len(values) if name in small else chunk_tokens
+            format_ = ArrayFormat.of(values.shape, values.dtype, chunk_rows)
+            for key, data in encode_array(np.ascontiguousarray(values), format_).items():
+                if name in arrays and key == format_.data_file:
+                    data, seals[name] = _seal(data, format_)
                 files[f"{name}/{key}"] = (len(data), hashlib.sha256(data).hexdigest())
                 pending.append(kvstore.write(f"{name}/{key}", data))
         for write in pending:
             write.result()
     except ValueError as error:
         raise storage_error(kvstore.url, error) from error
-    return files
+    return files, seals
 
 
-def open_array(kvstore: ts.KvStore, name: str, context: ts.Context) -> ts.Future:
-    """A future of array `name` of the shard in `kvstore`, open for reading."""
+class ShardReader:
+    """Reads one finished shard; all bytes that it returns are bound to the manifest.
+
+    Creating a reader starts to read the record, ids and offsets, so that many readers can be created
+    before the first one is used.
+    """
+
+    def __init__(self, kvstore: ts.KvStore, entry: Shard, identity: Identity, context: ts.Context):
+        """Args:
+        kvstore: folder of the shard.
+        entry: of the manifest.
+        identity: of the manifest.
+        context: holds the cache of chunks.
+        """
+        self.entry = entry
+        self._kvstore = kvstore
+        self._identity = identity
+        self._context = context
+        self._arrays: dict[str, ts.TensorStore] = {}
+        self._reads = {name: kvstore.read(name) for name in (RECORD, _file(IDS), _file(OFFSETS))}
+
+    @functools.cached_property
+    def record(self) -> Record:
+        """The record that the manifest names.
+
+        Raises:
+          DamagedStore: it is missing, or another one.
+          OSError: the storage did not answer; so do all other methods.
+        """
+        data = self._bytes(RECORD)
+        if hashlib.sha256(data).hexdigest() != self.entry.record_sha256:
+            raise self._damaged(
+                f"{RECORD} is not the one that the manifest names: its SHA-256 differs"
+            )
+        record = Record.from_bytes(data, f"{self._kvstore.url}{RECORD}")
+        for name, format_ in self._formats().items():
+            size, _ = record.files.get(f"{name}/{format_.data_file}", (None, None))
+            sealed = format_.chunks_bytes + _SEAL_BYTES + format_.index_bytes
+            if self.entry.tokens and (size != sealed or name not in record.seals):
+                raise self._damaged(
+                    f"{name} needs a file of {sealed} bytes by the manifest, but the record names "
+                    f"{size}"
+                )
+        return record
+
+    def index(self) -> tuple[np.ndarray, np.ndarray]:
+        """int64 ids `[n]` and offsets `[n + 1]`: passage i has tokens offsets[i] to offsets[i + 1].
+
+        Raises DamagedStore if they are missing, changed, or do not fit the manifest.
+        """
+        n = self.entry.passages
+        ids, offsets = self._small(IDS, np.int64), self._small(OFFSETS, np.int64)
+        lengths = np.diff(offsets)
+        if (
+            (ids.shape, offsets.shape) != ((n,), (n + 1,))
+            or (offsets[0], offsets[-1]) != (0, self.entry.tokens)
+            or lengths.min(initial=0) < 0
+            or lengths.max(initial=0) > self.entry.longest
+        ):
+            raise self._damaged("its ids and offsets do not fit the manifest")
+        return ids, offsets
+
+    def titles(self) -> list[str]:
+        """Titles of the passages. Raises DamagedStore."""
+        try:
+            titles = json.loads(self._small(TITLES, np.uint8).tobytes())
+        except json.JSONDecodeError:
+            titles = None
+        if not isinstance(titles, list) or len(titles) != self.entry.passages:
+            raise self._damaged("its titles do not fit the manifest")
+        return titles
+
+    def digests(self) -> np.ndarray:
+        """uint64 `[n]`, see `Source.digests`. Raises DamagedStore."""
+        digests = self._small(DIGESTS, np.uint64)
+        if digests.shape != (self.entry.passages,):
+            raise self._damaged("its digests do not fit the manifest")
+        return digests
+
+    def array(self, name: str) -> ts.TensorStore:
+        """A codec array `[tokens, ...]`; its seal is checked when it is first used.
+
+        Raises DamagedStore if its file is missing or belongs to another shard. Errors of reading the
+        array go through `error`.
+        """
+        if name not in self._arrays:
+            format_ = self._formats()[name]
+            seal = self._read_range(
+                f"{name}/{format_.data_file}", format_.chunks_bytes, _SEAL_BYTES
+            )
+            if seal.hex() != self.record.seals[name]:
+                raise self._damaged(
+                    f"the file of {name} is not the one that was built: seal differs"
+                )
+            try:
+                opened = open_array(self._kvstore, name, format_, self._context).result()
+            except ValueError as error:
+                raise self.error(error) from error
+            self._arrays[name] = opened
+        return self._arrays[name]
+
+    def error(self, error: ValueError) -> DamagedStore | OSError:
+        """The error to raise where TensorStore failed with `error`."""
+        if folder.is_damage(error):
+            return self._damaged(str(error))
+        return storage_error(self._kvstore.url, error)
+
+    def _formats(self) -> dict[str, ArrayFormat]:
+        codec, tokens = codecs.get(self._identity.codec), self.entry.tokens
+        return {
+            name: ArrayFormat.of((tokens, *trailing), dtype, self.entry.layout.chunk_tokens)
+            for name, (trailing, dtype) in codec.array_specs(self._identity.emb_dim).items()
+        }
+
+    def _small(self, name: str, dtype: Any) -> np.ndarray:
+        """An array of one inner chunk, read completely."""
+        data = self._bytes(_file(name))
+        size, sha256 = self.record.files.get(_file(name), (0, ""))
+        if len(data) != size or hashlib.sha256(data).hexdigest() != sha256:
+            raise self._damaged(f"{_file(name)} has been changed: its SHA-256 differs")
+        return _values_of_one_chunk(data, dtype)
+
+    def _bytes(self, file: str) -> bytes:
+        try:
+            result = self._reads.pop(file, None) or self._kvstore.read(file)
+            found = result.result()
+        except ValueError as error:
+            raise storage_error(f"{self._kvstore.url}{file}", error) from error
+        if found.state == "missing":
+            raise self._damaged(f"{file} is missing")
+        return bytes(found.value)
+
+    def _read_range(self, file: str, start: int, count: int) -> bytes:
+        try:
+            found = self._kvstore.read(file, byte_range=slice(start, start + count)).result()
+        except ValueError as error:
+            raise self.error(error) from error
+        if found.state == "missing":
+            raise self._damaged(f"{file} is missing")
+        return bytes(found.value)
+
+    def _damaged(self, problem: str) -> DamagedStore:
+        name = self.entry.name
+        return DamagedStore(
+            f"Shard {name} of the memory store is damaged: {problem}. Repair it with "
+            f"--run_mode=memory --action=repair, or delete the folder shards/{name} and rerun the "
+            "command that built the store; only this shard is rebuilt."
+        )
+
+
+def _file(name: str) -> str:
+    """The data file of a small array."""
+    return f"{name}/c/0"
+
+
+def _values_of_one_chunk(data: bytes, dtype: Any) -> np.ndarray:
+    """The values in a data file of one inner chunk: values, their crc32c, index of one entry."""
+    end = len(data) - (_CRC_BYTES + _INDEX_ENTRY_BYTES + _CRC_BYTES)
+    dtype = np.dtype(dtype).newbyteorder("<")
+    return np.frombuffer(data, dtype, count=max(end, 0) // dtype.itemsize)
+
+
+def open_array(
+    kvstore: ts.KvStore, name: str, format_: ArrayFormat, context: ts.Context
+) -> ts.Future:
+    """A future of array `name` of the shard in `kvstore`, open for reading by `format_` alone."""
     spec = {
         "driver": "zarr3",
+        "metadata": format_.metadata(),
         **_STRICT,
         # A finished shard never changes under a reader.
         "recheck_cached_data": "open",
         "recheck_cached_metadata": "open",
     }
-    # The store itself, not its JSON, which would lose its retries and credentials.
+    # The store itself: its JSON would lose retries and credentials.
     here = folder.subfolder(kvstore, name)
-    return ts.open(spec, kvstore=here, context=context, open=True, read=True)
+    return ts.open(spec, kvstore=here, context=context, open=True, read=True, assume_metadata=True)
 
 
-def check_files(kvstore: ts.KvStore, files: Mapping[str, tuple[int, str]]) -> list[str]:
-    """Reads every byte; what is wrong, a line each."""
-    problems = []
+def check_files(kvstore: ts.KvStore, files: Mapping[str, tuple[int, str]]) -> dict[str, str]:
+    """Reads every byte; problems by file."""
+    problems = {}
     for name, (size, sha256) in sorted(files.items()):
         data = folder.read_file(kvstore, name)
         if data is None:
-            problems.append(f"{name} is missing")
+            problems[name] = f"{name} is missing"
         elif len(data) != size:
-            problems.append(f"{name} has {len(data)} bytes instead of {size}")
+            problems[name] = f"{name} has {len(data)} bytes instead of {size}"
         elif hashlib.sha256(data).hexdigest() != sha256:
-            problems.append(f"{name} has been changed: its SHA-256 differs")
+            problems[name] = f"{name} has been changed: its SHA-256 differs"
     return problems
 
 
 def check_sizes(kvstore: ts.KvStore, files: Mapping[str, tuple[int, str]]) -> list[str]:
-    """Whether every file is there and reaches its last byte, without reading the rest.
+    """Reads the last byte of every file, so that missing and truncated files are found.
 
     Raises:
-      OSError: the storage did not answer, so nothing is known of the file.
+      OSError: the storage did not answer.
     """
     reads = {
         name: kvstore.read(name, byte_range=slice(size - 1, size))
@@ -201,19 +437,3 @@ def check_sizes(kvstore: ts.KvStore, files: Mapping[str, tuple[int, str]]) -> li
                 raise storage_error(f"{kvstore.url}{name}", error) from error
             problems.append(f"{name} is shorter than {files[name][0]} bytes")
     return problems
-
-
-def failed(name: str, kvstore: ts.KvStore, error: ValueError) -> DamagedStore | OSError:
-    """The error to raise where TensorStore failed to read shard `name` with `error`."""
-    if folder.is_damage(error):
-        return damaged(name, str(error))
-    return storage_error(kvstore.url, error)
-
-
-def damaged(name: str, problem: str) -> DamagedStore:
-    """The error to raise where the bytes of shard `name` are wrong."""
-    return DamagedStore(
-        f"Shard {name} of the memory store is damaged: {problem}. Repair it with --run_mode=memory "
-        f"--action=repair, or delete the folder shards/{name} and run the same build_memory command "
-        "again; it rebuilds that shard alone."
-    )

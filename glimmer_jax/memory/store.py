@@ -1,11 +1,10 @@
-"""The memory store, read: passage ids to rows, rows to the codec's arrays.
+"""Reading a memory store: passage ids to rows, rows to the codec's arrays.
 
-`MemoryStore.open` reads the manifest and the index (ids and lengths of all passages, some 16 bytes
-each); token states are read when asked for, only the chunks that are needed, each checked against
-its crc32c. See `manifest` for the layout of the folder.
+`MemoryStore.open` reads the manifest and, of each shard, the record and the index (ids and lengths, 16
+bytes per passage). Token states are read on demand: only the chunks that hold them, each checked
+against its crc32c. `manifest` describes the folder, `shard` how bytes are bound to the manifest.
 """
 
-import json
 from collections.abc import Iterator
 from typing import Literal
 
@@ -13,12 +12,14 @@ import numpy as np
 import tensorstore as ts
 
 from glimmer_jax import codecs
-from glimmer_jax.memory import manifest, shard, versions
-from glimmer_jax.memory.manifest import DamagedStore, Manifest, Shard
+from glimmer_jax.memory import manifest, versions
+from glimmer_jax.memory.manifest import DamagedStore as DamagedStore
+from glimmer_jax.memory.manifest import Manifest, Record, Shard
+from glimmer_jax.memory.shard import ShardReader
 from glimmer_jax.storage import folder
 
-# How many shards' files are opened at a time.
-_OPEN_AT_ONCE = 64
+# Shards whose files are requested at the same time while a store is opened.
+_CONCURRENT_SHARDS = 64
 
 Arrays = dict[str, np.ndarray]
 
@@ -26,12 +27,13 @@ Arrays = dict[str, np.ndarray]
 class MemoryStore:
     """One version of a finished memory store, open for reading.
 
-    Many readers may share a store, also while it is changed: shards of a version stay as they are.
+    Any number of readers may share a store, also while it is changed: the shards of a version never
+    change.
 
     Attributes:
       path: where it was opened.
       kvstore: its folder.
-      manifest: what the store is and how it was built.
+      manifest: of this version.
       ids: int64 `[n]`, external passage id of each row, withdrawn ones included.
       lengths: int32 `[n]`, tokens of each row; 0 where it is withdrawn.
     """
@@ -42,8 +44,8 @@ class MemoryStore:
         self.kvstore = kvstore
         self._context = context
         self._specs = codecs.get(manifest_.identity.codec).array_specs(manifest_.identity.emb_dim)
-        self._open: dict[tuple[str, str], ts.TensorStore] = {}
         self._first_rows = np.array([s.first_row for s in manifest_.shards], np.int64)
+        self._readers: list[ShardReader] = []
         self.ids, self._starts, self.lengths = self._read_index()
         withdrawn = np.array(manifest_.withdrawn, np.int64)
         self.lengths[withdrawn] = 0
@@ -59,74 +61,83 @@ class MemoryStore:
         vocabulary_fingerprint: str | None = None,
         cache_bytes: int = 256 << 20,
         version: int | None = None,
+        codec: str | None = None,
     ) -> "MemoryStore":
         """Opens the store at `path`.
 
         Args:
           path: a local folder, a TensorStore URL such as `gs://bucket/memory/`, or a spec.
-          encoder_fingerprint: of the checkpoint that will read this memory, if known.
+          encoder_fingerprint: of the checkpoint that will read this memory; None is not checked.
           vocabulary_fingerprint: likewise.
           cache_bytes: RAM for chunks that were read before.
           version: an earlier version of the store; default: the newest.
+          codec: `MEMORY_CODEC` of the model that will read this memory; None is not checked.
 
         Raises:
           ValueError: there is no finished store or no such version, it has another format version,
-            or it was made by another encoder or with another vocabulary.
-          DamagedStore: manifest or index are damaged.
-          OSError: the storage did not answer, or refused; the same of every method that reads.
+            or it was built by another encoder, with another vocabulary or with another codec.
+          DamagedStore: manifest, records or index are damaged or do not belong together.
+          OSError: the storage did not answer; so do all methods that read.
         """
         context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
         kvstore = folder.open_folder(path, context)
-        found = versions.read_manifest(kvstore, version)
-        made = found.identity
-        manifest.check_fingerprint("encoder", made.encoder_fingerprint, encoder_fingerprint, path)
+        stored = versions.read_manifest(kvstore, version)
+        identity = stored.identity
         manifest.check_fingerprint(
-            "vocabulary", made.vocabulary_fingerprint, vocabulary_fingerprint, path
+            "encoder", identity.encoder_fingerprint, encoder_fingerprint, path
         )
-        return cls(path, kvstore, found, context)
+        manifest.check_fingerprint(
+            "vocabulary", identity.vocabulary_fingerprint, vocabulary_fingerprint, path
+        )
+        if codec is not None and codec != identity.codec:
+            raise ValueError(
+                f"MEMORY_CODEC is {codec!r}, but the memory store {path} was built with "
+                f"{identity.codec!r}. Set MEMORY_CODEC = {identity.codec!r}, or rebuild the memory "
+                f"with {codec!r}."
+            )
+        return cls(path, kvstore, stored, context)
 
     def __len__(self) -> int:
         return self.manifest.num_passages
 
     def check_passages(self, fingerprint: str) -> None:
-        """Refuses passages with `fingerprint.passages_fingerprint` other than the memory's own."""
+        """Raises ValueError for passages that the memory was not built from.
+
+        Args:
+          fingerprint: `fingerprint.passages_fingerprint` of the passages folder.
+        """
         manifest.check_passages(self.manifest.passages_fingerprints, fingerprint, self.path)
 
-    def _shard_kvstore(self, name: str) -> ts.KvStore:
-        return folder.subfolder(self.kvstore, manifest.shard_folder(name))
-
-    def _failed(self, name: str, error: ValueError) -> DamagedStore | OSError:
-        return shard.failed(name, self._shard_kvstore(name), error)
+    def check_length(self, length: int) -> None:
+        """Raises ValueError for a passage length that would truncate stored passages."""
+        if length < self.manifest.longest:
+            raise ValueError(
+                f"TASK_FEATURE_LENGTHS allows {length} tokens per passage, but the memory store "
+                f"{self.path} has passages of up to {self.manifest.longest}. Raise the passage "
+                f"length to {self.manifest.longest}, or rebuild the memory with {length}."
+            )
 
     def _read_index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """ids, first token within the shard, and length, of all rows."""
-        # Put together from what is there: a manifest may promise more than fits into memory.
+        # Concatenated from what the files hold: the manifest's counts allocate nothing.
         parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = [
             (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64))
         ]
-        table = self.manifest.shards
-        for block in range(0, len(table), _OPEN_AT_ONCE):
-            entries = table[block : block + _OPEN_AT_ONCE]
-            opening = [
-                [shard.open_array(self._shard_kvstore(e.name), name, self._context)]
-                for e in entries
-                for name in (shard.IDS, shard.OFFSETS)
+        shards = self.manifest.shards
+        for block in range(0, len(shards), _CONCURRENT_SHARDS):
+            readers = [
+                ShardReader(
+                    folder.subfolder(self.kvstore, manifest.shard_folder(entry.name)),
+                    entry,
+                    self.manifest.identity,
+                    self._context,
+                )
+                for entry in shards[block : block + _CONCURRENT_SHARDS]
             ]
-            for i, entry in enumerate(entries):
-                try:
-                    shard_ids, offsets = (
-                        opening[2 * i + j][0].result().read().result() for j in (0, 1)
-                    )
-                except ValueError as error:
-                    raise self._failed(entry.name, error) from error
-                if (
-                    shard_ids.shape != (entry.passages,)
-                    or offsets.shape != (entry.passages + 1,)
-                    or (offsets[0], offsets[-1]) != (0, entry.tokens)
-                    or (np.diff(offsets) < 0).any()
-                ):
-                    raise shard.damaged(entry.name, "its index does not fit the manifest")
-                parts.append((shard_ids, offsets[:-1], np.diff(offsets)))
+            for reader in readers:
+                ids, offsets = reader.index()
+                parts.append((ids, offsets[:-1], np.diff(offsets)))
+            self._readers += readers
         ids, starts, lengths = (np.concatenate(columns) for columns in zip(*parts, strict=True))
         return ids, starts, lengths.astype(np.int32)
 
@@ -135,8 +146,8 @@ class MemoryStore:
 
         Args:
           ids: integers of any shape.
-          unknown: what to do with an id the store does not have; "mask" gives row -1, so the
-            caller can count those with `(rows < 0) & (ids >= 0)`.
+          unknown: what to do with an id that the store does not have; "mask" gives row -1, so that
+            the caller can count them with `(rows < 0) & (ids >= 0)`.
 
         Raises:
           ValueError: an id is unknown and `unknown` is "error".
@@ -145,35 +156,31 @@ class MemoryStore:
             raise ValueError(f"unknown must be 'error' or 'mask', got {unknown!r}.")
         ids = np.asarray(ids, np.int64)
         if not len(self._order):
-            found, rows = np.zeros(ids.shape, bool), np.zeros(ids.shape, np.int64)
+            known, rows = np.zeros(ids.shape, bool), np.zeros(ids.shape, np.int64)
         else:
             at = np.minimum(np.searchsorted(self._sorted_ids, ids), len(self._order) - 1)
-            found, rows = self._sorted_ids[at] == ids, self._order[at]
-        missing = np.unique(ids[~found & (ids != -1)])
+            known, rows = self._sorted_ids[at] == ids, self._order[at]
+        missing = np.unique(ids[~known & (ids != -1)])
         if missing.size and unknown == "error":
-            withdrawn = int(np.isin(missing, self.ids[list(self.manifest.withdrawn)]).sum())
+            withdrawn = int(np.isin(missing, self.withdrawn_ids()).sum())
             raise ValueError(
                 f"{missing.size} passage ids are not in the memory store {self.path}"
                 f"{f' ({withdrawn} of them withdrawn)' if withdrawn else ''}: "
                 f"{missing[:10].tolist()}. The examples were retrieved from other passages: build "
-                "the memory of those, retrieve again, or answer without them (UNKNOWN_PASSAGES = 'mask')."
+                "the memory of those passages, retrieve again, or mask them with "
+                "UNKNOWN_PASSAGES = 'mask'."
             )
-        return np.where(found, rows, -1).astype(np.int32)
+        return np.where(known, rows, -1).astype(np.int32)
 
-    def check_length(self, length: int) -> None:
-        """Refuses a passage length that would cut stored passages short."""
-        if length < self.manifest.longest:
-            raise ValueError(
-                f"The memory store {self.path} has passages of up to {self.manifest.longest} "
-                f"tokens, and passages of {length} tokens were asked for. Raise the passage length "
-                "in TASK_FEATURE_LENGTHS, or build the memory with that max_length."
-            )
+    def withdrawn_ids(self) -> np.ndarray:
+        """int64, ids of withdrawn rows; an id may be valid again in a later row."""
+        return self.ids[list(self.manifest.withdrawn)]
 
     def read(self, rows: np.ndarray, length: int) -> tuple[Arrays, np.ndarray]:
         """The memory of some passages.
 
         Args:
-          rows: integers `[n]`; -1 is an absent passage. Repetitions are read once.
+          rows: integers `[n]`; -1 is an absent passage. Repeated rows are read once.
           length: tokens to pad to, P.
 
         Returns:
@@ -181,115 +188,108 @@ class MemoryStore:
 
         Raises:
           ValueError: a row does not exist, or `length` is shorter than a passage.
-          DamagedStore: a chunk is missing or fails its checksum.
+          DamagedStore: bytes are missing, damaged, or belong to another shard.
         """
         rows = np.asarray(rows, np.int64).reshape(-1)
-        if rows.size and not -1 <= rows.min() <= rows.max() < len(self):
-            raise ValueError(
-                f"Rows go from -1 (none) to {len(self) - 1} in the memory store {self.path}; got "
-                f"{rows.min()} to {rows.max()}."
-            )
+        self._check_rows(rows)
         present = rows >= 0
         lengths = np.zeros(len(rows), np.int32)
         lengths[present] = self.lengths[rows[present]]
         if lengths.size and lengths.max() > length:
             self.check_length(length)
+        order = np.argsort(rows, kind="stable")
+        sorted_rows = rows[order]
+        # Opened before anything is allocated: their sizes are checked then.
+        runs = self._start_reads(np.unique(rows[present]))
         out = {
             name: np.zeros((len(rows), length, *trailing), dtype)
             for name, (trailing, dtype) in self._specs.items()
         }
-        wanted = np.unique(rows[present])
-        places = np.argsort(rows, kind="stable")
-        sorted_rows = rows[places]
-        for first, last, data in self._read_runs(wanted):
+        for first, last, data in runs:
             begin = self._starts[first]
             for at in range(*np.searchsorted(sorted_rows, [first, last])):
                 row = sorted_rows[at]
                 start = self._starts[row] - begin
                 for name, values in data.items():
-                    out[name][places[at], : self.lengths[row]] = values[
+                    out[name][order[at], : self.lengths[row]] = values[
                         start : start + self.lengths[row]
                     ]
         return out, lengths
 
-    def _read_runs(self, wanted: np.ndarray) -> Iterator[tuple[int, int, Arrays]]:
-        """Neighbouring rows are read as one; first row, last row + 1, arrays `[tokens, ...]`."""
-        if not wanted.size:
-            return
-        shard_of = np.searchsorted(self._first_rows, wanted, side="right") - 1
-        breaks = np.flatnonzero((np.diff(wanted) != 1) | (np.diff(shard_of) != 0)) + 1
-        # A batch lets TensorStore read a shard's index once and join neighbouring chunks.
+    def read_packed(self, first: int, last: int) -> Arrays:
+        """The codec's arrays of rows `[first, last)`, `[tokens, ...]`, without padding.
+
+        Raises as `read` does. Tokens of withdrawn rows may be included.
+        """
+        rows = np.arange(first, last)
+        self._check_rows(rows)
+        runs = list(self._start_reads(rows))
+        return {
+            name: np.concatenate(
+                [np.zeros((0, *trailing), dtype), *(data[name] for _, _, data in runs)]
+            )
+            for name, (trailing, dtype) in self._specs.items()
+        }
+
+    def _check_rows(self, rows: np.ndarray) -> None:
+        if rows.size and not -1 <= rows.min() <= rows.max() < len(self):
+            raise ValueError(
+                f"Rows of the memory store {self.path} are -1 (none) to {len(self) - 1}; got "
+                f"{rows.min()} to {rows.max()}."
+            )
+
+    def _start_reads(self, rows: np.ndarray) -> Iterator[tuple[int, int, Arrays]]:
+        """Reads increasing `rows`, neighbours together: first row, last row + 1, `[tokens, ...]`."""
+        if not rows.size:
+            return iter(())
+        shard_of = np.searchsorted(self._first_rows, rows, side="right") - 1
+        breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(shard_of) != 0)) + 1
+        # A batch lets TensorStore read the index of a shard once and join neighbouring chunks.
         pending = []
         with ts.Batch() as batch:
-            for run in np.split(np.arange(len(wanted)), breaks):
-                entry = self.manifest.shards[shard_of[run[0]]]
-                first, last = int(wanted[run[0]]), int(wanted[run[-1]]) + 1
+            for run in np.split(np.arange(len(rows)), breaks):
+                reader = self._readers[shard_of[run[0]]]
+                first, last = int(rows[run[0]]), int(rows[run[-1]]) + 1
                 tokens = slice(
                     int(self._starts[first]), int(self._starts[last - 1] + self.lengths[last - 1])
                 )
                 if tokens.start == tokens.stop:
                     continue
-                reads = {
-                    name: self._array(entry, name)[tokens].read(batch=batch) for name in self._specs
-                }
-                pending.append((entry.name, first, last, reads))
-        for name, first, last, reads in pending:
-            try:
-                data = {key: read.result() for key, read in reads.items()}
-            except ValueError as error:
-                raise self._failed(name, error) from error
-            yield first, last, data
+                reads = {name: reader.array(name)[tokens].read(batch=batch) for name in self._specs}
+                pending.append((reader, first, last, reads))
 
-    def _array(self, entry: Shard, name: str) -> ts.TensorStore:
-        key = (entry.name, name)
-        if key not in self._open:
-            try:
-                opened = shard.open_array(
-                    self._shard_kvstore(entry.name), name, self._context
-                ).result()
-            except ValueError as error:
-                raise self._failed(entry.name, error) from error
-            # Chunks carry checksums; what says how many there are, and of what, does not.
-            if name in self._specs:
-                trailing, dtype = self._specs[name]
-                if (opened.shape, opened.dtype.numpy_dtype) != ((entry.tokens, *trailing), dtype):
-                    raise shard.damaged(entry.name, f"{name} does not fit the manifest")
-            self._open[key] = opened
-        return self._open[key]
+        def results() -> Iterator[tuple[int, int, Arrays]]:
+            for reader, first, last, reads in pending:
+                try:
+                    data = {key: read.result() for key, read in reads.items()}
+                except ValueError as error:
+                    raise reader.error(error) from error
+                yield first, last, data
+
+        return results()
+
+    def records(self) -> Iterator[Record]:
+        """The record of each shard, in order."""
+        return (reader.record for reader in self._readers)
 
     def pages(self, rows_per_page: int, length: int) -> Iterator[tuple[Arrays, np.ndarray]]:
         """All rows in order, `rows_per_page` at a time, as `read` returns them."""
         for start in range(0, len(self), rows_per_page):
             yield self.read(np.arange(start, min(start + rows_per_page, len(self))), length)
 
-    def _read_whole(self, entry: Shard, name: str) -> np.ndarray:
-        """One of a shard's small arrays."""
-        array = self._array(entry, name)
-        try:
-            return array.read().result()
-        except ValueError as error:
-            raise self._failed(entry.name, error) from error
-
     def titles(self, entry: Shard) -> list[str]:
-        """Titles of one shard's passages, in the order of its rows."""
-        try:
-            titles = json.loads(self._read_whole(entry, shard.TITLES).tobytes())
-        except json.JSONDecodeError:
-            titles = []
-        if len(titles) != entry.passages:
-            raise shard.damaged(entry.name, "its titles do not fit the manifest")
-        return titles
+        """Titles of the passages of one shard, in the order of its rows. Raises DamagedStore."""
+        return self._readers[self._shard_at(entry.first_row)].titles()
 
     def title(self, row: int) -> str:
         """Title of one passage."""
-        entry = self.manifest.shards[np.searchsorted(self._first_rows, row, side="right") - 1]
+        entry = self.manifest.shards[self._shard_at(row)]
         return self.titles(entry)[row - entry.first_row]
 
+    def _shard_at(self, row: int) -> int:
+        return int(np.searchsorted(self._first_rows, row, side="right")) - 1
+
     def digests(self) -> np.ndarray:
-        """uint64 `[n]`, see `source.Source`: what each row was made from, in eight bytes."""
-        parts = [np.zeros(0, np.uint64)]
-        for entry in self.manifest.shards:
-            parts.append(self._read_whole(entry, shard.DIGESTS))
-            if parts[-1].shape != (entry.passages,):
-                raise shard.damaged(entry.name, "its digests do not fit the manifest")
-        return np.concatenate(parts)
+        """uint64 `[n]`: 8 bytes of the SHA-256 of each passage, see `shard.Source`."""
+        parts = [reader.digests() for reader in self._readers]
+        return np.concatenate([np.zeros(0, np.uint64), *parts])

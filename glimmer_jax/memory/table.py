@@ -1,16 +1,14 @@
-"""The memory as one array in pages, sharded over every device of a mesh.
+"""The memory on a mesh: one array of pages, sharded over all devices.
 
-A passage fills whole pages of `PAGE_TOKENS` tokens, one after the other, so padding costs less than
-a page each, and a passage is found by its first page and its length. Pages are dealt to the devices
-in equal, consecutive parts.
+A passage occupies consecutive pages of `PAGE_TOKENS` tokens, so padding is less than one page per
+passage, and a passage is located by its first page and its length. Every device holds an equal,
+consecutive part of the pages (`load`).
 
-Pages from the devices that hold them to the devices that want them.
-
-Every device knows all wishes (they are integers), so each sender and each receiver finds out by
-itself which page goes where, and only pages travel: in rounds of one all-to-all, in which a pair of
-devices has room for twice its fair share. Wishes that are spread evenly take one round, so a device
-receives at most twice what it asked for. Where many want the pages of few, there are more rounds:
-slower, and nothing is dropped.
+`lookup` moves pages from the devices that hold them to the devices that request them (`exchange`). The
+requested page numbers are replicated, so every device computes which pages it sends and receives, and
+only pages travel: in rounds of one all-to-all, in which a pair of devices has room for twice its fair
+share. Evenly distributed requests take one round. If many requests go to few devices, more rounds
+follow, and no page is dropped.
 """
 
 import dataclasses
@@ -27,7 +25,7 @@ from glimmer_jax.memory.store import MemoryStore
 
 PAGE_TOKENS = 16
 
-# Rows read at a time while a table is loaded. The part of a device is put together in the host's RAM.
+# Rows read at a time while a table is loaded. The part of a device is assembled in the host's RAM.
 _LOAD_ROWS = 256
 
 
@@ -36,7 +34,7 @@ class Table:
     """All passages of a store.
 
     pages: the codec's arrays, `[G, page tokens, ...]`, G sharded over all devices.
-    first_page, lengths: int32 `[n]`, of each row; the same on every device.
+    first_page, lengths: int32 `[n]`, of each row; replicated.
     """
 
     pages: dict[str, jax.Array]
@@ -50,7 +48,7 @@ jax.tree_util.register_dataclass(
 
 
 def _first_pages(lengths: np.ndarray, page_tokens: int) -> np.ndarray:
-    """int64 `[n + 1]`, the page where each row begins, and the number of pages."""
+    """int64 `[n + 1]`: the first page of each row, and the number of pages."""
     return np.concatenate([[0], np.cumsum(-(-lengths.astype(np.int64) // page_tokens))])
 
 
@@ -59,12 +57,12 @@ def _num_pages(used: int, devices: int) -> int:
 
 
 def token_bytes(specs: Mapping[str, tuple[tuple[int, ...], Any]]) -> int:
-    """Of one token in a codec's arrays, `{name: (trailing shape, dtype)}`."""
+    """Bytes of one token in a codec's arrays, `{name: (trailing shape, dtype)}`."""
     return sum(int(np.prod(trailing)) * np.dtype(d).itemsize for trailing, d in specs.values())
 
 
 def bytes_per_device(store: MemoryStore, mesh: jax.sharding.Mesh, page_tokens: int) -> int:
-    """What `load` would put on each device."""
+    """Bytes that `load` puts on each device."""
     used = int(_first_pages(store.lengths, page_tokens)[-1])
     identity = store.manifest.identity
     specs = codecs.get(identity.codec).array_specs(identity.emb_dim)
@@ -73,12 +71,12 @@ def bytes_per_device(store: MemoryStore, mesh: jax.sharding.Mesh, page_tokens: i
 
 
 def load(store: MemoryStore, mesh: jax.sharding.Mesh, page_tokens: int = PAGE_TOKENS) -> Table:
-    """Reads the store into the mesh; each process reads the parts of its own devices only."""
+    """Loads the store onto the mesh; each process reads only the parts of its own devices."""
     first_page = _first_pages(store.lengths, page_tokens)
     if first_page[-1] >= 2**31:
         raise ValueError(
-            f"The memory has {first_page[-1]} pages, more than a table can count (2**31). Use the "
-            "memory from disk, or larger pages."
+            f"The memory has {first_page[-1]} pages, but a table holds fewer than 2**31. Read the memory "
+            "from disk (MEMORY_BYTES_PER_DEVICE = 0)."
         )
     total = _num_pages(int(first_page[-1]), mesh.size)
     sharding = NamedSharding(mesh, partitioning.spec((axes.MEMORY_ROWS,)))
@@ -96,7 +94,7 @@ def load(store: MemoryStore, mesh: jax.sharding.Mesh, page_tokens: int = PAGE_TO
         for name, parts in shards.items()
     }
     everywhere = partitioning.replicated(mesh)
-    # An empty store keeps one row of length 0, so that there is something to index.
+    # An empty store gets one row of length 0, because indexing needs a row.
     first = first_page[:-1] if len(store) else np.zeros(1)
     lengths = store.lengths if len(store) else np.zeros(1)
     return Table(
@@ -134,11 +132,11 @@ def _read_pages(
 def lookup(
     table: Table, rows_BK: jax.Array, *, length: int, mesh: jax.sharding.Mesh
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Memory of the passages at `rows_BK`; pure, to be jitted with the table as an argument.
+    """Memory of the passages at `rows_BK`; a pure function, jitted with the table as an argument.
 
     Args:
       table: the memory.
-      rows_BK: int32 `[B, K]`, the same on every device; -1 where there is no passage.
+      rows_BK: int32 `[B, K]`, replicated; -1 for no passage.
       length: P.
 
     Returns:
@@ -163,7 +161,7 @@ def lookup(
         values = pages.reshape(batch, num_passages, -1, *pages.shape[2:])[:, :, :length]
         real = real_BKP.reshape(*real_BKP.shape, *(1,) * (values.ndim - 3))
         values = _like_batch(jnp.where(real, values, jnp.zeros((), values.dtype)), mesh)
-        # A float again only where it stays.
+        # A float again only on the device where it stays.
         memory[name] = jax.lax.bitcast_convert_type(values, table.pages[name].dtype)
     return memory, _like_batch(lengths_BK, mesh)
 
@@ -178,17 +176,17 @@ def _like_batch(x: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partitioning.spec(names)))
 
 
-# Room of a pair of devices in a round, as a multiple of the fair share.
+# Pages that a pair of devices can exchange in one round, as a multiple of their fair share.
 _ROOM = 2
 
 
 def exchange(pages: Mapping[str, jax.Array], wanted: jax.Array, mesh: Mesh) -> dict[str, jax.Array]:
-    """`{name: pages[name][wanted]}`, to be called inside jit.
+    """`{name: pages[name][wanted]}`, called inside jit.
 
     Args:
       pages: integer arrays `[G, ...]`, G in equal, consecutive parts on all devices of `mesh`.
-        Integers, because collectives that are made of sums may lose a bit of a float.
-      wanted: int32 `[R]`, the same on every device; -1 for no page, which gives zeros.
+        Integers, because collectives implemented as sums may change bits of a float.
+      wanted: int32 `[R]`, replicated; -1 for no page, which gives zeros.
 
     Returns:
       Arrays `[R, ...]`, in equal parts on all devices.
@@ -207,23 +205,23 @@ def exchange(pages: Mapping[str, jax.Array], wanted: jax.Array, mesh: Mesh) -> d
 
 
 def _on_device(local: dict[str, jax.Array], wanted_NR: jax.Array, mesh: Mesh):
-    """One device's part; N devices, R wishes of each."""
+    """The part of one device; N devices with R requests each."""
     devices, share = wanted_NR.shape
     here = jax.lax.axis_index(mesh.axis_names)
     held = next(iter(local.values())).shape[0]
     room = max(1, min(share, -(-_ROOM * share // devices)))
-    # Who has it; `devices` where nothing is wanted, which matches nobody.
+    # The device that holds the page; `devices`, which matches none, if no page is wanted.
     owner_NR = jnp.where(wanted_NR >= 0, wanted_NR // held, devices)
 
-    # To send: the wishes that are mine, each with its place in the queue for its receiver.
+    # To send: requests for pages held here, each with its position in the queue of its receiver.
     mine_NR = owner_NR == here
     turn_NR = jnp.cumsum(mine_NR, axis=1) - 1
     receiver_NR = jnp.broadcast_to(jnp.arange(devices)[:, None], wanted_NR.shape)
-    # To receive: my wishes, each with its place in the queue of its sender.
+    # To receive: own requests, each with its position in the queue of its sender.
     owner_R = owner_NR[here]
     from_RN = owner_R[:, None] == jnp.arange(devices)[None]
     turn_R = jnp.sum(jnp.where(from_RN, jnp.cumsum(from_RN, axis=0) - 1, 0), axis=1)
-    # The longest queue of all, the same number on every device.
+    # From the longest queue, which is the same number on every device.
     queues_NN = jnp.zeros((devices, devices), jnp.int32)
     queues_NN = queues_NN.at[receiver_NR, owner_NR].add(1, mode="drop")
     rounds = -(-jnp.max(queues_NN) // room)

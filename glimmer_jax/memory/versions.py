@@ -1,7 +1,7 @@
-"""Versions of a store: the newest in `manifest.json`, those before it in `versions/`.
+"""Versions of a store: the newest manifest is `manifest.json`, earlier ones are in `versions/`.
 
-A change keeps the manifest it replaces under its number and writes the new one last, in one piece.
-A reader therefore sees the store before the change or after it, and can go back.
+A change first copies the manifest that it replaces to `versions/`, and writes the new one last, in one
+atomic write. Readers see the store either before or after the change, and can open earlier versions.
 """
 
 import tensorstore as ts
@@ -11,8 +11,13 @@ from glimmer_jax.storage import folder
 from glimmer_jax.storage.lease import WriterLock
 
 
-def _kept(version: int) -> str:
+def _version_file(version: int) -> str:
     return f"versions/{version:06d}.json"
+
+
+def is_finished(kvstore: ts.KvStore) -> bool:
+    """Whether there is a manifest, intact or not. Raises OSError."""
+    return folder.read_file(kvstore, MANIFEST) is not None
 
 
 def read_manifest(kvstore: ts.KvStore, version: int | None = None) -> Manifest:
@@ -26,66 +31,68 @@ def read_manifest(kvstore: ts.KvStore, version: int | None = None) -> Manifest:
     if data is None:
         raise ValueError(
             f"No finished memory store at {kvstore.url}: it has no {MANIFEST}. If this is an "
-            "unfinished build, run the same build_memory command again and it goes on where it "
-            "stopped; otherwise check the path."
+            "unfinished build, rerun the same build_memory command to resume it; otherwise check "
+            "the path."
         )
-    # An earlier one first: it can be read where the newest is damaged.
+    # The earlier version first: it can be read even if the newest manifest is damaged.
     if version is not None:
-        kept = folder.read_file(kvstore, _kept(version))
-        if kept is not None:
-            return Manifest.from_bytes(kept, f"{kvstore.url}{_kept(version)}")
+        earlier = folder.read_file(kvstore, _version_file(version))
+        if earlier is not None:
+            return Manifest.from_bytes(earlier, f"{kvstore.url}{_version_file(version)}")
     try:
         newest = Manifest.from_bytes(data, f"{kvstore.url}{MANIFEST}")
     except DamagedStore as damage:
-        check_unchanged(kvstore, damage)
+        check_rebuildable(kvstore, damage)
         raise
     if version is None or version == newest.version:
         return newest
     raise ValueError(
-        f"The memory store {kvstore.url} has no version {version}; its newest is {newest.version}."
+        f"VERSION {version} does not exist in the memory store {kvstore.url}; its newest version is "
+        f"{newest.version}."
     )
 
 
-def check_unchanged(kvstore: ts.KvStore, damage: DamagedStore | None) -> None:
-    """Returns where the build may write the manifest anew, since it alone has made the store.
+def check_rebuildable(kvstore: ts.KvStore, damage: DamagedStore | None) -> None:
+    """Returns if a build may write a missing or damaged manifest: the build alone made the store.
 
     Args:
-      damage: of the manifest; None where it is missing.
+      damage: of the manifest; None if it is missing.
 
-    Raises DamagedStore where earlier manifests are kept, with the newest version that is whole: to build
-    again would bring back what was withdrawn since, and lose what was appended.
+    Raises:
+      DamagedStore: earlier manifests exist. A rebuilt manifest would restore what was withdrawn and
+        lose what was appended since the build. The newest intact version is named.
     """
     state = "missing" if damage is None else "damaged"
-    kept = folder.list_files(kvstore, "versions/")
-    for name in reversed(kept):
+    earlier = folder.list_files(kvstore, "versions/")
+    for name in reversed(earlier):
         data = folder.read_file(kvstore, name)
         assert data is not None
         try:
-            whole = Manifest.from_bytes(data, f"{kvstore.url}{name}")
+            intact = Manifest.from_bytes(data, f"{kvstore.url}{name}")
         except DamagedStore:
             continue
         raise DamagedStore(
             f"{kvstore.url}{MANIFEST} is {state}, and the store was merged, or changed since it was "
-            f"built. Version {whole.version} is whole: read it with VERSION = {whole.version}, or go "
-            f"back to it by copying {name} over {MANIFEST}, and make changes that came later again "
-            "with --run_mode=memory."
+            f"built. Version {intact.version} is intact: read it with VERSION = {intact.version}, or "
+            f"restore it by copying {name} over {MANIFEST} and repeat later changes with "
+            "--run_mode=memory."
         ) from damage
-    if kept:
+    if earlier:
         raise DamagedStore(
-            f"{kvstore.url}{MANIFEST} is {state}, and every earlier one in versions/ is damaged. Put one "
-            "of them back from a copy, or build into another folder."
+            f"{kvstore.url}{MANIFEST} is {state}, and every earlier manifest in versions/ is damaged. "
+            "Restore one of them from a copy, or build into another folder."
         ) from damage
 
 
-def keep_manifest(kvstore: ts.KvStore, found: Manifest) -> None:
-    """Keeps a copy of a manifest under its number: a build does not make such a store anew."""
-    folder.write_file(kvstore, _kept(found.version), found.to_bytes())
+def keep_manifest(kvstore: ts.KvStore, current: Manifest) -> None:
+    """Copies a manifest to `versions/`; from then on a build no longer rewrites it."""
+    folder.write_file(kvstore, _version_file(current.version), current.to_bytes())
 
 
 def replace_manifest(kvstore: ts.KvStore, old: Manifest, new: Manifest, lock: WriterLock) -> None:
-    """Makes `new` the store's newest version.
+    """Makes `new` the newest version of the store.
 
-    Raises ValueError where the store's lock is lost; nothing is written then.
+    Raises ValueError if the store's lock is lost; nothing is written then.
     """
     assert new.version == old.version + 1
     lock.check()

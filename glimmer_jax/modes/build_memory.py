@@ -3,107 +3,73 @@
 import jax
 import jax.numpy as jnp
 
-from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.memory import build
-from glimmer_jax.memory.build_plan import Builders
-from glimmer_jax.memory.estimate import matrix_rate
+from glimmer_jax.memory.estimate import matmul_rate
 from glimmer_jax.memory.fingerprint import passages_fingerprint
-from glimmer_jax.memory.manifest import Layout
 from glimmer_jax.models.cost import question_cost
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
-from glimmer_jax.modes.recipe import check_model, make_recipe
+from glimmer_jax.modes.recipe import check_model, make_recipe, open_corpus
+from glimmer_jax.modes.settings import EncoderConfig
 from glimmer_jax.partitioning import MeshConfig, make_mesh
-from glimmer_jax.vocabulary import Vocabulary
 
 
 def build_memory(
-    model: GlimmerModel,
-    checkpoint_path: str,
-    passages_dir: str,
+    encoder: EncoderConfig,
     memory_dir: str,
-    max_length: int,
-    batch_size: int = 32,
-    mesh: MeshConfig = MeshConfig(),
-    vocabulary: Vocabulary = Vocabulary(),
-    shard_passages: int = 1024,
-    chunk_tokens: int = 64,
+    config: build.BuildConfig = build.BuildConfig(),
     measure_error: bool = True,
-    accept_other_program: bool = False,
-    builder_index: int | None = None,
-    builder_count: int | None = None,
 ) -> build.Report:
-    """Builds the store at `memory_dir`, or goes on with it; prints progress and rates.
+    """Builds the store at `memory_dir`, or resumes the build; prints progress and rates.
 
     Args:
-      model: with a memory encoder (LUMEN or GLIMMER).
-      checkpoint_path: a run's folder, a step's, or a `.safetensors` file.
-      passages_dir: written by mode `passages`.
+      encoder: the checkpoint, and the passages that it encodes.
       memory_dir: a folder or a TensorStore URL.
-      max_length: P, tokens of a passage.
-      batch_size: passages a device encodes at once.
-      mesh: devices.
-      vocabulary: that of the model.
-      shard_passages: passages a shard.
-      chunk_tokens: tokens of the smallest unit of reading.
-      measure_error: compare a sample with float32, and record it in the manifest.
-      accept_other_program: go on with shards that another program (rows, backend) has made.
-
-      builder_index: which of `builder_count` builders of one store this is, on storage that all of
-        them see; default: this process among JAX's.
-      builder_count: how many there are; the first also writes the manifest.
+      config: shards, builders, and whether shards of another program are accepted.
+      measure_error: compare a sample with float32, and record the error in the manifest.
 
     Raises:
       ValueError: missing settings, files that are damaged or do not belong together, or a model
         without memory.
     """
-    checks.required(
-        CHECKPOINT_PATH=checkpoint_path, PASSAGES_DIR=passages_dir, MEMORY_DIR=memory_dir
-    )
-    builders = Builders(
-        jax.process_index() if builder_index is None else builder_index,
-        jax.process_count() if builder_count is None else builder_count,
-    )
+    encoder.check_given()
+    checks.required(MEMORY_DIR=memory_dir)
+    model = encoder.model
+    assert model is not None
     check_model(model)
-    corpus = Passages.open(passages_dir, vocabulary.fingerprint)
-    # Every byte, once: memory of changed tokens would be taken for that of the right ones.
-    corpus.verify()
-    recipe, reference = make_recipe(
-        model, checkpoint_path, vocabulary.fingerprint, mesh, max_length, batch_size
-    )
+    corpus = open_corpus(encoder)
+    recipe, reference = make_recipe(encoder)
     report = build.build_memory(
         recipe,
         corpus,
         memory_dir,
         passages_fingerprint=passages_fingerprint(corpus.manifest),
-        layout=Layout(shard_passages, chunk_tokens),
+        config=config,
         reference=reference if measure_error else None,
-        accept_other_program=accept_other_program,
-        builders=builders,
-        floor=_floor(model, mesh),
+        matmul_bound=_matmul_bound(model, encoder.mesh),
     )
     made = report.manifest
     if made is None:
         print(
-            f"{memory_dir}: builder {builders.index} of {builders.count} has built {report.built} "
-            f"shards and found {report.skipped}; the first builder finishes the store."
+            f"{memory_dir}: builder {config.builders.index} of {config.builders.count} built "
+            f"{report.built} shards and found {report.skipped}; the first builder finishes the store."
         )
         return report
     print(
         f"{memory_dir}: {made.num_passages} passages, {made.num_tokens} tokens, "
         f"{made.num_bytes / 2**20:.1f} MiB; {report.built} shards built, {report.skipped} found; "
-        f"{report.passages_per_s:.1f} passages/s ({report.of_floor:.0%} of the floor), "
-        f"{made.truncated} cut at {max_length} tokens."
+        f"{report.passages_per_s:.1f} passages/s ({report.fraction_of_peak:.0%} of the matmul bound), "
+        f"{made.truncated} cut at {encoder.max_length} tokens."
     )
     if made.codec_error is not None:
         print(f"Error of {model.config.memory_codec} against float32: {made.codec_error}")
     return report
 
 
-def _floor(model: GlimmerModel, mesh: MeshConfig) -> float:
-    """Tokens a second that matrix products alone would allow."""
+def _matmul_bound(model: GlimmerModel, mesh: MeshConfig) -> float:
+    """Upper bound of tokens per second: the matrix products of the encoder, and nothing else."""
     t5 = model.config.t5
     operands = str(jnp.dtype(t5.dtype if t5.operands is None else t5.operands))
-    rate = matrix_rate(make_mesh(mesh, jax.local_devices()), operands)
+    rate = matmul_rate(make_mesh(mesh, jax.local_devices()), operands)
     token = question_cost(model.config, passages=1, question=0, passage=1, answer=0)
     return rate / token.precompute

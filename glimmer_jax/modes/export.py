@@ -1,4 +1,6 @@
-"""Mode `export`: a checkpoint's parameters as one file to ship, in the forms of others, or a program."""
+"""Mode `export`: a checkpoint as a parameter file, as a Hugging Face or T5X folder, or as a program."""
+
+from pathlib import Path
 
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
@@ -8,7 +10,7 @@ from glimmer_jax.weights import huggingface, parameters, t5_names, t5x
 from glimmer_jax.weights.model_config import describe
 from glimmer_jax.weights.params_file import save_params_file
 
-FORMATS = {"huggingface": huggingface.save, "t5x": t5x.save, "t5x_adapter": t5x.save_tree}
+FORMATS = ("huggingface", "t5x", "t5x_adapter")
 
 
 def export(
@@ -19,47 +21,54 @@ def export(
     vocabulary: Vocabulary = Vocabulary(),
     program: ProgramConfig | None = None,
 ) -> None:
-    """Writes `NAME.safetensors` and its JSON, or a float32 folder; of FiD that is a T5 for others.
-
-    With `program`, writes the folder of `serving.program` instead: what answers with JAX alone.
+    """Writes `NAME.safetensors` with its JSON, a float32 folder, or compiled programs.
 
     Args:
-      model: the model wanted; a checkpoint of another cut is recut.
-      checkpoint_path: any of the places of `weights.load`.
-      output_path: a file `NAME.safetensors`, or a folder, local or a bucket.
-      output_format: of a folder: `huggingface` or `t5x` (docs/weights.md), or `t5x_adapter`, which
-        T5X's trainer starts our models from (docs/t5x.md).
-      vocabulary: of the checkpoint.
-      program: lengths and platforms of the programs.
+      model: the exported model; a checkpoint of another cut is recut.
+      checkpoint_path: any path that `weights.load` reads.
+      output_path: a file `NAME.safetensors`, or a folder, local or in a bucket.
+      output_format: of a folder: `huggingface` or `t5x` (docs/weights.md), or `t5x_adapter`, from which
+        T5X's trainer starts our models (docs/t5x.md).
+      vocabulary: that of the checkpoint; a Hugging Face folder gets a copy of it.
+      program: lengths and platforms; writes the folder of `serving.stablehlo`, which answers questions
+        with JAX alone.
 
     Raises:
-      ValueError: the checkpoint is missing, damaged, or does not fit the model, or the format is not
-        known.
+      ValueError: the checkpoint is missing, damaged or not finite, does not fit the model or the
+        vocabulary, or the format is unknown.
     """
     checks.required(CHECKPOINT_PATH=checkpoint_path, OUTPUT_PATH=output_path)
     if output_format not in FORMATS:
-        raise ValueError(f"OUTPUT_FORMAT is one of {', '.join(FORMATS)}, got {output_format!r}.")
+        raise ValueError(
+            f"OUTPUT_FORMAT must be one of {', '.join(FORMATS)}, got {output_format!r}."
+        )
     if program is not None:
         for bucket in program.buckets:
             checks.lengths_for(model.config, bucket)
         checks.vocabulary_fits(model, vocabulary)
     params = parameters.load(checkpoint_path, model, vocabulary.fingerprint)
-    described = describe(model.config, vocabulary.fingerprint)
+    config, described = model.config, describe(model.config, vocabulary.fingerprint)
     if program is not None:
+        params = parameters.read(params)
         export_program(output_path, model, params, program, vocabulary.fingerprint)
-        form = "programs that need JAX alone"
+        content = "programs that need JAX alone"
     elif output_path.endswith(".safetensors"):
         save_params_file(output_path, params, described)
-        form = "a parameter file"
+        content = "a parameter file"
+    elif output_format == "huggingface":
+        sentencepiece_model = Path(vocabulary.path).read_bytes()
+        huggingface.save(output_path, params, config, described, sentencepiece_model)
+        content = f"{output_format}, {_names_of(model)}"
+    elif output_format == "t5x":
+        t5x.save(output_path, params, config, described)
+        content = f"{output_format}, {_names_of(model)}"
     else:
-        FORMATS[output_format](output_path, params, model.config, described)
-        form = f"{output_format}, {_names(output_format, model)}"
-    print(f"Wrote {output_path}: {form}.")
+        t5x.save_tree(output_path, params)
+        content = f"{output_format}, the parameter tree of glimmer_jax"
+    print(f"Wrote {output_path}: {content}.")
 
 
-def _names(output_format: str, model: GlimmerModel) -> str:
-    if output_format == "t5x_adapter":
-        return "our own tree"
+def _names_of(model: GlimmerModel) -> str:
     if t5_names.is_t5(model.config):
         return "a T5"
     return "the parts under the names of docs/weights.md"

@@ -1,122 +1,103 @@
-"""Mode `infer`: answers to the questions of a file, or to questions typed at the prompt."""
+"""Mode `infer`: answers to the questions of a file or of the prompt."""
 
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
 from glimmer_jax import axes, partitioning
 from glimmer_jax.kilt.examples import check_example
-from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
-from glimmer_jax.partitioning import MeshConfig, make_mesh
-from glimmer_jax.retrieval import corpus_check
+from glimmer_jax.modes.settings import CorpusConfig, ReaderConfig
+from glimmer_jax.partitioning import make_mesh
 from glimmer_jax.retrieval.bm25 import Bm25Config
 from glimmer_jax.runtime.preemption import STOP
 from glimmer_jax.serving.predictor import Predictor
 from glimmer_jax.serving.step import encode_candidates
 from glimmer_jax.storage.json_lines import read_json_lines, write_json_lines
-from glimmer_jax.vocabulary import Vocabulary, question_text
 
 Example = dict[str, Any]
 
 
 def infer(
-    model: GlimmerModel,
-    checkpoint_path: str,
+    reader: ReaderConfig,
     task_feature_lengths: Mapping[str, Any],
-    passages_dir: str,
-    memory_dir: str | None = None,
+    batch_size: int,
+    corpus: CorpusConfig,
     questions: str | None = None,
     output_dir: str | None = None,
-    batch_size: int = 8,
     bm25: Bm25Config = Bm25Config(),
-    mesh: MeshConfig = MeshConfig(),
-    vocabulary: Vocabulary = Vocabulary(),
-    memory_bytes_per_device: int = 0,
-    unknown_passages: Literal["error", "mask"] = "error",
-    candidates: Sequence[str] | None = None,
-    seed: int = 0,
 ) -> None:
-    """Writes, or prints, answers with scores and passages; see `Predictor.answer`.
+    """Writes or prints answers with scores and passages; see `Predictor.answer`.
 
-    A file of answers is a submission to KILT: pages in the reranker's order, and fields that KILT's
-    scripts do not look at.
+    A file of answers is a KILT submission. Its pages are in the reranker's order; its further fields
+    are ignored by KILT's scripts.
 
     Args:
-      model: FiD, LUMEN or GLIMMER.
-      checkpoint_path: a run's folder, a step's, or a `.safetensors` file, of any cut.
+      reader: the model and its checkpoint.
       task_feature_lengths: `{"inputs": Q, "targets": T, "passages": (K, P)}`.
-      passages_dir: the corpus: titles, retrieval, and tokens where there is no memory.
-      memory_dir: read passages as memory.
-      questions: JSON Lines of `{"id", "input"}`, with `retrieved` or without (then BM25 retrieves);
-        None asks at the prompt, one question a line.
-      output_dir: gets `predictions-NAME.jsonl`, NAME that of `questions`; needed with `questions`.
-      batch_size: questions at a time over all devices.
+      batch_size: questions per batch, over all devices.
+      corpus: titles, retrieval, and tokens if there is no memory.
+      questions: JSON Lines of `{"id", "input"}`, optionally with `retrieved`; otherwise BM25 retrieves.
+        None reads questions from the prompt, one per line.
+      output_dir: gets `predictions-NAME.jsonl`, NAME that of `questions`; required with `questions`.
       bm25: settings of the index.
-      mesh: devices.
-      vocabulary: that of the model.
-      memory_bytes_per_device: a memory that fits into this is kept on the devices.
-      unknown_passages: ids that the memory lacks are an `error`, or with `mask` absent, and counted.
-      candidates: the only answers allowed, for all questions; None lets the model write its own.
-      seed: of drawn answers.
 
     Raises:
       ValueError: settings, files or lengths that do not fit together.
     """
-    checks.required(CHECKPOINT_PATH=checkpoint_path, PASSAGES_DIR=passages_dir)
-    lengths = checks.lengths_for(model.config, task_feature_lengths)
-    checks.vocabulary_fits(model, vocabulary)
-    devices = make_mesh(mesh)
-    checks.batch_size("BATCH_SIZE", batch_size, devices)
-    checks.passages_divide(lengths, devices)
-    if candidates is not None:
-        encode_candidates(candidates, vocabulary, lengths.target)
-    examples = None
+    checks.required(CHECKPOINT_PATH=reader.checkpoint_path, PASSAGES_DIR=corpus.passages_dir)
+    lengths = checks.lengths_for(reader.model.config, task_feature_lengths)
+    checks.vocabulary_fits(reader.model, reader.vocabulary)
+    mesh = make_mesh(reader.mesh)
+    checks.batch_size("BATCH_SIZE", batch_size, mesh)
+    checks.passages_divide(lengths, mesh)
+    if reader.candidates is not None:
+        encode_candidates(reader.candidates, reader.vocabulary, lengths.target)
+    examples: list[Example] | None = None
     if questions is not None:
         checks.required(INFER_OUTPUT_DIR=output_dir)
         examples = _read_questions(checks.existing_file("QUESTIONS", questions))
     else:
-        batch_size = partitioning.parts(devices.shape, axes.BATCH)  # one question at a time
+        batch_size = partitioning.parts(mesh.shape, axes.BATCH)  # one question at a time
+    passages = checks.open_passages(corpus.passages_dir, questions, reader.vocabulary)
+    if examples is not None and passages is not None:
+        passages.rows([p["id"] for example in examples for p in example.get("retrieved", ())])
     predictor = Predictor.load(
-        checkpoint_path,
+        reader.checkpoint_path,
         lengths,
-        model=model,
-        passages_dir=passages_dir,
-        memory_dir=memory_dir,
-        vocabulary=vocabulary,
-        mesh=mesh,
-        memory_bytes_per_device=memory_bytes_per_device,
-        unknown_passages=unknown_passages,
+        model=reader.model,
+        passages_dir=passages,
+        memory_dir=corpus.memory_dir,
+        vocabulary=reader.vocabulary,
+        mesh=reader.mesh,
+        memory_bytes_per_device=corpus.memory_bytes_per_device,
+        unknown_passages=corpus.unknown_passages,
         bm25=bm25,
         batch_sizes=(batch_size,),
-        seed=seed,
+        seed=reader.seed,
     )
-    if examples is not None:
-        # Before the first answer, not after an hour of them.
-        assert predictor.passages is not None
-        corpus_check.check(str(questions), predictor.passages)
-        predictor.passages.rows([p["id"] for one in examples for p in one.get("retrieved", ())])
-        encoded = (vocabulary.encode(question_text(one["input"])) for one in examples)
-        cut = sum(len(tokens) > lengths.question for tokens in encoded)
-        if cut:
-            print(f"{cut} questions are longer than {lengths.question} tokens and are cut.")
-        answers = predictor.answers(examples, candidates)
-        if jax.process_index():
-            deque(answers, maxlen=0)  # of a job, one process writes what all compute
-            return
-        path = os.path.join(str(output_dir), f"predictions-{Path(str(questions)).stem}.jsonl")
-        count = write_json_lines(path, answers)
-        print(f"Wrote {count} answers to {path}.")
-        if predictor.masked:
-            print(f"{predictor.masked} of their passages are not in the memory, and were left out.")
+    if examples is None:
+        for question in _typed(sys.stdin):
+            _show(predictor.answer([{"id": "typed", "input": question}], reader.candidates)[0])
         return
-    for question in _typed(sys.stdin):
-        _show(predictor.answer([{"id": "typed", "input": question}], candidates)[0])
+    answers = predictor.answers(examples, reader.candidates)
+    if jax.process_index():
+        deque(answers, maxlen=0)  # all processes compute, one writes
+        return
+    path = os.path.join(str(output_dir), f"predictions-{Path(str(questions)).stem}.jsonl")
+    count = write_json_lines(path, answers)
+    print(f"Wrote {count} answers to {path}.")
+    if predictor.truncated:
+        print(
+            f"{predictor.truncated} questions are longer than {lengths.question} tokens and were cut."
+        )
+    if predictor.masked:
+        print(f"{predictor.masked} passages are missing from the memory and were left out.")
 
 
 def _read_questions(path: Path) -> list[Example]:
@@ -127,10 +108,10 @@ def _read_questions(path: Path) -> list[Example]:
         if problem := check_example(line):
             raise ValueError(f"{path}:{number}: {problem}.")
         if line["id"] in examples:
-            raise ValueError(f"{path}:{number}: the id {line['id']!r} was given before. Keep one.")
+            raise ValueError(f"{path}:{number}: the id {line['id']!r} is a duplicate. Keep one.")
         examples[line["id"]] = line
     if not examples:
-        raise ValueError(f"QUESTIONS: {path} holds no question.")
+        raise ValueError(f"QUESTIONS: {path} has no questions.")
     return list(examples.values())
 
 
@@ -146,7 +127,8 @@ def _typed(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _show(record: Example) -> None:
-    print(f"{record['output'][0]['answer']}    (log probability {record['score']:.2f})")
-    for one in record["passages"]:
-        print(f"  {'read' if one['kept'] else '    '}  {one['score']:8.3f}  {one['title']}")
+    print(f"{record['output'][0]['answer']}    (log-likelihood {record['score']:.2f})")
+    for passage in record["passages"]:
+        read = "read" if passage["kept"] else "    "
+        print(f"  {read}  {passage['score']:8.3f}  {passage['title']}")
     sys.stdout.flush()

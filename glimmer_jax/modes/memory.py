@@ -1,179 +1,205 @@
-"""Mode `memory`: what to know of a memory store, and what to do with it, by `--action`."""
+"""Mode `memory`: plans, inspects, verifies and edits memory stores; one function per `--action`."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from glimmer_jax.corpus.passages import Passages
-from glimmer_jax.memory import edit, estimate
-from glimmer_jax.memory.encoding import Recipe
+from glimmer_jax.memory import edit, estimate, maintain, versions
+from glimmer_jax.memory.build import BuildConfig
 from glimmer_jax.memory.fingerprint import passages_fingerprint
-from glimmer_jax.memory.maintain import find, inspect, verify
 from glimmer_jax.memory.manifest import Layout
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
-from glimmer_jax.modes.recipe import make_recipe
-from glimmer_jax.partitioning import MeshConfig
+from glimmer_jax.modes.recipe import make_recipe, open_corpus
+from glimmer_jax.modes.settings import EncoderConfig
+from glimmer_jax.storage import folder
 from glimmer_jax.vocabulary import Vocabulary
 
-ACTIONS = ("plan", "inspect", "verify", "repair", "append", "withdraw", "merge")
+LAYOUT = Layout(shard_passages=1024, chunk_tokens=64)
 
 
-def memory(
-    action: str,
-    memory_dir: str | None = None,
-    model: GlimmerModel | None = None,
-    checkpoint_path: str | None = None,
+def memory(action: str, actions: Mapping[str, Callable[[], Any]]) -> None:
+    """Runs one action and prints its result as JSON.
+
+    Args:
+      action: a key of `actions`.
+      actions: the functions below, by name, with their settings bound.
+
+    Raises:
+      ValueError: an unknown action, or from the action itself.
+    """
+    if action not in actions:
+        raise ValueError(f"ACTION must be one of {', '.join(actions)}; got {action!r}.")
+    print(json.dumps(actions[action](), indent=1))
+
+
+def plan(
+    model: GlimmerModel | None,
     passages_dir: str | None = None,
     num_passages: int | None = None,
     passage_tokens: float = 200.0,
-    max_length: int = 304,
-    batch_size: int = 32,
-    layout: Layout = Layout(shard_passages=1024, chunk_tokens=64),
+    layout: Layout = LAYOUT,
     device_tflops: float = 100.0,
-    passage: int | str | None = None,
-    version: int | None = None,
-    verify_shards: int | None = None,
-    replace: bool = False,
-    accept_other_program: bool = False,
-    ids: Sequence[int] = (),
-    parts: Sequence[str] = (),
-    mesh: MeshConfig = MeshConfig(),
     vocabulary: Vocabulary = Vocabulary(),
-) -> None:
-    """Does one thing with the store at `memory_dir` and prints what came of it.
+) -> Any:
+    """Size and cost of a memory that does not exist yet.
 
     Args:
-      action: plan (cost of a memory that is not there yet), inspect, verify (checksums), repair
-        (rebuild damaged shards), append (passages that the store lacks), withdraw (passages by id),
-        merge (`parts` into `memory_dir`).
-      memory_dir: a folder or a TensorStore URL.
-      model: for plan, repair and append.
-      checkpoint_path: for repair and append; the one that the memory was made with.
-      passages_dir: for repair and append; for plan instead of `num_passages`.
-      num_passages: for plan.
-      passage_tokens: for plan with `num_passages`; of a passage on average.
-      max_length: P; for repair and append, that of the store.
-      batch_size: passages a device encodes at once; for repair, that of the store.
-      layout: of new shards.
-      device_tflops: for plan; what a device sustains.
-      passage: for inspect; an id or a title to look for.
-      version: for inspect and verify; an earlier version of the store.
-      verify_shards: for verify; read as many shards, evenly spaced, not all.
-      replace: for append; take passages whose text has changed, or that were withdrawn.
-      accept_other_program: for append; add what another program than the store's own computes.
-      ids: for withdraw.
-      parts: for merge; stores.
-      mesh: devices.
-      vocabulary: that of the model.
+      model: with a memory encoder.
+      passages_dir: a corpus; or
+      num_passages: number of passages, with `passage_tokens` tokens each on average.
+      passage_tokens: see above.
+      layout: of the shards.
+      device_tflops: sustained rate of a device.
+      vocabulary: of the corpus.
 
     Raises:
-      ValueError: an unknown action, settings that it lacks, files that do not fit together, or
-        damage found by verify.
+      ValueError: there is no model, or no number of passages.
     """
-    if action not in ACTIONS:
-        raise ValueError(f"ACTION must be one of {', '.join(ACTIONS)}; got {action!r}.")
-    if action in ("plan", "repair", "append") and model is None:
+    model = _model("plan", model)
+    count, tokens = num_passages or 0, passage_tokens
+    if passages_dir is not None:
+        corpus = Passages.open(passages_dir, vocabulary.fingerprint)
+        count, tokens = len(corpus), corpus.manifest["num_tokens"] / len(corpus)
+    return estimate.plan(
+        model.config, passages=count, tokens=tokens, layout=layout, device_tflops=device_tflops
+    )
+
+
+def inspect(
+    memory_dir: str | None, passage: int | str | None = None, version: int | None = None
+) -> Any:
+    """What the store holds, or where it holds a passage, given by id or title.
+
+    Raises:
+      ValueError: there is no such store, version or passage.
+    """
+    checks.required(MEMORY_DIR=memory_dir)
+    store = MemoryStore.open(str(memory_dir), version=version)
+    return maintain.inspect(store) if passage is None else maintain.find(store, passage)
+
+
+def verify(
+    memory_dir: str | None, version: int | None = None, verify_shards: int | None = None
+) -> Any:
+    """Compares the store's files with their checksums.
+
+    Args:
+      memory_dir: a folder or a TensorStore URL.
+      version: None for the newest.
+      verify_shards: number of evenly spaced shards to read; None for all.
+
+    Raises:
+      ValueError: a file is missing or damaged.
+    """
+    checks.required(MEMORY_DIR=memory_dir)
+    if problems := maintain.verify(str(memory_dir), verify_shards, version):
+        raise ValueError(
+            f"{memory_dir} is damaged: {'; '.join(problems)}. Repair it with --action=repair."
+        )
+    manifest = versions.read_manifest(folder.open_folder(str(memory_dir)), version)
+    shards = len(manifest.shards)
+    return {
+        "verified": str(memory_dir),
+        "version": manifest.version,
+        "shards": shards,
+        "shards_read": shards if verify_shards is None else min(verify_shards, shards),
+    }
+
+
+def repair(encoder: EncoderConfig, memory_dir: str | None) -> Any:
+    """Rebuilds damaged shards with the checkpoint that the memory was built from.
+
+    Raises:
+      ValueError: a setting is missing, or checkpoint and passages are not those of the store.
+    """
+    checks.required(MEMORY_DIR=memory_dir)
+    _model("repair", encoder.model)
+    corpus = open_corpus(encoder)
+    recipe, _ = make_recipe(encoder)
+    fingerprint = passages_fingerprint(corpus.manifest)
+    path = str(memory_dir)
+    return {"rebuilt": maintain.repair(recipe, corpus, path, passages_fingerprint=fingerprint)}
+
+
+def append(
+    encoder: EncoderConfig,
+    memory_dir: str | None,
+    layout: Layout = LAYOUT,
+    replace: bool = False,
+    accept_other_program: bool = False,
+) -> Any:
+    """Adds the passages that the store lacks.
+
+    Args:
+      encoder: the checkpoint that the memory was built from, and all passages.
+      memory_dir: a folder or a TensorStore URL.
+      layout: of the new shards.
+      replace: also replace passages whose text has changed, and restore withdrawn ones.
+      accept_other_program: append although another program (rows, backend) built the store.
+
+    Raises:
+      ValueError: a setting is missing, or the checkpoint is not the store's.
+    """
+    checks.required(MEMORY_DIR=memory_dir)
+    _model("append", encoder.model)
+    corpus = open_corpus(encoder)
+    recipe, _ = make_recipe(encoder)
+    edit.append(
+        recipe,
+        corpus,
+        str(memory_dir),
+        passages_fingerprint=passages_fingerprint(corpus.manifest),
+        config=BuildConfig(layout, accept_other_program),
+        replace=replace,
+    )
+    return inspect(memory_dir)
+
+
+def withdraw(memory_dir: str | None, ids: Sequence[int]) -> Any:
+    """Removes passages by id.
+
+    Raises:
+      ValueError: IDS is no list of ids, or the store lacks one.
+    """
+    checks.required(MEMORY_DIR=memory_dir)
+    listed = _checked_list("IDS", ids, int)
+    checks.required(IDS=listed or None)
+    if not 0 <= min(listed) <= max(listed) < 2**63:
+        raise ValueError(
+            f"IDS are passage ids, from 0 to 2**63 - 1; got {min(listed)} to {max(listed)}."
+        )
+    edit.withdraw(str(memory_dir), listed)
+    return inspect(memory_dir)
+
+
+def merge(memory_dir: str | None, parts: Sequence[str]) -> Any:
+    """Merges the stores `parts` into a new store at `memory_dir`.
+
+    Raises:
+      ValueError: PARTS is no list of stores, or they do not belong together.
+    """
+    checks.required(MEMORY_DIR=memory_dir)
+    edit.merge(_checked_list("PARTS", parts, str), str(memory_dir))
+    return inspect(memory_dir)
+
+
+def _model(action: str, model: GlimmerModel | None) -> GlimmerModel:
+    if model is None:
         raise ValueError(
             f"--action={action} needs a model: give gin/runs/memory.gin first, then a size "
             "(gin/sizes) and the model (gin/models)."
         )
-    if action != "plan":
-        checks.required(MEMORY_DIR=memory_dir)
-
-    def recipe() -> tuple[Recipe, Passages]:
-        checks.required(CHECKPOINT_PATH=checkpoint_path, PASSAGES_DIR=passages_dir)
-        assert model is not None
-        corpus = Passages.open(str(passages_dir), vocabulary.fingerprint)
-        corpus.verify()
-        made, _ = make_recipe(
-            model, str(checkpoint_path), vocabulary.fingerprint, mesh, max_length, batch_size
-        )
-        return made, corpus
-
-    def plan_memory() -> Any:
-        count, tokens = num_passages or 0, passage_tokens
-        if passages_dir is not None:
-            corpus = Passages.open(passages_dir, vocabulary.fingerprint)
-            count, tokens = len(corpus), corpus.manifest["num_tokens"] / len(corpus)
-        assert model is not None
-        return estimate.plan(
-            model.config,
-            passages=count,
-            tokens=tokens,
-            layout=layout,
-            device_tflops=device_tflops,
-        )
-
-    def inspect_memory() -> Any:
-        store = MemoryStore.open(str(memory_dir), version=version)
-        return inspect(store) if passage is None else find(store, passage)
-
-    def verify_memory() -> Any:
-        store = MemoryStore.open(str(memory_dir), version=version)
-        if problems := verify(store, verify_shards):
-            raise ValueError(
-                f"{memory_dir} is damaged: {'; '.join(problems)}. Repair it with --action=repair."
-            )
-        found = store.manifest
-        shards = len(found.shards)
-        read = shards if verify_shards is None else min(verify_shards, shards)
-        return {
-            "verified": str(memory_dir),
-            "version": found.version,
-            "shards": shards,
-            "shards_read": read,
-        }
-
-    def repair_memory() -> Any:
-        made, corpus = recipe()
-        fingerprint = passages_fingerprint(corpus.manifest)
-        path = str(memory_dir)
-        return {"rebuilt": edit.repair(made, corpus, path, passages_fingerprint=fingerprint)}
-
-    def append_passages() -> Any:
-        made, corpus = recipe()
-        edit.append(
-            made,
-            corpus,
-            str(memory_dir),
-            passages_fingerprint=passages_fingerprint(corpus.manifest),
-            layout=layout,
-            replace=replace,
-            accept_other_program=accept_other_program,
-        )
-        return inspect(MemoryStore.open(str(memory_dir)))
-
-    def withdraw_passages() -> Any:
-        wanted = _several("IDS", ids, int)
-        checks.required(IDS=wanted or None)
-        if not 0 <= min(wanted) <= max(wanted) < 2**63:
-            raise ValueError(
-                f"IDS are passage ids, from 0 to 2**63 - 1; got {min(wanted)} to {max(wanted)}."
-            )
-        edit.withdraw(str(memory_dir), wanted)
-        return inspect(MemoryStore.open(str(memory_dir)))
-
-    def merge_stores() -> Any:
-        edit.merge(_several("PARTS", parts, str), str(memory_dir))
-        return inspect(MemoryStore.open(str(memory_dir)))
-
-    run: dict[str, Callable[[], Any]] = {
-        "plan": plan_memory,
-        "inspect": inspect_memory,
-        "verify": verify_memory,
-        "repair": repair_memory,
-        "append": append_passages,
-        "withdraw": withdraw_passages,
-        "merge": merge_stores,
-    }
-    print(json.dumps(run[action](), indent=1))
+    return model
 
 
-def _several(name: str, values: Any, kind: type) -> list[Any]:
-    """A list from the command line; raises ValueError for what is none."""
+def _checked_list(name: str, values: Any, kind: type) -> list[Any]:
+    """A list from the command line; raises ValueError for another value."""
     if isinstance(values, str | int) or not all(isinstance(value, kind) for value in values):
-        example = [0, 1] if kind is int else ["one", "another"]
-        raise ValueError(f"{name} is a list, for example --gin.{name}={example!r}; got {values!r}.")
+        example = [0, 1] if kind is int else ["runs/a", "runs/b"]
+        raise ValueError(
+            f"{name} must be a list, such as --gin.{name}={example!r}; got {values!r}."
+        )
     return list(values)

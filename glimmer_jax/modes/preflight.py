@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from glimmer_jax.axes import Lengths, check_lengths
 from glimmer_jax.modes import checks
+from glimmer_jax.modes.settings import flatten
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.preflight import chips, programs
 from glimmer_jax.preflight.compiling import Compiled, after_lookup, compile_program, flops_of
@@ -54,6 +55,7 @@ def preflight(
         raise ValueError("--run_mode=preflight needs --topology, such as v5p:4x4x4 or v6e:16x16.")
     if json_path is not None and not Path(json_path).absolute().parent.is_dir():
         raise ValueError(f"--json={json_path}: its folder does not exist. Create it first.")
+    settings = flatten(settings)
     slices = 1 if job == "build_memory" else max(settings["mesh"].slice, 1)
     place = chips.parse_topology(topology, slices)
     devices = chips.devices(place)

@@ -1,57 +1,46 @@
-"""The encode step of a checkpoint, as the memory jobs want it."""
+"""The encode step of a checkpoint, for the modes that build memory."""
 
 import jax
 
+from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.memory import codec_error, encoding
-from glimmer_jax.memory.encoding import Recipe
+from glimmer_jax.memory.encoding import MemoryEncoder
 from glimmer_jax.memory.fingerprint import encoder_fingerprint
-from glimmer_jax.memory.manifest import Identity, Program
+from glimmer_jax.memory.manifest import EncodeProgram, Identity
 from glimmer_jax.models.model import GlimmerModel
-from glimmer_jax.modes import checks
-from glimmer_jax.partitioning import MeshConfig, make_mesh
+from glimmer_jax.modes.settings import EncoderConfig
+from glimmer_jax.partitioning import make_mesh
 from glimmer_jax.weights import parameters
 
 
-def make_recipe(
-    model: GlimmerModel,
-    checkpoint_path: str,
-    vocabulary_fingerprint: str,
-    mesh: MeshConfig,
-    max_length: int,
-    batch_size: int,
-) -> tuple[Recipe, encoding.States]:
-    """How `model` with a checkpoint's parameters makes memory, and its float32 reference.
-
-    Args:
-      model: with a memory encoder (LUMEN or GLIMMER).
-      checkpoint_path: a run's folder, a step's, or a `.safetensors` file.
-      vocabulary_fingerprint: of the model's vocabulary.
-      mesh: devices of this process.
-      max_length: P, tokens of a passage.
-      batch_size: passages a device encodes at once.
+def make_recipe(config: EncoderConfig) -> tuple[MemoryEncoder, encoding.States]:
+    """The encode step of a checkpoint, and its float32 reference.
 
     Raises:
-      ValueError: no checkpoint is given or it does not fit, or the model has no memory.
+      ValueError: a setting is missing, the checkpoint does not fit, or the model has no memory.
     """
-    checks.required(CHECKPOINT_PATH=checkpoint_path)
+    config.check_given()
+    model = config.model
+    assert model is not None
     check_model(model)
-    # Each process encodes passages of its own, on its own devices.
-    devices = make_mesh(mesh, jax.local_devices())
-    host_params = parameters.load(checkpoint_path, model, vocabulary_fingerprint)
+    # Each process encodes its own passages on its own devices.
+    devices = make_mesh(config.mesh, jax.local_devices())
+    vocabulary_fingerprint = config.vocabulary.fingerprint
+    host_params = parameters.load(config.checkpoint_path, model, vocabulary_fingerprint)
     params = parameters.place(host_params, model, devices)
     t5, codec = model.config.t5, model.config.memory_codec
-    recipe = Recipe(
+    recipe = MemoryEncoder(
         encoding.bind_encoder(model.memory_states, params, devices, codec),
         Identity(
             encoder_fingerprint=encoder_fingerprint(host_params, model.config),
             vocabulary_fingerprint=vocabulary_fingerprint,
             codec=codec,
             emb_dim=t5.emb_dim,
-            max_length=max_length,
+            max_length=config.max_length,
         ),
-        Program(
-            rows=batch_size,
-            buckets=encoding.default_buckets(max_length),
+        EncodeProgram(
+            rows=config.batch_size,
+            buckets=encoding.default_buckets(config.max_length),
             dtype=t5.dtype,
             matmul_dtype=t5.matmul_dtype,
             backend=jax.default_backend() + ("+cudnn" if t5.attention == "cudnn" else ""),
@@ -67,6 +56,20 @@ def check_model(model: GlimmerModel) -> None:
     """Raises ValueError for a model without memory."""
     if not model.config.memory_layers:
         raise ValueError(
-            "This model has memory_layers=0 (FiD): there is nothing to compute ahead of time. Build "
-            "memory with gin/models/lumen.gin or gin/models/glimmer.gin."
+            "MODEL has memory_layers=0 (FiD), so there is nothing to compute ahead of time. Use "
+            "gin/models/lumen.gin or gin/models/glimmer.gin."
         )
+
+
+def open_corpus(config: EncoderConfig) -> Passages:
+    """The passages to encode, with every checksum verified.
+
+    A memory of changed tokens could not be told from the right one later.
+
+    Raises:
+      ValueError: PASSAGES_DIR is missing, damaged, or has another vocabulary.
+    """
+    config.check_given()
+    corpus = Passages.open(str(config.passages_dir), config.vocabulary.fingerprint)
+    corpus.verify()
+    return corpus

@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from glimmer_jax.axes import Lengths
 from glimmer_jax.corpus.passages import Passages
@@ -17,8 +18,8 @@ from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.models.mimetic_init import mimetic_init
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
+from glimmer_jax.modes.settings import CorpusConfig, DatasetConfig
 from glimmer_jax.partitioning import MeshConfig, check_divisible, make_mesh, own_rows
-from glimmer_jax.retrieval import corpus_check
 from glimmer_jax.serving.step import Predict
 from glimmer_jax.storage import folder
 from glimmer_jax.training import loop
@@ -34,225 +35,226 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """What is evaluated while training, every `TrainConfig.eval_every` steps."""
+    """The dev set, evaluated every `TrainConfig.eval_every` steps."""
 
     split: str = "validation"
     num_examples: int | None = 256  # of each task; None for all
     batch_size: int | None = None  # None: that of training
 
 
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """The parameters that a new run starts from."""
+
+    checkpoint_path: str | None = None  # of any cut of the same sizes; None for random parameters
+    mimetic: bool = False  # random parameters are those of `models.mimetic_init`, not T5's
+
+
 def train(
     model: GlimmerModel,
     model_dir: str,
-    mixture_or_task_name: str,
-    task_feature_lengths: Mapping[str, Any],
-    batch_size: int,
+    dataset: DatasetConfig,
+    corpus: CorpusConfig,
     loop_config: loop.TrainConfig,
     optimizer: OptimizerConfig,
-    passages_dir: str | None = None,
-    mixture_or_task_module: str | None = None,
-    data_dir: str | None = None,
-    initial_checkpoint_path: str | None = None,
-    memory_dir: str | None = None,
+    init: InitConfig = InitConfig(),
+    evaluation: EvalConfig = EvalConfig(),
     mesh: MeshConfig = MeshConfig(),
     vocabulary: Vocabulary = Vocabulary(),
-    split: str = "train",
-    evaluation: EvalConfig = EvalConfig(),
-    use_cached_tasks: bool = False,
-    min_bleu_score: float | None = None,
-    matching: bool = False,
     operative_config: Callable[[], str] = str,
 ) -> None:
-    """Trains until `loop_config.total_steps`; started again, goes on where it was.
+    """Trains until `loop_config.total_steps`; rerunning resumes from the newest checkpoint.
 
     Args:
       model: FiD, LUMEN or GLIMMER.
       model_dir: folder of the run: checkpoints, metrics, the operative gin config.
-      mixture_or_task_name: registered with seqio.
-      task_feature_lengths: `{"inputs": Q, "targets": T, "passages": (K, P)}`.
-      batch_size: questions a step over all devices.
+      dataset: the training examples.
+      corpus: passages for tasks with `passage_ids`. With a memory, the memory encoder must be frozen
+        and the memory built from the initial checkpoint.
       loop_config: steps and intervals.
-      optimizer: what trains, and how fast.
-      passages_dir: passages folder for tasks with `passage_ids`.
-      mixture_or_task_module: imported first; registers the tasks.
-      data_dir: folder of retrieved files for tasks that read them.
-      initial_checkpoint_path: parameters to start from, of any cut of the same sizes.
-      memory_dir: read passages as memory; the memory encoder must be frozen, and the store made
-        with the initial checkpoint.
+      optimizer: the optimizer and its schedule.
+      init: where a new run starts.
+      evaluation: the dev set.
       mesh: devices.
       vocabulary: of tasks and passages.
-      split: the seqio split to train on.
-      evaluation: the dev set.
-      use_cached_tasks: read seqio's caches.
-      min_bleu_score: training answers found again in the knowledge source less than this are left out
-        (KILT's `bleu_score`); None for the tasks' own. A cache was filtered when it was made.
-      matching: fresh parameters are those of `models.matching` instead of T5's.
-      operative_config: text of the configuration in force, saved beside the checkpoints.
+      operative_config: returns the text of the configuration in force, saved with the checkpoints.
 
     Raises:
       ValueError: settings, files or lengths that do not fit together.
     """
-    checks.required(MODEL_DIR=model_dir, MIXTURE_OR_TASK_NAME=mixture_or_task_name)
-    lengths = checks.lengths_for(model.config, task_feature_lengths)
+    # Settings, without reading anything.
+    checks.required(MODEL_DIR=model_dir, MIXTURE_OR_TASK_NAME=dataset.mixture_or_task_name)
+    lengths = checks.lengths_for(model.config, dataset.task_feature_lengths)
     checks.vocabulary_fits(model, vocabulary)
     devices = make_mesh(mesh)
-    checks.batch_size("BATCH_SIZE", batch_size, devices, loop_config.num_microbatches)
-    eval_batch = evaluation.batch_size or batch_size
+    eval_batch = evaluation.batch_size or dataset.batch_size
+    checks.batch_size("BATCH_SIZE", dataset.batch_size, devices, loop_config.num_microbatches)
     checks.batch_size("BATCH_SIZE (of evaluation)", eval_batch, devices)
     shapes, names = model.abstract_variables()
     check_divisible(shapes, names, devices)
     checks.passages_divide(lengths, devices)
-    if memory_dir is not None and not (model.config.freeze_memory and initial_checkpoint_path):
-        raise ValueError(
-            "Training from MEMORY_DIR needs a frozen memory encoder (FREEZE_MEMORY = True) and the "
-            "INITIAL_CHECKPOINT_PATH that the memory was made with."
-        )
-    if model.config.has_codebooks and initial_checkpoint_path is None:
-        raise ValueError(
-            f"MEMORY_CODEC={model.config.memory_codec!r} rounds memory by codebooks, which are learnt "
-            "from a trained encoder. Learn them with --run_mode=codebooks, and give the file that it "
-            "writes as INITIAL_CHECKPOINT_PATH."
-        )
-    if memory_dir is not None and model.config.train_codebooks:
-        raise ValueError(
-            "Stored memory keeps the codes of the codebooks that it was built with: set "
-            "TRAIN_CODEBOOKS = False to train from MEMORY_DIR, or train from passages."
-        )
-    passages = None
-    if passages_dir is not None:
-        passages = Passages.open(passages_dir, vocabulary.fingerprint)
+    _check_memory(model, corpus, init)
+    if init.checkpoint_path is not None and _is_new(model_dir):
+        checks.existing_checkpoint("INITIAL_CHECKPOINT_PATH", init.checkpoint_path)
+
+    # Task, passages and examples. seqio and tensorflow take seconds to import.
+    from glimmer_jax.data import pipeline
+
+    dataset.register(vocabulary)
+    passages = checks.open_passages(corpus.passages_dir, dataset.data_dir, vocabulary)
+    fingerprint = None
+    if passages is not None:
         passages.warn_of_cuts(lengths.passage)
-        if data_dir is not None:
-            corpus_check.check(data_dir, passages)
-    corpus = None if passages is None else passages_fingerprint(passages.manifest)
-    if memory_dir is not None:
+        fingerprint = passages_fingerprint(passages.manifest)
+    if corpus.memory_dir is not None:
         passages = None
-    initial = None
-    if initial_checkpoint_path is not None:
-        # Read when it is needed: a run that goes on has its own.
-        initial = functools.partial(
-            parameters.load, initial_checkpoint_path, model, vocabulary.fingerprint
-        )
+    has_passages = passages is not None or corpus.memory_dir is not None
+    dataset.check_fit(vocabulary, has_passages)
+    if loop_config.eval_every:
+        dataset.check_fit(vocabulary, has_passages, evaluation.split, evaluation.num_examples)
+    dev = None
+    if loop_config.eval_every:
+        dev = _open_dev(dataset, evaluation, passages, model_dir)
+    if loop_config.best_metric is not None:
+        probe = _open_dev(dataset, dataclasses.replace(evaluation, num_examples=1), passages=None)
+        check_best_metric(loop_config.best_metric, probe, lengths, model.config.num_kept)
+
+    # The run: its own newest checkpoint, the initial checkpoint, or random parameters.
     config_text = operative_config()
-    # seqio and tensorflow take seconds to import: not before the checks above.
-    from glimmer_jax.data import pipeline, retrieved_tasks
-    from glimmer_jax.data.evaluation import Evaluation
-    from glimmer_jax.metrics import qa
-
-    retrieved_tasks.configure(data_dir, min_bleu_score, vocabulary)
-    pipeline.import_tasks(mixture_or_task_module)
-    looked_at: list[tuple[str, int | None]] = [(split, 1000)]
-    if loop_config.eval_every:
-        looked_at.append((evaluation.split, evaluation.num_examples))
-    for one, first in looked_at:
-        counts = pipeline.check_fit(
-            mixture_or_task_name,
-            one,
-            task_feature_lengths,
-            vocabulary=vocabulary,
-            has_passages=passages is not None or memory_dir is not None,
-            use_cached=use_cached_tasks,
-            examples=first,
-        )
-        print(f"First examples ({one}): " + ", ".join(f"{name} {n}" for name, n in counts.items()))
-
-    dev: Evaluation | None = None
-    if loop_config.eval_every:
-        dev = Evaluation(
-            mixture_or_task_name,
-            evaluation.split,
-            task_feature_lengths,
-            eval_batch,
-            passages=passages,
-            num_examples=evaluation.num_examples,
-            use_cached=use_cached_tasks,
-            # seqio's logger renames files, which only one process may do.
-            log_dir=os.path.join(folder.local_path(model_dir), "dev")
-            if jax.process_index() == 0
-            else None,
-        )
-        if loop_config.best_metric is not None:
-            probe = Evaluation(
-                mixture_or_task_name,
-                evaluation.split,
-                task_feature_lengths,
-                eval_batch,
-                num_examples=1,
-                use_cached=use_cached_tasks,
-            )
-            check_best_metric(loop_config.best_metric, probe, lengths, model.config.num_kept)
-
     metadata = {
         **describe(model.config, vocabulary.fingerprint),
-        "mixture_or_task_name": mixture_or_task_name,
-        "split": split,
-        "task_feature_lengths": dict(task_feature_lengths),
-        "batch_size": batch_size,
-        "min_bleu_score": min_bleu_score,
-        "use_cached_tasks": use_cached_tasks,
-        "initial_checkpoint_path": initial_checkpoint_path,
+        "mixture_or_task_name": dataset.mixture_or_task_name,
+        "split": dataset.split,
+        "task_feature_lengths": dict(dataset.task_feature_lengths),
+        "batch_size": dataset.batch_size,
+        "min_bleu_score": dataset.min_bleu_score,
+        "use_cached_tasks": dataset.use_cached_tasks,
+        "initial_checkpoint_path": init.checkpoint_path,
         "schedule_end": optimizer.schedule_end(),
         "operative_config": config_text,
     }
+    load_initial = None
+    if init.checkpoint_path is not None:
+        load_initial = functools.partial(
+            parameters.load, init.checkpoint_path, model, vocabulary.fingerprint
+        )
     trained = make_optimizer(optimizer, names, model.frozen(shapes))
     with loop.Run(loop_config, model, trained, devices, model_dir, metadata) as run:
         state = run.restore(
-            lambda: fresh_params(model, lengths, loop_config.seed, matching), initial
+            lambda: fresh_params(model, lengths, loop_config.seed, init.mimetic), load_initial
         )
         lookup: DiskLookup | None = None
-        if memory_dir is not None:
-            fingerprint = encoder_fingerprint(state.params, model.config)
-            store = MemoryStore.open(memory_dir, fingerprint, vocabulary.fingerprint)
-            if corpus is not None:
-                store.check_passages(corpus)
+        if corpus.memory_dir is not None:
+            encoder = encoder_fingerprint(state.params, model.config)
+            store = MemoryStore.open(
+                corpus.memory_dir,
+                encoder,
+                vocabulary.fingerprint,
+                codec=model.config.memory_codec,
+            )
+            if fingerprint is not None:
+                store.check_passages(fingerprint)
             lookup = DiskLookup(store, lengths.passage)
         _save_config(model_dir, config_text)
         batches = pipeline.batches(
-            mixture_or_task_name,
-            split,
-            task_feature_lengths,
-            batch_size,
+            dataset.mixture_or_task_name,
+            dataset.split,
+            dataset.task_feature_lengths,
+            dataset.batch_size,
             seed=loop_config.seed,
             start_step=int(state.step),
             passages=passages,
-            use_cached=use_cached_tasks,
-            own_rows=own_rows(devices, batch_size),
+            use_cached=dataset.use_cached_tasks,
+            own_rows=own_rows(devices, dataset.batch_size),
         )
         if lookup is not None:
             batches = lookup.prefetch(batches)
-        predict = Predict(model, devices, lookup)
-
-        def evaluate(state: TrainState, poll: Callable[[], None]) -> dict[str, float]:
-            assert dev is not None
-
-            def answer(batch: dict[str, Any]) -> Any:
-                poll()
-                return predict(state.params, batch)
-
-            step = int(state.step)
-            return qa.with_mean(dev.run(answer, step=step, prefetch=predict.prefetch))
-
+        evaluate = None if dev is None else _dev_metrics(dev, Predict(model, devices, lookup))
         run.train(state, batches, evaluate)
 
 
-def fresh_params(model: GlimmerModel, lengths: Lengths, seed: int, matching: bool = False) -> Any:
-    """Random parameters; traceable."""
+def _is_new(model_dir: str) -> bool:
+    """Whether the run has no checkpoint of its own."""
+    checkpoints = epath.Path(folder.local_path(model_dir)) / "checkpoints"
+    return not checkpoints.exists() or not any(checkpoints.iterdir())
+
+
+def _check_memory(model: GlimmerModel, corpus: CorpusConfig, init: InitConfig) -> None:
+    """Raises ValueError for codebooks without a checkpoint, or a memory that training would change."""
+    config = model.config
+    if corpus.memory_dir is not None and not (config.freeze_memory and init.checkpoint_path):
+        raise ValueError(
+            "MEMORY_DIR: training from memory needs a frozen memory encoder (FREEZE_MEMORY = True) "
+            "and the INITIAL_CHECKPOINT_PATH that the memory was built from."
+        )
+    if config.has_codebooks and init.checkpoint_path is None:
+        raise ValueError(
+            f"MEMORY_CODEC={config.memory_codec!r} needs codebooks, which are learned from a trained "
+            "encoder. Run --run_mode=codebooks and give its file as INITIAL_CHECKPOINT_PATH."
+        )
+    if corpus.memory_dir is not None and config.train_codebooks:
+        raise ValueError(
+            "TRAIN_CODEBOOKS: a stored memory keeps the codebooks that it was built with. Set "
+            "TRAIN_CODEBOOKS = False to train from MEMORY_DIR, or train from passages."
+        )
+
+
+def _open_dev(
+    dataset: DatasetConfig,
+    evaluation: EvalConfig,
+    passages: Passages | None,
+    model_dir: str | None = None,
+) -> "Evaluation":
+    """The dev set; logs predictions and metrics below `model_dir`, if given."""
+    from glimmer_jax.data.evaluation import Evaluation
+
+    # seqio's logger renames files, which only one process may do.
+    logs = model_dir is not None and jax.process_index() == 0
+    return Evaluation(
+        dataset.mixture_or_task_name,
+        evaluation.split,
+        dataset.task_feature_lengths,
+        evaluation.batch_size or dataset.batch_size,
+        passages=passages,
+        num_examples=evaluation.num_examples,
+        use_cached=dataset.use_cached_tasks,
+        log_dir=os.path.join(folder.local_path(str(model_dir)), "dev") if logs else None,
+    )
+
+
+def _dev_metrics(dev: "Evaluation", predict: Predict) -> loop.Evaluate:
+    """`loop.Evaluate` over the dev set."""
+    from glimmer_jax.metrics import qa
+
+    def evaluate(state: TrainState, poll: Callable[[], None]) -> dict[str, float]:
+        def answer(batch: dict[str, Any]) -> Any:
+            poll()
+            return predict(state.params, batch)
+
+        step = int(state.step)
+        return qa.with_mean(dev.run(answer, step=step, prefetch=predict.prefetch))
+
+    return evaluate
+
+
+def fresh_params(model: GlimmerModel, lengths: Lengths, seed: int, mimetic: bool = False) -> Any:
+    """Random parameters; can be traced."""
     shapes = {
         "question_tokens": (1, lengths.question),
         "passage_tokens": (1, lengths.passages, lengths.passage),
         "decoder_input_tokens": (1, lengths.target),
     }
     params = model.get_initial_variables(jax.random.key(seed), shapes)["params"]
-    return mimetic_init(params, model.config.t5) if matching else params
+    return mimetic_init(params, model.config.t5) if mimetic else params
 
 
 def check_best_metric(
     name: str, evaluation: "Evaluation", lengths: Lengths, num_kept: int | None
 ) -> None:
-    """Asks for the names of the dev metrics before training, by evaluating empty answers.
+    """Finds the names of the dev metrics before training, by evaluating empty answers.
 
     Raises:
-      ValueError: the best checkpoint could not be chosen by `name`.
+      ValueError: `name` is not a dev metric.
     """
 
     def empty_answers(batch: dict[str, Any]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -271,10 +273,10 @@ def check_best_metric(
 
     names = with_mean(evaluation.run(empty_answers))
     if name not in names:
-        why = " (mean is that of exact_match and accuracy over tasks)" if name == "mean" else ""
+        why = " (mean averages exact_match and accuracy over tasks)" if name == "mean" else ""
         raise ValueError(
-            f"BEST_METRIC={name!r} is none of the dev metrics{why}; there are {sorted(names)}. Set it "
-            "to one of these, or to None."
+            f"BEST_METRIC={name!r} is not a dev metric{why}. Set it to one of {sorted(names)}, or to "
+            "None."
         )
 
 

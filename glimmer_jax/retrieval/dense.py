@@ -1,4 +1,4 @@
-"""Dense retrieval: GTR's vector of a question against those of all passages, exactly."""
+"""Dense retrieval: exact search with GTR's vector of a question over the vectors of all passages."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,11 +8,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from glimmer_jax.corpus.passages import Passages
+from glimmer_jax.memory import versions
 from glimmer_jax.memory.build_plan import Builders
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.retrieval import top_k
 from glimmer_jax.retrieval.build_index import SHARD_PASSAGES, build_index
-from glimmer_jax.retrieval.index import Index, read_manifest
+from glimmer_jax.retrieval.index import Index
 from glimmer_jax.retrieval.retriever import Found, Retriever
 from glimmer_jax.retrieval.text_encoder import TextEncoder
 from glimmer_jax.runtime.preemption import STOP, StopRequested
@@ -21,18 +22,18 @@ from glimmer_jax.storage import folder
 
 @dataclasses.dataclass(frozen=True)
 class DenseConfig:
-    """Where encoder and index are, and how they are run."""
+    """Encoder and index of dense retrieval."""
 
     encoder_dir: str | None = None  # a GTR as sentence-transformers publishes it
-    index_dir: str | None = None  # folder or TensorStore URL; made, or gone on with, if unfinished
-    batch_size: int = 32  # texts a device encodes at once
+    index_dir: str | None = None  # folder or TensorStore URL; built or resumed if not finished
+    batch_size: int = 32  # texts in the batch of one device
     dtype: str = "float32"  # of activations, float32 or bfloat16; the vector is float32
-    bytes_per_device: int = 8 * 2**30  # an index that fits into this is kept on the devices
+    bytes_per_device: int = 8 * 2**30  # an index that fits stays on the devices
     shard_passages: int = SHARD_PASSAGES
 
 
 class DenseRetriever(Retriever):
-    """A question's vector against an index."""
+    """Searches an index with the vectors of questions."""
 
     def __init__(
         self,
@@ -45,33 +46,33 @@ class DenseRetriever(Retriever):
         self._encoder = encoder
         self._search = search
         self._allowed = allowed
-        # From disk, a pass over the index costs the same for one question as for all that fit.
+        # From disk, a pass over the index costs the same for one question as for many.
         self.questions_at_a_time = 4096 if search.on_mesh else top_k.PASS_QUESTIONS
 
     @classmethod
     def open(cls, passages: Passages, config: DenseConfig) -> "DenseRetriever":
-        """Encoder, index and search; makes the index, or goes on with it, if it is not finished.
+        """Opens encoder, index and search; builds or resumes the index if it is not finished.
 
         Raises:
-          ValueError: the encoder's folder is not a GTR's, or the index another's (`build_index`).
+          ValueError: the encoder's folder holds no GTR, or the index does not fit (`build_index`).
           StopRequested: asked to stop; what is finished of the index is kept.
         """
         missing = [name for name in ("encoder_dir", "index_dir") if not getattr(config, name)]
         if missing:
             raise ValueError(
-                f"Dense retrieval needs {' and '.join(missing)}: the folder of a GTR, and one for its "
-                "vectors. Set ENCODER_DIR and INDEX_DIR, or RETRIEVER='bm25'."
+                f"Dense retrieval needs {' and '.join(missing)}. Set ENCODER_DIR to the folder of a "
+                "GTR and INDEX_DIR to a folder for its vectors, or RETRIEVER = 'bm25'."
             )
         own = make_mesh(MeshConfig(), jax.local_devices())
         encoder = TextEncoder.open(str(config.encoder_dir), own, config.batch_size, config.dtype)
         print(f"Encoder: {encoder.loaded.what}.", flush=True)
         index = _finished_index(passages, encoder, str(config.index_dir), config.shard_passages)
         search = top_k.Search(index, make_mesh(MeshConfig()), config.bytes_per_device)
-        made = index.manifest
+        stored = index.store.manifest
         print(
-            f"{config.index_dir}: {made.passages} vectors of {index.vector_dim}, "
-            f"{made.size / 2**20:.1f} MiB, {made.truncated} passages cut at "
-            f"{made.identity.max_length} tokens; searched "
+            f"{config.index_dir}: {stored.num_passages} vectors of {index.vector_dim} channels, "
+            f"{stored.num_bytes / 2**20:.1f} MiB, {stored.truncated} passages truncated to "
+            f"{stored.identity.max_length} tokens; searched "
             f"{'on the devices' if search.on_mesh else 'from disk, in blocks'}.",
             flush=True,
         )
@@ -95,10 +96,10 @@ class DenseRetriever(Retriever):
 def _finished_index(
     passages: Passages, encoder: TextEncoder, index_dir: str, shard_passages: int
 ) -> Index:
-    """The index, made by all processes of the job; where one was asked to stop, all of them stop."""
-    made = None
+    """The index, built by all processes of the job; if one is asked to stop, all of them stop."""
+    index = None
     try:
-        made = build_index(
+        index = build_index(
             index_dir,
             passages,
             encoder,
@@ -106,12 +107,12 @@ def _finished_index(
             builders=Builders(jax.process_index(), jax.process_count()),
         )
     except StopRequested:
-        # If the others have all they waited for, they have not been told, and wait below.
+        # If the index is finished, the other processes do not know of the stop and wait below.
         alone = jax.process_count() == 1
-        if alone or read_manifest(folder.open_folder(index_dir)) is None:
+        if alone or not versions.is_finished(folder.open_folder(index_dir)):
             raise
-    stopped = made is None or STOP.requested
+    stopped = index is None or STOP.requested
     if multihost_utils.process_allgather(np.bool_(stopped)).any():
-        raise StopRequested("Stopped when the index was finished. Run the same command again.")
-    assert made is not None
-    return made
+        raise StopRequested("Stopped when the index was finished. Rerun the same command.")
+    assert index is not None
+    return index

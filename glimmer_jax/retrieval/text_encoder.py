@@ -1,7 +1,7 @@
-"""Texts to vectors: GTR's own tokens, batches of similar length, rows spread over all devices.
+"""Texts to vectors: GTR's own tokens, batches of similar length, rows distributed over all devices.
 
-GTR reads a text as it is, without the words that our readers put in front of title and context, so
-it has tokens of its own and takes none from a passages folder.
+GTR reads plain texts, without the prefixes that the readers put before title and context. It therefore
+has its own tokens and does not use those of a passages folder.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from glimmer_jax import partitioning
 from glimmer_jax.memory import encoding
-from glimmer_jax.memory.manifest import Program
+from glimmer_jax.memory.manifest import EncodeProgram
 from glimmer_jax.models.gtr import Gtr
 from glimmer_jax.models.stacking import stack_layers
 from glimmer_jax.weights.sentence_transformers import LoadedGtr, load_gtr
@@ -25,7 +25,7 @@ EOS_ID = 1
 
 
 def passage_text(record: Mapping[str, Any]) -> str:
-    """Title and text with a space between, as public retrieval benchmarks give passages to GTR."""
+    """Title and text separated by a space, as in public retrieval benchmarks of GTR."""
     return f"{record['title']} {record['text']}".strip()
 
 
@@ -33,26 +33,29 @@ class TextEncoder:
     """A GTR on the devices of this process.
 
     Attributes:
-      loaded: what the folder holds.
-      program: what one device runs.
-      devices: that rows are spread over.
+      loaded: weights, vocabulary and settings.
+      program: of one device.
+      devices: over which rows are distributed.
+      run: int32 tokens `[devices * rows, P]` -> float32 vectors `[devices * rows, E]`.
     """
 
     def __init__(self, loaded: LoadedGtr, mesh: Mesh, rows: int, dtype: str = "float32"):
         """Args:
-          loaded: a folder's content.
+          loaded: weights, vocabulary and settings.
           mesh: devices of this process.
-          rows: texts a device encodes at once.
+          rows: texts in the batch of one device.
           dtype: of activations, float32 or bfloat16.
 
         Raises:
-          ValueError: the vocabulary does not fit the embedding, or settings out of range.
+          ValueError: the vocabulary does not fit the embedding, or a setting is out of range.
         """
         self.loaded = loaded
         self.devices = mesh.size
         t5 = dataclasses.replace(loaded.t5, scan_layers=True, dtype=dtype)
         buckets = encoding.default_buckets(loaded.max_length)
-        self.program = Program(rows, buckets, dtype, None, jax.default_backend(), jax.__version__)
+        self.program = EncodeProgram(
+            rows, buckets, dtype, None, jax.default_backend(), jax.__version__
+        )
         self._processor = sentencepiece.SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(loaded.vocabulary)
         pieces = int(self._processor.GetPieceSize())
@@ -60,11 +63,11 @@ class TextEncoder:
             raise ValueError(
                 f"The encoder's vocabulary has {pieces} pieces and end token "
                 f"{self._processor.eos_id()}; its embedding has {t5.vocab_size} rows, and T5's end "
-                f"token is {EOS_ID}. Put the spiece.model there that the encoder was trained with."
+                f"token is {EOS_ID}. Use the spiece.model that the encoder was trained with."
             )
         model = Gtr(t5, loaded.vector_dim)
         params = jax.device_put(stack_layers(loaded.params), partitioning.replicated(mesh))
-        self._run = encoding.bind_states(lambda p, x: model.apply({"params": p}, x), params, mesh)
+        self.run = encoding.bind_states(lambda p, x: model.apply({"params": p}, x), params, mesh)
 
     @classmethod
     def open(cls, path: str, mesh: Mesh, rows: int, dtype: str = "float32") -> "TextEncoder":
@@ -72,9 +75,9 @@ class TextEncoder:
         return cls(load_gtr(path), mesh, rows, dtype)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, whole and without end token."""
-        found: list[list[int]] = self._processor.EncodeAsIds([text.strip() for text in texts])
-        return found
+        """Token ids of each text, not truncated and without end token."""
+        tokens: list[list[int]] = self._processor.EncodeAsIds([text.strip() for text in texts])
+        return tokens
 
     def cut(self, tokens: Sequence[Sequence[int]]) -> int:
         """How many of these texts are longer than the encoder takes."""
@@ -87,12 +90,12 @@ class TextEncoder:
     ) -> np.ndarray:
         """float32 `[n, E]`, a vector of length 1 for each text.
 
-        A vector depends on the texts of the same call alone, not on the number of devices.
+        A vector depends only on the texts of the same call, not on the number of devices.
 
         Args:
-          tokens: as `tokenize` gives them; longer texts are cut, and each gets its end token.
-          after_batch: called with texts, real tokens, and tokens computed with padding. What it
-            raises ends the work.
+          tokens: from `tokenize`; longer texts are truncated, and each gets an end token.
+          after_batch: called with the numbers of texts, real tokens, and computed tokens, which
+            include padding. It may raise to stop.
         """
         most, rows = self.loaded.max_length - 1, self.program.rows
         lengths = np.array([min(len(ids), most) + 1 for ids in tokens], np.int64)
@@ -115,8 +118,8 @@ class TextEncoder:
             for device, group in enumerate(call):
                 for slot, position in enumerate(group.positions):
                     batch[device, slot, : lengths[position]] = [*tokens[position][:most], EOS_ID]
-            running.append((call, self._run(batch.reshape(-1, call[0].bucket))))
-            # One batch ahead: the device works on this one while the last is put in place.
+            running.append((call, self.run(batch.reshape(-1, call[0].bucket))))
+            # One batch ahead: the devices work on it while the previous one is stored.
             if len(running) > 1:
                 place()
         while running:

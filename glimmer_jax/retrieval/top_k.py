@@ -1,11 +1,11 @@
 """Exact search: the k best of all passages for each question, on the mesh or from disk.
 
-The index goes by in blocks, each spread over all devices. A device scores its rows of a block, keeps
-the k best of them and of what it had, and only at the end the devices' k best meet. Nothing is
-left out, and of equal scores the earlier passage comes first.
+The index is processed in blocks, each distributed over all devices. A device scores its rows of a
+block and keeps the k best so far; at the end the k best of all devices are merged. Search is exact, and
+of equal scores the earlier passage comes first.
 
-The blocks lie on the devices where they fit, and are read anew for every pass where they do not.
-Either way it is the same compiled program over the same blocks, so the results are the same bits.
+Blocks stay on the devices if they fit, and are read again for every pass if they do not. Both cases
+run the same compiled program over the same blocks, so the results are the same bits.
 """
 
 import functools
@@ -23,9 +23,9 @@ from glimmer_jax.runtime.prefetch import ReadAhead
 
 # Rows of a block on one device: 96 MiB of vectors of 768.
 BLOCK_ROWS = 65536
-# Questions scored at a time: 64 MiB of scores a block.
+# Questions scored at a time: 64 MiB of scores per block.
 QUESTIONS = 256
-# Questions of one pass over the index. More of them need fewer passes, and k numbers each.
+# Questions of one pass over the index; each keeps k scores and rows on the devices.
 PASS_QUESTIONS = 32768
 
 Best = tuple[jax.Array, jax.Array]
@@ -35,7 +35,7 @@ class Search:
     """Search over one index.
 
     Attributes:
-      on_mesh: whether the index lies on the devices.
+      on_mesh: whether the index stays on the devices.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Search:
         """Args:
         index: of n passages.
         mesh: devices of all processes.
-        bytes_per_device: what each may hold of the index; where that is not enough, it is read from
+        bytes_per_device: limit for the part of the index on each device; a larger index is read from
           disk for every pass.
         block_rows: rows of a block on one device.
         """
@@ -65,12 +65,12 @@ class Search:
 
         Args:
           questions: float32 `[n, E]`.
-          k: passages a question.
-          allowed: bool, one for each row of the index: whether it may be found; None allows all.
+          k: passages per question.
+          allowed: bool `[n]`, whether each row of the index may be returned; None allows all.
 
         Returns:
-          float32 scores `[n, k]` and int32 rows `[n, k]`, best first; -inf and -1 where there are
-          fewer than k.
+          float32 scores `[n, k]` and int32 rows `[n, k]`, best first; -inf and -1 if there are fewer
+          than k.
 
         Raises:
           ValueError: `k` or a shape is out of range, or the index is damaged.
@@ -79,8 +79,8 @@ class Search:
         got = (questions.shape[1], wanted[1] if allowed is None else allowed.shape)
         if k < 1 or wanted != got:
             raise ValueError(
-                f"A search wants k of 1 or more, questions of {wanted[0]} channels and a mask of shape "
-                f"{wanted[1]}; got k={k}, {got[0]} and {got[1]}."
+                f"NUM_PASSAGES must be at least 1, questions must have {wanted[0]} channels, and the "
+                f"mask the shape {wanted[1]}; got k={k}, {got[0]} and {got[1]}."
             )
         passes = [
             self._one_pass(questions[start : start + PASS_QUESTIONS], k, allowed)

@@ -1,11 +1,11 @@
-"""Parameters as questions are answered fastest with them; what is computed stays the same.
+"""The layout of parameters that answers questions fastest; results do not change.
 
-* Layers stand one by one: what is needed of the last reranking layer for the kept passages alone
-  (`Glimmer.choose`) and of a decoder that attends now and then, is then computed and nothing more.
-* Numbers that a product rounds are rounded once, here, and not for each question or token.
-* On a CPU passages are read a few at a time, whose states stay in its caches.
-* On a CPU the kernels that one token multiplies lie row by row: `Dense.rows`. A product with one row
-  is bound by reading them, and there XLA reads bfloat16 kernels three to ten times slower.
+* Layers are unrolled. Then the last reranking layer can skip the passages that are not kept
+  (`Glimmer.choose`), and layers of a sparse decoder can skip cross-attention.
+* Values that a matrix product rounds are rounded once, here, not for each question or token.
+* On a CPU, passages are read a few at a time, so that their states stay in its caches.
+* On a CPU, kernels that multiply a single token are stored by rows (`Dense.rows`). A product with
+  one row is bound by reading its kernel, and XLA reads bfloat16 kernels three to ten times slower.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ from glimmer_jax.models.t5 import T5Config
 
 Params = dict[str, Any]
 
-# Whole passages of 256 tokens: 2 to 10 at a time are alike, all 40 of a question a sixth slower.
+# Passages of 256 tokens: 2 to 10 at a time take equally long, 40 a sixth longer.
 CPU_CHUNK = 5
 
 
 def unrolled(model: GlimmerModel, platform: str) -> GlimmerModel:
-    """The same model with its layers one by one; `platform` is JAX's name for the devices' kind."""
+    """The same model with unrolled layers; `platform` is JAX's name of the kind of device."""
     config = model.config
     chunk = config.read_chunk
     if chunk is None and platform == "cpu":
@@ -35,22 +35,22 @@ def unrolled(model: GlimmerModel, platform: str) -> GlimmerModel:
 
 
 def unstack(model: GlimmerModel, params: Params) -> Params:
-    """Parameters of `model`, which may lie in files, as `unrolled` reads them."""
+    """Parameters of `model` with unrolled layers; leaves may be TensorStores."""
     return unstack_layers(params) if model.config.t5.scan_layers else params
 
 
 def lay_out(model: GlimmerModel, params: Params, rows: int, platform: str) -> Params:
-    """Parameters that have been placed, as `model`, unrolled, multiplies them.
+    """Rounds and transposes placed parameters for the matrix products of `model`.
 
     Args:
       model: from `unrolled`.
-      params: its parameters, JAX arrays in dicts, which are emptied: each array is let go when its
-        successor is there, so that no second copy of all is held.
-      rows: tokens that a step of decoding multiplies: questions times beams.
-      platform: JAX's name for the devices' kind.
+      params: its parameters, JAX arrays in dicts. The dicts are emptied: each array is released as
+        soon as its successor exists, so that two copies of all parameters never coexist.
+      rows: tokens per decoding step, which is questions times beams.
+      platform: JAX's name of the kind of device.
     """
     t5 = model.config.t5
-    # With more than one row a product is bound by computing, and kernels are better.
+    # With more than one row a product is bound by computing, and columns are faster.
     by_rows = rows == 1 and t5.operands is not None and platform == "cpu"
     return _lay_out(params, t5, by_rows, ())
 
@@ -73,12 +73,12 @@ def _lay_out(params: Params, t5: T5Config, by_rows: bool, path: tuple[str, ...])
 
 
 def _multiplied(t5: T5Config, path: tuple[str, ...]) -> Any:
-    """The dtype that the product at `path` rounds its kernel to."""
+    """The dtype to which the product at `path` rounds its kernel."""
     if t5.operands is not None:
         return t5.operands
     return jnp.float32 if path[-1] == "logits_dense" else jnp.dtype(t5.dtype)
 
 
 def _of_passages(path: tuple[str, ...]) -> bool:
-    """Keys and values of passages: many rows at once, before the first token."""
+    """Whether a kernel computes keys and values of passages: many rows, before the first token."""
     return path[-1] in ("key", "value") and "encoder_decoder_attention" in path

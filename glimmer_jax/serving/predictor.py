@@ -1,11 +1,11 @@
-"""A loaded checkpoint that answers: with its memory, or with passages that it encodes itself.
+"""A loaded checkpoint that answers questions, from a memory or from passages that it encodes.
 
     predictor = Predictor.load("runs/glimmer", lengths, passages_dir="data/passages",
                                memory_dir="runs/memory", batch_sizes=(1, 8))
     predictor.warm_up()
     predictor.answer([{"id": "1", "input": "formatted stream to file-like"}])
 
-Modes `eval` and `infer` are thin around it; docs/serving.md says more.
+Modes `eval` and `infer` are thin wrappers around it; see docs/serving.md.
 """
 
 from collections import deque
@@ -34,14 +34,56 @@ from glimmer_jax.weights.load import load
 Example = dict[str, Any]
 
 
+def check_something_to_read(passages_dir: Any | None, memory_dir: Any | None) -> None:
+    """Raises ValueError if there are neither passages nor a memory."""
+    if passages_dir is None and memory_dir is None:
+        raise ValueError(
+            "There is nothing to read: set PASSAGES_DIR (passages are encoded for each question) "
+            "or MEMORY_DIR (written by --run_mode=build_memory)."
+        )
+
+
+def check_questions(questions: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError naming the first question that is malformed, and its field."""
+    for place, question in enumerate(questions):
+        if not isinstance(question, Mapping):
+            raise ValueError(
+                f"Question {place} must be a dict with id and input, got {question!r}."
+            )
+        for name in ("id", "input"):
+            if not isinstance(question.get(name), str):
+                raise ValueError(
+                    f"Question {place} needs a string as {name!r}, got {question.get(name)!r}."
+                )
+        try:
+            question["input"].encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"Question {place} ({question['id']!r}): input has a character that is no text "
+                f"(a surrogate at position {error.start}). Decode the text as UTF-8."
+            ) from None
+        if "retrieved" in question and not _are_passages(question["retrieved"]):
+            raise ValueError(
+                f"Question {place} ({question['id']!r}): retrieved must be a list of passages, "
+                f"[{{'id': 7}}, ...], got {question['retrieved']!r}. Leave it out to use BM25."
+            )
+
+
+def _are_passages(retrieved: Any) -> bool:
+    return isinstance(retrieved, Sequence) and all(
+        isinstance(passage, Mapping) and type(passage.get("id")) is int for passage in retrieved
+    )
+
+
 class Predictor:
-    """See the module's docstring; made by `load`.
+    """A model that answers questions; created by `load`.
 
     Attributes:
       lengths: Q, T, K and P of every batch.
       passages: the corpus, or None.
       from_memory: whether passages are read as memory.
-      batch_sizes: numbers of rows that programs are compiled for, rising.
+      batch_sizes: numbers of rows that programs are compiled for, ascending.
+      truncated: questions so far that were longer than Q and were cut.
     """
 
     def __init__(
@@ -61,6 +103,7 @@ class Predictor:
         self.passages = passages
         self.batch_sizes = sorted(batch_sizes)
         self.from_memory = lookup is not None
+        self.truncated = 0
         self._lookup = lookup
         self._params = params
         self._vocabulary = vocabulary
@@ -85,32 +128,31 @@ class Predictor:
         batch_sizes: Sequence[int] = (8,),
         seed: int = 0,
     ) -> "Predictor":
-        """Opens everything, checks that it belongs together, puts the parameters on the mesh.
+        """Opens all files, checks that they belong together, and places the parameters.
 
         Args:
-          checkpoint_path: a run's folder, a step's, or a `.safetensors` file, of any cut; or public T5.
+          checkpoint_path: a run, one of its steps or a `.safetensors` file, of any cut; or a public
+            T5.
           lengths: Q, T, K and P.
-          model: FiD, LUMEN or GLIMMER, to cut, keep or decode otherwise than the checkpoint says; None
-            for the checkpoint's own, greedy.
-          passages_dir: the corpus; needed to retrieve, to name titles, and where there is no memory.
+          model: FiD, LUMEN or GLIMMER, to change the cut, the passages kept or the decoding; None
+            for the checkpoint's own model with greedy decoding.
+          passages_dir: the corpus, or its opened `Passages`; needed for retrieval, for titles, and
+            for tokens if there is no memory.
           memory_dir: read passages as memory.
           vocabulary: that of the model.
           mesh: devices.
           memory_bytes_per_device: a memory that fits into this is kept on the devices.
-          unknown_passages: what ids that the memory lacks are: an error, or absent (`masked` counts).
-          bm25: settings of the index, which is made when a question first needs it.
-          batch_sizes: numbers of questions that `answer` computes at a time; each is compiled once.
-          seed: of drawn answers (`DecodeConfig.temperature`).
+          unknown_passages: ids missing from the memory raise an `error`, or are treated as absent
+            with `mask` (`masked` counts them).
+          bm25: settings of the index, which is built when a question first needs it.
+          batch_sizes: numbers of questions per batch; one program is compiled for each.
+          seed: of sampled answers (`DecodeConfig.temperature`).
 
         Raises:
-          ValueError: neither passages nor memory, no model given and none described by the checkpoint,
+          ValueError: neither passages nor memory, no model given and none recorded in the checkpoint,
             files that do not belong together, or batches that do not divide over the devices.
         """
-        if passages_dir is None and memory_dir is None:
-            raise ValueError(
-                "There is nothing to read: set PASSAGES_DIR (passages are encoded for each question) "
-                "or MEMORY_DIR (made by --run_mode=build_memory)."
-            )
+        check_something_to_read(passages_dir, memory_dir)
         devices = make_mesh(mesh)
         parts = partitioning.parts(devices.shape, axes.BATCH)
         if not batch_sizes or any(size < 1 or size % parts for size in batch_sizes):
@@ -118,26 +160,30 @@ class Predictor:
                 f"batch_sizes={tuple(batch_sizes)} must be multiples of {parts}, the devices that a "
                 "batch is divided over (slice x data x fsdp)."
             )
-        passages = None
-        if passages_dir is not None:
-            passages = Passages.open(passages_dir, vocabulary.fingerprint)
-            if memory_dir is None:
-                passages.warn_of_cuts(lengths.passage)
+        passages = passages_dir
+        if passages is not None and not isinstance(passages, Passages):
+            passages = Passages.open(passages, vocabulary.fingerprint)
+        if passages is not None and memory_dir is None:
+            passages.warn_of_cuts(lengths.passage)
         loaded = load(checkpoint_path)
-        model = model or GlimmerModel(loaded.answering_config())
-        host_params = parameters.fit(loaded, checkpoint_path, model, vocabulary.fingerprint)
+        platform = devices.devices.flat[0].platform
+        trained = model or GlimmerModel(loaded.answering_config())
+        model = param_layout.unrolled(trained, platform)
+        # A checkpoint that records its model is fitted to the serving layout at once. Any other one
+        # must have the layout of the given model.
+        target = trained if loaded.config is None else model
+        host_params = parameters.fit(loaded, checkpoint_path, target, vocabulary.fingerprint)
+        host_params = param_layout.unstack(target, host_params)
         lookup = None
         if memory_dir is not None:
             fingerprint = encoder_fingerprint(host_params, model.config)
-            store = MemoryStore.open(memory_dir, fingerprint, vocabulary.fingerprint)
+            codec = model.config.memory_codec
+            store = MemoryStore.open(memory_dir, fingerprint, vocabulary.fingerprint, codec=codec)
             if passages is not None:
                 store.check_passages(passages_fingerprint(passages.manifest))
             lookup = open_lookup(
                 store, devices, lengths.passage, memory_bytes_per_device, unknown_passages
             )
-        platform = devices.devices.flat[0].platform
-        host_params = param_layout.unstack(model, host_params)
-        model = param_layout.unrolled(model, platform)
         params = parameters.place(host_params, model, devices)
         params = param_layout.lay_out(
             model, params, max(batch_sizes) * model.decode.beams, platform
@@ -147,7 +193,7 @@ class Predictor:
         )
 
     def predict(self, batch: Batch) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Answers of a numpy batch: int32 tokens `[B, T]`, and per row what the model returns.
+        """Answers of a numpy batch: int32 tokens `[B, T]`, and the model's outputs per row.
 
         The batch has `passage_tokens`, or `passage_ids` where passages are read as memory.
 
@@ -157,23 +203,23 @@ class Predictor:
         return self._predict(self._params, batch)
 
     def prefetch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Batches for `predict`, with memory from disk read while it works on the one before."""
+        """Batches for `predict`; memory on disk is read one batch ahead."""
         return self._predict.prefetch(batches)
 
     @property
     def waited(self) -> float:
-        """Seconds that `prefetch` has kept its takers waiting for memory."""
+        """Seconds for which `prefetch` has waited for memory."""
         return self._predict.waited
 
     @property
     def masked(self) -> int:
-        """Passages so far that the memory did not have."""
+        """Number of passages so far that were missing from the memory."""
         return 0 if self._lookup is None else self._lookup.masked
 
     def warm_up(self, candidates: Sequence[str] | None = None) -> None:
-        """Compiles the programs of all `batch_sizes`, or fetches them from JAX's compilation cache.
+        """Compiles the programs of all `batch_sizes`, or loads them from JAX's compilation cache.
 
-        With candidates, the programs for as many; any texts of the same number then use them.
+        With candidates, the programs for that number of candidates, whatever their text.
         """
         encoded = self._encoded(candidates)
         for size in self.batch_sizes:
@@ -187,20 +233,19 @@ class Predictor:
         """Answers to any number of questions, `{"id", "input"}`, in order.
 
         Args:
-          questions: computed in batches of the largest of `batch_sizes`, the rest in the smallest that
-            holds it. Passages are those in `retrieved`, or BM25's.
-          candidates: the only answers allowed; the one with the highest log probability is given.
+          questions: batched at the largest of `batch_sizes`; the remainder uses the smallest size
+            that fits. Passages are those in `retrieved`, `[{"id"}]`, or BM25's.
+          candidates: the only answers allowed; the one with the highest log-likelihood is returned.
 
         Returns:
           KILT's form of a prediction, `{"id", "input", "output": [{"answer", "provenance":
-          [{"wikipedia_id", "title"}]}]}`, the pages of the passages without repetition, best first;
-          and `score`, the log probability of the answer, and `passages`, `[{"id", "title", "score",
-          "kept"}]`, best first. With candidates also `candidates`, `[{"answer", "score"}]`, best
-          first.
+          [{"wikipedia_id", "title"}]}]}`, the distinct pages of the passages, best first; `score`,
+          the log-likelihood of the answer; and `passages`, `[{"id", "title", "score", "kept"}]`, best
+          first. With candidates also `candidates`, `[{"answer", "score"}]`, best first.
 
         Raises:
-          ValueError: there is no corpus to name passages from, or candidates are none, empty or too
-            long.
+          ValueError: there is no corpus to name passages from, a question is malformed, or the
+            candidates are empty or too long.
         """
         return list(self.answers(questions, candidates))
 
@@ -209,23 +254,24 @@ class Predictor:
         questions: Sequence[Mapping[str, Any]],
         candidates: Sequence[str] | None = None,
     ) -> Iterator[Example]:
-        """`answer`, one after another; memory of the next batch is read while one is computed."""
+        """`answer` as an iterator; memory of the next batch is read while one is computed."""
         passages, encoded = self._corpus(), self._encoded(candidates)
-        under_way: deque[tuple[Sequence[Mapping[str, Any]], list[list[int]]]] = deque()
+        check_questions(questions)
+        in_flight: deque[tuple[Sequence[Mapping[str, Any]], list[list[int]]]] = deque()
 
         def batches() -> Iterator[Batch]:
             for start in range(0, len(questions), self.batch_sizes[-1]):
-                some = questions[start : start + self.batch_sizes[-1]]
-                found = [self._passage_ids(one) for one in some]
-                under_way.append((some, found))
-                size = next(size for size in self.batch_sizes if size >= len(some))
-                yield self._batch([one["input"] for one in some], found, size, encoded)
+                group = questions[start : start + self.batch_sizes[-1]]
+                ids = [self._passage_ids(question) for question in group]
+                in_flight.append((group, ids))
+                size = next(size for size in self.batch_sizes if size >= len(group))
+                yield self._batch([question["input"] for question in group], ids, size, encoded)
 
         for batch in self.prefetch(batches()):
             tokens, aux = self.predict(batch)
-            for row, (one, ids) in enumerate(zip(*under_way.popleft(), strict=True)):
+            for row, (question, ids) in enumerate(zip(*in_flight.popleft(), strict=True)):
                 text = self._vocabulary.decode(tokens[row])
-                record = _record(one, ids, text, aux, row, passages)
+                record = _record(question, ids, text, aux, row, passages)
                 if candidates is not None:
                     record["candidates"] = _ranked(candidates, aux["candidate_scores"][row])
                     record["output"][0]["answer"] = record["candidates"][0]["answer"]
@@ -238,17 +284,19 @@ class Predictor:
 
     def _corpus(self) -> Passages:
         if self.passages is None:
-            raise ValueError("Answers name their passages: give PASSAGES_DIR beside MEMORY_DIR.")
+            raise ValueError(
+                "PASSAGES_DIR is needed beside MEMORY_DIR: answers contain the titles of passages."
+            )
         return self.passages
 
     def _passage_ids(self, question: Mapping[str, Any]) -> list[int]:
         count = self.lengths.passages
         if "retrieved" in question:
-            return [one["id"] for one in question["retrieved"][:count]]
+            return [passage["id"] for passage in question["retrieved"][:count]]
         if self._index is None:
             self._index = Bm25(self._corpus().records(), self._bm25)
-        found = self._index.search([question["input"]], count)[0]
-        return [self._index.records[row]["id"] for row, _ in found]
+        hits = self._index.search([question["input"]], count)[0]
+        return [self._index.records[row]["id"] for row, _ in hits]
 
     def _batch(
         self,
@@ -257,12 +305,14 @@ class Predictor:
         batch_size: int,
         candidates_NT: np.ndarray | None,
     ) -> Batch:
-        """A batch of the contract without targets, filled up with empty rows."""
+        """A batch without targets, padded with empty rows."""
         lengths = self.lengths
         tokens_BQ = np.zeros((batch_size, lengths.question), np.int32)
         ids_BK = np.full((batch_size, lengths.passages), -1, np.int64)
         for row, (question, ids) in enumerate(zip(questions, passage_ids, strict=True)):
-            tokens = self._vocabulary.encode(question_text(question))[: lengths.question]
+            tokens = self._vocabulary.encode(question_text(question))
+            self.truncated += len(tokens) > lengths.question
+            tokens = tokens[: lengths.question]
             tokens_BQ[row, lengths.question - len(tokens) :] = tokens
             ids_BK[row, : len(ids)] = ids
         batch: Batch = {
@@ -286,12 +336,14 @@ def _record(
 ) -> Example:
     scores = aux["passage_scores"][row][: len(ids)]
     kept = set(aux["kept_passages"][row].tolist())
-    # What the memory did not have was not read, and is not named.
+    # Passages missing from the memory were not read and are left out.
     order = np.argsort(-scores, kind="stable")[: np.isfinite(scores).sum()]
     rows = passages.rows(np.asarray(ids, np.int64))
     records = {place: passages.text(int(rows[place])) for place in order.tolist()}
-    # Passages without a page of their own stand for it.
-    pages = {str(one.get("page", ids[place])): one["title"] for place, one in records.items()}
+    # A passage without a page is its own page.
+    pages = {
+        str(passage.get("page", ids[place])): passage["title"] for place, passage in records.items()
+    }
     return {
         "id": question["id"],
         "input": question["input"],
@@ -307,11 +359,11 @@ def _record(
         "passages": [
             {
                 "id": int(ids[place]),
-                "title": one["title"],
+                "title": passage["title"],
                 "score": round(float(scores[place]), 4),
                 "kept": place in kept,
             }
-            for place, one in records.items()
+            for place, passage in records.items()
         ],
     }
 

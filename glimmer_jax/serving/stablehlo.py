@@ -1,19 +1,15 @@
-"""The program of question time as StableHLO, for machines that have JAX and nothing of this project.
+"""The program that answers questions as StableHLO, for machines with JAX but without this project.
 
-(JAX, and `flatbuffers`, without which `jax.export` cannot read its own files.)
-
-A folder holds what is needed to answer:
+`jax.export` also needs `flatbuffers`, to read its own files. An exported folder has:
 
     manifest.json           arguments, results, lengths, platforms, fingerprints, SHA-256 of the files
-    params.npz              parameters, float32, by their paths, layers one by one (`serving.prepare`)
+    params.npz              parameters, float32, by their paths, layers unrolled (`serving.param_layout`)
     program-<LENGTHS>.bin   one for each bucket of lengths, for any number of questions
 
-Parameters lie beside the programs, as arguments, and not inside as constants: all buckets and
-platforms share one copy, a program stays small whatever the model (a file of `jax.export` is a
-flatbuffer, which ends at 2 GB), and they are put on a device once. They are an `.npz`, since NumPy is
-there where JAX is, and float32, so that answers are those of the checkpoint.
-
-The calling convention, for a reader without this project, is in docs/serving.md.
+Parameters are arguments of the programs, not constants in them: all buckets and platforms share one
+copy, which is placed once, and a program stays below the 2 GB of a flatbuffer, the format of
+`jax.export`. They are an `.npz` because JAX depends on NumPy, and float32 so that answers equal the
+checkpoint's. docs/serving.md has the calling convention.
 """
 
 import dataclasses
@@ -33,6 +29,7 @@ from glimmer_jax.axes import Lengths, check_lengths
 from glimmer_jax.memory.fingerprint import encoder_fingerprint
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.serving import param_layout
+from glimmer_jax.storage import folder
 
 FORMAT_VERSION = 1
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -62,27 +59,29 @@ class ProgramConfig:
 
 
 def export_program(
-    folder: Any, model: GlimmerModel, params: Any, config: ProgramConfig, vocabulary: str
+    path: Any, model: GlimmerModel, params: Any, config: ProgramConfig, vocabulary: str
 ) -> None:
-    """Writes the folder described above; the manifest comes last.
+    """Writes the folder described above.
 
     Args:
-      folder: made; must not be there yet.
-      model: what answers, as its `decode` says.
-      params: its parameters, nested dict.
+      path: of the new folder, on a local disk.
+      model: FiD, LUMEN or GLIMMER, with its decoding.
+      params: its parameters, a nested dict.
       config: lengths and platforms.
-      vocabulary: fingerprint of the model's.
+      vocabulary: fingerprint of the model's vocabulary.
 
     Raises:
-      ValueError: the folder is there, or passages are to come as memory and the model has none.
+      ValueError: the folder exists, or the program needs memory that the model does not have.
     """
-    folder = folder.local("OUTPUT_PATH (of programs)", folder)
-    if folder.exists():
-        raise ValueError(f"OUTPUT_PATH: {folder} is there already. Give a folder that is not.")
+    target = folder.local("OUTPUT_PATH (of programs)", path)
+    if target.exists():
+        raise ValueError(f"OUTPUT_PATH: {target} exists. Give a new folder.")
     if config.from_memory and not model.config.memory_layers:
-        raise ValueError("FiD has no memory: set FROM_MEMORY = False, or export LUMEN or GLIMMER.")
-    # One program for all platforms: nothing in it is for one of them.
-    looped = param_layout.unrolled(model, "any")
+        raise ValueError(
+            "FROM_MEMORY: FiD has no memory. Set it to False, or export LUMEN or GLIMMER."
+        )
+    # One program serves all platforms, so its layout is that of none of them.
+    unrolled = param_layout.unrolled(model, "any")
     flat = flax.traverse_util.flatten_dict(param_layout.unstack(model, params), sep="/")
     flat = {name: np.asarray(leaf) for name, leaf in flat.items()}
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in flat.items()}
@@ -91,12 +90,12 @@ def export_program(
         for one in config.lengths()
     }
     exported = {
-        name: _trace(looped, shapes, one, config.from_memory, config.platforms)
+        name: _trace(unrolled, shapes, one, config.from_memory, config.platforms)
         for name, one in programs.items()
     }
 
-    # A folder of another name until it is complete: one that carries the name can be trusted.
-    unfinished = folder.with_name(folder.name + ".unfinished")
+    # The folder gets its name once it is complete.
+    unfinished = target.with_name(target.name + ".unfinished")
     if unfinished.exists():
         shutil.rmtree(unfinished)
     unfinished.mkdir(parents=True)
@@ -128,25 +127,25 @@ def export_program(
         },
     }
     (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    unfinished.rename(folder)
+    unfinished.rename(target)
 
 
 def arguments(
     model: GlimmerModel, lengths: Lengths, from_memory: bool, batch: Any
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The arrays that a program takes beside the parameters, for `batch` questions."""
+    """The arrays that a program takes besides the parameters, for `batch` questions."""
     count, length = lengths.passages, lengths.passage
-    made = {"question_tokens": jax.ShapeDtypeStruct((batch, lengths.question), jnp.int32)}
+    shapes = {"question_tokens": jax.ShapeDtypeStruct((batch, lengths.question), jnp.int32)}
     if from_memory:
         for name, (trailing, dtype) in model.memory_specs().items():
             shape = (batch, count, length, *trailing)
-            made[f"passage_memory/{name}"] = jax.ShapeDtypeStruct(shape, dtype)
-        made["passage_lengths"] = jax.ShapeDtypeStruct((batch, count), jnp.int32)
+            shapes[f"passage_memory/{name}"] = jax.ShapeDtypeStruct(shape, dtype)
+        shapes["passage_lengths"] = jax.ShapeDtypeStruct((batch, count), jnp.int32)
     else:
-        made["passage_tokens"] = jax.ShapeDtypeStruct((batch, count, length), jnp.int32)
+        shapes["passage_tokens"] = jax.ShapeDtypeStruct((batch, count, length), jnp.int32)
     if model.decode.temperature:
-        made["seed"] = jax.ShapeDtypeStruct((), jnp.uint32)
-    return made
+        shapes["seed"] = jax.ShapeDtypeStruct((), jnp.uint32)
+    return shapes
 
 
 def _trace(
@@ -172,6 +171,6 @@ def _trace(
 
 
 def _described(tree: Any, avals: Sequence[Any]) -> Any:
-    """`int32[batch,32]` in place of each array: any number of questions, 32 of something."""
+    """Each array as text, such as `int32[batch,32]`."""
     described = [f"{one.dtype}[{','.join(str(size) for size in one.shape)}]" for one in avals]
     return jax.tree.unflatten(tree, described)

@@ -1,6 +1,6 @@
-"""Answers for numpy batches, passages read from tokens or from a memory.
+"""Answers for numpy batches, with passages from tokens or from a memory.
 
-Answers restricted to a given set, such as FEVER's SUPPORTS and REFUTES.
+Answers can be restricted to candidates, such as FEVER's SUPPORTS and REFUTES.
 """
 
 import itertools
@@ -23,7 +23,7 @@ _MEMORY = ("passage_memory", "passage_lengths")
 
 
 def predict_step(model: GlimmerModel) -> Any:
-    """`(params, batch, seed, number of the batch) -> (tokens, aux)`, jitted."""
+    """Jitted `(params, batch, seed, index of the batch) -> (tokens, aux)`."""
 
     @jax.jit
     def step(params: Any, batch: Batch, seed: Any, number: Any) -> Any:
@@ -36,10 +36,10 @@ def predict_step(model: GlimmerModel) -> Any:
 class Predict:
     """The model's `predict_batch_with_aux` over numpy batches, compiled once for each batch shape.
 
-    Every process passes the whole batch, computes its own rows, and gets all answers. Batches have
-    `passage_tokens`, or `passage_ids` where a `lookup` gives their memory; `gold_passages` come back
-    as given. Where the model draws its answers, a batch's key comes from `seed` and the number of
-    batches before it.
+    Every process passes the complete batch, computes its own rows and gets all answers. Batches have
+    `passage_tokens`, or `passage_ids` if `lookup` reads their memory; `gold_passages` are returned as
+    given. If the model samples its answers, a batch's key derives from `seed` and the number of
+    previous batches.
     """
 
     def __init__(
@@ -58,15 +58,15 @@ class Predict:
         return self._ahead.waited
 
     def prefetch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches as they are, or with memory from disk that is read one ahead."""
-        # Memory on the mesh is fetched by a program of the devices: there is nothing to wait for, and
-        # processes must start their programs in one order.
+        """The batches; their memory on disk is read one batch ahead."""
+        # Memory on the mesh is fetched by a device program: there is nothing to wait for, and all
+        # processes must start their programs in the same order.
         if self._lookup is None or self._lookup.whole_batch:
             return iter(batches)
         return self._ahead(batches)
 
     def __call__(self, params: Any, batch: Batch) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """int32 tokens `[B, T]`, and per row what the model returns."""
+        """int32 tokens `[B, T]`, and the model's outputs per row."""
         if self._lookup is not None and "passage_memory" not in batch:
             batch = self._read(batch)
         own = own_rows(self._mesh, len(batch["question_tokens"]))
@@ -81,16 +81,16 @@ class Predict:
         return _fetch(tokens), {name: _fetch(value) for name, value in aux.items()}
 
     def _read(self, batch: Batch) -> Batch:
-        """The batch with the memory of its passages, on the devices, instead of their tokens."""
+        """The batch with the memory of its passages on the devices, instead of their tokens."""
         lookup = self._lookup
         assert lookup is not None
         rows = lookup.rows(batch["passage_ids"])
         if lookup.whole_batch:
-            found = dict(zip(_MEMORY, lookup(rows), strict=True))
+            memory = dict(zip(_MEMORY, lookup(rows), strict=True))
         else:
-            mine = lookup(rows[own_rows(self._mesh, len(rows))])
-            found = put_batch(dict(zip(_MEMORY, mine, strict=True)), self._mesh)
-        return {**{k: v for k, v in batch.items() if k != "passage_tokens"}, **found}
+            own = lookup(rows[own_rows(self._mesh, len(rows))])
+            memory = put_batch(dict(zip(_MEMORY, own, strict=True)), self._mesh)
+        return {**{k: v for k, v in batch.items() if k != "passage_tokens"}, **memory}
 
 
 def _fetch(x: jax.Array) -> np.ndarray:
@@ -100,7 +100,7 @@ def _fetch(x: jax.Array) -> np.ndarray:
 
 
 def encode_candidates(candidates: Sequence[str], vocabulary: Vocabulary, length: int) -> np.ndarray:
-    """Texts to int32 `[N, T]`, each with its end token, then 0.
+    """Texts as int32 `[N, T]`, each with its end token, padded with 0.
 
     Args:
       candidates: the answers to choose from.
@@ -108,14 +108,14 @@ def encode_candidates(candidates: Sequence[str], vocabulary: Vocabulary, length:
       length: T.
 
     Raises:
-      ValueError: there are none, one is empty or given twice, or longer than T.
+      ValueError: there are none, or one is empty, a duplicate, or longer than T.
     """
     if isinstance(candidates, str) or not all(isinstance(one, str) for one in candidates):
         raise ValueError(f'CANDIDATES is a list of answers, ["yes", "no"]; got {candidates!r}.')
     if not candidates:
         raise ValueError(
-            "CANDIDATES is an empty list: give the answers to choose from, or None to let the model "
-            "write its own."
+            "CANDIDATES is an empty list. Give the answers to choose from, or None to generate "
+            "answers."
         )
     tokens_NT = np.zeros((len(candidates), length), np.int32)
     seen: dict[tuple[int, ...], str] = {}
@@ -139,7 +139,7 @@ def encode_candidates(candidates: Sequence[str], vocabulary: Vocabulary, length:
 
 
 def add_candidates(batch: dict[str, Any], tokens_NT: np.ndarray | None) -> dict[str, Any]:
-    """The batch with the same `candidate_tokens` for every question; as it is where there are none."""
+    """The batch with the same `candidate_tokens` for every question, if there are candidates."""
     if tokens_NT is None:
         return batch
     rows = len(batch["question_tokens"])

@@ -1,12 +1,11 @@
-"""Files of a bucket on this machine's disk, for libraries and memory maps that read nothing else.
+"""Local copies of files in buckets, for memory maps and libraries that only read local files.
 
     ~/.cache/glimmer_jax/fetched/<SHA-256 of the URL>/<generation>-<bytes>/<file>
     ~/.cache/glimmer_jax/fetched/<SHA-256 of the manifest>/<file>
 
-Named by what they are copies of, so that a file that was replaced in the bucket is never taken for the
-new one. Copies appear whole or not at all, and processes of one machine share them. The environment
-variable GLIMMER_CACHE names another folder than `~/.cache/glimmer_jax`. Old copies stay until somebody
-deletes them, which may be done whenever nothing runs.
+The names identify the content, so that the copy of a replaced file is never used for the new one. Copies
+are complete or absent, and processes of one machine share them. The environment variable GLIMMER_CACHE
+replaces `~/.cache/glimmer_jax`. Copies are never evicted automatically; delete them while no job runs.
 """
 
 import collections
@@ -34,13 +33,13 @@ from glimmer_jax.storage.lease import LockUnsupported, try_lock
 logger = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "GLIMMER_CACHE"
-BLOCK_BYTES = 32 * 2**20  # asked of a bucket at once
-_AT_ONCE = 8
+BLOCK_BYTES = 32 * 2**20  # per request
+_REQUESTS = 8
 Wanted = dict[str, tuple[int, str]]  # file -> bytes, SHA-256
 
 
 def fetch_file(name: str, path: Any) -> Path:
-    """The file; of a bucket's, a copy on this disk, which is made anew where the file is another now.
+    """The local file, or a local copy of a file in a bucket, refreshed if the file has changed.
 
     Args:
       name: the setting that holds the path, for messages.
@@ -48,7 +47,7 @@ def fetch_file(name: str, path: Any) -> Path:
 
     Raises:
       ValueError: the bucket has no such file.
-      OSError: the bucket did not answer, or refused.
+      StorageError: the bucket did not answer, or denied access.
     """
     if not in_bucket(path):
         return Path(path)
@@ -58,10 +57,10 @@ def fetch_file(name: str, path: Any) -> Path:
     if copies:
         of, _, size = copies[-1].parent.name.partition("-")
         known = bytes.fromhex(of) if copies[-1].stat().st_size == int(size) else None
-    found = folder.read_if_new(bucket, file, known) if file else None
-    if found is None:
+    result = folder.read_if_new(bucket, file, known) if file else None
+    if result is None:
         raise ValueError(f"{name}: there is no file {path}. Check the path.")
-    data, generation = found
+    data, generation = result
     if data is None:
         return copies[-1]
     target = place / f"{generation.hex()}-{len(data)}" / file
@@ -70,17 +69,17 @@ def fetch_file(name: str, path: Any) -> Path:
 
 
 def fetch_folder(name: str, path: Any, manifest: str, files: Sequence[str]) -> Path:
-    """The folder; of a bucket's, a copy on this disk, each file checked against the manifest.
+    """The local folder, or a local copy of a folder in a bucket, checked against its manifest.
 
     Args:
       name: the setting that holds the path, for messages.
       path: local, or a URL that TensorStore knows.
       manifest: name of a JSON file `{"files": {file: {"bytes": int, "sha256": str}}}`.
-      files: that are copied with it.
+      files: files to copy with it.
 
     Raises:
-      ValueError: there is no such folder, a file is not what the manifest says, or the disk is too small.
-      OSError: the bucket did not answer, or refused.
+      ValueError: the folder is missing, a file does not match the manifest, or the disk is too small.
+      StorageError: the bucket did not answer, or denied access.
     """
     if not in_bucket(path):
         return Path(path)
@@ -94,7 +93,7 @@ def fetch_folder(name: str, path: Any, manifest: str, files: Sequence[str]) -> P
         wanted = {file: (int(listed[file]["bytes"]), listed[file]["sha256"]) for file in files}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{name}: {kvstore.url}{manifest} does not say what it should of {', '.join(files)} "
+            f"{name}: {kvstore.url}{manifest} does not list {', '.join(files)} correctly "
             f"({error!r}). Write the folder again."
         ) from None
     wanted[manifest] = len(data), hashlib.sha256(data).hexdigest()
@@ -137,7 +136,7 @@ def _alone(target: Path) -> Iterator[bool]:
 
 
 def _missing(target: Path, wanted: Wanted) -> Wanted:
-    """Files that are not there: they have their names as soon as they are whole."""
+    """Files without a complete copy; only complete files have their names."""
     return {
         file: (size, sha256)
         for file, (size, sha256) in wanted.items()
@@ -146,7 +145,7 @@ def _missing(target: Path, wanted: Wanted) -> Wanted:
 
 
 def _copy(name: str, kvstore: ts.KvStore, wanted: Wanted, target: Path, locked: bool) -> None:
-    """Copies what is missing: also what a copy that was cut short, or a deletion, has left out."""
+    """Copies missing files, for instance after an interrupted copy or a deletion."""
     if locked:  # They are leftovers of killed processes.
         for partial in target.glob("*.partial"):
             partial.unlink()
@@ -154,7 +153,7 @@ def _copy(name: str, kvstore: ts.KvStore, wanted: Wanted, target: Path, locked: 
     total, room = sum(size for size, _ in missing.values()), shutil.disk_usage(target).free
     if total > room:
         raise ValueError(
-            f"{name}: {kvstore.url} wants {total / 1e9:.3g} GB on this disk, and {target} has "
+            f"{name}: {kvstore.url} needs {total / 1e9:.3g} GB on this disk, and {target} has "
             f"{room / 1e9:.3g} GB left. Make room, or set {CACHE_VARIABLE} to a folder of a larger disk."
         )
     if missing:
@@ -181,13 +180,13 @@ def _copy(name: str, kvstore: ts.KvStore, wanted: Wanted, target: Path, locked: 
 
 
 def _blocks(kvstore: ts.KvStore, file: str, size: int) -> Iterator[bytes]:
-    """A file in order, several blocks of it under way at once."""
-    under_way: collections.deque[concurrent.futures.Future[bytes]] = collections.deque()
-    with concurrent.futures.ThreadPoolExecutor(_AT_ONCE, "fetch") as pool:
+    """The blocks of a file in order, with several requests in flight."""
+    in_flight: collections.deque[concurrent.futures.Future[bytes]] = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(_REQUESTS, "fetch") as pool:
         for start in range(0, size, BLOCK_BYTES):
             stop = min(start + BLOCK_BYTES, size)
-            under_way.append(pool.submit(folder.read_range, kvstore, file, start, stop))
-            if len(under_way) == _AT_ONCE:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+            in_flight.append(pool.submit(folder.read_range, kvstore, file, start, stop))
+            if len(in_flight) == _REQUESTS:
+                yield in_flight.popleft().result()
+        while in_flight:
+            yield in_flight.popleft().result()

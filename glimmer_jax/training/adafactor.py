@@ -1,13 +1,13 @@
 """Adafactor (arXiv 1804.04235) with T5X's choices, factored by the names of dimensions.
 
-The second moment of a matrix is kept as its row means and its column means. Which dimensions are
-rows and which are columns follows from their logical names, so a kernel `(embed, heads, kv)` or
-a scanned stack `(layers, embed, mlp)` is factored as the matrix it is. A `layers` dimension is
-never averaged over: moments, update clipping and parameter scale are those of each layer by itself,
-so that a scanned stack trains exactly as the same layers written one by one.
+The second moment of a matrix is stored as its row means and its column means. Logical names decide
+which dimensions are rows and columns, so that a kernel `(embed, heads, kv)` or a scanned stack
+`(layers, embed, mlp)` is factored as a matrix. Nothing is averaged over a `layers` dimension: each
+layer has its own moments, update clipping and parameter scale, so that scanned and unrolled layers
+train identically.
 
-T5X applies its size threshold (128) to looped parameters and not to scanned ones, which differ
-there for narrow models; here the threshold holds for both.
+T5X applies its size threshold (128) to unrolled parameters only, so that its scanned narrow models
+train differently. Here the threshold applies to both.
 """
 
 import dataclasses
@@ -44,10 +44,10 @@ FACTOR_RULES: Mapping[str | None, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """How one parameter is factored: dimensions by role."""
+    """How a parameter is factored: its dimensions by role."""
 
-    reduced: tuple[int, ...]  # all but layers: what an RMS is taken over
-    rows: tuple[int, ...] = ()  # empty with `columns`: the moment is kept whole
+    reduced: tuple[int, ...]  # all but layers; an RMS is taken over these
+    rows: tuple[int, ...] = ()  # empty together with `columns`: not factored
     columns: tuple[int, ...] = ()
 
     @property
@@ -56,10 +56,10 @@ class Factors:
 
 
 class AdafactorState(NamedTuple):
-    """Count of updates, and the moments: the parameters' tree, a dict of arrays at each leaf.
+    """Number of updates, and the moments: the parameters' tree with a dict of arrays at each leaf.
 
     A leaf is `{"row": ..., "column": ...}` (the parameter's shape without its columns, without its
-    rows) or `{"full": ...}`, and also `{"momentum": ...}` where momentum is on. All float32.
+    rows) or `{"full": ...}`, and `{"momentum": ...}` if momentum is used. All are float32.
     """
 
     count: Any  # type: ignore[assignment]  # optax's name; hides tuple.count
@@ -75,8 +75,8 @@ def factor(names: tuple[str | None, ...], shape: tuple[int, ...], min_size: int)
     unknown = [name for name in names if name not in FACTOR_RULES]
     if unknown or len(names) != len(shape):
         raise ValueError(
-            f"Adafactor factors a parameter by the names of its dimensions; names {names} of shape "
-            f"{shape} do not fit, known are {[n for n in FACTOR_RULES if n]}. Add new names to "
+            f"Adafactor cannot factor a parameter of shape {shape} with the dimension names {names}. "
+            f"Known names are {[n for n in FACTOR_RULES if n]}. Add new names to "
             "adafactor.FACTOR_RULES."
         )
     roles = [FACTOR_RULES[name] for name in names]
@@ -107,18 +107,18 @@ def adafactor(
     min_dim_size_to_factor: int = 128,
     momentum: float | None = None,
 ) -> optax.GradientTransformation:
-    """Adafactor for a nested dict of parameters whose dimensions are called `names`.
+    """Adafactor for a nested dict of parameters with dimension names.
 
     Args:
       learning_rate: rate of update t = 0, 1, ...; relative to the parameter's RMS if scaled by it.
-      names: tree of name tuples, one for each parameter.
+      names: tree of tuples: the dimension names of every parameter.
       decay_rate: c in the second moment's decay 1 - (t + 1)^-c.
-      clipping_threshold: largest RMS of a parameter's update before scaling; None clips nothing.
+      clipping_threshold: largest RMS of a parameter's update before scaling; None: no clipping.
       multiply_by_parameter_scale: scales each update by max(epsilon2, RMS of the parameter).
       epsilon1: added to squared gradients.
       epsilon2: smallest parameter scale.
-      min_dim_size_to_factor: matrices with fewer rows or columns keep their whole second moment.
-      momentum: decay of a running mean of updates; None keeps none.
+      min_dim_size_to_factor: matrices with fewer rows or columns are not factored.
+      momentum: decay of a running mean of updates; None: no momentum.
     """
     flat_names = flax.traverse_util.flatten_dict(names)
 
@@ -134,7 +134,7 @@ def adafactor(
 
     def update(grads: dict[str, Any], state: AdafactorState, params: dict[str, Any] | None = None):
         if params is None:
-            raise ValueError("Adafactor scales updates by the parameters: call update with params.")
+            raise ValueError("Adafactor scales updates by the parameters: pass `params` to update.")
         rate = learning_rate(state.count)
         decay = 1.0 - (state.count.astype(jnp.float32) + 1.0) ** -decay_rate
         flat_params = flax.traverse_util.flatten_dict(params)
@@ -170,7 +170,7 @@ def adafactor_names(
     min_dim_size_to_factor: int = 128,
     momentum: float | None = None,
 ) -> AdafactorState:
-    """Dimension names of the state: a moment keeps those of the parameter that it still has."""
+    """Dimension names of the state: those dimensions of a parameter that its moment keeps."""
     flat_shapes = flax.traverse_util.flatten_dict(shapes)
     moments = {}
     for path, param_names in flax.traverse_util.flatten_dict(names).items():
@@ -185,7 +185,7 @@ def adafactor_names(
 def precondition(
     grad: jax.Array, moments: dict[str, jax.Array], factors: Factors, decay, epsilon1: float
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Gradient over the root of its running second moment, and the new moment."""
+    """The gradient divided by the root of its running second moment, and the new moment."""
     square = jnp.square(grad) + epsilon1
     if not factors.factored:
         full = decay * moments["full"] + (1.0 - decay) * square

@@ -219,8 +219,14 @@ class MetricWriter:
         else:
             self._file = self._log.open("a")
         # Imported here, because it imports torch if torch is installed, which takes seconds.
-        import tensorboardX
-
+        try:
+            import tensorboardX
+        except ModuleNotFoundError:
+            print_once(
+                "TensorBoard files are not written, only metrics.jsonl. To write them: pip install "
+                "'glimmer-jax[tensorboard]'"
+            )
+            return
         self._tensorboard = tensorboardX.SummaryWriter(
             str(self._path) if self._local_copy is None else self._local_copy.name,
             purge_step=start_step + 1,
@@ -235,14 +241,16 @@ class MetricWriter:
         named = {f"{prefix}/{name}": float(value) for name, value in scalars.items()}
         line = json.dumps({"step": step, **named})
         for name, value in named.items():
-            self._tensorboard.add_scalar(name, value, step)
+            if self._tensorboard is not None:
+                self._tensorboard.add_scalar(name, value, step)
         if self._file is not None:
             self._file.write(f"{line}\n")
             self._file.flush()
             return
         self._lines.append(line)
         self._log.write_text(_join(self._lines))
-        self._tensorboard.flush()
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
         self._copy()
 
     def close(self) -> None:

@@ -1,7 +1,6 @@
-"""The optimiser of a run: which parameters it trains, at what rate, and where its state lies.
+"""The optimiser of a run: trained parameters, learning rate, and the sharding of its state.
 
-Frozen parameters are taken out of the tree before anything else: no gradient is computed for them,
-no moment is kept, no update reaches them.
+Frozen parameters are removed from the tree first: they have no gradients, no moments and no updates.
 """
 
 import dataclasses
@@ -19,7 +18,7 @@ from glimmer_jax.training.schedule import Schedule, make_schedule
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Choice of optimiser and learning rate; defaults of Adafactor are T5X's."""
+    """Optimiser and learning rate. The defaults of Adafactor are T5X's."""
 
     name: str = "adafactor"  # adafactor or adamw
     learning_rate: float = 1e-3  # adafactor: relative to each parameter's RMS
@@ -27,8 +26,8 @@ class OptimizerConfig:
         "constant"  # constant, rsqrt (rate / sqrt(step)) or linear (to 0 at decay_steps)
     )
     warmup_steps: int = 0  # updates
-    decay_steps: int = 0  # updates; the end of a linear schedule
-    max_grad_norm: float | None = None  # global norm to which gradients are clipped first
+    decay_steps: int = 0  # updates until the end of a linear schedule
+    max_grad_norm: float | None = None  # clips gradients to this global norm
     # Adafactor
     decay_rate: float = 0.8
     clipping_threshold: float | None = 1.0  # RMS of an update
@@ -41,7 +40,7 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
-    weight_decay: float = 0.0  # a share of the parameter, times the learning rate
+    weight_decay: float = 0.0  # multiplied by the learning rate
 
     def __post_init__(self):
         if self.name not in ("adafactor", "adamw"):
@@ -50,11 +49,13 @@ class OptimizerConfig:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
         if self.warmup_steps < 0 or self.decay_steps < 0:
             raise ValueError(
-                f"warmup_steps and decay_steps count updates, got {self.warmup_steps} and "
+                f"warmup_steps and decay_steps must be at least 0, got {self.warmup_steps} and "
                 f"{self.decay_steps}."
             )
         if self.weight_decay and self.name != "adamw":
-            raise ValueError("weight_decay is AdamW's; set it to 0 or choose name='adamw'.")
+            raise ValueError(
+                "weight_decay is supported by adamw only: set it to 0, or name='adamw'."
+            )
         self.make_schedule()
 
     def make_schedule(self) -> Schedule:
@@ -62,25 +63,22 @@ class OptimizerConfig:
         return make_schedule(self.schedule, self.learning_rate, self.warmup_steps, self.decay_steps)
 
     def schedule_end(self) -> int | None:
-        """The update at which the learning rate reaches 0; None where it never does."""
+        """The update at which the learning rate reaches 0, or None if it never does."""
         return self.decay_steps if self.schedule == "linear" else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """An optax transformation over the trained part of the parameters; see `make_optimizer`.
-
-    Trees are nested dicts; `names` is that of all parameters, frozen ones included.
-    """
+    """An optax transformation of the trained parameters; see `make_optimizer`."""
 
     transformation: optax.GradientTransformation
     learning_rate: Schedule
-    names: dict[str, Any]  # tree of tuples of dimension names
+    names: dict[str, Any]  # tuple of dimension names of every parameter, including frozen ones
     frozen: frozenset[tuple[str, ...]]  # paths of parameters that are not trained
     trained_state_names: Callable[[Any], Any]  # shapes of the trained parameters -> names of state
 
     def split(self, tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Any tree shaped like the parameters -> (trained part, frozen part)."""
+        """A tree of the parameters' structure -> (trained part, frozen part)."""
         flat = flax.traverse_util.flatten_dict(tree)
         trained = {path: leaf for path, leaf in flat.items() if path not in self.frozen}
         frozen = {path: leaf for path, leaf in flat.items() if path in self.frozen}
@@ -88,17 +86,17 @@ class Optimizer:
         return unflatten(trained), unflatten(frozen)
 
     def init(self, params: dict[str, Any]) -> Any:
-        """The state before the first update, for all parameters or their shapes under a trace."""
+        """The state before the first update. `params` includes frozen parameters."""
         return self.transformation.init(self.split(params)[0])
 
     def update(self, grads: dict[str, Any], opt_state: Any, params: dict[str, Any]):
-        """One update. `grads` is the trained part only -> (all new parameters, new state)."""
+        """One update -> (all parameters, state). `grads` has the trained part only."""
         trained, frozen = self.split(params)
         updates, opt_state = self.transformation.update(grads, opt_state, trained)
         return merge(optax.apply_updates(trained, updates), frozen), opt_state
 
     def state_names(self, shapes: dict[str, Any]) -> Any:
-        """Dimension names of the state's arrays, for parameters of these shapes."""
+        """Dimension names of the state's arrays for parameters of these shapes."""
         return self.trained_state_names(self.split(shapes)[0])
 
 
@@ -114,8 +112,8 @@ def make_optimizer(
     """The optimiser that `config` describes.
 
     Args:
-      config: what to use and how fast.
-      names: tree of tuples, the dimension names of every parameter.
+      config: kind and learning rate.
+      names: tree of tuples: the dimension names of every parameter.
       frozen: tree of bool, True where a parameter is not trained; None trains all.
 
     Raises:
@@ -126,15 +124,15 @@ def make_optimizer(
     if frozen is not None and flat_frozen.keys() != flat_names.keys():
         differing = sorted("/".join(p) for p in flat_frozen.keys() ^ flat_names.keys())
         raise ValueError(
-            "The tree of frozen parameters must have one bool for each parameter; only one of the "
-            f"two trees has {differing[:5]}."
+            "`frozen` must have one bool for each parameter in `names`; only one of them has "
+            f"{differing[:5]}."
         )
     frozen_paths = frozenset(path for path, is_frozen in flat_frozen.items() if is_frozen)
     trained_names = flax.traverse_util.unflatten_dict(
         {path: leaf for path, leaf in flat_names.items() if path not in frozen_paths}
     )
     if not trained_names:
-        raise ValueError("Every parameter is frozen; there is nothing to train.")
+        raise ValueError("Every parameter is frozen. Train at least one of them.")
     schedule = config.make_schedule()
     if config.name == "adafactor":
         transformation, state_names = _adafactor(config, schedule, trained_names)
@@ -177,7 +175,7 @@ def _adamw(config: OptimizerConfig, schedule: Schedule, names: dict[str, Any]):
     )
 
     def state_names(shapes: Any) -> Any:
-        # Both moments have the parameters' shapes, and so their names; the counters have none.
+        # Both moments have the shapes and names of the parameters; counters have none.
         return optax.tree.map_params(
             transformation,
             lambda _, leaf_names: leaf_names,
@@ -191,6 +189,6 @@ def _adamw(config: OptimizerConfig, schedule: Schedule, names: dict[str, Any]):
 
 
 def global_norm(tree: Any) -> jax.Array:
-    """Euclidean norm of all leaves together, float32 scalar."""
+    """Euclidean norm over all leaves, float32 scalar."""
     squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
     return jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))

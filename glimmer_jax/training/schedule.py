@@ -11,17 +11,17 @@ KINDS = ("constant", "rsqrt", "linear")
 
 
 def constant(rate: float, warmup_steps: int = 0) -> Schedule:
-    """`rate`, reached linearly over the first `warmup_steps` updates."""
+    """`rate`, after a linear warm-up of `warmup_steps` updates."""
     return lambda step: rate * _warmup(step, warmup_steps)
 
 
 def rsqrt(rate: float, warmup_steps: int) -> Schedule:
-    """T5's pre-training schedule: `rate / sqrt(max(step, warmup_steps))`, no linear part."""
+    """T5's pre-training schedule: `rate / sqrt(max(step, warmup_steps))`, without a linear part."""
     return lambda step: rate * jax.lax.rsqrt(jnp.maximum(_float(step), float(warmup_steps)))
 
 
 def linear(rate: float, warmup_steps: int, decay_steps: int) -> Schedule:
-    """Up linearly over `warmup_steps`, then down linearly to nothing at `decay_steps`."""
+    """Linear warm-up over `warmup_steps`, then linear decay to 0 at `decay_steps`."""
 
     def schedule(step: jax.Array) -> jax.Array:
         left = (decay_steps - _float(step)) / max(decay_steps - warmup_steps, 1)
@@ -31,10 +31,10 @@ def linear(rate: float, warmup_steps: int, decay_steps: int) -> Schedule:
 
 
 def make_schedule(kind: str, rate: float, warmup_steps: int, decay_steps: int) -> Schedule:
-    """The schedule called `kind`, one of `KINDS`.
+    """The schedule of a kind, one of `KINDS`.
 
     Raises:
-      ValueError: no such kind, or `rsqrt` without warm-up or `linear` without an end.
+      ValueError: unknown kind, `rsqrt` without warm-up, or `linear` without an end.
     """
     if kind == "constant":
         return constant(rate, warmup_steps)
@@ -60,5 +60,5 @@ def _float(step: jax.Array) -> jax.Array:
 
 
 def _warmup(step: jax.Array, warmup_steps: int) -> jax.Array:
-    # step + 1, so that the first update is not spent on a rate of zero.
+    # step + 1, because a rate of zero would waste the first update.
     return jnp.minimum(1.0, (_float(step) + 1.0) / max(warmup_steps, 1))

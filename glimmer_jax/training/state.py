@@ -1,7 +1,7 @@
-"""What training carries from step to step, and how it comes to lie on a mesh.
+"""The training state, and its placement on a mesh.
 
-There is no random state: the dropout key of a step is `fold_in(key(seed), step)`, so a run restored
-at step n draws what the uninterrupted run drew, on any mesh.
+There is no random state. The dropout key of a step is `fold_in(key(seed), step)`, so that a resumed
+run draws the same numbers as an uninterrupted one, on any mesh.
 """
 
 from collections.abc import Callable
@@ -27,12 +27,12 @@ class TrainState:
 
 
 def state_shardings(optimizer: Optimizer, shapes: Any, mesh: Mesh) -> TrainState:
-    """NamedShardings of a whole state, from the names of the parameters alone.
+    """NamedShardings of a state, from the names of the parameters.
 
     Args:
-      optimizer: knows the parameters' names and how its own state follows from them.
+      optimizer: holds the names of the parameters and of its own state.
       shapes: the parameters, or their ShapeDtypeStructs.
-      mesh: where the state is to lie.
+      mesh: the devices.
 
     Raises:
       ValueError: a parameter does not divide evenly over the mesh.
@@ -51,7 +51,7 @@ def state_shardings(optimizer: Optimizer, shapes: Any, mesh: Mesh) -> TrainState
 
 
 def abstract_state(optimizer: Optimizer, shapes: Any, mesh: Mesh) -> TrainState:
-    """ShapeDtypeStructs with shardings: what a checkpoint is restored into."""
+    """ShapeDtypeStructs with shardings: the target for restoring a checkpoint."""
     shardings = state_shardings(optimizer, shapes, mesh)
     state = jax.eval_shape(lambda params: _first_state(params, optimizer), shapes)
     return jax.tree.map(
@@ -62,13 +62,13 @@ def abstract_state(optimizer: Optimizer, shapes: Any, mesh: Mesh) -> TrainState:
 
 
 def init_state(make_params: Callable[[], Any], optimizer: Optimizer, mesh: Mesh) -> TrainState:
-    """A fresh state; each device computes its own slices, so no host ever holds all parameters.
+    """A state of random parameters. Each device computes its own slices: no host holds them all.
 
     Args:
-      make_params: traceable, returns the parameters, for example
+      make_params: traceable; returns the parameters, for example
         `lambda: model.get_initial_variables(jax.random.key(0), shapes)["params"]`.
-      optimizer: as for the run.
-      mesh: where the state is to lie.
+      optimizer: that of the run.
+      mesh: the devices.
     """
     shardings = state_shardings(optimizer, jax.eval_shape(make_params), mesh)
     with jax.set_mesh(mesh):
@@ -76,21 +76,21 @@ def init_state(make_params: Callable[[], Any], optimizer: Optimizer, mesh: Mesh)
 
 
 def state_from_params(params: Any, optimizer: Optimizer, mesh: Mesh) -> TrainState:
-    """A state at step 0 around given parameters, from `weights.parameters`, spread over the mesh.
+    """A state at step 0 with given parameters, from `weights.parameters`, placed on the mesh.
 
     Raises:
-      ValueError: the parameters' tree is not the one the optimiser was made for.
+      ValueError: the parameters' tree is not that of the optimiser, or a number is not finite.
     """
     differing = sorted(_paths(params) ^ _paths(optimizer.names))
     if differing:
         raise ValueError(
-            "These parameters do not belong to this model; only one of the two has "
+            "The parameters are not those of the model; only one of the two has "
             f"{', '.join(differing[:6])}{' ...' if len(differing) > 6 else ''}. Load a checkpoint "
             "of the same configuration, or recut it."
         )
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), params)
     shardings = state_shardings(optimizer, shapes, mesh)
-    # No aliases: the step donates its state, and the caller's arrays must survive that.
+    # No aliases: the step donates its state, but not the caller's arrays.
     params = parameters.put(params, shardings.params)
     with jax.set_mesh(mesh):
         opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
@@ -103,7 +103,7 @@ def _first_state(params: Any, optimizer: Optimizer) -> TrainState:
 
 
 def _is_names(leaf: Any) -> bool:
-    # A tuple of dimension names, not one of optax's tuples of states.
+    # A tuple of dimension names, in contrast to optax's tuples of states.
     return type(leaf) is tuple and all(name is None or isinstance(name, str) for name in leaf)
 
 

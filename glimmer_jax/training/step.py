@@ -1,4 +1,4 @@
-"""One training step: loss, gradient, update. Pure, and the only thing that runs on the devices."""
+"""One training step as a pure function: loss, gradient, update."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ TrainStep = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
 
 
 class Model(Protocol):
-    """The part of the T5X-style model class that training uses."""
+    """The methods of a T5X model class that training uses."""
 
     def loss_fn(
         self, params: Any, batch: Any, dropout_rng: Any, normalizers: Any = None
@@ -30,18 +30,17 @@ def make_train_step(
 ) -> TrainStep:
     """`train_step(state, batch) -> (state, metrics)`.
 
-    Metrics are float32 scalars `loss` (of the whole batch), `grad_norm` (of what is trained),
-    `learning_rate` and `skipped`, and `sums`, the model's own `{name: (total, weight)}` added over the
-    batch. Where loss or gradient are not finite, `skipped` is 1, only the step is counted, and
-    parameters and optimiser state stay as they were.
+    Metrics are the float32 scalars `loss`, `grad_norm` (of the trained parameters), `learning_rate` and
+    `skipped`, and `sums`, the model's own `{name: (total, weight)}`, summed over the batch. If the loss
+    or the gradient is not finite, `skipped` is 1 and only the step counter changes.
 
     Args:
-      model: gives the loss and its denominators.
-      optimizer: what is trained, and how.
-      num_microbatches: the batch goes through in so many parts, one after the other. Every part's
-        loss is divided by the denominators of the whole batch, so that the parts' gradients add
-        up to the gradient of the undivided batch.
-      seed: of dropout; with the step it determines every draw.
+      model: computes the loss and its denominators.
+      optimizer: holds the names of trained and frozen parameters.
+      num_microbatches: number of sequential parts of a batch. The loss of every part is divided by
+        the denominators of the entire batch, so that the gradients of the parts sum to the gradient
+        of the batch.
+      seed: of dropout, together with the step.
     """
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
@@ -78,9 +77,9 @@ def make_train_step(
 def accumulate(
     fn: Callable[[Any, jax.Array], Any], batch: Any, key: jax.Array, num_microbatches: int
 ) -> Any:
-    """Sum of `fn(part, key of the part)` over the parts of a batch, one part in memory at a time.
+    """Sum of `fn(part, key of the part)` over the parts of a batch, one part at a time.
 
-    Part i holds the rows i, i + n, i + 2n, ...: each device cuts its own rows, and none travel.
+    Part i holds the rows i, i + n, i + 2n, ..., so that every device slices its own rows.
     """
     if num_microbatches == 1:
         return fn(batch, key)
@@ -102,16 +101,16 @@ def accumulate(
 
 
 def jit_train_step(train_step: TrainStep, shardings: TrainState, mesh: Mesh) -> TrainStep:
-    """The step compiled for a mesh; the old state's buffers are given to the new one.
+    """The step compiled for a mesh. It donates the buffers of the old state.
 
     Args:
       train_step: from `make_train_step`.
-      shardings: from `state_shardings`; the state keeps them.
+      shardings: from `state_shardings`.
       mesh: call the result inside `jax.set_mesh(mesh)`.
     """
     return jax.jit(
         train_step,
-        # A batch lies as `put_batch` has laid it.
+        # A batch keeps the sharding of `put_batch`.
         in_shardings=(shardings, None),
         out_shardings=(shardings, partitioning.replicated(mesh)),
         donate_argnums=0,
@@ -119,7 +118,7 @@ def jit_train_step(train_step: TrainStep, shardings: TrainState, mesh: Mesh) -> 
 
 
 def _constrain_like_params(grads: Any, optimizer: Optimizer) -> Any:
-    # Without this the accumulated gradient, born as unnamed zeros, could be replicated.
+    # Without this, XLA could replicate the accumulated gradient, which starts as unnamed zeros.
     trained_names, _ = optimizer.split(optimizer.names)
     return jax.tree.map(
         lambda names, grad: partitioning.constrain(grad, names),

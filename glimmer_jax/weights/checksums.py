@@ -1,8 +1,7 @@
-"""A checksum sidecar: sha256 of every file of a finished folder, written last.
+"""A checksum file: the sha256 of every file of a finished folder, written last.
 
-Orbax does not notice flipped bits in array data. The sidecar does, and its presence says that the
-folder was complete when it was written. It lies inside the folder, so that a copy of the folder can
-be verified wherever it goes.
+Orbax does not detect flipped bits in array data. This file detects them, and its presence shows that
+the folder was complete. It lies inside the folder, so that copies of the folder can be verified.
 """
 
 import hashlib
@@ -12,48 +11,86 @@ from typing import Any
 from etils import epath
 
 SIDECAR = "checksums.json"
+_PARTIAL = ".partial"  # suffix of files that are being written, which nothing reads
 _CHUNK = 1 << 22
 
 
+class DamagedCheckpoint(ValueError):
+    """The files of a checkpoint are not those that were written."""
+
+
 def write_sidecar(folder: Any) -> None:
-    """Writes `checksums.json` into a folder (local or bucket) whose files are final."""
+    """Writes `checksums.json` into a folder (local or in a bucket) whose files are final."""
     folder = epath.Path(folder)
     digests = {name: _digest(folder / name) for name in _files(folder)}
-    # Renamed into place: a sidecar is there with all its lines or not at all.
-    partial = folder / f"{SIDECAR}.partial"
+    # Renamed into place, so that the file is complete or absent.
+    partial = folder / f"{SIDECAR}{_PARTIAL}"
     partial.write_text(json.dumps({"sha256": digests}, indent=1, sort_keys=True))
     partial.replace(folder / SIDECAR)
 
 
 def has_sidecar(folder: Any) -> bool:
-    """True if the folder was finished and has its checksums."""
+    """Whether the folder was finished and has its checksums."""
     return (epath.Path(folder) / SIDECAR).exists()
 
 
 def verify_sidecar(folder: Any) -> None:
-    """Reads every file of the folder and compares it with the sidecar.
+    """Reads every file of a folder and compares it with the checksums.
 
     Raises:
-      ValueError: no sidecar, or files are missing, or their contents changed; all are named.
+      DamagedCheckpoint: there are no checksums, or files are missing, changed or not listed. The
+        message names all of them.
     """
     folder = epath.Path(folder)
-    if not has_sidecar(folder):
-        raise ValueError(
-            f"{folder} has no {SIDECAR}: it was not finished when its writer stopped, or was "
-            "copied without it. Use another step."
-        )
-    digests = json.loads((folder / SIDECAR).read_text())["sha256"]
-    missing = sorted(name for name in digests if not (folder / name).exists())
+    digests = _read_digests(folder)
+    files = set(_files(folder))
+    missing = sorted(digests.keys() - files)
+    unlisted = sorted(files - digests.keys())
     changed = sorted(
-        name
-        for name, digest in digests.items()
-        if name not in missing and _digest(folder / name) != digest
+        name for name in files & digests.keys() if _digest(folder / name) != digests[name]
     )
-    if missing or changed:
-        raise ValueError(
-            f"Checkpoint {folder} is damaged: missing files {missing}, changed files {changed}. "
-            "Copy it again from its source, or use another step."
+    if missing or changed or unlisted:
+        raise DamagedCheckpoint(
+            f"Checkpoint {folder} is damaged: missing files {missing}, changed files {changed}, "
+            f"files without a checksum {unlisted}. Copy it again, or use another step."
         )
+
+
+def read_verified(folder: Any, name: str) -> bytes:
+    """The bytes of one file of a folder.
+
+    Raises:
+      DamagedCheckpoint: the file is missing or changed, or there are no checksums.
+    """
+    folder = epath.Path(folder)
+    digest = _read_digests(folder).get(name)
+    data = (folder / name).read_bytes() if (folder / name).exists() else None
+    if data is None or hashlib.sha256(data).hexdigest() != digest:
+        problem = "missing" if data is None else "changed"
+        raise DamagedCheckpoint(
+            f"Checkpoint {folder} is damaged: file {name} is {problem}. Copy it again, or use another "
+            "step."
+        )
+    return data
+
+
+def _read_digests(folder: epath.Path) -> dict[str, str]:
+    if not has_sidecar(folder):
+        raise DamagedCheckpoint(
+            f"Checkpoint {folder} has no {SIDECAR}: it was not finished, or was copied without that "
+            "file. Use another step."
+        )
+    try:
+        content = json.loads((folder / SIDECAR).read_bytes())
+    except (ValueError, RecursionError):
+        content = None
+    digests = content.get("sha256") if isinstance(content, dict) else None
+    if not isinstance(digests, dict):
+        raise DamagedCheckpoint(
+            f"Checkpoint {folder} is damaged: {SIDECAR} holds no table of checksums. Copy it again, or "
+            "use another step."
+        )
+    return digests
 
 
 def _files(folder: epath.Path, prefix: str = "") -> list[str]:
@@ -61,7 +98,7 @@ def _files(folder: epath.Path, prefix: str = "") -> list[str]:
     for child in sorted(folder.iterdir()):
         if child.is_dir():
             names += _files(child, f"{prefix}{child.name}/")
-        elif not child.name.startswith(SIDECAR):
+        elif prefix + child.name != SIDECAR and not child.name.endswith(_PARTIAL):
             names.append(prefix + child.name)
     return names
 

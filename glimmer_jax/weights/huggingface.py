@@ -1,10 +1,7 @@
-"""T5 folders of Hugging Face, on disk or in a bucket: `config.json` with safetensors or Flax msgpack, in
-one file or in several with an index. Read tensor by tensor, and written. Pickled weights are refused:
-reading one runs code.
-"""
+"""T5 folders of Hugging Face, local or in a bucket: read tensor by tensor, and written."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -15,84 +12,99 @@ from glimmer_jax.storage import folder
 from glimmer_jax.storage.json_lines import parse_line
 from glimmer_jax.weights import huggingface_names as names
 from glimmer_jax.weights import t5_names
-from glimmer_jax.weights.huggingface_files import flax_places, safetensors_places
-from glimmer_jax.weights.lazy_arrays import exists, open_array
+from glimmer_jax.weights.file_errors import InvalidWeights
+from glimmer_jax.weights.huggingface_files import (
+    CONFIG,
+    INDEX,
+    SAFETENSORS,
+    equal,
+    open_tensors,
+    with_one_embedding,
+)
+from glimmer_jax.weights.lazy_arrays import exists, read
 from glimmer_jax.weights.model_config import config_from
 
-_CONFIG, _TORCH, _FLAX = "config.json", "model.safetensors", "flax_model.msgpack"
-_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-_INDEX = ".index.json"
-NO_PICKLES = (
-    "Pickled weights (.bin, .pt, .pth, .pkl) are not read, because reading them runs code: save the "
-    "model with safe_serialization=True where it came from."
-)
-_FILE_BYTES = 5_000_000_000  # of one file when writing; their own limit
-# The type of a divided encoder's folder, which transformers does not know, and where its setting is.
-_DIVIDED, _SETTING = "glimmer", "glimmer_jax"
-
-
-class Tensors(NamedTuple):
-    """The tensors of a folder under PyTorch's names and in PyTorch's orientation."""
-
-    opened: dict[str, ts.TensorStore]
-    files: str  # in words
+VOCABULARY = "spiece.model"  # T5's SentencePiece model, as Hugging Face calls it
+_FILE_BYTES = 5_000_000_000  # of one written file; Hugging Face's limit
+# `model_type` of a folder with a divided encoder, and the key of our own settings in `config.json`.
+_DIVIDED, _SETTINGS = "glimmer", "glimmer_jax"
 
 
 def is_folder(kvstore: ts.KvStore) -> bool:
-    """Whether a Hugging Face model lies there."""
-    return exists(kvstore, _CONFIG)
+    """Whether a folder holds a Hugging Face model."""
+    return exists(kvstore, CONFIG)
 
 
 def load(path: Any, kvstore: ts.KvStore) -> tuple[dict[str, Any], GlimmerConfig, str | None, str]:
-    """The parameters of a T5's folder, or of a divided encoder that `save` has written.
+    """The parameters of a T5, or of a divided encoder that `save` has written.
 
     Args:
       path: of the folder, for messages.
       kvstore: the folder.
 
     Returns:
-      Parameters (TensorStores), the setting they belong to, the fingerprint of their vocabulary where
-      `save` knew it, and in words what was found.
+      Parameters (TensorStores), their configuration, the fingerprint of their vocabulary if `save`
+      recorded it, and a description.
 
     Raises:
-      ValueError: another architecture, no readable weights, or parameters that are missing, extra or
+      ValueError: another architecture, unreadable weights, or parameters that are missing, extra or
         misshapen, all of which are named.
     """
-    config = parse_line(folder.read_file(kvstore, _CONFIG) or b"{}", f"{path}/{_CONFIG}")
+    config = parse_line(folder.read_file(kvstore, CONFIG) or b"{}", f"{path}/{CONFIG}")
     tensors = open_tensors(path, kvstore)
-    found = {name: store for name, store in tensors.opened.items() if name not in names.IGNORED}
+    stores = dict(tensors.opened)
+    settings = config.get(_SETTINGS, {})
+    if not isinstance(settings, dict):
+        raise InvalidWeights(f"{path}/{CONFIG}: {_SETTINGS} is {settings!r:.40}, not an object.")
     if config.get("model_type") == _DIVIDED:
-        described = config_from(config.get(_SETTING, {}), path)
+        described = config_from(settings, path)
         if described is None:
-            raise ValueError(
-                f"{path} is of type {_DIVIDED!r}, and its {_CONFIG} does not say which model it holds "
-                f"({_SETTING}: model_config). Export it again with --run_mode=export."
+            raise InvalidWeights(
+                f"{path}/{CONFIG} has model_type {_DIVIDED!r}, but no {_SETTINGS}/model_config. Export "
+                "the model again with --run_mode=export."
             )
-        setting = t5_names.looped(described)
-        tied = setting.t5.tie_output
+        model = t5_names.unrolled(described)
+        tied = model.t5.tie_output
     else:
-        tied = _is_tied(path, config, found)
+        names.check_type(path, config)
+        stores = with_one_embedding(path, config, stores)
+        tied = _is_tied(path, config, stores)
         scaled = tied and names.scales_output(config)
-        setting = t5_names.fid(names.read_config(path, config, tie_output=scaled))
+        model = t5_names.fid(names.read_config(path, config, tie_output=scaled))
         if tied:
-            found.pop(names.OUTPUT, None)
-        if tied and not scaled and names.EMBEDDING in found:
-            # Tied, but not scaled: an untied output layer that starts as the embedding.
-            found[names.OUTPUT] = found[names.EMBEDDING]
-    wanted = {}
-    for name, shape in t5_names.shapes(setting).items():
-        theirs = names.their_name(name, setting)
-        wanted[theirs] = tuple(reversed(shape)) if names.transposed(name) else shape
-    t5_names.check(path, wanted, {name: tuple(store.shape) for name, store in found.items()})
+            stores.pop(names.OUTPUT, None)
+        if tied and not scaled and names.EMBEDDING in stores:
+            # A tied output layer without the scale is an untied one that starts as the embedding.
+            stores[names.OUTPUT] = stores[names.EMBEDDING]
+    t5_names.check_layers(path, model, len(stores))
+    expected = {}
+    for name, shape in t5_names.shapes(model).items():
+        theirs = names.their_name(name, model)
+        expected[theirs] = tuple(reversed(shape)) if names.transposed(name) else shape
+    t5_names.check(path, expected, {name: tuple(store.shape) for name, store in stores.items()})
 
-    def read(name: str) -> ts.TensorStore:
-        store = found[names.their_name(name, setting)]
+    def find(name: str) -> ts.TensorStore:
+        store = stores[names.their_name(name, model)]
         return store.T if names.transposed(name) else store
 
-    params = t5_names.tree_from(setting, read)
-    what = f"a Hugging Face {config['model_type']} in {path} ({tensors.files})"
-    what += f": {t5_names.in_words(params, setting.t5)}"
-    return params, setting, config.get(_SETTING, {}).get("vocabulary_fingerprint"), what
+    params = t5_names.tree_from(model, find)
+    description = f"a Hugging Face {config['model_type']} in {path} ({tensors.files}): "
+    description += t5_names.describe(params, model.t5)
+    fingerprint = settings.get("vocabulary_fingerprint")
+    return params, model, None if fingerprint is None else str(fingerprint), description
+
+
+def _is_tied(path: Any, config: Mapping[str, Any], stores: Mapping[str, ts.TensorStore]) -> bool:
+    if names.OUTPUT not in stores or names.EMBEDDING not in stores:
+        return names.OUTPUT not in stores
+    if equal(stores[names.OUTPUT], stores[names.EMBEDDING]):
+        return True
+    if names.scales_output(config):
+        raise InvalidWeights(
+            f"{path}: {names.OUTPUT} differs from {names.EMBEDDING}, but config.json ties them. Set "
+            f'"tie_word_embeddings": false if the model is a T5 v1.1, or remove {names.OUTPUT}.'
+        )
+    return False
 
 
 def save(
@@ -100,57 +112,64 @@ def save(
     params: Mapping[str, Any],
     config: GlimmerConfig,
     described: Mapping[str, Any],
+    vocabulary: bytes | None = None,
     file_bytes: int = _FILE_BYTES,
 ) -> None:
     """Writes parameters under Hugging Face's names: float32 safetensors, and `config.json` last.
 
-    A whole T5 (FiD) is one for `transformers`. A divided encoder, or FiDO's decoder, has their names
-    by the table in docs/weights.md, and `load` reads it.
+    An undivided T5 (FiD) can be loaded with `transformers`. A divided encoder and FiDO's decoder have
+    the names of the table in docs/weights.md, and `load` reads them.
 
     Args:
-      path: of the folder, local or a bucket.
-      params: of `config`, numpy, JAX arrays or TensorStores.
-      config: the setting.
-      described: what `model_config.describe` says of it.
-      file_bytes: a file holds no more, but at least one tensor; several get an index.
+      path: of the folder, local or in a bucket.
+      params: of `config`: numpy arrays, JAX arrays or TensorStores.
+      config: the configuration.
+      described: `model_config.describe` of it.
+      vocabulary: the SentencePiece model, which is written as `spiece.model`.
+      file_bytes: maximum size of a file that holds more than one tensor. Several files get an index.
 
     Raises:
-      ValueError: a model is there already, or activations that T5 of Hugging Face does not have.
+      ValueError: the folder holds a model, Hugging Face's T5 lacks the activations, or a parameter is
+        not finite.
     """
     settings = names.write_config(config.t5)
-    if not t5_names.is_t5(config):
-        settings |= {"architectures": [], "model_type": _DIVIDED, _SETTING: dict(described)}
+    if t5_names.is_t5(config):
+        settings |= {_SETTINGS: {"vocabulary_fingerprint": described["vocabulary_fingerprint"]}}
+    else:
+        settings |= {"architectures": [], "model_type": _DIVIDED, _SETTINGS: dict(described)}
     kvstore = folder.open_folder(path)
-    if exists(kvstore, _CONFIG):
-        # Written over, it would be a mixture of two until the end.
-        raise ValueError(f"{path} holds a model already. Remove it, or write into another folder.")
+    if exists(kvstore, CONFIG):
+        # Overwriting it would mix two models until the last file is written.
+        raise ValueError(f"{path} holds a model already. Remove it, or choose another folder.")
     leaves = {}
     for name, leaf in t5_names.flat_from(params).items():
-        leaves[names.their_name(name, config)] = (leaf, names.transposed(name))
-    files = _divide({name: 4 * leaf.size for name, (leaf, _) in leaves.items()}, file_bytes)
+        leaves[names.their_name(name, config)] = (name, leaf)
+    files = _divide({theirs: 4 * leaf.size for theirs, (_, leaf) in leaves.items()}, file_bytes)
     weight_map: dict[str, str] = {}
     for number, part in enumerate(files, 1):
-        file = _TORCH
+        file = SAFETENSORS
         if len(files) > 1:
             file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        tensors = {name: _theirs(*leaves[name]) for name in part}
+        tensors = {theirs: _tensor(*leaves[theirs]) for theirs in part}
         data = safetensors.numpy.save(tensors, metadata={"format": "pt"})
         folder.write_file(kvstore, file, data)
         weight_map |= dict.fromkeys(part, file)
     if len(files) > 1:
-        size = sum(4 * leaf.size for leaf, _ in leaves.values())
+        size = sum(4 * leaf.size for _, leaf in leaves.values())
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        folder.write_file(kvstore, _TORCH + _INDEX, folder.dump_json(index))
-    folder.write_file(kvstore, _CONFIG, folder.dump_json(settings))
+        folder.write_file(kvstore, SAFETENSORS + INDEX, folder.dump_json(index))
+    if vocabulary is not None:
+        folder.write_file(kvstore, VOCABULARY, vocabulary)
+    folder.write_file(kvstore, CONFIG, folder.dump_json(settings))
 
 
-def _theirs(leaf: Any, transposed: bool) -> np.ndarray:
-    array = np.asarray(leaf, np.float32)
-    return np.ascontiguousarray(array.T if transposed else array)
+def _tensor(name: str, leaf: Any) -> np.ndarray:
+    array = read(name, leaf).astype(np.float32)
+    return np.ascontiguousarray(array.T if names.transposed(name) else array)
 
 
 def _divide(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in order, in groups of at most `limit` bytes or one name."""
+    """Names in order, in groups of at most `limit` bytes or a single name."""
     groups: list[list[str]] = []
     room = 0
     for name in sorted(sizes):
@@ -160,68 +179,3 @@ def _divide(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
         groups[-1].append(name)
         room -= sizes[name]
     return groups
-
-
-def _is_tied(path: Any, config: Mapping[str, Any], found: Mapping[str, ts.TensorStore]) -> bool:
-    if names.OUTPUT not in found or names.EMBEDDING not in found:
-        return names.OUTPUT not in found
-    if _equal(found[names.OUTPUT], found[names.EMBEDDING]):
-        return True
-    if names.scales_output(config):
-        raise ValueError(
-            f"{path} has an output layer of its own, and config.json says that it is tied to the "
-            'embedding. Set "tie_word_embeddings": false if the model is T5 v1.1, or remove '
-            f"{names.OUTPUT}."
-        )
-    return False
-
-
-def _equal(a: ts.TensorStore, b: ts.TensorStore) -> bool:
-    """Bit equality, block by block: layers that differ do so in the first."""
-    if a.shape != b.shape:
-        return False
-    blocks = (slice(i, min(i + 128, a.shape[0])) for i in range(0, a.shape[0], 128))
-    return all(np.array_equal(a[block], b[block]) for block in blocks)
-
-
-def open_tensors(path: Any, kvstore: ts.KvStore) -> Tensors:
-    """The weights of a folder. Raises ValueError where there are none that can be read safely."""
-    readers: tuple[tuple[str, Callable[[ts.KvStore, str], dict[str, ts.TensorStore]], str], ...] = (
-        (_TORCH, _safetensors, "safetensors"),
-        (_FLAX, _flax, "Flax msgpack"),
-    )
-    for one, read, kind in readers:
-        if exists(kvstore, one + _INDEX):
-            index = parse_line(
-                folder.read_file(kvstore, one + _INDEX) or b"{}", f"{path}/{one}{_INDEX}"
-            )
-            files = sorted(set(index.get("weight_map", {}).values()))
-            if missing := [file for file in files if not exists(kvstore, file)]:
-                raise ValueError(
-                    f"{path} lacks {missing}, which {one}{_INDEX} names. Fetch them again."
-                )
-            opened: dict[str, ts.TensorStore] = {}
-            for file in files:
-                opened |= read(kvstore, file)
-            return Tensors(opened, f"{len(files)} {kind} files")
-        if exists(kvstore, one):
-            return Tensors(read(kvstore, one), one)
-    present = [file for file in _PICKLED if exists(kvstore, file)]
-    raise ValueError(
-        f"{path} has {_CONFIG} and neither {_TORCH} nor {_FLAX}, nor an index of several; it has "
-        f"{present or 'no weights'}. {NO_PICKLES}"
-    )
-
-
-def _safetensors(kvstore: ts.KvStore, file: str) -> dict[str, ts.TensorStore]:
-    places = safetensors_places(kvstore, file)
-    return {name: open_array(kvstore, place) for name, place in places.items()}
-
-
-def _flax(kvstore: ts.KvStore, file: str) -> dict[str, ts.TensorStore]:
-    opened = {}
-    for path, place in flax_places(kvstore, file).items():
-        store = open_array(kvstore, place)
-        # Flax's kernels are not transposed.
-        opened[names.torch_name(path)] = store.T if path[-1] == "kernel" else store
-    return opened

@@ -1,129 +1,136 @@
-"""Where the tensors of a safetensors file and of a Flax msgpack file lie.
+"""The tensors of a Hugging Face folder: safetensors or Flax msgpack, in one file or in several.
 
-safetensors begins with a table of its tensors. msgpack has none: its maps are walked from array to
-array, and of each only the few bytes before its numbers are read.
+Pickled weights are rejected, because reading a pickle runs code.
 """
 
-import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401 (makes numpy know bfloat16)
-import msgpack
 import numpy as np
 import tensorstore as ts
 
 from glimmer_jax.storage import folder
-from glimmer_jax.weights.lazy_arrays import Place
+from glimmer_jax.storage.json_lines import parse_line
+from glimmer_jax.weights import huggingface_names as names
+from glimmer_jax.weights import msgpack_file, safetensors_file
+from glimmer_jax.weights.file_errors import InvalidWeights, parsing
+from glimmer_jax.weights.lazy_arrays import exists, open_bytes, read
 
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-_HEADER_BYTES = 100_000_000  # at most; the library's own limit
-_WINDOW_BYTES = 1 << 16
-_ITEM_BYTES = 1 << 12  # more than a key, or what stands before an array's numbers
-# msgpack's first bytes -> bytes of the length that follows.
-_EXTENSIONS = {0xC7: 1, 0xC8: 2, 0xC9: 4, 0xD4: 0, 0xD5: 0, 0xD6: 0, 0xD7: 0, 0xD8: 0}
-_BINARIES = {0xC4: 1, 0xC5: 2, 0xC6: 4}
-_CHUNKED = "__msgpack_chunked_array__"  # flax's mark of an array of more than 1 GB
+CONFIG, SAFETENSORS, FLAX = "config.json", "model.safetensors", "flax_model.msgpack"
+INDEX = ".index.json"
+NO_PICKLES = (
+    "Pickled weights (.bin, .pt, .pth, .pkl) are not read, because reading them runs code. Save the "
+    "model with safe_serialization=True."
+)
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_FILE_NAME = re.compile(r"[\w-][\w.-]*")  # no folder, and not `..`
 
 
-def safetensors_places(kvstore: ts.KvStore, file: str) -> dict[str, Place]:
-    """The tensors of a safetensors file by name.
+class Tensors(NamedTuple):
+    """The tensors of a folder under PyTorch's names and in PyTorch's orientation."""
+
+    opened: dict[str, ts.TensorStore]
+    files: str  # a description
+
+
+def open_tensors(path: Any, kvstore: ts.KvStore) -> Tensors:
+    """The weights of a folder.
+
+    Args:
+      path: of the folder, for messages.
+      kvstore: the folder.
 
     Raises:
-      ValueError: it is missing, is no such file, or holds tensors that are no floating-point numbers.
+      InvalidWeights: the weights are missing, pickled or damaged.
     """
-    size = int.from_bytes(folder.read_range(kvstore, file, 0, 8), "little")
-    try:
-        header = json.loads(folder.read_range(kvstore, file, 8, 8 + min(size, _HEADER_BYTES)))
-        header.pop("__metadata__", None)
-        kinds = {one["dtype"] for one in header.values()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(kvstore, file, "safetensors") from error
-    if unread := sorted(kinds - set(_DTYPES)):
-        raise ValueError(
-            f"{kvstore.url}{file} holds tensors of type {', '.join(unread)}; weights are read in "
-            f"{', '.join(_DTYPES)}. Save the model in one of these."
+    readers: tuple[tuple[str, Callable[[ts.KvStore, str], dict[str, ts.TensorStore]], str], ...] = (
+        (SAFETENSORS, _open_safetensors, "safetensors"),
+        (FLAX, _open_flax, "Flax msgpack"),
+    )
+    for file, open_file, kind in readers:
+        if exists(kvstore, file + INDEX):
+            files = _indexed_files(path, kvstore, file + INDEX)
+            opened: dict[str, ts.TensorStore] = {}
+            for part in files:
+                tensors = open_file(kvstore, part)
+                if repeated := sorted(tensors.keys() & opened.keys()):
+                    raise InvalidWeights(
+                        f"{path} holds {', '.join(repeated[:5])} in more than one of the files that "
+                        f"{file}{INDEX} lists. Download the folder again."
+                    )
+                opened |= tensors
+            return Tensors(opened, f"{len(files)} {kind} files")
+        if exists(kvstore, file):
+            return Tensors(open_file(kvstore, file), file)
+    present = [file for file in _PICKLED if exists(kvstore, file)]
+    raise InvalidWeights(
+        f"{path} has {CONFIG}, but neither {SAFETENSORS} nor {FLAX} nor an index of several such files. "
+        f"Its weights: {present or 'none'}. {NO_PICKLES}"
+    )
+
+
+def with_one_embedding(
+    path: Any, config: Mapping[str, Any], stores: dict[str, ts.TensorStore]
+) -> dict[str, ts.TensorStore]:
+    """The tensors with the embedding under one name, and without tables that nothing reads.
+
+    Writers keep the embedding as `shared.weight`, as a copy in encoder or decoder, or as a tied output
+    layer.
+
+    Raises:
+      InvalidWeights: copies of the embedding differ.
+    """
+    stores = {name: store for name, store in stores.items() if name not in names.UNUSED}
+    copies = {name: stores.pop(name) for name in names.EMBEDDING_COPIES if name in stores}
+    if names.EMBEDDING not in stores:
+        if copies:
+            stores[names.EMBEDDING] = copies[next(iter(copies))]
+        elif names.OUTPUT in stores and config.get("tie_word_embeddings") is not False:
+            stores[names.EMBEDDING] = stores[names.OUTPUT]
+    for name, copy in copies.items():
+        if names.EMBEDDING not in stores or not equal(copy, stores[names.EMBEDDING]):
+            raise InvalidWeights(
+                f"{path}: {name} differs from {names.EMBEDDING}. Encoder and decoder share one "
+                "embedding here. Use a T5 that was trained with a shared embedding."
+            )
+    return stores
+
+
+def equal(a: ts.TensorStore, b: ts.TensorStore) -> bool:
+    """Bit equality, block by block: different layers differ in the first block."""
+    if a.shape != b.shape:
+        return False
+    blocks = (slice(i, min(i + 128, a.shape[0])) for i in range(0, a.shape[0], 128))
+    return all(
+        np.array_equal(read(names.EMBEDDING, a[block]), read(names.EMBEDDING, b[block]))
+        for block in blocks
+    )
+
+
+def _indexed_files(path: Any, kvstore: ts.KvStore, index: str) -> list[str]:
+    where = f"{path}/{index}"
+    with parsing(where, "index"):
+        weight_map = parse_line(folder.read_file(kvstore, index) or b"", where)["weight_map"]
+        files = sorted(set(weight_map.values()))
+        if bad := [file for file in files if not _FILE_NAME.fullmatch(file)]:
+            raise ValueError(f"{bad[0]!r:.80} is not the name of a file in the folder")
+    if missing := [file for file in files if not exists(kvstore, file)]:
+        raise InvalidWeights(
+            f"{path} lacks {missing}, which {index} lists. Download these files again."
         )
-    places = {}
-    for name, one in header.items():
-        begin, end = one["data_offsets"]
-        place = Place(file, 8 + size + begin, tuple(one["shape"]), np.dtype(_DTYPES[one["dtype"]]))
-        if end - begin != place.num_bytes:
-            raise _damaged(kvstore, file, "safetensors")
-        places[name] = place
-    return places
+    return files
 
 
-def flax_places(kvstore: ts.KvStore, file: str) -> dict[tuple[str, ...], Place]:
-    """The arrays of a file of Flax's msgpack by path.
-
-    Raises:
-      ValueError: it is missing, is no such file, or holds an array in chunks.
-    """
-    folder.read_range(kvstore, file, 0, 1)  # names a missing file
-    try:
-        return dict(_Walk(kvstore, file).arrays(()))
-    except (msgpack.UnpackException, ValueError, KeyError, TypeError, IndexError) as error:
-        if _CHUNKED in str(error):
-            raise
-        raise _damaged(kvstore, file, "Flax msgpack") from error
+def _open_safetensors(kvstore: ts.KvStore, file: str) -> dict[str, ts.TensorStore]:
+    tensors = safetensors_file.locations(kvstore, file)
+    return {name: open_bytes(kvstore, location) for name, location in tensors.items()}
 
 
-class _Walk:
-    """A position in a file of msgpack."""
-
-    def __init__(self, kvstore: ts.KvStore, file: str):
-        self._kvstore, self._file, self._at = kvstore, file, 0
-        self._window, self._start = b"", 0
-
-    def arrays(self, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Place]]:
-        for _ in range(self._unpack("read_map_header")):
-            key = (*path, self._unpack("unpack"))
-            if key[-1] == _CHUNKED:
-                raise ValueError(
-                    f"{self._kvstore.url}{self._file} holds {'/'.join(path)} in chunks "
-                    f"({_CHUNKED}), which are not read. Save the model as safetensors."
-                )
-            if self._bytes(1)[0] in _EXTENSIONS:
-                yield key, self._array()
-            else:
-                yield from self.arrays(key)
-
-    def _array(self) -> Place:
-        """An extension of flax's kind: shape, dtype's name, numbers."""
-        self._skip_header(_EXTENSIONS)
-        self._at += 1  # the extension's code
-        if self._unpack("read_array_header") != 3:
-            raise ValueError("no array")
-        shape, dtype = self._unpack("unpack"), np.dtype(self._unpack("unpack"))
-        size = self._skip_header(_BINARIES)
-        place = Place(self._file, self._at, tuple(shape), dtype)
-        if size != place.num_bytes:
-            raise ValueError("no array")
-        self._at += size
-        return place
-
-    def _skip_header(self, kinds: dict[int, int]) -> int:
-        """Goes behind a first byte and its length; returns the length."""
-        data = self._bytes(5)
-        width = kinds[data[0]]
-        self._at += 1 + width
-        return int.from_bytes(data[1 : 1 + width], "big")
-
-    def _unpack(self, how: str):
-        unpacker = msgpack.Unpacker()
-        unpacker.feed(self._bytes(_ITEM_BYTES))
-        value = getattr(unpacker, how)()
-        self._at += unpacker.tell()
-        return value
-
-    def _bytes(self, count: int) -> bytes:
-        at = self._at - self._start
-        if not 0 <= at <= len(self._window) - count:
-            stop = self._at + _WINDOW_BYTES
-            self._window = folder.read_range(self._kvstore, self._file, self._at, stop)
-            self._start, at = self._at, 0
-        return self._window[at : at + count]
-
-
-def _damaged(kvstore: ts.KvStore, file: str, kind: str) -> ValueError:
-    return ValueError(f"{kvstore.url}{file} is no {kind} file, or is damaged. Fetch it again.")
+def _open_flax(kvstore: ts.KvStore, file: str) -> dict[str, ts.TensorStore]:
+    opened = {}
+    for path, location in msgpack_file.locations(kvstore, file).items():
+        store = open_bytes(kvstore, location)
+        # Flax's kernels are not transposed.
+        opened[names.torch_name(path)] = store.T if path[-1] == "kernel" else store
+    return opened

@@ -1,20 +1,16 @@
-"""Arrays that lie in files as plain bytes, opened without being read.
+"""Arrays in files, opened as TensorStores that read only what is asked of them.
 
-Hugging Face's files, safetensors and Flax's msgpack alike, hold a tensor as one run of bytes, in row
-order. A table of where the runs begin makes TensorStores of them: what is asked of one (its transpose,
-a stack of several, the slice of one device) is all that is read. The safetensors library reads files
-on a local disk only; this reads buckets as well.
+A TensorStore can be transposed, stacked and sliced before anything is read, so that a device's share
+of a parameter is all that is ever read. Three layouts are opened:
 
-The zarr arrays that a checkpoint's own file names, opened all at once.
+* a run of bytes in a file, as in safetensors and in Flax's msgpack (`open_bytes`);
+* a zarr array in a folder of its own, as in T5X checkpoints (`open_zarr`);
+* all arrays of an Orbax folder (`open_orbax`).
 
-The arrays of an Orbax folder, opened without being read.
-
-Orbax restores into a tree of the same shape. Public weights change shape on the way (layers are cut
-out of stacks, and stacked anew), so its arrays are opened one by one, as the zarr arrays they are.
+All of them work on a local disk and in a bucket.
 """
 
 import functools
-import json
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -24,14 +20,18 @@ import tensorstore as ts
 
 from glimmer_jax.storage import folder
 from glimmer_jax.storage.errors import storage_error
+from glimmer_jax.storage.json_lines import parse_line
+from glimmer_jax.weights.file_errors import InvalidWeights, check_dtype, check_finite, parsing
 
-_BLOCK = 128  # rows and columns read from a disk at once
-_BLOCK_BYTES = 1 << 23  # asked of a bucket at once
+ORBAX_METADATA = "_METADATA"
+_BLOCK = 128  # rows and columns of one read from a disk
+_BLOCK_BYTES = 1 << 23  # of one read from a bucket
 _LOCAL = "file://"
+_MAX_RANK = 8
 
 
-class Place(NamedTuple):
-    """Where an array lies."""
+class ByteRange(NamedTuple):
+    """An array as a run of bytes in a file, in row-major order."""
 
     file: str
     offset: int
@@ -43,11 +43,26 @@ class Place(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+def checked_shape(file: Any, name: str, shape: Any) -> tuple[int, ...]:
+    """A shape from a file as a tuple. Raises InvalidWeights if no weights have such a shape."""
+    sizes = tuple(shape) if isinstance(shape, list | tuple) else None
+    if (
+        sizes is None
+        or len(sizes) > _MAX_RANK
+        or not all(type(size) is int and size >= 1 for size in sizes)
+    ):
+        raise InvalidWeights(
+            f"{file} gives {name} the shape {shape!r:.80}. Expected at most {_MAX_RANK} sizes of at "
+            "least 1. Download or write the file again."
+        )
+    return sizes
+
+
 def exists(kvstore: ts.KvStore, file: str) -> bool:
     """Whether a folder has a file that is not empty.
 
     Raises:
-      OSError: the storage did not answer, or refused.
+      OSError: the storage failed or denied access.
     """
     try:
         return kvstore.read(file, byte_range=slice(0, 1)).result().state == "value"
@@ -57,134 +72,193 @@ def exists(kvstore: ts.KvStore, file: str) -> bool:
         return False
 
 
-def open_array(kvstore: ts.KvStore, place: Place) -> ts.TensorStore:
-    """The array at a place of a folder, in its own dtype; nothing is read yet.
+def open_bytes(kvstore: ts.KvStore, location: ByteRange) -> ts.TensorStore:
+    """The array at a location, in its own dtype. Nothing is read yet.
 
-    On a local disk a slice reads little more than itself. A bucket is asked for whole rows.
+    On a local disk, reading a slice reads little more than the slice. In a bucket, whole rows are read.
 
     Raises:
-      ValueError: the file ends before the array; of a bucket's, when it is read.
+      InvalidWeights: the file ends before the array does. In a bucket this is raised by the read.
     """
-    if is_local(kvstore):
-        read = _mapped(kvstore, place).__getitem__
-        block = [min(size, _BLOCK) for size in place.shape]
+    if kvstore.url.startswith(_LOCAL):
+        read = _map_file(kvstore, location).__getitem__
+        block = [min(size, _BLOCK) for size in location.shape]
     else:
-        read = functools.partial(_rows, kvstore, place)
-        row_bytes = max(1, math.prod(place.shape[1:]) * place.dtype.itemsize)
-        block = [min(max(1, _BLOCK_BYTES // row_bytes), n) for n in place.shape[:1]]
-        block += place.shape[1:]
+        read = functools.partial(_read_rows, kvstore, location)
+        row_bytes = max(1, math.prod(location.shape[1:]) * location.dtype.itemsize)
+        block = [min(max(1, _BLOCK_BYTES // row_bytes), n) for n in location.shape[:1]]
+        block += location.shape[1:]
 
     def fill(domain: ts.IndexDomain, array: np.ndarray, _: Any) -> None:
         array[...] = read(domain.index_exp)
 
     return ts.virtual_chunked(
         fill,
-        domain=ts.IndexDomain(shape=place.shape),
-        dtype=ts.dtype(place.dtype),
+        domain=ts.IndexDomain(shape=location.shape),
+        dtype=ts.dtype(location.dtype),
         chunk_layout=ts.ChunkLayout(read_chunk_shape=block),
     )
 
 
-def is_local(kvstore: ts.KvStore) -> bool:
-    """Whether a folder lies on this machine's disk."""
-    return kvstore.url.startswith(_LOCAL)
+def _map_file(kvstore: ts.KvStore, location: ByteRange) -> np.ndarray:
+    mapped = np.memmap(kvstore.path + location.file, np.uint8, mode="r")
+    data = mapped[location.offset : location.offset + location.num_bytes]
+    if data.size < location.num_bytes:
+        raise _truncated(kvstore, location)
+    return data.view(location.dtype).reshape(location.shape)
 
 
-def _mapped(kvstore: ts.KvStore, place: Place) -> np.ndarray:
-    whole = np.memmap(kvstore.path + place.file, np.uint8, mode="r")
-    data = whole[place.offset : place.offset + place.num_bytes]
-    if data.size < place.num_bytes:
-        raise _too_short(kvstore, place)
-    return data.view(place.dtype).reshape(place.shape)
-
-
-def _rows(kvstore: ts.KvStore, place: Place, index: tuple[slice, ...]) -> np.ndarray:
-    row_bytes = place.num_bytes // place.shape[0]
-    start, stop = (place.offset + row * row_bytes for row in (index[0].start, index[0].stop))
-    data = folder.read_range(kvstore, place.file, start, stop)
+def _read_rows(kvstore: ts.KvStore, location: ByteRange, index: tuple[slice, ...]) -> np.ndarray:
+    if not location.shape:
+        index = (slice(0, 1),)
+    row_bytes = location.num_bytes // (location.shape[0] if location.shape else 1)
+    start, stop = (location.offset + row * row_bytes for row in (index[0].start, index[0].stop))
+    data = folder.read_range(kvstore, location.file, start, stop)
     if len(data) < stop - start:
-        raise _too_short(kvstore, place)
-    return np.frombuffer(data, place.dtype).reshape(-1, *place.shape[1:])[:, *index[1:]]
+        raise _truncated(kvstore, location)
+    array = np.frombuffer(data, location.dtype)
+    if not location.shape:
+        return array.reshape(())
+    return array.reshape(-1, *location.shape[1:])[:, *index[1:]]
 
 
-def _too_short(kvstore: ts.KvStore, place: Place) -> ValueError:
-    return ValueError(
-        f"{kvstore.url}{place.file} ends before the array of shape {list(place.shape)} that begins at "
-        f"byte {place.offset}. Fetch it again."
+def _truncated(kvstore: ts.KvStore, location: ByteRange) -> InvalidWeights:
+    return InvalidWeights(
+        f"{kvstore.url}{location.file} is truncated: the array of shape {list(location.shape)} at byte "
+        f"{location.offset} needs {location.num_bytes} bytes. Download it again."
     )
 
 
-def opened(path: Any, file: str, futures: Mapping[str, ts.Future]) -> dict[str, ts.TensorStore]:
-    """Waits for all of them.
+def read(name: str, array: Any) -> np.ndarray:
+    """A parameter as a numpy array, whose numbers are finite.
+
+    Args:
+      name: of the parameter, for messages.
+      array: numpy array, JAX array or TensorStore.
+
+    Raises:
+      OSError: the storage failed or denied access.
+      InvalidWeights: its data is missing or damaged, or holds NaN or infinities.
+    """
+    if not isinstance(array, ts.TensorStore):
+        return check_finite(name, np.asarray(array))
+    try:
+        return check_finite(name, array.read().result())
+    except InvalidWeights:
+        raise
+    except ValueError as error:
+        if not folder.is_damage(error):
+            raise storage_error(f"parameter {name}", error) from error
+        raise InvalidWeights(
+            f"The data of parameter {name} is missing or damaged: {error}. Download it again."
+        ) from error
+
+
+def open_zarr(kvstore: ts.KvStore, **spec: Any) -> ts.Future:
+    """Starts to open the zarr array in a folder; see `wait_for`."""
+    return ts.open(
+        # Otherwise a missing chunk would read as zeros.
+        {"driver": "zarr", "fill_missing_data_reads": False, **spec},
+        kvstore=kvstore,
+        open=True,
+        read=True,
+    )
+
+
+def wait_for(path: Any, file: str, futures: Mapping[str, ts.Future]) -> dict[str, ts.TensorStore]:
+    """Opened arrays by name.
 
     Args:
       path: of the folder, for messages.
-      file: the one in it that names the arrays.
-      futures: of `ts.open`, by the array's name.
+      file: the file in it that lists the arrays, for messages.
+      futures: of `open_zarr`, by the array's name.
 
     Raises:
-      OSError: the storage did not answer, or refused.
-      ValueError: arrays are missing or damaged; all of them are named.
+      OSError: the storage failed or denied access.
+      InvalidWeights: arrays are missing or damaged (all of them are named), or are not weights.
     """
-    arrays, lost = {}, {}
+    arrays, damaged = {}, {}
     for name, future in futures.items():
         try:
             arrays[name] = future.result()
         except ValueError as error:
-            if not folder.is_damage(error):
+            # TensorStore reports metadata that it cannot parse as an invalid argument.
+            if not (folder.is_damage(error) or str(error).startswith("INVALID_ARGUMENT: ")):
                 raise storage_error(str(path), error) from error
-            lost[name] = error
-    if lost:
-        raise ValueError(
-            f"{path} lacks {len(lost)} arrays that its file {file} names: {', '.join(sorted(lost))}. "
-            "Fetch them again."
-        ) from next(iter(lost.values()))
+            damaged[name] = error
+    if damaged:
+        raise InvalidWeights(
+            f"{path}: {len(damaged)} arrays that {file} lists are missing or damaged: "
+            f"{', '.join(sorted(damaged))}. Download them again."
+        ) from next(iter(damaged.values()))
+    for name, array in arrays.items():
+        check_dtype(path, name, array.dtype.name)
+        shape = checked_shape(path, name, array.shape)
+        chunk = array.chunk_layout.read_chunk.shape or shape
+        # A chunk is allocated completely, however small the array is.
+        if any(size > max(length, 1) for size, length in zip(chunk, shape, strict=True)):
+            raise InvalidWeights(
+                f"{path} stores {name} of shape {list(shape)} in chunks of {list(chunk)}, which are "
+                "larger than the array. Download or write it again."
+            )
     return arrays
 
 
-METADATA = "_METADATA"
-
-
-def open_arrays(kvstore: ts.KvStore, prefix: tuple[str, ...] = ()) -> dict[str, ts.TensorStore]:
+def open_orbax(kvstore: ts.KvStore, prefix: tuple[str, ...] = ()) -> dict[str, ts.TensorStore]:
     """The arrays below `prefix`, by path (`encoder/layers_0/mlp/wo/kernel`).
 
+    `ocp.StandardRestore` needs a target of the saved shapes. Public weights are restacked and cut on
+    the way, so their arrays are opened one by one, as the zarr arrays they are.
+
     Args:
-      kvstore: of the folder with Orbax's `_METADATA` in it.
+      kvstore: the folder with Orbax's `_METADATA`.
       prefix: keys of the tree.
 
     Raises:
-      ValueError: nothing lies below `prefix`, or arrays are missing, all of which are named.
+      InvalidWeights: nothing lies below `prefix`, or arrays are missing, damaged or not weights.
     """
-    data = folder.read_file(kvstore, METADATA)
+    data = folder.read_file(kvstore, ORBAX_METADATA)
+    file = f"{kvstore.url}{ORBAX_METADATA}"
     if data is None:
-        raise ValueError(f"{kvstore.url} has no {METADATA}: it is no Orbax checkpoint.")
-    metadata = json.loads(data)
-    paths = [
-        tuple(str(entry["key"]) for entry in leaf["key_metadata"])
-        for leaf in metadata["tree_metadata"].values()
-    ]
+        raise InvalidWeights(f"{file} is missing: the folder is not an Orbax checkpoint.")
+    with parsing(file, "Orbax metadata"):
+        metadata = parse_line(data, file)
+        paths = [
+            tuple(str(entry["key"]) for entry in leaf["key_metadata"])
+            for leaf in metadata["tree_metadata"].values()
+        ]
+        names = [".".join(path) for path in paths]
+        if len(set(names)) < len(names):
+            raise ValueError("two arrays have the same name")
+        if any(not key or "/" in key or "\\" in key for path in paths for key in path):
+            raise ValueError("the key of an array is empty or holds a slash")
+        zarr3 = metadata.get("use_zarr3", False)
+        if not isinstance(zarr3, bool):
+            raise ValueError(f"use_zarr3 is {zarr3!r:.40}")
     wanted = [path for path in paths if path[: len(prefix)] == prefix]
     if not wanted:
-        raise ValueError(
-            f"{kvstore.url} holds {sorted({path[0] for path in paths})} and no {'/'.join(prefix)}."
+        raise InvalidWeights(
+            f"{kvstore.url} holds {sorted({path[0] for path in paths})}, not {'/'.join(prefix)}. Give "
+            "the folder of a T5X or glimmer_jax checkpoint."
         )
-    driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
     in_one_file = exists(kvstore, "manifest.ocdbt")
     context = ts.Context()
-    base: Any = kvstore.spec().to_json()
     futures = {}
     for path in wanted:
         name = ".".join(path)
-        inside = (
-            {"driver": "ocdbt", "base": base, "path": f"{name}/"}
-            if in_one_file
-            else folder.subfolder(kvstore, name).spec().to_json()
-        )
+        if in_one_file:
+            base: Any = kvstore.spec().to_json()
+            array_folder: Any = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+        else:
+            array_folder = folder.subfolder(kvstore, name).spec().to_json()
         futures["/".join(path[len(prefix) :])] = ts.open(
-            # A missing chunk would read as zeros.
-            {"driver": driver, "kvstore": inside, "fill_missing_data_reads": False},
+            {
+                "driver": "zarr3" if zarr3 else "zarr",
+                "kvstore": array_folder,
+                "fill_missing_data_reads": False,
+            },
             context=context,
             open=True,
             read=True,
         )
-    return opened(kvstore.url, METADATA, futures)
+    return wait_for(kvstore.url, ORBAX_METADATA, futures)

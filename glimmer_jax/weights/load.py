@@ -7,6 +7,7 @@ from typing import Any
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.storage.folder import open_folder
 from glimmer_jax.weights import huggingface, params_file, steps, t5x
+from glimmer_jax.weights.huggingface_files import NO_PICKLES
 from glimmer_jax.weights.model_config import config_from
 
 _PICKLED = (".bin", ".pt", ".pth", ".pkl")
@@ -16,21 +17,21 @@ _PICKLED = (".bin", ".pt", ".pth", ".pkl")
 class Loaded:
     """Parameters, and what is known about them."""
 
-    # Nested dict of float32 arrays: numpy's, or TensorStores that read what is asked of them.
+    # Nested dict of float32 arrays: numpy arrays, or TensorStores that have read nothing yet.
     params: dict[str, Any]
-    config: GlimmerConfig | None  # the setting they belong to, where the file says so
-    vocabulary_fingerprint: str | None  # of the vocabulary they were trained with, where it says so
-    what: str  # what was found, for people
+    config: GlimmerConfig | None  # their configuration, if the file records it
+    vocabulary_fingerprint: str | None  # of the vocabulary they were trained with, if recorded
+    what: str  # a description for messages
 
     def answering_config(self) -> GlimmerConfig:
-        """The setting to ask questions of: the parameters' own, without dropout.
+        """The configuration for inference: that of the parameters, without dropout.
 
         Raises:
-          ValueError: what was found does not say which model it holds.
+          ValueError: the file does not record a configuration.
         """
         if self.config is None:
             raise ValueError(
-                f"Checkpoint {self.what}, does not say which model it holds. Give the model that it was "
+                f"{self.what} does not record its model configuration. Give the model that it was "
                 "trained as, or export it with one (--run_mode=export)."
             )
         t5 = dataclasses.replace(self.config.t5, dropout_rate=0.0)
@@ -38,16 +39,16 @@ class Loaded:
 
 
 def load(path: Any) -> Loaded:
-    """Opens or reads parameters; `parameters.place` brings them to the devices.
+    """Opens or reads parameters; `parameters.place` transfers them to the devices.
 
     Args:
-      path: a `.safetensors` file of ours with its JSON; the folder of a T5 as Hugging Face or T5X
-        write it, local or a bucket (`gs://...`; its vocabulary is not known); the folder of a step,
-        or that of a run (its best step, or its newest).
+      path: a `.safetensors` file of `--run_mode=export` with its JSON; the folder of a T5 in the form
+        of Hugging Face or T5X, local or in a bucket (`gs://...`); the folder of a step; or that of a
+        run (its best step, or its newest).
 
     Raises:
-      OSError: the storage did not answer, or refused.
-      ValueError: none of these, a file out of a folder, damaged, or of another version.
+      OSError: the storage failed or denied access.
+      ValueError: none of these, a single file of a folder, damaged, or of another version.
     """
     text = os.fspath(path)
     if text.endswith(".safetensors"):
@@ -69,8 +70,8 @@ def load(path: Any) -> Loaded:
 
 def _not_the_folder(file: str) -> ValueError:
     if os.path.splitext(file)[1] in _PICKLED:
-        return ValueError(f"{file} is pickled. {huggingface.NO_PICKLES}")
+        return ValueError(f"{file} is pickled. {NO_PICKLES}")
     return ValueError(
-        f"{file} is a file, and of those only NAME.safetensors of --run_mode=export is a checkpoint by "
-        f"itself. Give its folder, {os.path.dirname(file) or '.'}."
+        f"{file} is a single file. Only NAME.safetensors of --run_mode=export is a checkpoint by "
+        f"itself. Give the file's folder, {os.path.dirname(file) or '.'}."
     )

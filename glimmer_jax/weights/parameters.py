@@ -1,4 +1,4 @@
-"""Parameters from a file, for the model at hand: checked, recut, placed."""
+"""Parameters from a file for a given model: checked, recut and placed on devices."""
 
 from typing import Any
 
@@ -11,21 +11,22 @@ from jax.sharding import Mesh, NamedSharding
 from glimmer_jax import partitioning
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.models.recut import recut
-from glimmer_jax.weights import t5_names
+from glimmer_jax.weights import lazy_arrays, t5_names
+from glimmer_jax.weights.file_errors import check_finite
 from glimmer_jax.weights.load import Loaded
 from glimmer_jax.weights.load import load as load_weights
 
 
 def load(path: Any, model: GlimmerModel, vocabulary_fingerprint: str) -> dict[str, Any]:
-    """Parameters for `model` from any of the places of `weights.load`; prints what was found.
+    """Parameters for `model` from any path that `weights.load` reads; logs a description of them.
 
-    Those of another cut of the same sizes are recut; a checkpoint that does not say which model it
-    holds must be `model`'s. Leaves may be TensorStores, which have read nothing yet: `place` and `put`
-    bring them to the devices.
+    Parameters of another cut of the same sizes are recut. A checkpoint without a configuration must
+    hold the parameters of `model`. Leaves may be TensorStores, which have read nothing yet; `place`
+    and `put` read them.
 
     Raises:
-      OSError: the storage did not answer, or refused.
-      ValueError: no checkpoint there, damaged, of another vocabulary, or of other sizes.
+      OSError: the storage failed or denied access.
+      ValueError: no checkpoint, damaged, of another vocabulary, or of other sizes.
     """
     return fit(load_weights(path), path, model, vocabulary_fingerprint)
 
@@ -33,14 +34,14 @@ def load(path: Any, model: GlimmerModel, vocabulary_fingerprint: str) -> dict[st
 def fit(
     loaded: Loaded, path: Any, model: GlimmerModel, vocabulary_fingerprint: str
 ) -> dict[str, Any]:
-    """What was opened at `path`, as `load` gives it and with its errors."""
+    """The parameters that were opened at `path` for `model`; see `load`."""
     if jax.process_index() == 0:
         print(f"Parameters: {loaded.what}.", flush=True)
     theirs = loaded.vocabulary_fingerprint
     if theirs is not None and theirs != vocabulary_fingerprint:
         raise ValueError(
-            f"Checkpoint {path} was trained with vocabulary {theirs}, and the vocabulary given is "
-            f"{vocabulary_fingerprint}. Give the checkpoint's vocabulary."
+            f"VOCABULARY has the fingerprint {vocabulary_fingerprint}, but checkpoint {path} was "
+            f"trained with {theirs}. Set VOCABULARY to the checkpoint's vocabulary."
         )
     params = loaded.params
     if loaded.config is not None:
@@ -50,14 +51,13 @@ def fit(
     listed = f"{len(problems)} parameters differ: {'; '.join(problems)}"
     if problems and loaded.config is None:
         raise ValueError(
-            f"Checkpoint {path} does not say which model it holds, and its parameters are not those "
-            f"of the model given; {listed}. Give the gin files that it was trained with; "
-            "--run_mode=export with those writes a file of which any cut is made."
+            f"Checkpoint {path} does not record its model configuration, and {listed}. Give the gin "
+            "files that it was trained with. To use it as another cut, export it with these gin files "
+            "first (--run_mode=export)."
         )
     if problems:
         raise ValueError(
-            f"The parameters of {path} are not those that their model_config promises; {listed}. "
-            "Fetch or write the checkpoint again."
+            f"Checkpoint {path} does not match its model_config: {listed}. Download or write it again."
         )
     return params
 
@@ -67,36 +67,53 @@ def _flat_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in flat.items()}
 
 
+def read(params: Any) -> Any:
+    """Parameters in host memory, as numpy arrays.
+
+    Raises:
+      InvalidWeights: a parameter is damaged or not finite.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: lazy_arrays.read(_name(path), x), params
+    )
+
+
 def place(params: Any, model: GlimmerModel, mesh: Mesh) -> Any:
-    """The parameters on the mesh, as `put` brings them there."""
+    """The parameters on the mesh, in the shardings of the model; see `put`."""
     shapes, names = model.abstract_variables()
     partitioning.check_divisible(shapes, names, mesh)
     return put(params, partitioning.shardings(names, mesh))
 
 
 def put(params: Any, shardings: Any) -> Any:
-    """Parameters on devices, float32, without aliases of what is given.
+    """Parameters on devices, in float32. The result does not alias `params`.
 
-    Of a TensorStore every process reads the slices of its own devices, each once, and one parameter
-    after another: no host ever holds them all.
+    Each process reads the slices of its own devices from a TensorStore, each slice once and one
+    parameter after another, so that no host ever holds all parameters.
 
     Args:
       params: tree of numpy arrays, JAX arrays or TensorStores.
       shardings: tree of NamedShardings.
+
+    Raises:
+      InvalidWeights: a parameter that was read from a file is not finite.
     """
-    return jax.tree.map(_put, params, shardings)
+    return jax.tree_util.tree_map_with_path(_put, params, shardings)
 
 
-def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+def _put(path: Any, leaf: Any, sharding: NamedSharding) -> jax.Array:
+    name = _name(path)
     if not isinstance(leaf, ts.TensorStore):
+        if isinstance(leaf, np.ndarray):
+            check_finite(name, leaf)
         return jax.device_put(leaf, sharding, may_alias=False)
-    read: dict[str, np.ndarray] = {}
+    slices: dict[str, np.ndarray] = {}
 
     def piece(index: Any) -> np.ndarray:
-        # Replicas on this host share what is read.
-        if str(index) not in read:
-            read[str(index)] = leaf[index].read().result()
-        return read[str(index)]
+        # Replicas on this host share one read.
+        if str(index) not in slices:
+            slices[str(index)] = lazy_arrays.read(name, leaf[index])
+        return slices[str(index)]
 
     shape = tuple(leaf.shape)
     pieces = [
@@ -105,3 +122,7 @@ def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
     ]
     array = jax.make_array_from_single_device_arrays(shape, sharding, pieces)
     return jax.block_until_ready(array)
+
+
+def _name(path: Any) -> str:
+    return "/".join(str(key.key) for key in path)

@@ -1,97 +1,94 @@
-"""Parameters as one small file: safetensors in bfloat16, and JSON that says what they are.
+"""Parameters as one small file: safetensors in bfloat16, with a JSON file that describes them.
 
-This is the form in which trained models are shipped with the code: half the size of float32, no
-optimiser state, two files. Training from it goes on in float32.
+Trained models are shipped with the code in this form: half the size of float32, no optimiser state,
+two files. Training that starts from it uses float32.
 """
 
 import hashlib
 import json
 import os
-import tempfile
 from typing import Any
 
 import flax.traverse_util
-import jax
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
 from etils import epath
 
-from glimmer_jax.storage.folder import in_bucket, local_path
+from glimmer_jax.storage.folder import local_path
 from glimmer_jax.storage.json_lines import parse_line
+from glimmer_jax.weights import safetensors_file
+from glimmer_jax.weights.file_errors import InvalidWeights, check_finite, parsing
+from glimmer_jax.weights.lazy_arrays import read
 
 
 def save_params_file(path: Any, params: dict[str, Any], config: dict[str, Any]) -> None:
     """Writes `path` (`NAME.safetensors`) and `NAME.json` beside it, locally or in a bucket.
 
-    A pair that was there stays until the new one is complete; the JSON's sum tells a pair that a kill
-    left between the two.
+    An existing pair stays until the new one is complete. The checksum in the JSON file detects a pair
+    of which a kill replaced only one file.
 
     Args:
       path: ends in `.safetensors`.
       params: nested dict of float arrays.
-      config: JSON-able; model config, vocabulary fingerprint, and the like.
+      config: JSON-able facts: model configuration, vocabulary fingerprint, and so on.
 
     Raises:
-      ValueError: another ending.
+      ValueError: the path has another ending, or a parameter is not finite.
     """
     path = check_name(path)
-    flat = flax.traverse_util.flatten_dict(jax.tree.map(np.asarray, params), sep="/")
-    # safetensors writes the buffer as it lies in memory.
-    # Vectors stay as they are: they are small, and the score head lies close to 1, where bfloat16
-    # has steps of 1/128.
-    flat = {
-        name: np.ascontiguousarray(x, ml_dtypes.bfloat16 if x.ndim > 1 else x.dtype)
-        for name, x in flat.items()
-    }
-    data = safetensors.numpy.save(flat)
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    data = safetensors.numpy.save({name: _rounded(name, x) for name, x in flat.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {**config, "sha256": hashlib.sha256(data).hexdigest()}
     described = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
-    written = {path: data, path.with_suffix(".json"): described}
+    files = {path: data, path.with_suffix(".json"): described}
     try:
-        for file, its in written.items():
-            _unfinished(file).write_bytes(its)
-        for file in written:
+        for file, content_bytes in files.items():
+            _unfinished(file).write_bytes(content_bytes)
+        for file in files:
             _unfinished(file).replace(file)
     finally:
-        for file in written:
+        for file in files:
             _unfinished(file).unlink(missing_ok=True)
 
 
+def _rounded(name: str, leaf: Any) -> np.ndarray:
+    array = read(name, leaf)
+    # Vectors keep their type: they are small, and the score head is close to 1, where bfloat16 has
+    # steps of 1/128.
+    dtype = ml_dtypes.bfloat16 if array.ndim > 1 else array.dtype
+    # safetensors writes the buffer as it lies in memory.
+    return check_finite(name, np.ascontiguousarray(array, dtype))
+
+
 def load_params_file(path: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(parameters as nested dict of float32 numpy arrays, config) of a file pair.
+    """(parameters as nested dict of float32 numpy arrays, config) of a pair of files.
 
     Raises:
-      ValueError: a file is missing, damaged, or not of one pair.
+      InvalidWeights: a file is missing or damaged, the two do not belong together, or a parameter is
+        not finite.
     """
     path = check_name(path)
     config_path = path.with_suffix(".json")
-    for wanted in (path, config_path):
-        if not wanted.exists():
-            raise ValueError(
-                f"{wanted} is missing; parameters need both {path} and {config_path}. Fetch both; if "
-                f"it is a model of Hugging Face, give its folder, {path.parent}."
+    for file in (path, config_path):
+        if not file.exists():
+            raise InvalidWeights(
+                f"{file} is missing; a parameter file needs both {path} and {config_path}. Copy both. "
+                f"For a model of Hugging Face give its folder, {path.parent}."
             )
     data = path.read_bytes()
-    config = parse_line(config_path.read_bytes(), str(config_path))
+    with parsing(config_path, "JSON"):
+        config = parse_line(config_path.read_bytes(), str(config_path))
     if config.pop("sha256", None) != hashlib.sha256(data).hexdigest():
-        raise ValueError(
-            f"{path} is damaged, or not the file that {config_path} describes (sha256 differs). "
-            "Fetch both files again."
+        raise InvalidWeights(
+            f"{path} is damaged, or is not the file that {config_path} describes (sha256 differs). "
+            "Copy both files again."
         )
-    flat = {name: x.astype(np.float32) for name, x in _tensors(path, data).items()}
-    return flax.traverse_util.unflatten_dict(flat, sep="/"), config
-
-
-def _tensors(path: epath.Path, data: bytes) -> dict[str, np.ndarray]:
-    if not in_bucket(path):
-        return safetensors.numpy.load_file(path)
-    # Of bfloat16 the library reads files alone.
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(data)
-        file.flush()
-        return safetensors.numpy.load_file(file.name)
+    tensors = safetensors_file.read(str(path), data)
+    flat = {name: check_finite(name, x.astype(np.float32)) for name, x in tensors.items()}
+    with parsing(path, "parameter"):
+        return flax.traverse_util.unflatten_dict(flat, sep="/"), config
 
 
 def _unfinished(path: epath.Path) -> epath.Path:
@@ -99,8 +96,8 @@ def _unfinished(path: epath.Path) -> epath.Path:
 
 
 def check_name(path: Any) -> epath.Path:
-    """The path, if it is called as a parameter file must be; raises ValueError otherwise."""
+    """The path of a parameter file. Raises ValueError if it does not end in `.safetensors`."""
     path = epath.Path(local_path(path))
     if path.suffix != ".safetensors":
-        raise ValueError(f"A parameter file is called NAME.safetensors, got {path}.")
+        raise ValueError(f"OUTPUT_PATH of a parameter file must be NAME.safetensors, got {path}.")
     return path

@@ -1,7 +1,9 @@
-"""Reading checkpoints: finding a step, its metadata, its arrays, or its parameters alone."""
+"""Reading the checkpoints of a run: choosing a step, and its metadata, parameters or arrays."""
 
 import dataclasses
 import json
+import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,94 +13,136 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from glimmer_jax.storage.folder import local_path, open_folder
-from glimmer_jax.weights.checksums import has_sidecar, verify_sidecar
-from glimmer_jax.weights.lazy_arrays import open_arrays
+from glimmer_jax.weights.checksums import (
+    DamagedCheckpoint,
+    has_sidecar,
+    read_verified,
+    verify_sidecar,
+    write_sidecar,
+)
+from glimmer_jax.weights.lazy_arrays import open_orbax
+
+# Orbax's JsonSave writes the item `metadata` to this file.
+_METADATA = "metadata/metadata"
+# Not `str.isdigit`, which accepts `²`.
+_STEP = re.compile(r"0|[1-9][0-9]{0,8}")
+_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """The folder of one step, and why it was taken."""
+    """The folder of a step, and why it was chosen."""
 
     folder: epath.Path
     why: str
 
 
+def step_number(name: str) -> int | None:
+    """The step of a folder of this name, None if it is not named like a step."""
+    return int(name) if _STEP.fullmatch(name) else None
+
+
+def list_steps(directory: Any) -> list[int]:
+    """The steps that have a folder in `directory`, oldest first, finished or not."""
+    directory = epath.Path(directory)
+    children = directory.iterdir() if directory.exists() else ()
+    numbers = (step_number(child.name) for child in children)
+    return sorted(number for number in numbers if number is not None)
+
+
 def find_step(path: Any) -> Step:
     """The step to read: `path` itself, or the best finished step below it, or the newest.
 
-    The best is that of the dev metric which the run named, the earliest of equals. A run that named
-    none, or has not evaluated yet, gives its newest. (A run that goes on takes its newest always:
-    see `training.checkpoint`.)
+    The best step is chosen by the dev metric that the run named; the earliest of equals wins. A run
+    without such a metric, or without an evaluation so far, gives its newest step. (A resumed run always
+    takes its newest intact step: see `training.checkpoint`.)
+
+    An older step with damaged metadata is reported and not considered.
 
     Raises:
       ValueError: neither `path` nor a folder in it is a checkpoint.
+      DamagedCheckpoint: the metadata of the newest step is damaged.
     """
     path = epath.Path(local_path(path)).resolve()
     for folder in (path, path / "checkpoints"):
         if (folder / "params").exists():
-            return Step(folder, "the step given")
-        steps = [
-            child
-            for child in (folder.iterdir() if folder.exists() else ())
-            if child.name.isdigit() and has_sidecar(child)
-        ]
+            return Step(folder, "the given step")
+        steps = [step for step in list_steps(folder) if has_sidecar(folder / str(step))]
         if steps:
-            return _best_or_newest(sorted(steps, key=lambda child: int(child.name)))
+            return _best_or_newest(folder, steps)
     raise ValueError(
-        f"{path} is no checkpoint: expected the folder of a step (with params/ in it), the folder "
+        f"{path} is not a checkpoint. Expected the folder of a step (with params/ in it), the folder "
         "of a run with finished steps, a .safetensors file, or a folder of public T5 weights."
     )
 
 
 def best_step(scores: Mapping[int, float | None], best_is_max: bool = True) -> int | None:
-    """The step with the best score, the earliest of equals; None if none has a score."""
+    """The step with the best score, the earliest of equals; None if no step has a score."""
     sign = 1 if best_is_max else -1
     scored = {step: sign * score for step, score in scores.items() if score is not None}
     return max(scored, key=lambda step: (scored[step], -step)) if scored else None
 
 
-def _best_or_newest(steps: list[epath.Path]) -> Step:
-    chosen_by = read_metadata(steps[-1]).get("best_metric")
-    if chosen_by is not None:
-        name, best_is_max = chosen_by["name"], chosen_by["is_max"]
-        dev = {int(step.name): read_metadata(step)["dev_metrics"].get(name) for step in steps}
-        if (best := best_step(dev, best_is_max)) is not None:
-            folder = next(step for step in steps if int(step.name) == best)
-            return Step(folder, f"the best by dev metric {name}, {dev[best]:.4g}")
-    return Step(steps[-1], "the newest")
+def _best_or_newest(directory: epath.Path, steps: list[int]) -> Step:
+    *older, newest = steps
+    metadata = {newest: read_metadata(directory / str(newest))}
+    best_metric = metadata[newest].get("best_metric")
+    if best_metric is None:
+        return Step(directory / str(newest), "the newest")
+    for step in older:
+        try:
+            metadata[step] = read_metadata(directory / str(step))
+        except DamagedCheckpoint as error:
+            _logger.warning("%s It is not considered as the best step.", error)
+    name = best_metric["name"]
+    scores = {step: metadata[step]["dev_metrics"].get(name) for step in metadata}
+    best = best_step(scores, best_metric["is_max"])
+    if best is None:
+        return Step(directory / str(newest), "the newest")
+    return Step(directory / str(best), f"the best by dev metric {name}, {scores[best]:.4g}")
 
 
 def read_metadata(folder: Any) -> dict[str, Any]:
-    """The JSON saved with a step."""
-    with _checkpointer() as checkpointer:
-        args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-        return checkpointer.restore(epath.Path(folder), args=args).metadata
+    """The JSON saved with a step.
+
+    Raises:
+      DamagedCheckpoint: the file is not the one that was written, or belongs to another step.
+    """
+    folder = epath.Path(folder)
+    metadata = json.loads(read_verified(folder, _METADATA))
+    step = step_number(folder.name)
+    if step is not None and metadata["step"] != step:
+        raise DamagedCheckpoint(
+            f"Checkpoint {folder} is damaged: it holds step {metadata['step']}. Rename it, or copy "
+            f"step {step} again."
+        )
+    return metadata
 
 
 def write_metadata(folder: Any, metadata: dict[str, Any]) -> None:
-    """Replaces the JSON saved with a step; its checksums must be written anew."""
-    # Where Orbax's JsonSave puts the item `metadata`.
-    file = epath.Path(folder) / "metadata" / "metadata"
-    partial = file.with_name("metadata.partial")
+    """Replaces the JSON saved with a step, and its checksums."""
+    file = epath.Path(folder) / _METADATA
+    partial = file.with_name(f"{file.name}.partial")
     partial.write_text(json.dumps(metadata))
     partial.replace(file)
+    write_sidecar(folder)
 
 
 def restore_params(folder: Any) -> dict[str, Any]:
-    """Only the parameters of one of our steps, whatever it was trained with, as TensorStores.
+    """Only the parameters of a step, as TensorStores that have read nothing yet.
 
-    Every file is read once for its checksum; of the arrays nothing is read yet.
+    Every file of the step is read once for its checksum.
 
     Raises:
-      ValueError: files damaged or missing.
+      DamagedCheckpoint: files are damaged or missing.
     """
     verify_sidecar(folder)
-    flat = open_arrays(open_folder(epath.Path(folder) / "params"))
+    flat = open_orbax(open_folder(epath.Path(folder) / "params"))
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
 def restore_item(folder: Any, item: str, target: Any) -> Any:
-    """The arrays of one item (`params`, `training`) of a step's folder; does not verify checksums.
+    """The arrays of an item of a step's folder. Does not verify checksums.
 
     Args:
       folder: of a step.
@@ -106,11 +150,11 @@ def restore_item(folder: Any, item: str, target: Any) -> Any:
       target: tree of ShapeDtypeStructs with shardings.
 
     Raises:
-      ValueError: names, shapes or dtypes other than `target`'s.
+      ValueError: names, shapes or dtypes differ from `target`'s.
     """
     with _checkpointer() as checkpointer:
         saved = checkpointer.metadata(folder).item_metadata[item].tree
-        _check_same(folder, item, saved, target)
+        _check_equal_shapes(folder, item, saved, target)
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
         return checkpointer.restore(folder, args=args)[item]
 
@@ -118,15 +162,13 @@ def restore_item(folder: Any, item: str, target: Any) -> Any:
 def _checkpointer() -> ocp.Checkpointer:
     return ocp.Checkpointer(
         ocp.CompositeCheckpointHandler(
-            params=ocp.StandardCheckpointHandler(),
-            training=ocp.StandardCheckpointHandler(),
-            metadata=ocp.JsonCheckpointHandler(),
+            params=ocp.StandardCheckpointHandler(), training=ocp.StandardCheckpointHandler()
         )
     )
 
 
-def _check_same(folder: epath.Path, item: str, saved: Any, target: Any) -> None:
-    # Orbax would cast, crop or pad without a word.
+def _check_equal_shapes(folder: epath.Path, item: str, saved: Any, target: Any) -> None:
+    # Orbax would cast, crop or pad silently.
     describe = lambda leaf: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"  # noqa: E731
     have, want = (
         {path: describe(leaf) for path, leaf in _flat(tree).items()} for tree in (saved, target)
@@ -135,13 +177,13 @@ def _check_same(folder: epath.Path, item: str, saved: Any, target: Any) -> None:
         path for path in have.keys() | want.keys() if have.get(path) != want.get(path)
     )
     if differing:
-        shown = "; ".join(
-            f"{path}: wanted {want.get(path, 'nothing')}, saved {have.get(path, 'nothing')}"
+        listed = "; ".join(
+            f"{path}: expected {want.get(path, 'nothing')}, saved {have.get(path, 'nothing')}"
             for path in differing[:5]
         )
         raise ValueError(
-            f"Checkpoint {folder} does not fit in {len(differing)} arrays of {item}: {shown}. "
-            "Restore it with the configuration it was saved with."
+            f"Checkpoint {folder} differs in {len(differing)} arrays of {item}: {listed}. Restore it "
+            "with the configuration it was saved with."
         )
 
 

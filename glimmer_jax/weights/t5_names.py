@@ -1,8 +1,8 @@
-"""Parameters as a flat table of names: what a file of weights must hold, and how it becomes our tree.
+"""Parameters by T5X's names: what a file of weights must hold, and how it becomes our tree.
 
-Names are T5X's, layers one by one (`encoder/layers_3/mlp/wi_0/kernel`). FiD is the cut in which the
-encoder is undivided: a whole T5, so public weights become FiD's parameters, and `recut` makes the
-other cuts. A divided encoder keeps the names of its parts (`memory_encoder/layers_3/...`).
+Layers are unrolled (`encoder/layers_3/mlp/wi_0/kernel`). FiD is an undivided T5, so public weights
+become FiD's parameters, and `recut` makes the other models from them. A divided encoder keeps the
+names of its parts (`memory_encoder/layers_3/...`).
 """
 
 import dataclasses
@@ -18,42 +18,43 @@ from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.models.stacking import unstack_layers
 from glimmer_jax.models.t5 import T5Config
+from glimmer_jax.weights.file_errors import InvalidWeights
 
 Shape = tuple[int, ...]
 
 
 def fid(t5: T5Config) -> GlimmerConfig:
-    """The setting that public weights belong to. Its layers are looped."""
+    """The configuration of public weights. Its layers are not scanned."""
     return GlimmerConfig(t5)
 
 
-def looped(config: GlimmerConfig) -> GlimmerConfig:
-    """The same setting with its layers one by one, as files hold them."""
+def unrolled(config: GlimmerConfig) -> GlimmerConfig:
+    """The same configuration with unrolled layers, as in files."""
     return dataclasses.replace(config, t5=dataclasses.replace(config.t5, scan_layers=False))
 
 
 def is_t5(config: GlimmerConfig) -> bool:
-    """Whether a setting's parameters are those of a T5: an undivided encoder, a decoder like it."""
+    """Whether the parameters are those of a T5: one undivided encoder, a decoder of its sizes."""
     t5 = config.t5
     undivided = not (config.memory_layers or config.rerank_layers)
     return undivided and t5.decoder_sizes == t5.encoder_sizes and t5.cross_attention_period == 1
 
 
 def shapes(config: GlimmerConfig) -> dict[str, Shape]:
-    """Every parameter of a setting and its shape."""
+    """The shape of every parameter of a configuration, by name."""
     tree = _tree(config)
     return {_public(name, tree): tuple(leaf.shape) for name, leaf in _flat(tree).items()}
 
 
 def tree_from(config: GlimmerConfig, read: Callable[[str], Any]) -> dict[str, Any]:
-    """A setting's parameters, in looped layers.
+    """The parameters of a configuration, with unrolled layers.
 
     Args:
-      config: the setting.
-      read: gives the array of a name, of numpy or TensorStore.
+      config: the configuration.
+      read: returns the array of a name, a numpy array or a TensorStore.
 
     Returns:
-      TensorStores of float32: nothing is read but what `read` has read.
+      Nested dict of float32 TensorStores, which read nothing yet.
     """
     tree = _tree(config)
     flat = {name: float32(read(_public(name, tree))) for name in sorted(_flat(tree))}
@@ -61,55 +62,66 @@ def tree_from(config: GlimmerConfig, read: Callable[[str], Any]) -> dict[str, An
 
 
 def flat_from(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `tree_from`, for parameters in scanned or looped layers."""
+    """The inverse of `tree_from`, for scanned or unrolled layers."""
     tree = unstack_layers(dict(params))
     return {_public(name, tree): leaf for name, leaf in _flat(tree).items()}
 
 
-def differences(wanted: Mapping[str, Shape], found: Mapping[str, Shape]) -> list[str]:
-    """In words, each parameter that is missing, extra or misshapen, by its name."""
-    missing = [f"{name} {list(wanted[name])} is missing" for name in wanted if name not in found]
-    extra = [f"{name} {list(found[name])} is not wanted" for name in found if name not in wanted]
+def differences(expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> list[str]:
+    """A description of each parameter that is missing, extra or misshapen."""
+    missing = [
+        f"{name} {list(expected[name])} is missing" for name in expected if name not in found
+    ]
+    extra = [f"{name} {list(found[name])} is unexpected" for name in found if name not in expected]
     misshapen = [
-        f"{name} has shape {list(found[name])} and not {list(shape)}"
-        for name, shape in wanted.items()
+        f"{name} has shape {list(found[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
         if name in found and tuple(found[name]) != tuple(shape)
     ]
     return sorted(missing + extra + misshapen)
 
 
-def check(path: Any, wanted: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
-    """Compares names and shapes, both in the file's own terms.
-
-    Raises:
-      ValueError: parameters are missing, extra or misshapen; all of them are named.
-    """
-    if problems := differences(wanted, found):
-        raise ValueError(
-            f"The weights in {path} are not those of a model of the sizes they claim; "
-            f"{len(problems)} parameters differ: {'; '.join(problems)}. Give the folder of a T5, "
-            "whole."
+def check_layers(path: Any, config: GlimmerConfig, num_parameters: int) -> None:
+    """Raises InvalidWeights if there are fewer parameters than layers, before names are built."""
+    layers = config.t5.num_encoder_layers + config.t5.num_decoder_layers
+    if layers > num_parameters:
+        raise InvalidWeights(
+            f"{path}: its configuration has {layers} layers, and its files hold {num_parameters} "
+            "parameters. Download the complete folder of a T5."
         )
 
 
-def in_words(params: Mapping[str, Any], t5: T5Config) -> str:
-    """What a checkpoint turned out to hold, for the person who gave it."""
+def check(path: Any, expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
+    """Compares names and shapes, both as the file has them.
+
+    Raises:
+      InvalidWeights: parameters are missing, extra or misshapen; all of them are named.
+    """
+    if problems := differences(expected, found):
+        raise InvalidWeights(
+            f"{path}: {len(problems)} parameters differ from those of its configuration: "
+            f"{'; '.join(problems)}. Download the complete folder of a T5."
+        )
+
+
+def describe(params: Mapping[str, Any], t5: T5Config) -> str:
+    """A description of the parameters of a checkpoint, for the log."""
     count = sum(leaf.size for leaf in flax.traverse_util.flatten_dict(params).values())
     return (
         f"{count:,} parameters, {t5.num_encoder_layers} and {t5.num_decoder_layers} layers of width "
-        f"{t5.emb_dim}, {t5.mlp_activations}, output layer {'tied' if t5.tie_output else 'of its own'}"
+        f"{t5.emb_dim}, {t5.mlp_activations}, output layer {'tied' if t5.tie_output else 'untied'}"
     )
 
 
 def float32(array: Any) -> ts.TensorStore:
-    """An array of numpy or TensorStore as a TensorStore of float32, of which nothing is read."""
+    """A numpy array or a TensorStore as a TensorStore of float32, which reads nothing yet."""
     store = array if isinstance(array, ts.TensorStore) else ts.array(np.asarray(array))
     return store if store.dtype == ts.float32 else ts.cast(store, ts.float32)
 
 
 @functools.lru_cache(maxsize=16)
 def _tree(config: GlimmerConfig) -> dict[str, Any]:
-    return GlimmerModel(looped(config)).abstract_variables()[0]
+    return GlimmerModel(unrolled(config)).abstract_variables()[0]
 
 
 def _public(name: str, tree: Mapping[str, Any]) -> str:

@@ -297,7 +297,7 @@ def test_slurm_gives_up_after_many_cut_short_lives_in_a_row(tmp_path, monkeypatc
     for _ in range(2):
         assert slurm_life(tmp_path, code, seconds) == (code, again)
     last, said = slurm_life(tmp_path, code, seconds)
-    assert last == code and "cut short 3 times in a row, not started again" in said
+    assert last == code and "3 consecutive short attempts, not requeued" in said
     assert again not in said
     assert slurm_life(tmp_path, 0) == (0, "")
     assert not (tmp_path / "run1-7.short").exists()

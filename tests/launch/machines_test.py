@@ -98,14 +98,12 @@ def test_machines_lost_while_waiting_or_shipping_are_made_again(gcloud):
 
 
 @pytest.mark.parametrize("target", ["tpu_vm", "queued_resource"])
-def test_machines_that_fail_before_they_are_ready_are_explained_and_not_made_again(
-    gcloud, capfd, target
-):
+def test_machines_that_fail_before_they_are_ready_end_the_launch(gcloud, capfd, target):
     life(gcloud, 1, 'case "$*" in *--format*) state=FAILED ;; *) state="no quota" ;; esac')
     assert go(target) == 2
     assert verbs(gcloud) == ["create", "delete"]
     said = capfd.readouterr().out
-    assert "no quota\nlaunch: run1 is FAILED before it was ever ready; look at quota" in said
+    assert "no quota\nlaunch: run1 is FAILED before it was ever ready: check quota" in said
 
 
 def test_the_variables_of_the_job_are_its_environment(gcloud, monkeypatch):
@@ -115,9 +113,7 @@ def test_the_variables_of_the_job_are_its_environment(gcloud, monkeypatch):
     assert (gcloud / "seen").read_text().splitlines()[-len(FLAGS) :] == FLAGS
 
 
-def test_a_bucket_that_takes_no_record_ends_the_launch_before_anything_is_made(
-    gcloud, monkeypatch, capfd
-):
+def test_an_unwritable_record_ends_the_launch_before_anything_is_made(gcloud, monkeypatch, capfd):
     error = StorageError("gone")
 
     def refuse(*_):
@@ -211,7 +207,7 @@ def test_the_machines_of_another_run_are_left_alone(gcloud, capfd, target):
     assert go(target) == 2
     assert [line.split()[3] for line in (gcloud / "log").read_text().splitlines()] == ["describe"]
     said = capfd.readouterr().err
-    assert "there is a run1 already, in state READY. Choose another --name" in said
+    assert "run1 exists, in state READY. Choose another --name" in said
     group = {"tpu_vm": "tpu-vm", "queued_resource": "queued-resources"}[target]
     assert f"gcloud compute tpus {group} delete run1 --zone=z --quiet" in said
 
@@ -230,7 +226,7 @@ def test_where_gcloud_does_not_say_that_the_name_is_free_nothing_is_done(gcloud,
     assert [line.split()[3] for line in (gcloud / "log").read_text().splitlines()] == ["describe"]
     said = capfd.readouterr().err
     error = f"ERROR: (gcloud.compute.tpus.tpu-vm.describe) {reason}"
-    assert f"does not say whether there is a run1: {error}" in said
+    assert f"cannot determine whether run1 exists: {error}" in said
     assert "gcloud auth login" in said and "--zone" in said
 
 

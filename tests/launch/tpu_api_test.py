@@ -193,7 +193,7 @@ def test_a_request_that_failed_in_the_queue_says_why_and_is_not_made_again(api, 
     assert empty(api)
     said = capfd.readouterr().out
     assert said.count(tpu_api.QUOTA) == 1
-    assert "launch: run1 is FAILED before it was ever ready; look at quota, --zone" in said
+    assert "launch: run1 is FAILED before it was ever ready: check quota, --zone" in said
 
 
 @by_client
@@ -214,11 +214,11 @@ def test_only_force_deletes_a_queued_resource_that_has_nodes(api, through, capfd
 def test_where_the_name_is_not_known_to_be_free_nothing_is_made(api, through, capfd):
     api.nodes[f"{PARENT}/nodes/run1"] = tpu_v2.Node(state=tpu_v2.Node.State.READY)
     assert go("tpu_vm") == 2
-    assert "there is a run1 already, in state READY" in capfd.readouterr().err
+    assert "run1 exists, in state READY" in capfd.readouterr().err
     api.refusal = tpu_api.Refused("PERMISSION_DENIED", "Permission denied on 'locations/z'")
     assert go("tpu_vm") == 2
     said = capfd.readouterr().err
-    assert "does not say whether there is a run1: ERROR: (gcloud.compute.tpus.tpu-vm" in said
+    assert "cannot determine whether run1 exists: ERROR: (gcloud.compute.tpus.tpu-vm" in said
     assert "PERMISSION_DENIED: Permission denied on 'locations/z'" in said
     assert api.asked == ["GetNode"] * 2 and len(api.nodes) == 1
 
@@ -239,7 +239,7 @@ def test_machines_that_another_launcher_made_after_our_look_are_left_alone(
     assert go(target) == 2
     said = capfd.readouterr().err
     assert f"create) ALREADY_EXISTS: Resource '{PARENT}/" in said
-    assert f"there is a run1 already, in state {STATE[target]}. Choose another --name" in said
+    assert f"run1 exists, in state {STATE[target]}. Choose another --name" in said
     assert lives(api) == [look, method, look]
     assert not empty(api)
 

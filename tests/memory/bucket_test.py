@@ -69,9 +69,9 @@ def test_a_store_in_a_bucket_has_the_bytes_of_one_on_disk(tiny, tiny_store, buck
     there, lengths = lookup.DiskLookup(store, 12)(rows)
     here, _ = lookup.DiskLookup(MemoryStore.open(tiny_store), 12)(rows)
     np.testing.assert_array_equal(there["states"].view(np.uint16), here["states"].view(np.uint16))
-    assert lengths[0, 2] == 0 and verify(store) == []
+    assert lengths[0, 2] == 0 and verify(store.path) == []
     del bucket.objects["memory/shards/000001/states/c/0/0"]
-    assert verify(store) == ["shards/000001/states/c/0/0 is missing"]
+    assert verify(store.path) == ["shards/000001/states/c/0/0 is missing"]
 
 
 def test_passages_in_a_bucket_are_fetched_in_blocks(bucket, tmp_path, monkeypatch):
@@ -124,7 +124,7 @@ def test_a_bucket_that_stumbles_is_asked_again(tiny, bucket, kind):
     made = tiny.append_tiny(path, tiny.TinyPassages())
     assert made.num_passages == 23 and len(store) == 9
     stumble()
-    assert verify(MemoryStore.open(path)) == [] and bucket.hit == 3
+    assert verify(path) == [] and bucket.hit == 3
 
 
 STALLED = """
@@ -175,4 +175,4 @@ def test_a_bucket_that_is_gone_is_no_damage_and_the_build_goes_on_later(tiny, bu
         # The process that held it is this one; elsewhere its lease would have ended.
         bucket.objects.pop("gone/build.lock", None)
     assert tiny.build_tiny(path, reference=None).manifest.num_passages == 23
-    assert verify(MemoryStore.open(path)) == []
+    assert verify(path) == []

@@ -65,7 +65,7 @@ def test_builders_of_two_corpora_make_no_store(tiny, tmp_path):
     path, other = tmp_path / "s", tiny.TinyPassages()
     other.all_tokens[7] = other.all_tokens[7] + 1  # of shard 1
     tiny.build_tiny(path, other, builders=Builders(1, 2))
-    with pytest.raises(ValueError, match="000001/shard.json was made from other passages"):
+    with pytest.raises(ValueError, match="000001/shard.json was built from other passages"):
         tiny.build_tiny(path, builders=Builders(0, 2))
     assert not (path / manifest.MANIFEST).exists()
 

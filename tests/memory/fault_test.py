@@ -4,7 +4,6 @@ import dataclasses
 import os
 import pathlib
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -69,7 +68,7 @@ def test_stray_files_are_nobodys(tiny, copied_store, tiny_store):
     (copied_store / "shards" / "000001" / "states" / "c" / "9" / "0").write_bytes(b"x" * 99)
     shutil.copytree(copied_store / "shards" / "000000", copied_store / "shards" / "000077")
     store = MemoryStore.open(copied_store)
-    assert verify(store) == [] and len(store) == 23
+    assert verify(store.path) == [] and len(store) == 23
     mine, _ = store.read(np.arange(23), 12)
     theirs, _ = MemoryStore.open(tiny_store).read(np.arange(23), 12)
     np.testing.assert_array_equal(mine["states"].view(np.uint16), theirs["states"].view(np.uint16))
@@ -80,9 +79,7 @@ def test_a_shard_that_is_another_one_is_found(copied_store, tiny_store):
     shards = copied_store / "shards"
     shutil.rmtree(shards / "000001")
     (shards / "000001").symlink_to(shards / "000002", target_is_directory=True)
-    with pytest.raises(
-        DamagedStore, match="Shard 000001 .*its index does not fit.*--action=repair"
-    ):
+    with pytest.raises(DamagedStore, match="Shard 000001 .*shard.json.*manifest.*--action=repair"):
         MemoryStore.open(copied_store)
     (shards / "000001").unlink()
     shutil.copytree(tiny_store / "shards" / "000001", shards / "000001")
@@ -90,43 +87,6 @@ def test_a_shard_that_is_another_one_is_found(copied_store, tiny_store):
     shutil.move(shards / "000000", copied_store.parent / "elsewhere")
     (shards / "000000").symlink_to(copied_store.parent / "elsewhere", target_is_directory=True)
     MemoryStore.open(copied_store).read(np.arange(6), 12)
-
-
-def test_a_flipped_bit_anywhere_is_named_or_harmless(tiny, tmp_path):
-    def encode(tokens):
-        return encoding.encode_states("int8", tiny.encode_states(tokens))
-
-    path = tmp_path / "s"
-    tiny.build_tiny(path, encode=jax.jit(encode), codec="int8", reference=None)
-
-    def content():
-        store = MemoryStore.open(path, cache_bytes=0)
-        arrays, lengths = store.read(np.arange(len(store)), 12)
-        titles = [store.title(row) for row in range(0, len(store), 6)]
-        every = [store.ids, lengths, store.digests(), *arrays.values()]
-        return titles, [x.tobytes() for x in every]
-
-    whole, opened = content(), MemoryStore.open(path)
-    draw = random.Random(0)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    for file in draw.choices(files, k=80):
-        before = file.read_bytes()
-        data = bytearray(before)
-        # Metadata are text without a checksum, and their numbers what is hardest to see.
-        digits = [i for i, byte in enumerate(data) if chr(byte).isdigit()]
-        place = draw.choice(digits if file.suffix == ".json" else range(len(data)))
-        bit = draw.randrange(4 if file.suffix == ".json" else 8)
-        data[place] ^= 1 << bit
-        file.write_bytes(data)
-        try:
-            found = content()
-        except DamagedStore as damage:
-            found = str(damage)
-        named = re.compile("is damaged: .*action=repair|has been changed|cannot be read")
-        assert found == whole or named.search(str(found)), (file, place, bit)
-        if file.name != "manifest.json":
-            assert len(verify(opened)) == 1
-        file.write_bytes(before)
 
 
 @pytest.mark.parametrize("passages", [7, 10**6, 2**61])
@@ -141,7 +101,17 @@ def test_counts_that_the_index_does_not_have_take_no_memory(copied_store, passag
         codec_error=None,
     )
     (copied_store / "manifest.json").write_bytes(value.to_bytes())
-    with pytest.raises(DamagedStore, match="its index does not fit the manifest"):
+    with pytest.raises(DamagedStore, match="Shard 000003 .*ids and offsets"):
+        MemoryStore.open(copied_store)
+
+
+@pytest.mark.parametrize("emb_dim", [2**20, 2**50])
+def test_a_width_that_the_files_do_not_have_takes_no_memory(copied_store, emb_dim):
+    found = Manifest.from_bytes((copied_store / "manifest.json").read_bytes(), "m")
+    identity = dataclasses.replace(found.identity, emb_dim=emb_dim)
+    value = dataclasses.replace(found, identity=identity)
+    (copied_store / "manifest.json").write_bytes(value.to_bytes())
+    with pytest.raises(DamagedStore, match="Shard 000000 .*states needs a file of"):
         MemoryStore.open(copied_store)
 
 
@@ -152,7 +122,7 @@ def test_more_devices_than_passages(tiny, tmp_path):
     tiny.build_tiny(tmp_path / "many", passages, encode=encode, devices=8, reference=None)
     tiny.build_tiny(tmp_path / "one", passages, reference=None)
     for name in ("many", "one"):
-        assert verify(MemoryStore.open(tmp_path / name)) == []
+        assert verify(tmp_path / name) == []
     read = [MemoryStore.open(tmp_path / name).read(np.arange(2), 12) for name in ("many", "one")]
     np.testing.assert_array_equal(*(memory["states"].view(np.uint16) for memory, _ in read))
 
@@ -163,7 +133,7 @@ def test_every_codec_builds_on_every_device(tiny, tmp_path, codec):
     mesh = partitioning.make_mesh(partitioning.MeshConfig(data=8), jax.devices()[:8])
     encode = encoding.bind_encoder(lambda _, tokens: tiny.encode_states(tokens), {}, mesh, codec)
     tiny.build_tiny(tmp_path / "s", encode=encode, devices=8, codec=codec, reference=None)
-    assert verify(MemoryStore.open(tmp_path / "s")) == []
+    assert verify(tmp_path / "s") == []
 
 
 def test_a_lock_of_a_dead_process_is_taken_over(tiny, tmp_path, tiny_store, folder_bytes):

@@ -218,11 +218,11 @@ def test_unknown_ids_are_masked_and_counted_by_setting(tiny, tiny_store):
     assert (batch["passage_lengths"] > 0).tolist() == [[True, False, False]] and disk.masked == 1
 
 
-def test_what_does_not_fit_is_refused(tiny_store):
+def test_lengths_and_rows_out_of_range_are_rejected(tiny_store):
     store = MemoryStore.open(tiny_store)
-    with pytest.raises(ValueError, match="passages of up to 12 tokens"):
+    with pytest.raises(ValueError, match="TASK_FEATURE_LENGTHS .*11 .*12"):
         lookup.DiskLookup(store, 11)
-    with pytest.raises(ValueError, match="-1 .none. to 22"):
+    with pytest.raises(ValueError, match="-1 .*22.*23"):
         lookup.MeshLookup(store, _mesh(data=1), 12)(np.array([[23]]))
 
 
@@ -238,5 +238,5 @@ def test_home_is_chosen_by_bytes(tiny_store):
 
 def test_too_many_pages_are_refused(tiny_store, monkeypatch):
     monkeypatch.setattr(table, "_first_pages", lambda *args: np.array([0, 2**31]))
-    with pytest.raises(ValueError, match="more than a table can count"):
+    with pytest.raises(ValueError, match=r"pages, .*2\*\*31.*MEMORY_BYTES_PER_DEVICE"):
         table.load(MemoryStore.open(tiny_store), _mesh(data=1))

@@ -13,9 +13,9 @@ from glimmer_jax import partitioning
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.corpus.passages_writer import write_passages
 from glimmer_jax.memory import build, codec_error, encoding, lookup
-from glimmer_jax.memory.encoding import Recipe
+from glimmer_jax.memory.encoding import MemoryEncoder
 from glimmer_jax.memory.fingerprint import encoder_fingerprint
-from glimmer_jax.memory.manifest import Identity, Layout, Program
+from glimmer_jax.memory.manifest import EncodeProgram, Identity, Layout
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.model import GlimmerModel
@@ -73,7 +73,7 @@ def passages(tmp_path_factory):
 
 
 def _recipe(model, params, passages, mesh):
-    return Recipe(
+    return MemoryEncoder(
         encoding.bind_encoder(model.memory_states, params, mesh, model.config.memory_codec),
         Identity(
             encoder_fingerprint=encoder_fingerprint(params, model.config),
@@ -82,7 +82,7 @@ def _recipe(model, params, passages, mesh):
             emb_dim=model.config.t5.emb_dim,
             max_length=P,
         ),
-        Program(K, (P,), "float32", None, "cpu", jax.__version__),
+        EncodeProgram(K, (P,), "float32", None, "cpu", jax.__version__),
         mesh.size,
     )
 
@@ -101,7 +101,7 @@ def test_bytes_of_the_model_do_not_depend_on_the_mesh(
             passages,
             tmp_path / name,
             passages_fingerprint="sha256:p",
-            layout=Layout(4, 64),
+            config=build.BuildConfig(Layout(4, 64)),
         )
     assert folder_bytes(tmp_path / "many") == folder_bytes(tmp_path / "one")
 
@@ -124,7 +124,7 @@ def test_memory_from_the_store_equals_memory_computed_now(model, params, passage
         passages,
         tmp_path / "m",
         passages_fingerprint="sha256:p",
-        layout=Layout(K, 64),
+        config=build.BuildConfig(Layout(K, 64)),
     )
     store = MemoryStore.open(tmp_path / "m", fingerprint, passages.fingerprint)
     ids = passages.ids[[[4, -1, 2], [0, 8, 7]]]

@@ -54,8 +54,8 @@ def test_a_refusing_server_is_no_damage(served, status):
     message = r"http://127.*shards/000001/.*could not be read.*run the same command again"
     with pytest.raises(OSError, match=message):
         store.read(np.array([7]), 12)
-    with pytest.raises(OSError, match=r"http://127.*shard.json could not be read"):
-        verify(store)
+    with pytest.raises(OSError, match=r"http://127.*manifest.json could not be read"):
+        verify(store.path)
     with pytest.raises(OSError, match=r"manifest.json could not be read"):
         MemoryStore.open(spec)
 

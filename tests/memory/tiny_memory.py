@@ -18,8 +18,9 @@ import numpy as np
 from kill_at import kill_at
 
 from glimmer_jax.memory import build, edit, encoding, shard
-from glimmer_jax.memory.encoding import Recipe
-from glimmer_jax.memory.manifest import Identity, Layout, Program
+from glimmer_jax.memory.build import BuildConfig
+from glimmer_jax.memory.encoding import MemoryEncoder
+from glimmer_jax.memory.manifest import EncodeProgram, Identity, Layout
 from glimmer_jax.runtime.preemption import STOP, StopRequested
 from glimmer_jax.storage import folder
 
@@ -49,8 +50,11 @@ class TinyPassages:
             out[i, : len(cut)] = cut
         return out
 
-    def text(self, row):
-        return {"title": f"Title\n{row} \ud800 \u2028", "text": ""}
+    def title(self, row):
+        return f"Title\n{row} \ud800 \u2028"
+
+    def records(self, start, stop):
+        return ({"title": self.title(row), "text": ""} for row in range(start, stop))
 
 
 def encode_states(tokens):
@@ -67,18 +71,19 @@ def encode(tokens):
 
 
 IDENTITY = Identity("sha256:e1", "sha256:v1", "bf16", EMB_DIM, MAX_LENGTH)
-PROGRAM = Program(4, (4, 8, MAX_LENGTH), "float32", None, "cpu", jax.__version__)
+LAYOUT = Layout(shard_passages=6, chunk_tokens=4)
+PROGRAM = EncodeProgram(4, (4, 8, MAX_LENGTH), "float32", None, "cpu", jax.__version__)
 
 
-def recipe(encode=encode, devices=1, codebooks=None, **changes):
-    """The tiny recipe, with changes by name of a field of its identity or program."""
+def encoder(encode=encode, devices=1, codebooks=None, **changes):
+    """The tiny encoder, with changes by name of a field of its identity or program."""
 
     def changed(settings):
         names = {field.name for field in dataclasses.fields(settings)}
         mine = {name: changes.pop(name) for name in names & changes.keys()}
         return dataclasses.replace(settings, **mine)
 
-    made = Recipe(encode, changed(IDENTITY), changed(PROGRAM), devices, codebooks)
+    made = MemoryEncoder(encode, changed(IDENTITY), changed(PROGRAM), devices, codebooks)
     assert not changes, changes
     return made
 
@@ -87,14 +92,18 @@ def build_tiny(path, passages=None, **kwargs):
     settings = dict(
         passages=passages if passages is not None else TinyPassages(),
         passages_fingerprint="sha256:p1",
-        layout=Layout(shard_passages=6, chunk_tokens=4),
         reference=encode_states,
     )
+    config = {"layout": LAYOUT}
+    for name in ("layout", "accept_other_program", "builders"):
+        if name in kwargs:
+            config[name] = kwargs.pop(name)
+    settings["config"] = BuildConfig(**config)
     for name in ("encode", "devices", "codebooks", *vars(IDENTITY), *vars(PROGRAM)):
         if name in kwargs:
             settings.setdefault("changes", {})[name] = kwargs.pop(name)
     changes = settings.pop("changes", {})
-    return build.build_memory(recipe(**changes), path=path, **settings | kwargs)
+    return build.build_memory(encoder(**changes), path=path, **settings | kwargs)
 
 
 def part(rows):
@@ -102,13 +111,13 @@ def part(rows):
     whole, some = TinyPassages(), TinyPassages(count=0)
     some.ids = whole.ids[rows]
     some.all_tokens = [whole.all_tokens[row] for row in rows]
-    some.text = lambda row: whole.text(rows[row])
+    some.title = lambda row: whole.title(rows[row])
     return some
 
 
 def append_tiny(path, passages, fingerprint="sha256:p2", **kwargs):
-    kwargs = {"layout": Layout(6, 4), **kwargs}
-    return edit.append(recipe(), passages, path, passages_fingerprint=fingerprint, **kwargs)
+    kwargs = {"config": BuildConfig(LAYOUT), **kwargs}
+    return edit.append(encoder(), passages, path, passages_fingerprint=fingerprint, **kwargs)
 
 
 def _die_at_file(point, file):
@@ -133,6 +142,7 @@ def _die_at_file(point, file):
 
 
 def _main(path, die_at):
+    STOP.install()
     calls = 0
 
     def dying_encode(tokens):
@@ -154,7 +164,6 @@ def _main(path, die_at):
         build_tiny(path, part(range(9)))
     if file:
         _die_at_file(point, file)
-    STOP.install()
     try:
         if "versions" in file:
             append_tiny(path, TinyPassages())

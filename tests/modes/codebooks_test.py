@@ -1,4 +1,4 @@
-"""Mode `codebooks` at SIGTERM: 42, and no file that is not whole."""
+"""Mode `codebooks` at SIGTERM: exit code 42, and no incomplete file."""
 
 import jax
 import numpy as np
@@ -51,8 +51,8 @@ def work(tmp_path_factory):
 
 @pytest.mark.fault
 @pytest.mark.parametrize("program", [stopping.ALONE, stopping.TWO], ids=["alone", "two"])
-def test_learning_that_is_stopped_ends_with_42_and_leaves_no_file(work, tmp_path, program):
-    code, said = stopping.stopped(
+def test_interrupted_learning_exits_with_42_and_leaves_no_file(work, tmp_path, program):
+    code, output = stopping.stopped(
         program,
         "Learning the codebooks of 1 subspaces",
         "codebooks",
@@ -66,7 +66,7 @@ def test_learning_that_is_stopped_ends_with_42_and_leaves_no_file(work, tmp_path
         ITERATIONS=10**6,
         **SIZES,
     )
-    assert code == 42 and "glimmer: Stopped by SIGTERM" in said, said
-    # Beside it lies what the launcher notes of a job.
+    assert code == 42 and "glimmer: Stopped by SIGTERM" in output, output
+    # The launcher writes a record of the job beside it.
     left = {path.name for path in (tmp_path / "out").glob("*") if "launch." not in path.name}
     assert not left

@@ -95,7 +95,7 @@ def test_files_have_passages_and_scores_and_training_sees_its_own(
     pages = {"questions": 4, "Rprec": 1.0, "recall@5": 1.0}
     assert report["pages"] == {"task-test": pages, "task-train": pages}
     shown = capsys.readouterr().out
-    assert "4/4" in shown and "questions/s" in shown
+    assert "4 of 4 questions" in shown and "questions/s" in shown
     assert "R@1" in shown and "KILT's R-precision" in shown and "Rprec" in shown
     # The files are what tasks read.
     configure(tmp_path)

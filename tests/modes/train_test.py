@@ -1,4 +1,4 @@
-"""Mode `train`: what is checked before the first step, and what going on with a run needs."""
+"""Mode `train`: checks before the first step, and resuming from memory."""
 
 import shutil
 
@@ -14,7 +14,7 @@ ONE_TASK = {"MIXTURE_OR_TASK_NAME": "pydocs_which_function"}
 
 
 class Dev:
-    """An evaluation that looks at what it is answered."""
+    """An evaluation that checks the answers it gets."""
 
     def __init__(self, *names):
         self.names = names
@@ -27,15 +27,15 @@ class Dev:
         return dict.fromkeys(self.names, 0.0)
 
 
-def test_the_metric_that_chooses_the_best_step_must_be_there_before_training():
+def test_an_unknown_best_metric_is_rejected_before_training():
     check_best_metric("mean", Dev("a/exact_match"), LENGTHS, num_kept=2)
     check_best_metric("a/f1", Dev("a/f1"), LENGTHS, num_kept=2)
-    message = r"BEST_METRIC='mean' is none of .*\(mean is that of.*; there are \['a/f1'\]"
+    message = r"BEST_METRIC='mean' .*exact_match and accuracy.*\['a/f1'\]"
     with pytest.raises(ValueError, match=message):
         check_best_metric("mean", Dev("a/f1"), LENGTHS, num_kept=2)
 
 
-def test_a_run_from_memory_goes_on_from_its_own_state_alone(work, tmp_path, capfd):  # noqa: F811
+def test_a_run_from_memory_resumes_without_its_initial_checkpoint(work, tmp_path, capfd):  # noqa: F811
     first, lumen = tmp_path / "first", ("examples/pydocs_lumen_train",)
     shared = {**ONE_TASK, "TRAIN_STEPS": 1}
     assert train(work, first, *lumen, **shared) == 0
@@ -45,18 +45,18 @@ def test_a_run_from_memory_goes_on_from_its_own_state_alone(work, tmp_path, capf
     shared = {**ONE_TASK, **memory, "INITIAL_CHECKPOINT_PATH": str(first), "SCHEDULE": "constant"}
     assert train(work, tmp_path / "run", *lumen, **shared, TRAIN_STEPS=1) == 0
 
-    # Another batch size is refused, and the run's configuration stays what it was.
+    # Another batch size is rejected, and the saved configuration is unchanged.
     config = (tmp_path / "run" / "config.gin").read_text()
     assert train(work, tmp_path / "run", *lumen, **shared, TRAIN_STEPS=2, BATCH_SIZE=16) == 2
     assert "batch_size was 8 and is now 16" in capfd.readouterr().err
     assert (tmp_path / "run" / "config.gin").read_text() == config
 
-    # So is a rate that would have fallen otherwise.
+    # So is another learning rate schedule.
     linear = {**shared, "SCHEDULE": "linear"}
     assert train(work, tmp_path / "run", *lumen, **linear, TRAIN_STEPS=2) == 2
     assert "schedule_end was None and is now 2" in capfd.readouterr().err
 
-    # What it started from may be gone.
+    # The initial checkpoint may be gone.
     shutil.rmtree(first)
     assert train(work, tmp_path / "run", *lumen, **shared, TRAIN_STEPS=2) == 0
     assert "from step 1 to 2" in capfd.readouterr().err

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
+from glimmer_jax.memory import versions
 from glimmer_jax.retrieval import dense
 from glimmer_jax.runtime.preemption import StopRequested
 
@@ -45,7 +46,7 @@ def test_who_is_stopped_waiting_tells_those_who_wait_no_more(job, tmp_path, monk
         made()
     assert told == []
     # The others have found the index finished.
-    monkeypatch.setattr(dense, "read_manifest", lambda kvstore: "manifest")
+    monkeypatch.setattr(versions, "is_finished", lambda kvstore: True)
     with pytest.raises(StopRequested, match="when the index was finished"):
         made()
     assert told == [True]

@@ -86,7 +86,7 @@ def test_both_homes_give_the_same_bits_on_any_mesh_size(mesh):
     np.testing.assert_array_equal(Search(Vectors(vectors), one, 0, 64)(questions, 9)[1], rows)
 
 
-def test_from_disk_one_pass_serves_many_questions_and_the_devices_read_once(mesh, monkeypatch):
+def test_one_pass_from_disk_serves_many_questions(mesh, monkeypatch):
     on_mesh, from_disk = both(np.ones((64, 2)), mesh, 4)
     assert on_mesh.index.reads == 16
     for search in (on_mesh, from_disk):
@@ -106,12 +106,12 @@ def test_programs_are_compiled_once_for_any_number_of_questions(mesh):
     assert search(np.zeros((0, 2), np.float32), 2)[0].shape == (0, 2)
 
 
-def test_what_does_not_fit_is_refused(mesh):
+def test_shapes_and_k_out_of_range_are_rejected(mesh):
     search = Search(Vectors(np.ones((6, 2))), mesh, 0)
     for questions, k, allowed in [
         (np.ones((1, 2)), 0, None),
         (np.ones((1, 3)), 1, None),
         (np.ones((1, 2)), 1, np.ones(5, bool)),
     ]:
-        with pytest.raises(ValueError, match=r"A search wants k of 1 or more.*got k="):
+        with pytest.raises(ValueError, match=r"NUM_PASSAGES must be at least 1.*got k="):
             search(questions, k, allowed)

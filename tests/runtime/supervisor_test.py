@@ -62,7 +62,7 @@ def test_the_process_that_is_missed_is_named(words, expected):
     assert found.startswith(expected) and "Run the same command again" in found
 
 
-def test_another_abort_and_the_end_of_a_process_that_failed_itself_are_not_explained():
+def test_an_abort_for_other_reasons_is_not_explained():
     assert describe_abort("free(): invalid pointer\n" + SILENT) is None
     failed = (
         "DEADLINE_EXCEEDED: Barrier timed out. Id: Shutdown::127. The first task at the barrier: 1."

@@ -75,7 +75,7 @@ def leaves(params):
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
 
 
-def test_kernels_of_single_tokens_lie_row_by_row_in_the_dtype_of_the_product():
+def test_kernels_of_single_tokens_are_stored_by_rows_in_the_product_dtype():
     found = leaves(prepared(model_of("operands"), 1)[1])
     own = tiny.params(param_layout.unrolled(model_of("operands"), "cpu").config)
     turned = found["decoder/layers_0/mlp/wi_0/rows"]

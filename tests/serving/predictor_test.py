@@ -1,4 +1,4 @@
-"""Questions through a loaded model: batches, programs, candidates, draws."""
+"""Questions through a loaded model: batches, programs, candidates, samples."""
 
 import dataclasses
 
@@ -55,7 +55,7 @@ def made(corpus):
     return Predictor(*args, batch_sizes=(2, 1), seed=0), traced
 
 
-def test_a_warm_predictor_compiles_no_more_and_batches_change_no_answer(made):
+def test_a_warm_predictor_does_not_compile_and_answers_ignore_batches(made):
     predictor, traced = made
     predictor.warm_up()
     assert sorted(traced) == [1, 2]
@@ -81,6 +81,31 @@ def test_candidates_are_the_only_answers(made):
         predictor.answer(QUESTIONS[:1], candidates=[])
 
 
+@pytest.mark.parametrize(
+    ("question", "facts"),
+    [
+        ({"input": "x"}, "Question 0 .*'id'.*None"),
+        ({"id": "a"}, "Question 0 .*'input'.*None"),
+        ({"id": "a", "input": None}, "Question 0 .*'input'.*None"),
+        ({"id": "a", "input": "\ud800"}, "Question 0 .*'a'.*surrogate.*position 0.*UTF-8"),
+        ({"id": "a", "input": "x", "retrieved": None}, "'a'.*retrieved.*None.*BM25"),
+        ({"id": "a", "input": "x", "retrieved": [{"id": "7"}]}, "'a'.*retrieved.*'7'"),
+        ("x", "Question 0 must be a dict.*'x'"),
+    ],
+)
+def test_malformed_questions_are_rejected_by_place_and_field(made, question, facts):
+    predictor, _ = made
+    with pytest.raises(ValueError, match=facts):
+        predictor.answer([question])
+
+
+def test_questions_that_are_cut_are_counted(made):
+    predictor, _ = made
+    before = predictor.truncated
+    predictor.answer([{"id": "a", "input": "red green blue " * 8}])
+    assert predictor.truncated == before + 1
+
+
 def test_draws_differ_from_batch_to_batch_and_repeat_with_the_seed():
     model = GlimmerModel(tiny.FID, decode=DecodeConfig(temperature=3.0))
     params, batch = tiny.params(tiny.FID), tiny.batch(gold=False)
@@ -92,12 +117,12 @@ def test_draws_differ_from_batch_to_batch_and_repeat_with_the_seed():
 
 
 @pytest.mark.parametrize("batch_sizes", [(), (8, 12), (0,)])
-def test_batches_that_do_not_divide_over_the_devices_are_refused(tmp_path, batch_sizes):
+def test_batches_that_do_not_divide_over_the_devices_are_rejected(tmp_path, batch_sizes):
     with pytest.raises(ValueError, match="must be multiples of 8, the devices"):
         Predictor.load(tmp_path, LENGTHS, passages_dir=tmp_path, batch_sizes=batch_sizes)
 
 
-def test_a_checkpoint_knows_its_model(corpus, tmp_path):
+def test_load_uses_the_model_that_the_checkpoint_records(corpus, tmp_path):
     checkpoint = tmp_path / "glimmer.safetensors"
     described = describe(GLIMMER, VOCABULARY.fingerprint)
     save_params_file(checkpoint, tiny.params(GLIMMER), described)
@@ -112,10 +137,10 @@ def test_a_checkpoint_knows_its_model(corpus, tmp_path):
     assert [[one["kept"] for one in record["passages"]] for record in both] == [[True, True]] * 3
 
 
-def test_a_checkpoint_that_does_not_know_its_model_is_named(corpus, tmp_path):
+def test_a_checkpoint_without_a_recorded_model_is_named(corpus, tmp_path):
     checkpoint = tmp_path / "some.safetensors"
     save_params_file(checkpoint, tiny.params(GLIMMER), {})
     with pytest.raises(
-        ValueError, match=r"some.safetensors, a parameter file, does not say which model it holds"
+        ValueError, match=r"some.safetensors, a parameter file does not record its model"
     ):
         Predictor.load(checkpoint, LENGTHS, passages_dir=corpus)

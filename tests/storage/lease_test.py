@@ -66,9 +66,7 @@ def test_held_once_and_gone_afterwards(tmp_path):
 
 
 @pytest.mark.fault
-def test_a_living_holder_on_another_host_is_refused_at_its_next_sign_of_life(
-    tmp_path, holder, monkeypatch
-):
+def test_a_living_holder_elsewhere_is_noticed_by_its_next_renewal(tmp_path, holder, monkeypatch):
     elsewhere(monkeypatch)
     started = time.monotonic()
     with pytest.raises(ValueError, match=f"written by process {holder.pid} on"), locked(tmp_path):
@@ -77,7 +75,7 @@ def test_a_living_holder_on_another_host_is_refused_at_its_next_sign_of_life(
 
 
 @pytest.mark.fault
-def test_a_killed_holder_is_replaced_at_once_here_and_after_its_lease_from_another_host(
+def test_a_killed_holder_is_replaced_at_once_here_and_elsewhere_in_time(
     tmp_path, holder, monkeypatch
 ):
     os.kill(holder.pid, signal.SIGKILL)
@@ -141,7 +139,7 @@ def test_a_file_system_without_locks_is_told_from_a_lock_that_is_held(tmp_path, 
 
 
 @pytest.mark.fault
-def test_who_has_lost_the_lock_is_told_and_leaves_the_new_holders_file(tmp_path):
+def test_a_holder_that_lost_the_lock_raises_and_leaves_the_new_file(tmp_path):
     taken = json.dumps({"pid": 7, "host": "elsewhere", "since": "t"})
     with locked(tmp_path) as held:
         (tmp_path / NAME).write_text(taken)
@@ -152,7 +150,7 @@ def test_who_has_lost_the_lock_is_told_and_leaves_the_new_holders_file(tmp_path)
     assert (tmp_path / NAME).read_text() == taken
 
 
-def test_who_stood_still_for_a_lease_asks_the_file_first(tmp_path):
+def test_a_holder_that_hung_for_a_lease_reads_the_file_first(tmp_path):
     with locked(tmp_path) as held:
         held._stop.set()
         held._thread.join()

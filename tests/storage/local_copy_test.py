@@ -32,9 +32,7 @@ def bucket(tmp_path):
     return path, f"file://{path}"
 
 
-def test_passages_in_a_bucket_are_copied_once_and_read_as_if_they_were_here(
-    bucket, cache, monkeypatch, caplog
-):
+def test_passages_in_a_bucket_are_copied_once_and_read_locally(bucket, cache, monkeypatch, caplog):
     path, url = bucket
     monkeypatch.setattr(local_copy, "BLOCK_BYTES", 100)
     with caplog.at_level(logging.INFO, "glimmer_jax"):
@@ -76,7 +74,7 @@ def test_a_copy_that_was_cut_short_goes_on_with_whole_files(bucket, monkeypatch)
     assert asked.count("tokens.npy") == 1 and asked.count("ids.npy") == 2
 
 
-def test_a_file_that_is_not_what_was_written_is_refused(bucket, cache):
+def test_a_changed_file_is_rejected(bucket, cache):
     path, url = bucket
     data = bytearray((path / "tokens.npy").read_bytes())
     data[-1] ^= 1
@@ -119,11 +117,11 @@ def test_processes_of_a_machine_share_a_copy(bucket, monkeypatch):
     assert found == [20] * 3 and sorted(asked) == sorted([*FILES, MANIFEST])
 
 
-def test_a_disk_that_is_too_small_is_named_before_anything_is_copied(bucket, cache, monkeypatch):
+def test_a_disk_that_is_too_small_is_named_before_copying(bucket, cache, monkeypatch):
     _, url = bucket
     usage = shutil.disk_usage(cache.parent.parent)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(ValueError, match=r"wants 4\.15e-06 GB .* 1e-06 GB left.*GLIMMER_CACHE"):
+    with pytest.raises(ValueError, match=r"needs 4\.15e-06 GB .* 1e-06 GB left.*GLIMMER_CACHE"):
         Passages.open(url)
     assert not list(cache.rglob("*.npy*"))
 
@@ -132,7 +130,7 @@ def test_a_disk_that_is_too_small_is_named_before_anything_is_copied(bucket, cac
 def test_a_manifest_that_says_nothing_is_named(bucket, text):
     path, url = bucket
     (path / MANIFEST).write_text(text)
-    with pytest.raises(ValueError, match=r"manifest\.json does not say what it should of tokens"):
+    with pytest.raises(ValueError, match=r"manifest\.json.*tokens"):
         Passages.open(url)
 
 

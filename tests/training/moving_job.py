@@ -1,9 +1,9 @@
-"""A toy run that moves: each life has processes and a mesh of its own, and knows the state before it.
+"""A toy run that resumes with other processes on another mesh, and checks its restored state.
 
 `--gin_bindings=MODEL_DIR --gin_bindings=STEPS --gin_bindings=DATA,FSDP,MODEL` and the flags of a job
-of many processes. What was restored is compared, bit for bit, with what the life before left beside
-the run as numpy arrays; at the end the first process leaves its own. With `--gin_bindings=SECONDS`,
-the third step is followed by an evaluation of so many batches of a second.
+of many processes. The restored state must equal, bit by bit, the numpy arrays that the previous job
+left beside the run. At the end process 0 writes those of its own state. With `--gin_bindings=SECONDS`,
+the third step is followed by an evaluation of that many batches, one second each.
 """
 
 import pathlib
@@ -51,7 +51,7 @@ def main(argv):
                     assert shard.data.dtype == wanted[name].dtype
                     compared.append(shard.data.size < leaf.size)
             assert len(wanted) == len(named(state))
-        assert any(compared) == (mesh.size > 1), "Nothing lay in parts."
+        assert any(compared) == (mesh.size > 1), "Nothing was sharded."
 
     def evaluate(state, poll):
         print("evaluating", flush=True)
@@ -76,9 +76,9 @@ def main(argv):
         check_restored=compare,
         evaluate=evaluate,
     )
-    whole = multihost_utils.process_allgather(named(state), tiled=True)
+    gathered = multihost_utils.process_allgather(named(state), tiled=True)
     if jax.process_index() == 0:
-        np.savez(left, **whole)
+        np.savez(left, **gathered)
 
 
 def named(state):

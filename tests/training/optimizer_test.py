@@ -77,7 +77,7 @@ def test_adafactor_equals_a_float64_reference_with_head_dimensions():
         np.testing.assert_allclose(ours["kernel"][layer].reshape(6, 12), p, rtol=1e-5, atol=1e-6)
 
 
-def test_scanned_layers_equal_looped_ones_after_three_steps():
+def test_scanned_layers_train_as_unrolled_ones():
     results = []
     for scan_layers in (True, False):
         model = ToyModel(scan_layers)
@@ -110,7 +110,7 @@ def test_momentum_averages_updates():
     assert set(state.moments["scale"]) == {"full", "momentum"}
 
 
-def test_names_decide_what_is_factored():
+def test_dimension_names_decide_the_factors():
     assert factor(("embed", "mlp"), (256, 512), 128).rows == (0,)
     assert factor(("layers", "mlp", "embed"), (2, 512, 256), 128).columns == (1,)
     assert not factor(("embed", "mlp"), (64, 512), 128).factored
@@ -118,20 +118,20 @@ def test_names_decide_what_is_factored():
     assert factor(("layers", "embed"), (4, 8), 1).reduced == (1,)
 
 
-def test_a_name_without_rule_is_refused():
-    with pytest.raises(ValueError, match="by the names of its dimensions"):
+def test_a_name_without_a_rule_is_rejected():
+    with pytest.raises(ValueError, match="cannot factor.*names.*FACTOR_RULES"):
         factor(("embed", "width"), (4, 4), 1)
 
 
-def test_rows_and_columns_beside_an_unfactored_dimension_are_refused():
+def test_rows_and_columns_beside_an_unfactored_dimension_are_rejected():
     with pytest.raises(ValueError, match="neither"):
         factor(("embed", "mlp", "relpos_buckets"), (4, 4, 4), 1)
 
 
-def test_adafactor_without_parameters_is_refused():
+def test_adafactor_without_parameters_is_rejected():
     transformation = adafactor(lambda step: 0.1, {"scale": ("embed",)})
     params = {"scale": jnp.ones(4)}
-    with pytest.raises(ValueError, match="call update with params"):
+    with pytest.raises(ValueError, match="params"):
         transformation.update(params, transformation.init(params))
 
 
@@ -157,7 +157,7 @@ def test_frozen_parameters_get_no_update_and_no_state(name):
 @pytest.mark.parametrize(
     "config", [SMALL, dict(SMALL, momentum=0.9, max_grad_norm=1.0), {"name": "adamw"}]
 )
-def test_state_is_sharded_as_the_parameters_it_belongs_to(config):
+def test_the_state_is_sharded_as_its_parameters(config):
     model = ToyModel()
     optimizer = make_optimizer(OptimizerConfig(**config), model.param_names())
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2))
@@ -199,14 +199,14 @@ def test_schedules():
         ({"schedule": "linear", "warmup_steps": 5}, "above warmup_steps"),
     ],
 )
-def test_wrong_settings_are_refused(change, message):
+def test_invalid_settings_are_rejected(change, message):
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**change)
 
 
-def test_freezing_everything_or_another_tree_is_refused():
+def test_freezing_everything_or_another_tree_is_rejected():
     names = {"a": ("embed",), "b": ("embed",)}
-    with pytest.raises(ValueError, match="nothing to train"):
+    with pytest.raises(ValueError, match="Every parameter is frozen"):
         make_optimizer(OptimizerConfig(), names, {"a": True, "b": True})
     with pytest.raises(ValueError, match=r"one bool for each parameter.*'b'"):
         make_optimizer(OptimizerConfig(), names, {"a": True})

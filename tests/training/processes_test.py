@@ -1,4 +1,4 @@
-"""Runs that move from one number of processes to another, and lose no bit and no example."""
+"""Runs that resume with another number of processes, without losing a bit or an example."""
 
 import json
 import os
@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def start(command, devices):
-    """A process of as many virtual devices, whose output can be read."""
+    """A process with this number of virtual devices, whose output can be read."""
     flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, *command],
@@ -32,7 +32,7 @@ def start(command, devices):
 
 
 def ended(process, seconds=300):
-    """The exit code of a process and of what it started, and its output."""
+    """The exit code and the output of a process and its children."""
     try:
         output, _ = process.communicate(timeout=seconds)
     finally:
@@ -47,8 +47,8 @@ def logged(run):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def lives(processes, devices, *bindings):
-    """The processes of a life of `moving_job`, started."""
+def start_job(processes, devices, *bindings):
+    """Starts the processes of `moving_job`."""
     job = ["-m", "tests.training.moving_job", *(f"--gin_bindings={value}" for value in bindings)]
     if processes == 1:
         return [start(job, devices)]
@@ -58,7 +58,7 @@ def lives(processes, devices, *bindings):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_state_comes_back_bit_for_bit_in_any_number_of_processes_and_on_any_mesh(tmp_path):
+def test_a_state_restores_bit_exactly_on_any_mesh_of_any_processes(tmp_path):
     run, steps = tmp_path / "run", 0
     for processes, devices, mesh in (
         (1, 4, "2,2,1"),
@@ -68,19 +68,19 @@ def test_a_state_comes_back_bit_for_bit_in_any_number_of_processes_and_on_any_me
         (2, 2, "2,1,2"),
     ):
         steps += 2
-        # Each compares for itself what it restores with what the life before saved.
-        for process in lives(processes, devices, run, steps, mesh):
+        # Each process compares its restored state with that of the previous job.
+        for process in start_job(processes, devices, run, steps, mesh):
             code, output = ended(process)
             assert code == 0, output
     assert [line["step"] for line in logged(run)] == list(range(1, steps + 1))
 
 
 @pytest.mark.fault
-def test_two_processes_give_up_an_evaluation_together_and_save(tmp_path):
-    first, second = lives(2, 1, tmp_path / "run", 50, "2,1,1", 600)
+def test_two_processes_interrupt_an_evaluation_together_and_save(tmp_path):
+    first, second = start_job(2, 1, tmp_path / "run", 50, "2,1,1", 600)
     while first.stdout.readline() not in ("evaluating\n", ""):
         pass
-    # One of them is told.
+    # One process gets the signal.
     second.terminate()
     for process in (first, second):
         code, output = ended(process, 60)
@@ -90,7 +90,7 @@ def test_two_processes_give_up_an_evaluation_together_and_save(tmp_path):
 @pytest.mark.slow
 @pytest.mark.fault
 @pytest.mark.timeout(900)
-def test_a_command_stopped_in_two_processes_goes_on_in_one_and_in_four(tmp_path):
+def test_a_run_of_two_processes_resumes_in_one_and_in_four(tmp_path):
     killed_commands = pytest.importorskip("tests.killed_commands_test")
 
     def train(run, processes, devices):
@@ -98,8 +98,8 @@ def test_a_command_stopped_in_two_processes_goes_on_in_one_and_in_four(tmp_path)
         launch = ["-m", "launch", "local", f"--num_processes={processes}", "--"]
         return start([*launch, *flags], devices)
 
-    whole, first = tmp_path / "whole", tmp_path / "first"
-    code, output = ended(train(whole, 1, 1))
+    uninterrupted, first = tmp_path / "uninterrupted", tmp_path / "first"
+    code, output = ended(train(uninterrupted, 1, 1))
     assert code == 0, output
     stopped = train(first, 2, 1)
     while stopped.poll() is None and len(logged(first)) < 13:
@@ -107,7 +107,7 @@ def test_a_command_stopped_in_two_processes_goes_on_in_one_and_in_four(tmp_path)
     stopped.send_signal(signal.SIGTERM)
     code, output = ended(stopped)
     assert code == 42 and "Stopped at step" in output, output
-    wanted = logged(whole)
+    wanted = logged(uninterrupted)
     assert 12 < len(logged(first)) < len(wanted) == killed_commands.STEPS
     for processes, devices in ((1, 2), (4, 1)):
         run = shutil.copytree(first, tmp_path / f"{processes}")
@@ -115,7 +115,7 @@ def test_a_command_stopped_in_two_processes_goes_on_in_one_and_in_four(tmp_path)
         assert code == 0 and f"Training from step {len(logged(first))} " in output, output
         lines = logged(run)
         assert [line["step"] for line in lines] == [line["step"] for line in wanted]
-        # Of the same examples; sums over devices are made in another order.
+        # The examples are the same; devices sum in a different order.
         losses = ([line["train/loss"] for line in each] for each in (lines, wanted))
         np.testing.assert_allclose(*losses, rtol=1e-3)
         assert run.joinpath("checkpoints", str(killed_commands.STEPS), "checksums.json").is_file()

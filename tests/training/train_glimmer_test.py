@@ -1,4 +1,4 @@
-"""The real model through the trainer, tiny: mesh, scanning, microbatches, frozen memory, a short run."""
+"""A tiny GLIMMER in the trainer: mesh, scanned layers, microbatches, frozen memory, a short run."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ T5 = T5Config(
     num_encoder_layers=4,
     num_decoder_layers=2,
 )
-# Memory is not rounded: a rounding would turn the noise of another order of sums into steps.
+# Unrounded memory: rounding would amplify the noise of a different order of summation.
 GLIMMER = dict(memory_layers=2, rerank_layers=1, num_kept=2, memory_codec="f32")
 B, K, P, Q, T = 8, 3, 5, 4, 3
 CONFIG = OptimizerConfig(learning_rate=0.01, min_dim_size_to_factor=1)
@@ -61,10 +61,10 @@ def batch_at(step):
 
 
 def uneven(params):
-    """Looped or scanned, the second of two layers is three times as large as the first.
+    """Makes the second of two layers three times as large as the first.
 
-    Its updates are then clipped and scaled differently, which an optimiser that took a scanned stack
-    for one parameter would not do.
+    Its updates are then clipped and scaled differently. An optimiser that treated a scanned stack as one
+    parameter would not do this.
     """
 
     def scale(path, leaf):
@@ -97,8 +97,8 @@ def three_steps(params, mesh, num_microbatches=1, t5=T5):
     with jax.set_mesh(mesh):
         for number in range(3):
             batch = put_batch(batch_at(number), mesh, num_microbatches)
-            state, found = step(state, batch)
-            metrics.append(jax.device_get(found))
+            state, step_metrics = step(state, batch)
+            metrics.append(jax.device_get(step_metrics))
     return jax.device_get(state.params), metrics
 
 
@@ -110,26 +110,26 @@ def on_one_device():
 def check(params, metrics):
     want, want_metrics = on_one_device()
     assert set(metrics[0]["sums"]) >= {"cross_entropy", "distillation", "supervised_rerank"}
-    # Three steps let the noise of another order of sums grow. A step moves norms by 1e-2 and kernels by
-    # a few 1e-3; clipping a stack as one parameter would change the smaller layer's by a large part.
+    # The noise of a different order of summation grows over three steps. A step changes norms by 1e-2
+    # and kernels by a few 1e-3; clipping a stack as one parameter would change this considerably.
     tiny.assert_trees_close(metrics, want_metrics, rtol=1e-3, atol=1e-5)
     tiny.assert_trees_close(params, want, rtol=0, atol=3e-4)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max() > 1e-3, want, start())
     assert all(jax.tree.leaves(moved))
 
 
-def test_three_steps_on_a_mesh_in_microbatches_equal_those_on_one_device():
+def test_three_steps_on_a_mesh_in_microbatches_equal_one_device():
     check(*three_steps(start(), make_mesh(MeshConfig(data=2, fsdp=2, model=2)), 2))
 
 
-def test_three_steps_of_looped_layers_equal_those_of_scanned_ones():
+def test_three_steps_with_unrolled_layers_equal_scanned_ones():
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     looped = dataclasses.replace(T5, scan_layers=False)
     params, metrics = three_steps(unstack_layers(start()), mesh, t5=looped)
     check(stack_layers(params), metrics)
 
 
-def test_a_short_run_learns_and_leaves_frozen_memory_alone(tmp_path):
+def test_a_short_run_learns_and_does_not_change_frozen_memory(tmp_path):
     model = make_model(0.0, freeze_memory=True, share_question_encoder=False)
     shapes, names = model.abstract_variables()
     params = jax.jit(fresh_params(model))()

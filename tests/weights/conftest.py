@@ -1,4 +1,4 @@
-"""A folder behind a web server, which is to TensorStore what a bucket is."""
+"""A folder behind a web server, which TensorStore reads as it reads a bucket."""
 
 import http.server
 import re
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture
 def serve():
-    """folder -> (its URL, the server, whose `sent` counts bytes and whose `status` refuses)."""
+    """folder -> (URL, server). The server counts bytes in `sent`; a `status` denies requests."""
     servers = []
 
     def start(folder):
@@ -30,8 +30,8 @@ def serve():
                 if start >= stop:
                     self.answer(416)
                     return
-                whole = f"bytes {start}-{stop - 1}/{len(data)}"
-                self.answer(206, data[start:stop], {"Content-Range": whole})
+                content_range = f"bytes {start}-{stop - 1}/{len(data)}"
+                self.answer(206, data[start:stop], {"Content-Range": content_range})
 
             def answer(self, status, body=b"", headers=()):
                 self.send_response(status)

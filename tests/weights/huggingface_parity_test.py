@@ -1,7 +1,6 @@
-"""A T5 saved by PyTorch, read as INITIAL_CHECKPOINT_PATH reads it, is PyTorch's in all it computes; and
-one that we export is ours in PyTorch.
+"""Parity with PyTorch: a T5 saved by transformers, and an exported one that transformers reads.
 
-v1.1 stands for Flan-T5 and mT5 as well, which differ from it in their numbers alone.
+v1.1 covers Flan-T5 as well, which differs in its numbers only.
 """
 
 import dataclasses
@@ -46,7 +45,7 @@ def pair(request, tmp_path_factory):
     """(torch, its random T5, our FiD, its parameters from the folder that PyTorch has written)."""
     version, folder = request.param, tmp_path_factory.mktemp(request.param)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # theirs, not ours
+        warnings.simplefilter("ignore")  # from transformers
         torch = pytest.importorskip("torch")
         transformers = pytest.importorskip("transformers")
         t5 = T5[version]
@@ -61,7 +60,7 @@ def pair(request, tmp_path_factory):
     written = json.loads((folder / "config.json").read_text())
     assert written["feed_forward_proj"] == VERSIONS[version]["feed_forward_proj"]
     fid = dataclasses.replace(tiny.FID, t5=t5)
-    params = parameters.load(folder, GlimmerModel(fid), "sha256:any")
+    params = parameters.load(folder, GlimmerModel(fid), "v")
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     return torch, model, fid, parameters.place(params, GlimmerModel(fid), mesh)
 
@@ -85,23 +84,23 @@ def ours(fid, params, batch):
     return jax.jit(apply, compiler_options=tiny.QUICK)(params, batch)
 
 
-def test_states_logits_loss_and_gradient_are_torchs(pair):
+def test_states_logits_loss_and_gradients_equal_those_of_pytorch(pair):
     torch, model, fid, params = pair
-    one = batch(passages=1)
+    single = batch(passages=1)
     model.zero_grad()
     out = model(
-        input_ids=torch.tensor(texts(one, 0)),
-        decoder_input_ids=torch.tensor(one["decoder_input_tokens"].astype(np.int64)),
-        labels=torch.tensor(one["decoder_target_tokens"].astype(np.int64)),
+        input_ids=torch.tensor(texts(single, 0)),
+        decoder_input_ids=torch.tensor(single["decoder_input_tokens"].astype(np.int64)),
+        labels=torch.tensor(single["decoder_target_tokens"].astype(np.int64)),
     )
     out.loss.backward()
-    states, logits = ours(fid, params, one)
+    states, logits = ours(fid, params, single)
     np.testing.assert_allclose(states, out.encoder_last_hidden_state.detach().numpy(), **TOLERANCE)
     want = out.logits.detach().numpy()
     np.testing.assert_allclose(logits, want, **TOLERANCE)
     assert np.std(want) > 0.3
 
-    (loss, _), grads = tiny.loss_and_grad(fid, LossConfig(z_loss=0.0))(params, one)
+    (loss, _), grads = tiny.loss_and_grad(fid, LossConfig(z_loss=0.0))(params, single)
     np.testing.assert_allclose(loss, out.loss.item(), **TOLERANCE)
     theirs = {name: leaf.grad.numpy() for name, leaf in model.named_parameters()}
     flat = t5_names.flat_from(grads)
@@ -113,7 +112,7 @@ def test_states_logits_loss_and_gradient_are_torchs(pair):
         assert np.abs(grad).max() > 1e-4
 
 
-def test_fid_is_torchs_decoder_over_its_encoders_states_side_by_side(pair):
+def test_fid_equals_pytorch_with_concatenated_encoder_states(pair):
     torch, model, fid, params = pair
     three = batch(passages=3)
     with torch.no_grad():
@@ -129,18 +128,47 @@ def test_fid_is_torchs_decoder_over_its_encoders_states_side_by_side(pair):
     np.testing.assert_allclose(logits, want, **TOLERANCE)
 
 
-def test_an_exported_fid_answers_the_same_in_transformers(pair, tmp_path):
+def test_an_exported_fid_has_the_same_logits_in_transformers(pair, tmp_path):
     torch, model, fid, _ = pair
     params = tiny.params(fid)
     huggingface.save(tmp_path, params, fid, describe(fid, "v"), file_bytes=20_000)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # theirs, not ours
+        warnings.simplefilter("ignore")  # from transformers
         loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    one = batch(passages=1)
+    single = batch(passages=1)
     with torch.no_grad():
         want = loaded.eval()(
-            input_ids=torch.tensor(texts(one, 0)),
-            decoder_input_ids=torch.tensor(one["decoder_input_tokens"].astype(np.int64)),
+            input_ids=torch.tensor(texts(single, 0)),
+            decoder_input_ids=torch.tensor(single["decoder_input_tokens"].astype(np.int64)),
         ).logits.numpy()
-    np.testing.assert_allclose(ours(fid, params, one)[1], want, **TOLERANCE)
+    np.testing.assert_allclose(ours(fid, params, single)[1], want, **TOLERANCE)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_mt5_saved_by_transformers_has_the_same_logits(tmp_path, tied):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(4)
+    settings = torch_t5.settings(tiny.T5, feed_forward_proj="gated-gelu").to_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # from transformers
+        names = transformers.MT5Config().to_dict().keys() - {"model_type", "transformers_version"}
+        config = transformers.MT5Config(**{n: settings[n] for n in names if n in settings})
+        model = transformers.MT5ForConditionalGeneration(config).eval()
+        if not tied:
+            weight = torch.randn(tiny.T5.vocab_size, tiny.T5.emb_dim) / tiny.T5.emb_dim**0.5
+            model.lm_head.weight = torch.nn.Parameter(weight)
+        model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "mt5"
+    params = parameters.load(tmp_path, GlimmerModel(tiny.FID), "v")
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    params = parameters.place(params, GlimmerModel(tiny.FID), mesh)
+    single = batch(passages=1)
+    with torch.no_grad():
+        want = model(
+            input_ids=torch.tensor(texts(single, 0)),
+            decoder_input_ids=torch.tensor(single["decoder_input_tokens"].astype(np.int64)),
+        ).logits.numpy()
+    np.testing.assert_allclose(ours(tiny.FID, params, single)[1], want, **TOLERANCE)
+    assert np.std(want) > 0.3

@@ -1,12 +1,14 @@
-"""Parameters as one file: half the size of float32, and damage is noticed."""
+"""Parameter files: half the size of float32, and damage is detected."""
 
 import dataclasses
+import hashlib
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from etils import epath
 
 from glimmer_jax.weights.load import load
@@ -32,20 +34,20 @@ def test_matrices_are_bfloat16_and_come_back_as_float32(tmp_path):
     jax.tree.map(check, loaded.params, params)
 
 
-def test_settings_of_another_version_are_refused_and_missing_ones_have_defaults(tmp_path):
+def test_unknown_settings_are_rejected_and_missing_ones_have_defaults(tmp_path):
     described = describe(tiny.FID, "v")
     del described["model_config"]["t5"]["relpos_buckets"]
     assert config_from(described, "here") == tiny.FID
-    # Trained on a GPU, read anywhere.
+    # The implementation of attention is not part of the configuration.
     t5 = dataclasses.replace(tiny.T5, dtype="bfloat16", head_dim=8)
     on_gpu = dataclasses.replace(tiny.FID, t5=dataclasses.replace(t5, attention="cudnn"))
     assert config_from(describe(on_gpu, "v"), "here").t5 == t5
     described["model_config"]["hashing"] = True
-    with pytest.raises(ValueError, match=r"here has model settings .* not know: \['hashing'\]"):
+    with pytest.raises(ValueError, match="here.*hashing"):
         config_from(described, "here")
 
 
-def test_a_damaged_params_file_is_refused(tmp_path):
+def test_a_damaged_params_file_is_rejected(tmp_path):
     path = tmp_path / "small.safetensors"
     save_params_file(path, {"a": np.ones(3, np.float32)}, {})
     content = json.loads(path.with_suffix(".json").read_text())
@@ -54,16 +56,27 @@ def test_a_damaged_params_file_is_refused(tmp_path):
         load_params_file(path)
     assert set(content) == {"sha256"}
     path.with_suffix(".json").write_text('{"sha')
-    with pytest.raises(ValueError, match=r"small.json: not a JSON object"):
+    with pytest.raises(ValueError, match=r"small.json is not a valid JSON"):
         load_params_file(path)
     path.unlink()
     with pytest.raises(ValueError, match=r"small.safetensors is missing"):
         load_params_file(path)
-    with pytest.raises(ValueError, match=r"called NAME.safetensors"):
+    with pytest.raises(ValueError, match="OUTPUT_PATH.*NAME.safetensors.*small.bin"):
         save_params_file(tmp_path / "small.bin", {}, {})
 
 
-def test_a_pair_is_replaced_when_the_new_one_is_complete(tmp_path, monkeypatch):
+def test_a_parameter_that_is_not_finite_is_named(tmp_path):
+    path = tmp_path / "small.safetensors"
+    with pytest.raises(ValueError, match="a/b.*2 numbers.*3"):
+        save_params_file(path, {"a": {"b": np.array([1, np.nan, np.inf], np.float32)}}, {})
+    data = safetensors.numpy.save({"a/b": np.array([1, -np.inf], np.float32)})
+    path.write_bytes(data)
+    path.with_suffix(".json").write_text(json.dumps({"sha256": hashlib.sha256(data).hexdigest()}))
+    with pytest.raises(ValueError, match="a/b.*1 numbers.*2"):
+        load_params_file(path)
+
+
+def test_a_pair_is_replaced_once_the_new_one_is_complete(tmp_path, monkeypatch):
     path = tmp_path / "small.safetensors"
     save_params_file(path, {"a": np.ones(3, np.float32)}, {})
 
@@ -80,4 +93,4 @@ def test_a_pair_is_replaced_when_the_new_one_is_complete(tmp_path, monkeypatch):
     np.testing.assert_array_equal(params["a"], np.ones(3))
     save_params_file(path, {"a": np.zeros(3, np.float32)}, {})
     np.testing.assert_array_equal(load_params_file(path)[0]["a"], np.zeros(3))
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["small.json", "small.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small.json", "small.safetensors"]

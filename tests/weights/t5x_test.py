@@ -1,4 +1,4 @@
-"""T5X's public form, written here as T5X writes it: msgpack, and zarr arrays beside it."""
+"""T5X checkpoints, written here as T5X writes them: msgpack with zarr arrays, and Orbax."""
 
 import dataclasses
 import re
@@ -57,7 +57,7 @@ def write(folder, flat, path_at_top=False):
 
 
 @pytest.mark.parametrize("config", [tiny.FID, V1_0], ids=["v1.1", "v1.0"])
-def test_names_sizes_and_bits_come_from_the_checkpoint(tmp_path, config):
+def test_sizes_and_parameters_come_from_the_checkpoint(tmp_path, config):
     params = tiny.params(config)
     write(tmp_path, t5_names.flat_from(params))
     loaded = load(tmp_path)
@@ -72,18 +72,18 @@ def write_orbax(folder, tree):
         checkpointer.save(folder / "state", args=ocp.args.PyTreeSave(tree))
 
 
-def test_its_orbax_form_gives_the_same_bits(tmp_path):
+def test_orbax_checkpoints_are_read_bit_exactly(tmp_path):
     params = tiny.params(tiny.FID)
     target = flax.traverse_util.unflatten_dict(t5_names.flat_from(params), sep="/")
     write_orbax(tmp_path, {"target": target, "state": {"step": np.int32(3)}})
     loaded = load(tmp_path)
     tiny.assert_trees_equal(recut(loaded.params, loaded.config, tiny.FID), params)
     write_orbax(tmp_path / "other", {"weights": {"a": np.ones(3, np.float32)}})
-    with pytest.raises(ValueError, match=r"holds \['weights'\] and no target"):
+    with pytest.raises(ValueError, match="weights.*target"):
         load(tmp_path / "other")
 
 
-def test_what_is_missing_or_misshapen_is_named(tmp_path):
+def test_missing_and_misshapen_parameters_are_named(tmp_path):
     flat = t5_names.flat_from(tiny.params(tiny.FID))
     del flat["decoder/layers_1/pre_mlp_layer_norm/scale"]
     flat["encoder/encoder_norm/scale"] = np.ones(8, np.float32)
@@ -94,42 +94,40 @@ def test_what_is_missing_or_misshapen_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["legacy", "Orbax"])
-def test_all_arrays_that_are_missing_are_named(tmp_path, form):
+def test_all_missing_arrays_are_named(tmp_path, form):
     names = ["decoder/layers_1/mlp/wo/kernel", "token_embedder/embedding"]
     flat = t5_names.flat_from(tiny.params(tiny.FID))
     if form == "legacy":
         write(tmp_path, flat)
-        lost = [f"target.{name}".replace("/", ".") for name in names]
         folder, file = tmp_path, "checkpoint"
     else:
         tree = {"target": flax.traverse_util.unflatten_dict(flat, sep="/")}
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
             checkpointer.save(tmp_path / "state", args=ocp.args.PyTreeSave(tree))
-        lost = names
         folder, file = tmp_path / "state", "_METADATA"
     for name in names:
         shutil.rmtree(folder / f"target.{name}".replace("/", "."))
-    message = rf"lacks 2 arrays that its file {file} names: {lost[0]}, {lost[1]}\. Fetch them again"
+    message = f"2 arrays.*{file}.*missing.*{names[0]}, {names[1]}"
     with pytest.raises(ValueError, match=message):
         load(tmp_path)
 
 
-def test_a_missing_chunk_is_no_zeros(tmp_path):
+def test_a_missing_chunk_does_not_read_as_zeros(tmp_path):
     write(tmp_path, t5_names.flat_from(tiny.params(tiny.FID)))
     (tmp_path / "target.token_embedder.embedding" / "0.1").unlink()
     with pytest.raises(ValueError, match="0.1.*missing"):
         np.asarray(load(tmp_path).params["token_embedder"]["embedding"])
 
 
-def test_other_contents_are_refused(tmp_path):
+def test_other_contents_are_rejected(tmp_path):
     (tmp_path / "checkpoint").write_bytes(flax.serialization.msgpack_serialize({"params": {}}))
-    with pytest.raises(ValueError, match=r"holds \['params'\] and no optimizer/target"):
+    with pytest.raises(ValueError, match="params.*optimizer/target"):
         load(tmp_path)
     write(tmp_path, {"encoder/layers_0/mlp/wo/kernel": np.ones((3, 4), np.float32)})
-    with pytest.raises(ValueError, match=r"sizes of the T5.*\['token_embedder/embedding'"):
+    with pytest.raises(ValueError, match="lacks.*token_embedder/embedding.*sizes"):
         load(tmp_path)
     write(tmp_path, {"encoder/encoder/mlp/wo/kernel": np.ones((3, 2, 4), np.float32)})
-    with pytest.raises(ValueError, match=r"lacks \['token_embedder/embedding'.* a scanned T5 has"):
+    with pytest.raises(ValueError, match="lacks.*token_embedder/embedding.*scanned"):
         load(tmp_path)
 
 
@@ -149,7 +147,7 @@ def scanned(params, axis):
 
 
 @pytest.mark.parametrize(("form", "axis"), [("legacy", 1), ("legacy", 0), ("Orbax", 1)])
-def test_scanned_layers_give_the_same_bits(tmp_path, form, axis):
+def test_scanned_layers_are_read_bit_exactly(tmp_path, form, axis):
     params = tiny.params(tiny.FID)
     flat = scanned(params, axis)
     if form == "legacy":
@@ -162,15 +160,15 @@ def test_scanned_layers_give_the_same_bits(tmp_path, form, axis):
     assert f"({form}, scanned)" in loaded.what
 
 
-def test_a_position_table_for_each_layer_is_refused(tmp_path):
+def test_different_position_tables_per_layer_are_rejected(tmp_path):
     flat = scanned(tiny.params(tiny.FID), 1)
     flat["decoder/decoder/relpos_bias/rel_embedding"][0, 1, 3] += 1.0
     write(tmp_path, flat)
-    with pytest.raises(ValueError, match="another position table in each layer of its decoder"):
+    with pytest.raises(ValueError, match="decoder.*different position tables"):
         load(tmp_path)
 
 
-def test_specifications_of_the_first_tensorstores_are_understood(tmp_path):
+def test_specifications_with_the_path_at_the_top_are_read(tmp_path):
     params = tiny.params(tiny.FID)
     write(tmp_path, t5_names.flat_from(params), path_at_top=True)
     loaded = load(tmp_path)
@@ -178,7 +176,7 @@ def test_specifications_of_the_first_tensorstores_are_understood(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["legacy", "Orbax"])
-def test_checkpoints_in_a_bucket_give_the_same_bits(tmp_path, serve, form):
+def test_checkpoints_in_a_bucket_are_read_bit_exactly(tmp_path, serve, form):
     params = tiny.params(tiny.FID)
     flat = t5_names.flat_from(params)
     if form == "legacy":
@@ -194,7 +192,7 @@ def test_checkpoints_in_a_bucket_give_the_same_bits(tmp_path, serve, form):
         load(url)
 
 
-def test_what_is_written_has_t5xs_form(tmp_path):
+def test_written_checkpoints_have_the_form_of_t5x(tmp_path):
     params = tiny.params(tiny.FID)
     t5x.save(tmp_path, params, tiny.FID, describe(tiny.FID, "v"))
     content = flax.serialization.msgpack_restore((tmp_path / "checkpoint").read_bytes())
@@ -202,7 +200,7 @@ def test_what_is_written_has_t5xs_form(tmp_path):
     target = content["optimizer"]["target"]
     spec = target["encoder"]["layers_3"]["mlp"]["wi_1"]["kernel"]
     assert spec["kvstore"] == {"driver": "file", "path": "target.encoder.layers_3.mlp.wi_1.kernel"}
-    # As T5X opens it: with its own folder in front of the path.
+    # T5X prepends its own folder to the path.
     spec["kvstore"]["path"] = f"{tmp_path}/{spec['kvstore']['path']}"
     kernel = ts.open(ts.Spec(spec), open=True).result().read().result()
     layers = params["live_encoder"]["live_b"]["layers"]
@@ -214,24 +212,26 @@ def test_what_is_written_has_t5xs_form(tmp_path):
 
 
 @pytest.mark.parametrize("config", [tiny.FID, tiny.GLIMMER], ids=["fid", "glimmer"])
-def test_a_tree_of_ours_comes_back_with_the_same_bits(tmp_path, config):
+def test_a_saved_tree_is_read_bit_exactly(tmp_path, config):
     params = tiny.params(config)
-    t5x.save_tree(tmp_path / "checkpoint_7", params, config, describe(config, "v"))
+    t5x.save_tree(tmp_path / "checkpoint_7", params)
     content = flax.serialization.msgpack_restore(
         (tmp_path / "checkpoint_7/checkpoint").read_bytes()
     )
     assert content.keys() == {"version", "optimizer"}
     assert content["version"] == 3 and content["optimizer"]["state"] == {"step": 7}
-    # Where it lies is known relative to the file alone.
+    # The folder can be moved: arrays are found beside the msgpack file.
     (tmp_path / "checkpoint_7").rename(tmp_path / "moved")
     loaded = load(tmp_path / "moved")
     assert loaded.config is None and loaded.vocabulary_fingerprint is None
-    assert loaded.what == f"a T5X checkpoint of one of our models in {tmp_path / 'moved'} (legacy)"
+    assert (
+        loaded.what == f"a T5X checkpoint of a glimmer_jax model in {tmp_path / 'moved'} (legacy)"
+    )
     tiny.assert_trees_equal(loaded.params, params)
     tiny.assert_trees_equal(parameters.load(tmp_path / "moved", GlimmerModel(config), "v"), params)
 
 
-def test_what_t5x_trained_must_be_read_as_the_model_that_it_is(tmp_path):
+def test_a_tree_without_configuration_must_match_the_model(tmp_path):
     write_orbax(tmp_path, {"target": tiny.params(tiny.LUMEN), "state": {"step": np.int32(3)}})
     read = parameters.load(tmp_path, GlimmerModel(tiny.LUMEN), "v")
     tiny.assert_trees_equal(read, tiny.params(tiny.LUMEN))
@@ -245,19 +245,17 @@ def test_what_t5x_trained_must_be_read_as_the_model_that_it_is(tmp_path):
         for config in (tiny.GLIMMER, tiny.LUMEN)
     )
     differing = {name for name, _ in wanted ^ found}
-    message = (
-        rf"does not say which model.*; {len(differing)} parameters differ: .*Give the gin files"
-    )
+    message = rf"does not record.*{len(differing)} parameters differ: .*gin files"
     with pytest.raises(ValueError, match=message) as caught:
         parameters.load(tmp_path, GlimmerModel(tiny.GLIMMER), "v")
     assert len(differing) > 2
     assert set(re.findall(r"(\S+/\S+) (?:\[|has shape)", str(caught.value))) == differing
 
 
-def test_only_new_folders_under_t5xs_names_get_a_tree_of_ours(tmp_path):
-    args = tiny.params(tiny.FID), tiny.FID, describe(tiny.FID, "v")
-    with pytest.raises(ValueError, match="wanted checkpoint_N, got step_7"):
-        t5x.save_tree(tmp_path / "step_7", *args)
-    t5x.save_tree(tmp_path / "checkpoint_7", *args)
-    with pytest.raises(ValueError, match="checkpoint_7 holds a checkpoint already"):
-        t5x.save_tree(tmp_path / "checkpoint_7", *args)
+def test_trees_are_saved_only_into_new_folders_named_checkpoint_n(tmp_path):
+    params = tiny.params(tiny.FID)
+    with pytest.raises(ValueError, match="OUTPUT_PATH.*checkpoint_N.*step_7"):
+        t5x.save_tree(tmp_path / "step_7", params)
+    t5x.save_tree(tmp_path / "checkpoint_7", params)
+    with pytest.raises(ValueError, match="checkpoint_7 holds a checkpoint"):
+        t5x.save_tree(tmp_path / "checkpoint_7", params)

@@ -1,0 +1,123 @@
+"""Groups of settings that several run modes share. `gin/runs` binds their fields to macros."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.modes import checks
+from glimmer_jax.partitioning import MeshConfig
+from glimmer_jax.vocabulary import Vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """A seqio task or mixture, and how it becomes batches; T5X's `DatasetConfig`."""
+
+    mixture_or_task_name: str  # registered with seqio
+    task_feature_lengths: Mapping[str, Any]  # {"inputs": Q, "targets": T, "passages": (K, P)}
+    batch_size: int  # questions per batch, over all devices
+    split: str = "train"
+    mixture_or_task_module: str | None = None  # imported first; registers the tasks
+    data_dir: str | None = None  # folder of the retrieved files, for tasks that read them
+    use_cached_tasks: bool = False  # read seqio's caches
+    # Training answers with a lower `bleu_score` are left out; None is the tasks' default. A cache
+    # was filtered when it was written.
+    min_bleu_score: float | None = None
+
+    def register(self, vocabulary: Vocabulary) -> None:
+        """Configures the retrieved tasks and imports the module that registers them.
+
+        Raises:
+          ValueError: there is no such module, mixture or task.
+        """
+        # seqio and tensorflow take seconds to import: modes check their other settings first.
+        from glimmer_jax.data import pipeline, retrieved_tasks
+
+        retrieved_tasks.configure(self.data_dir, self.min_bleu_score, vocabulary)
+        pipeline.import_tasks(self.mixture_or_task_module)
+        pipeline.find_mixture_or_task(self.mixture_or_task_name)
+
+    def check_fit(
+        self,
+        vocabulary: Vocabulary,
+        has_passages: bool,
+        split: str | None = None,
+        num_examples: int | None = 1000,
+    ) -> None:
+        """Compares the first examples of a split with the settings and prints their counts.
+
+        Args:
+          vocabulary: of model and passages.
+          has_passages: whether there is a folder or a memory to read passages from.
+          split: None is the config's own.
+          num_examples: examples per task; None for all.
+
+        Raises:
+          ValueError: see `pipeline.check_fit`.
+        """
+        from glimmer_jax.data import pipeline
+
+        split = split or self.split
+        counts = pipeline.check_fit(
+            self.mixture_or_task_name,
+            split,
+            self.task_feature_lengths,
+            vocabulary=vocabulary,
+            has_passages=has_passages,
+            use_cached=self.use_cached_tasks,
+            examples=num_examples,
+        )
+        print(f"First examples ({split}): " + ", ".join(f"{k} {n}" for k, n in counts.items()))
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusConfig:
+    """The passages, and where the reader gets them: encoded now, or from a memory."""
+
+    passages_dir: str | None = None  # written by mode `passages`
+    memory_dir: str | None = None  # written by mode `build_memory`; None encodes passages now
+    memory_bytes_per_device: int = 0  # a memory that fits into this is kept on the devices
+    # Ids that are missing from the memory raise an error, or are masked and counted.
+    unknown_passages: Literal["error", "mask"] = "error"
+
+
+@dataclasses.dataclass(frozen=True)
+class ReaderConfig:
+    """A trained model that answers questions."""
+
+    model: GlimmerModel
+    checkpoint_path: str  # a run, one of its steps or a `.safetensors` file, of any cut
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    vocabulary: Vocabulary = dataclasses.field(default_factory=Vocabulary)
+    # The only answers allowed, for all questions; None generates answers.
+    candidates: Sequence[str] | None = None
+    seed: int = 0  # of sampled answers
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """A trained memory encoder and the passages that it encodes."""
+
+    model: GlimmerModel | None  # LUMEN or GLIMMER
+    checkpoint_path: str | None  # a run, one of its steps or a `.safetensors` file
+    passages_dir: str | None  # written by mode `passages`
+    max_length: int = 304  # P, tokens per passage
+    batch_size: int = 32  # passages per device
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    vocabulary: Vocabulary = dataclasses.field(default_factory=Vocabulary)
+
+    def check_given(self) -> None:
+        """Raises ValueError naming required settings that are missing."""
+        checks.required(
+            MODEL=self.model, CHECKPOINT_PATH=self.checkpoint_path, PASSAGES_DIR=self.passages_dir
+        )
+
+
+def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"model": ..., "batch_size": ...}`: the fields of all groups beside the other settings."""
+    flat = dict(settings)
+    for group in settings.values():
+        if isinstance(group, DatasetConfig | CorpusConfig | ReaderConfig | EncoderConfig):
+            flat |= {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
+    return flat
