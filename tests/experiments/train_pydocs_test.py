@@ -165,7 +165,7 @@ def configured(mode, gin_file, macros):
         f"{k} = {str(v)!r}" if isinstance(v, Path) else f"{k} = {v!r}" for k, v in macros.items()
     ]
     configuration.parse([f"gin/examples/{gin_file}.gin"], bindings)
-    function = _find(MODES[mode])
+    function = _find(MODES[mode].function)
     configuration.configured(function)
     return gin.get_bindings(function)
 
