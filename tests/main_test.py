@@ -239,7 +239,7 @@ def test_every_ablation_trains_for_five_steps(work, tmp_path, ablation):
 @pytest.mark.parametrize(
     ("mode", "files", "macros", "message"),
     [
-        ("passages", ["runs/passages"], {"CORPUS": "none.jsonl", "PASSAGES_DIR": "p"}, "no file"),
+        ("passages", ["runs/passages"], {"CORPUS": "none.jsonl", "PASSAGES_DIR": "p"}, "none.jsonl"),
         (
             "eval",
             ["examples/pydocs_fid_eval"],
@@ -256,7 +256,7 @@ def test_every_ablation_trains_for_five_steps(work, tmp_path, ablation):
             "infer",
             ["examples/pydocs_glimmer_infer"],
             {"CHECKPOINT_PATH": "c", "PASSAGES_DIR": "none"},
-            "No passages folder none",
+            "PASSAGES_DIR: no folder none",
         ),
         (
             "train",
@@ -286,13 +286,25 @@ def test_every_ablation_trains_for_five_steps(work, tmp_path, ablation):
             "train",
             ["examples/pydocs_glimmer_train"],
             {"MODEL_DIR": "m", "TRAIN_STEPS": 5, "MEMORY_DIR": "m"},
-            "set freeze_memory=True",
+            "FREEZE_MEMORY = True",
+        ),
+        (
+            "train",
+            ["examples/pydocs_glimmer_train"],
+            {"MODEL_DIR": "m", "TRAIN_STEPS": 5, "INITIAL_CHECKPOINT_PATH": "none"},
+            "INITIAL_CHECKPOINT_PATH: there is no checkpoint none",
+        ),
+        (
+            "eval",
+            ["examples/pydocs_fid_eval"],
+            {"CHECKPOINT_PATH": "none", "MIXTURE_OR_TASK_NAME": "pydoc"},
+            "MIXTURE_OR_TASK_NAME",
         ),
         (
             "build_memory",
             ["sizes/tiny", "models/fid", "runs/build_memory"],
             {"CHECKPOINT_PATH": "c", "MEMORY_DIR": "m", "PASSAGES_DIR": "p"},
-            "no memory to precompute",
+            "memory_layers=0",
         ),
     ],
 )
