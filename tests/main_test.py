@@ -239,7 +239,12 @@ def test_every_ablation_trains_for_five_steps(work, tmp_path, ablation):
 @pytest.mark.parametrize(
     ("mode", "files", "macros", "message"),
     [
-        ("passages", ["runs/passages"], {"CORPUS": "none.jsonl", "PASSAGES_DIR": "p"}, "none.jsonl"),
+        (
+            "passages",
+            ["runs/passages"],
+            {"CORPUS": "none.jsonl", "PASSAGES_DIR": "p"},
+            "none.jsonl",
+        ),
         (
             "eval",
             ["examples/pydocs_fid_eval"],
@@ -295,12 +300,6 @@ def test_every_ablation_trains_for_five_steps(work, tmp_path, ablation):
             "INITIAL_CHECKPOINT_PATH: there is no checkpoint none",
         ),
         (
-            "eval",
-            ["examples/pydocs_fid_eval"],
-            {"CHECKPOINT_PATH": "none", "MIXTURE_OR_TASK_NAME": "pydoc"},
-            "MIXTURE_OR_TASK_NAME",
-        ),
-        (
             "build_memory",
             ["sizes/tiny", "models/fid", "runs/build_memory"],
             {"CHECKPOINT_PATH": "c", "MEMORY_DIR": "m", "PASSAGES_DIR": "p"},
@@ -315,6 +314,14 @@ def test_bad_input_ends_with_one_line(tmp_path, monkeypatch, capfd, mode, files,
     assert error.startswith("glimmer: ")
     assert message in error
     assert "\n" not in error
+
+
+def test_an_unknown_task_is_reported_before_data_is_read(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    macros = {"CHECKPOINT_PATH": "none", "PASSAGES_DIR": "none", "MIXTURE_OR_TASK_NAME": "pydoc"}
+    assert run("eval", "examples/pydocs_fid_eval", **macros) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert "'pydoc'" in error and "MIXTURE_OR_TASK_NAME" in error
 
 
 def test_a_bad_line_and_a_wrong_k_are_named(work, tmp_path, capfd):
