@@ -239,7 +239,12 @@ def test_every_ablation_trains_for_five_steps(work, tmp_path, ablation):
 @pytest.mark.parametrize(
     ("mode", "files", "macros", "message"),
     [
-        ("passages", ["runs/passages"], {"CORPUS": "none.jsonl", "PASSAGES_DIR": "p"}, "no file"),
+        (
+            "passages",
+            ["runs/passages"],
+            {"CORPUS": "none.jsonl", "PASSAGES_DIR": "p"},
+            "none.jsonl",
+        ),
         (
             "eval",
             ["examples/pydocs_fid_eval"],
@@ -256,7 +261,7 @@ def test_every_ablation_trains_for_five_steps(work, tmp_path, ablation):
             "infer",
             ["examples/pydocs_glimmer_infer"],
             {"CHECKPOINT_PATH": "c", "PASSAGES_DIR": "none"},
-            "No passages folder none",
+            "PASSAGES_DIR: no folder none",
         ),
         (
             "train",
@@ -286,13 +291,19 @@ def test_every_ablation_trains_for_five_steps(work, tmp_path, ablation):
             "train",
             ["examples/pydocs_glimmer_train"],
             {"MODEL_DIR": "m", "TRAIN_STEPS": 5, "MEMORY_DIR": "m"},
-            "set freeze_memory=True",
+            "FREEZE_MEMORY = True",
+        ),
+        (
+            "train",
+            ["examples/pydocs_glimmer_train"],
+            {"MODEL_DIR": "m", "TRAIN_STEPS": 5, "INITIAL_CHECKPOINT_PATH": "none"},
+            "INITIAL_CHECKPOINT_PATH: there is no checkpoint none",
         ),
         (
             "build_memory",
             ["sizes/tiny", "models/fid", "runs/build_memory"],
             {"CHECKPOINT_PATH": "c", "MEMORY_DIR": "m", "PASSAGES_DIR": "p"},
-            "no memory to precompute",
+            "memory_layers=0",
         ),
     ],
 )
@@ -303,6 +314,14 @@ def test_bad_input_ends_with_one_line(tmp_path, monkeypatch, capfd, mode, files,
     assert error.startswith("glimmer: ")
     assert message in error
     assert "\n" not in error
+
+
+def test_an_unknown_task_is_reported_before_data_is_read(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    macros = {"CHECKPOINT_PATH": "none", "PASSAGES_DIR": "none", "MIXTURE_OR_TASK_NAME": "pydoc"}
+    assert run("eval", "examples/pydocs_fid_eval", **macros) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert "'pydoc'" in error and "MIXTURE_OR_TASK_NAME" in error
 
 
 def test_a_bad_line_and_a_wrong_k_are_named(work, tmp_path, capfd):

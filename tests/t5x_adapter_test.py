@@ -144,7 +144,7 @@ def test_settings_that_do_not_fit_are_rejected_before_t5x_starts():
         T5XModel(model, {**LENGTHS, "passages": (1, 6)}, vocabulary=Vocabulary())
     with pytest.raises(ValueError, match="2048 .*32 .*VOCAB_SIZE"):
         T5XModel(model, LENGTHS)
-    with pytest.raises(ValueError, match="No passages folder nowhere"):
+    with pytest.raises(ValueError, match="PASSAGES_DIR: no folder nowhere"):
         T5XModel(model, LENGTHS, passages_dir="nowhere", vocabulary=Vocabulary())
 
 

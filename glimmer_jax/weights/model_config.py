@@ -62,7 +62,7 @@ def build_t5(path: Any, **settings: Any) -> T5Config:
         _check_types(T5Config, settings)
         for name, value in settings.items():
             limit = _MAX_LAYERS if name.endswith("_layers") else _MAX_SIZE
-            if type(value) is int and not 1 <= value <= limit:
+            if name != "dropout_rate" and type(value) is int and not 1 <= value <= limit:
                 raise ValueError(f"{name} is {value}, expected 1 to {limit}")
         return T5Config(**settings)
 

@@ -86,7 +86,9 @@ def load_params_file(path: Any) -> tuple[dict[str, Any], dict[str, Any]]:
             "Copy both files again."
         )
     tensors = safetensors_file.read(str(path), data)
-    flat = {name: check_finite(name, x.astype(np.float32)) for name, x in tensors.items()}
+    flat = {
+        name: check_finite(f"{name} of {path}", x.astype(np.float32)) for name, x in tensors.items()
+    }
     with parsing(path, "parameter"):
         return flax.traverse_util.unflatten_dict(flat, sep="/"), config
 

@@ -155,7 +155,7 @@ def test_a_bucket_that_takes_a_request_and_never_answers_is_asked_again(bucket):
 
 @pytest.mark.fault
 @pytest.mark.parametrize("fault", [429, 500, 503, "reset"])
-def test_a_bucket_that_is_gone_is_no_damage_and_the_build_goes_on_later(tiny, bucket, fault):
+def test_an_unreachable_bucket_is_no_damage_and_the_build_resumes(tiny, bucket, fault):
     path = _spec("gone", retries=2)
     calls = 0
 

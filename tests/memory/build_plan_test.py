@@ -49,7 +49,7 @@ def test_the_first_builder_waits_for_the_others_and_goes_on_later(tiny, tmp_path
     assert (report.built, report.skipped) == (0, 2) and report.manifest.num_passages == 23
 
 
-def test_shards_of_another_build_are_refused(tiny, tmp_path):
+def test_shards_of_another_build_are_rejected(tiny, tmp_path):
     tiny.build_tiny(tmp_path / "s", builders=Builders(1, 2), encoder_fingerprint="sha256:e2")
     with pytest.raises(ValueError, match="000001/shard.json belongs to another build: encoder"):
         tiny.build_tiny(tmp_path / "s", builders=Builders(0, 2))
@@ -71,7 +71,7 @@ def test_builders_of_two_corpora_make_no_store(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("first, second", [((0, 1), (1, 2)), ((1, 2), (0, 1)), ((1, 3), (1, 2))])
-def test_builders_of_another_number_are_refused_while_one_lives(tiny, tmp_path, first, second):
+def test_builders_of_another_number_are_rejected_while_one_lives(tiny, tmp_path, first, second):
     path = tmp_path / "s"
     with Builders(*first).lock(folder.open_folder(path), manifest.LOCK):
         with pytest.raises(ValueError, match=f"is being written by process {os.getpid()} on"):

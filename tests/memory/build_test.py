@@ -137,7 +137,7 @@ def test_damaged_shard_is_rebuilt_alone_with_the_same_bytes(
     ],
 )
 @pytest.mark.parametrize("finished", [True, False])
-def test_going_on_with_another_job_is_refused(tiny, copied_store, change, message, finished):
+def test_resuming_with_other_settings_is_rejected(tiny, copied_store, change, message, finished):
     if not finished:
         (copied_store / "manifest.json").unlink()
     with pytest.raises(ValueError, match=message):
@@ -145,7 +145,7 @@ def test_going_on_with_another_job_is_refused(tiny, copied_store, change, messag
 
 
 @pytest.mark.fault
-def test_other_passages_are_refused(tiny, copied_store):
+def test_other_passages_are_rejected(tiny, copied_store):
     other = tiny.TinyPassages()
     other.all_tokens[20] = other.all_tokens[20] + 1
     with pytest.raises(ValueError, match="000003.*other passages"):
@@ -154,7 +154,7 @@ def test_other_passages_are_refused(tiny, copied_store):
         tiny.build_tiny(copied_store, tiny.TinyPassages(count=30))
 
 
-def test_another_layout_is_refused(tiny, copied_store):
+def test_another_layout_is_rejected(tiny, copied_store):
     (copied_store / "manifest.json").unlink()
     message = r"shard_passages=6, chunk_tokens=4.*\(shard_passages=6, chunk_tokens=8"
     with pytest.raises(ValueError, match=message):
@@ -179,7 +179,7 @@ def test_other_program_is_accepted_with_a_flag_and_recorded(tiny, copied_store):
 
 
 @pytest.mark.fault
-def test_second_writer_is_refused_and_told_who_holds_the_store(tiny, tmp_path):
+def test_a_second_writer_is_rejected_and_the_holder_is_named(tiny, tmp_path):
     path = tmp_path / "store"
 
     def encode(tokens):
@@ -240,7 +240,7 @@ def test_bytes_do_not_depend_on_the_number_of_devices(tiny, tiny_store, tmp_path
 
 
 @pytest.mark.fault
-def test_bad_settings_are_refused(tiny, tmp_path):
+def test_bad_settings_are_rejected(tiny, tmp_path):
     passages = tiny.TinyPassages()
     with pytest.raises(ValueError, match="last length bucket must be max_length=12"):
         tiny.build_tiny(tmp_path, buckets=(4, 8))

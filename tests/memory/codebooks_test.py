@@ -86,7 +86,7 @@ def test_outlier_channels_cost_the_others_nothing(outliers):
     assert errors[1] < 0.75 * states.std()
 
 
-def test_samples_that_are_no_good_are_refused():
+def test_unsuitable_samples_are_rejected():
     with pytest.raises(ValueError, match="16 codes .* this has 9. Raise SAMPLE_TOKENS"):
         codebooks.learn(SMALL, np.zeros((9, 16), np.float32), _mesh(1))
     with pytest.raises(ValueError, match="NaN or infinity for passages of the sample"):
@@ -140,7 +140,7 @@ def test_a_sample_is_held_once_beside_what_the_devices_hold(monkeypatch, tiny):
     assert sampled * states.nbytes < sample.nbytes + 3 * wide.nbytes
 
 
-def test_infinities_of_both_signs_are_refused_without_a_warning():
+def test_infinities_of_both_signs_are_rejected_without_a_warning():
     states = np.ones((20, 16), np.float32)
     states[3, 2], states[4, 2] = np.inf, -np.inf
     with pytest.raises(ValueError, match="NaN or infinity for passages of the sample"):

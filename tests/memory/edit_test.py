@@ -189,7 +189,7 @@ def test_a_changed_store_without_its_manifest_is_not_built_anew(tiny, tmp_path):
     assert tiny.build_tiny(other).skipped == 4
 
 
-def test_changed_text_is_refused_or_replaced(tiny, copied_store):
+def test_changed_text_is_rejected_or_replaced(tiny, copied_store):
     other = tiny.TinyPassages()
     other.all_tokens[20] = other.all_tokens[20][::-1] + 1
     with pytest.raises(ValueError, match=rf"1 passages .*\[{other.ids[20]}\]\. Set REPLACE=True"):
@@ -278,7 +278,7 @@ def test_a_damaged_manifest_of_a_merged_store_is_not_built_anew(tiny, tmp_path, 
     assert folder_bytes(path) == before and verify(path) == []
 
 
-def test_parts_that_do_not_fit_are_refused(tiny, tiny_store, copied_store, tmp_path):
+def test_parts_that_do_not_fit_are_rejected(tiny, tiny_store, copied_store, tmp_path):
     with pytest.raises(ValueError, match="PARTS share 23 passage ids"):
         edit.merge([tiny_store, copied_store], tmp_path / "m")
     with pytest.raises(ValueError, match="PARTS needs two or more"):

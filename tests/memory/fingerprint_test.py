@@ -95,7 +95,7 @@ def test_dtype_counts():
     assert encoder_fingerprint(half) != encoder_fingerprint(params)
 
 
-def test_model_without_memory_is_refused():
+def test_model_without_memory_is_rejected():
     with pytest.raises(ValueError, match="'memory_encoder'; these have .*FiD"):
         encoder_fingerprint({"token_embedder": {"embedding": np.zeros((2, 2))}})
 

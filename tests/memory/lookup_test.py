@@ -147,7 +147,7 @@ def _moved_bytes(text):
 
 @pytest.mark.parametrize("codec", ["bf16", "int8", "pq", "pq16"])
 @pytest.mark.parametrize("sizes", [dict(data=8), dict(data=4, fsdp=2)], ids=["8", "4x2"])
-def test_a_device_receives_at_most_twice_its_own_part_of_the_batch_as_it_is_stored(sizes, codec):
+def test_a_device_receives_at_most_twice_its_part_of_the_batch(sizes, codec):
     batch, passages, length, emb_dim, page = 16, 10, 64, 32, 16
     specs = codecs.get(codec).array_specs(emb_dim)
     mesh = _mesh(**sizes)
@@ -236,7 +236,7 @@ def test_home_is_chosen_by_bytes(tiny_store):
     assert on_device == need
 
 
-def test_too_many_pages_are_refused(tiny_store, monkeypatch):
+def test_too_many_pages_are_rejected(tiny_store, monkeypatch):
     monkeypatch.setattr(table, "_first_pages", lambda *args: np.array([0, 2**31]))
     with pytest.raises(ValueError, match=r"pages, .*2\*\*31.*MEMORY_BYTES_PER_DEVICE"):
         table.load(MemoryStore.open(tiny_store), _mesh(data=1))

@@ -38,6 +38,9 @@ def test_unknown_settings_are_rejected_and_missing_ones_have_defaults(tmp_path):
     described = describe(tiny.FID, "v")
     del described["model_config"]["t5"]["relpos_buckets"]
     assert config_from(described, "here") == tiny.FID
+    # Gin accepts an integer for a float, and JSON keeps it.
+    described["model_config"]["t5"]["dropout_rate"] = 0
+    assert config_from(described, "here") == tiny.FID
     # The implementation of attention is not part of the configuration.
     t5 = dataclasses.replace(tiny.T5, dtype="bfloat16", head_dim=8)
     on_gpu = dataclasses.replace(tiny.FID, t5=dataclasses.replace(t5, attention="cudnn"))

@@ -60,28 +60,59 @@ def test_parameter_names_are_unique():
         assert len({their_name(name, config) for name in names}) == len(names)
 
 
+def rows(section):
+    """The cells of a table's rows whose first cell begins with code."""
+    lines = [line for line in section.splitlines() if line.startswith("| `")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def expand(ours, theirs):
+    """Pairs of names from a pair with `{a,b}` in both."""
+    listed = re.search(r"\{(\w+(?:,\w+)+)\}", ours)
+    if listed is None:
+        return [(ours, theirs)]
+    values = re.search(r"\{(\w+(?:,\w+)+)\}", theirs)[1].split(",")
+    return [
+        (re.sub(r"\{\w+(?:,\w+)+\}", key, ours), re.sub(r"\{\w+(?:,\w+)+\}", value, theirs))
+        for key, value in zip(listed[1].split(","), values, strict=True)
+    ]
+
+
+def documented_layers(section):
+    """(names within a layer of an encoder, names within a layer of the decoder)."""
+    layers = {"encoder": [], "decoder": []}
+    for names, *columns in rows(section):
+        codes = re.findall(r"`([^`]+)`", names)
+        ours = {"encoder": codes[0], "decoder": codes[0]}
+        if len(codes) > 1:
+            # `pre_self_attention_…` for `pre_attention_layer_norm/scale`.
+            prefix = codes[1].removesuffix("…")
+            ours["decoder"] = prefix + codes[0].removeprefix(prefix.replace("self_", ""))
+        encoder, decoder = columns
+        cells = {"encoder": encoder, "decoder": encoder if decoder == "the same" else decoder}
+        for stack, cell in cells.items():
+            if cell:
+                layers[stack] += expand(ours[stack], cell.strip("`"))
+    return layers
+
+
 def test_the_documented_tables_name_every_parameter():
     text = (pathlib.Path(__file__).parents[2] / "docs" / "weights.md").read_text()
-    tables = {
-        section.split("\n", 1)[0]: re.findall(r"^\| `(\S+)` \| `(\S+)` \|", section, re.MULTILINE)
-        for section in text.split("\n### ")[1:]
-    }
+    sections = dict(section.split("\n", 1) for section in text.split("\n### ")[1:])
+    layers = documented_layers(sections["Layers"])
     # L = 4, M = 2, R = 1
     config = dataclasses.replace(SETTINGS["all parts"], memory_codec="pq")
     documented = {}
-    for ours, theirs in tables["Parts"]:
+    for cells in rows(sections["Parts"]):
+        ours, theirs = (cell.strip("`") for cell in cells)
         if "{i}" not in ours:
-            listed = re.search(r"\{(.*,.*)\}", ours)
-            for one in listed[1].split(",") if listed else [""]:
-                name, their = (re.sub(r"\{.*,.*\}", one, text) for text in (ours, theirs))
-                documented[name] = their.replace("{M}", "2")
+            documented |= {name: their.replace("{M}", "2") for name, their in expand(ours, theirs)}
             continue
-        which = "the decoder" if ours.startswith("decoder") else "an encoder"
         stack, start = re.fullmatch(r"(.+)\{(.*)i\}", theirs).groups()
+        kind = "decoder" if ours.startswith("decoder") else "encoder"
         for i in range(2):
             block = i + {"": 0, "M+": 2, "M+R+": 3}[start]
-            for rest, their_rest in tables[f"Within a layer of {which}"]:
-                name = f"{ours.replace('{i}', str(i))}/{rest}"
-                documented[name] = f"{stack}{block}.{their_rest}"
+            for rest, their_rest in layers[kind]:
+                documented[f"{ours.replace('{i}', str(i))}/{rest}"] = f"{stack}{block}.{their_rest}"
     names = {name: their_name(name, config) for name in t5_names.shapes(config)}
     assert {name: documented[name] for name in names} == names
