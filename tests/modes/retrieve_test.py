@@ -215,8 +215,8 @@ def test_the_command_makes_the_index_and_refuses_that_of_another_encoder(work, t
     code, shown = run(work / "gtr")
     assert code == 0 and "a GTR in" in shown.out and "8 vectors of 48" in shown.out
     code, shown = run(tiny_gtr.write(tmp_path / "other", seed=1))
-    assert code == 2 and "made with the encoder sha256:" in shown.err
-    assert "and here it is sha256:" in shown.err
+    assert code == 2 and "INDEX_DIR" in shown.err and "encoder" in shown.err
+    assert shown.err.count("sha256:") >= 2
 
 
 def test_passages_without_pages_have_no_scores_of_pages(work, tmp_path, capsys):
