@@ -188,8 +188,8 @@ def _complete_files(
     if _OTHER in states:
         name = list(requests)[states.index(_OTHER)]
         raise ValueError(
-            f"DATA_DIR: {os.path.join(data_dir, name)} exists, with other settings, questions or passages. Set "
-            "OVERWRITE=True to replace it, or write to another folder."
+            f"DATA_DIR: {os.path.join(data_dir, name)} exists, with other settings, questions or "
+            "passages. Set OVERWRITE=True to replace it, or write to another folder."
         )
     return {name for name, state in zip(requests, states, strict=True) if state == _COMPLETE}
 
