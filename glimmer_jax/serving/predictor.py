@@ -72,7 +72,8 @@ def check_questions(questions: Sequence[Mapping[str, Any]]) -> None:
 
 def _are_passages(retrieved: Any) -> bool:
     return isinstance(retrieved, Sequence) and all(
-        isinstance(passage, Mapping) and type(passage.get("id")) in (int, str) for passage in retrieved
+        isinstance(passage, Mapping) and type(passage.get("id")) in (int, str)
+        for passage in retrieved
     )
 
 

@@ -241,7 +241,7 @@ def test_passages_without_pages_have_no_scores_of_pages(work, tmp_path, capsys):
         ({"retriever": "hybrid", "dense_weight": 2.0}, "DENSE_WEIGHT"),
         (
             {"retriever": "dense", "dense": DenseConfig(encoder_dir="x")},
-            "needs index_dir: .*Set ENCODER_DIR and INDEX_DIR",
+            "needs index_dir.*ENCODER_DIR.*INDEX_DIR",
         ),
     ],
 )

@@ -108,7 +108,7 @@ def test_candidates_are_the_only_answers(made):
         ({"id": "a", "input": None}, "Question 0 .*'input'.*None"),
         ({"id": "a", "input": "\ud800"}, "Question 0 .*'a'.*surrogate.*position 0.*UTF-8"),
         ({"id": "a", "input": "x", "retrieved": None}, "'a'.*retrieved.*None.*BM25"),
-        ({"id": "a", "input": "x", "retrieved": [{"id": "7"}]}, "'a'.*retrieved.*'7'"),
+        ({"id": "a", "input": "x", "retrieved": [{"id": 7.5}]}, "'a'.*retrieved.*7.5"),
         ("x", "Question 0 must be a dict.*'x'"),
     ],
 )
