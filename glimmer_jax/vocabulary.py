@@ -1,15 +1,22 @@
-"""Text to token ids and back, and the fixed text of questions and passages.
+"""Text to token ids and back, and the text formats of questions and passages.
 
-Passages never carry task text: one memory serves all tasks. A passage is followed by the end token;
-a question is not, because the passage follows it (GLIMMER, arXiv 2306.10231).
+Passages carry no task text, so that one memory serves all tasks. A passage ends with the end token; a
+question does not, because the passage follows it (GLIMMER, arXiv 2306.10231).
 
-The built-in vocabulary has 1,948 SentencePiece pieces and, above them, 100 sentinels for span
-corruption, numbered downwards from the largest id as in T5. `pydocs.train_vocabulary` made it.
+Special ids are T5's: padding 0, end 1 or above, unknown above 0. SentencePiece's own defaults differ;
+train a model for this project with
+
+    SentencePieceTrainer.train(..., pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+
+The built-in vocabulary has 1,948 SentencePiece pieces, trained by `pydocs.train_vocabulary`. Above the
+pieces come 100 sentinels for span corruption, numbered downwards from the largest id as in T5. A file
+that has pieces `<extra_id_0>`, … of its own, such as mT5's, gets none on top.
 """
 
 import dataclasses
 import functools
 import hashlib
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -36,11 +43,11 @@ PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """A SentencePiece model file with sentinels on top: text to ids and back.
+    """A SentencePiece model file with sentinels: text to ids and back.
 
     Attributes:
-      path: the SentencePiece model file, of a bucket's its copy here; None for the built-in one.
-      extra_ids: number of sentinels; `<extra_id_0>` has the largest id.
+      path: the SentencePiece model file, for a bucket's its local copy; None for the built-in one.
+      extra_ids: number of sentinels, on top of the pieces unless the file has its own.
     """
 
     path: str | Path = PYDOCS_MODEL
@@ -52,29 +59,48 @@ class Vocabulary:
         )
         if not Path(self.path).is_file():
             raise ValueError(
-                f"No vocabulary file {self.path}. Give the path of a SentencePiece model, or leave "
-                "it out for the built-in one."
+                f"VOCABULARY: no file {self.path}. Give the path of a SentencePiece model, or None for "
+                "the built-in one."
             )
         if self.extra_ids < 0:
-            raise ValueError(f"extra_ids must be 0 or more, got {self.extra_ids}.")
+            raise ValueError(f"extra_ids must be at least 0, got {self.extra_ids}.")
 
     @functools.cached_property
     def processor(self) -> Any:
-        """The SentencePiece processor, loaded when first needed."""
+        """The SentencePiece processor, loaded on first use.
+
+        Raises ValueError where the file is no model, or its special ids do not fit.
+        """
         loaded = sentencepiece.SentencePieceProcessor()
         try:
             loaded.LoadFromSerializedProto(Path(self.path).read_bytes())
         except (RuntimeError, OSError) as error:
             raise ValueError(
-                f"{self.path} is not a SentencePiece model ({error}). Give one, such as T5's "
+                f"VOCABULARY: {self.path} is not a SentencePiece model ({error}). Give one, such as T5's "
                 "spiece.model."
             ) from None
+        pad, eos, unk = loaded.pad_id(), loaded.eos_id(), loaded.unk_id()
+        if pad != PAD_ID or eos < 1 or unk < 1:
+            raise ValueError(
+                f"VOCABULARY: {self.path} must have pad_id={PAD_ID} and eos_id and unk_id above it, got "
+                f"pad_id={pad}, eos_id={eos} and unk_id={unk}. Train it with "
+                "SentencePieceTrainer.train(..., pad_id=0, eos_id=1, unk_id=2, bos_id=-1)."
+            )
         return loaded
+
+    @functools.cached_property
+    def has_own_sentinels(self) -> bool:
+        """Whether the file has a piece `<extra_id_0>`."""
+        return bool(self.processor.PieceToId("<extra_id_0>") != self.unk_id)
 
     @functools.cached_property
     def vocab_size(self) -> int:
         """Pieces and sentinels together: the smallest number above every id."""
-        return int(self.processor.GetPieceSize()) + self.extra_ids
+        return int(self.processor.GetPieceSize()) + self._added_ids
+
+    @property
+    def _added_ids(self) -> int:
+        return 0 if self.has_own_sentinels else self.extra_ids
 
     @property
     def pad_id(self) -> int:
@@ -84,6 +110,10 @@ class Vocabulary:
     def eos_id(self) -> int:
         return int(self.processor.eos_id())
 
+    @property
+    def unk_id(self) -> int:
+        return int(self.processor.unk_id())
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """`sha256:…` of the model file and the number of sentinels."""
@@ -92,10 +122,20 @@ class Vocabulary:
         return f"sha256:{digest.hexdigest()}"
 
     def sentinel(self, index: int) -> int:
-        """Id of `<extra_id_{index}>`. Raises ValueError outside 0..extra_ids-1."""
-        if not 0 <= index < self.extra_ids:
-            raise ValueError(f"Sentinels go from 0 to {self.extra_ids - 1}, got {index}.")
-        return self.vocab_size - 1 - index
+        """Id of `<extra_id_{index}>`. Raises ValueError for an index without a sentinel."""
+        if not 0 <= index < len(self._sentinels):
+            raise ValueError(
+                f"Sentinels are numbered 0 to {len(self._sentinels) - 1}, got {index}."
+            )
+        return self._sentinels[index]
+
+    @functools.cached_property
+    def _sentinels(self) -> list[int]:
+        if not self.has_own_sentinels:
+            return [self.vocab_size - 1 - index for index in range(self.extra_ids)]
+        names = (f"<extra_id_{index}>" for index in range(self.extra_ids))
+        ids = (int(self.processor.PieceToId(name)) for name in names)
+        return list(itertools.takewhile(lambda token: token != self.unk_id, ids))
 
     def words(self) -> list[str]:
         """Pieces of two or more letters, digits and underscores, without the mark of a word's start."""
@@ -108,19 +148,27 @@ class Vocabulary:
         return list(self.processor.EncodeAsIds(text))
 
     def decode(self, ids: Any) -> str:
-        """Text of ids: up to the first end token, padding left out, sentinels spelled."""
-        size = self.vocab_size - self.extra_ids
+        """Text of ids up to the first end token, without padding, sentinels as `<extra_id_N>`.
+
+        Raises ValueError for an id outside the vocabulary.
+        """
+        sentinels = {token: index for index, token in enumerate(self._sentinels)}
         parts: list[str] = []
         run: list[int] = []
-        for one in (int(x) for x in ids):
-            if one == self.eos_id:
+        for token in (int(token) for token in ids):
+            if token == self.eos_id:
                 break
-            if one == PAD_ID:
+            if token == PAD_ID:
                 continue
-            if one < size:
-                run.append(one)
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"Token id {token} is outside the vocabulary {self.path} of {self.vocab_size} ids. "
+                    "Give VOCABULARY the model's own; an untrained model may also predict such ids."
+                )
+            if token not in sentinels:
+                run.append(token)
                 continue
-            parts += [self.processor.DecodeIds(run), f"<extra_id_{self.vocab_size - 1 - one}>"]
+            parts += [self.processor.DecodeIds(run), f"<extra_id_{sentinels[token]}>"]
             run = []
         parts.append(self.processor.DecodeIds(run))
         return " ".join(part for part in parts if part)
@@ -129,4 +177,4 @@ class Vocabulary:
         """The same vocabulary, with the same ids, for seqio's features (imports seqio)."""
         import seqio
 
-        return seqio.SentencePieceVocabulary(str(self.path), extra_ids=self.extra_ids)
+        return seqio.SentencePieceVocabulary(str(self.path), extra_ids=self._added_ids)

@@ -211,7 +211,7 @@ def test_a_corpus_that_the_files_are_not_from_is_refused(mini, tmp_path, capfd):
 def test_missing_questions_and_labels_are_named(mini, tmp_path, capfd):
     assert retrieve(mini, "triviaqa-*", tmp_path / "out", TRIVIAQA=None) == 2
     assert (
-        "has no question in `input`. KILT's TriviaQA files hold ids alone" in capfd.readouterr().err
+        "has no question in `input`. KILT's TriviaQA files hold only ids" in capfd.readouterr().err
     )
     assert retrieve(mini, "typo*", tmp_path / "out") == 2
     assert "QUESTIONS: no file matches" in capfd.readouterr().err

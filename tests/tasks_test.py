@@ -159,6 +159,9 @@ def test_training_answers_need_sound_provenance():
     assert preprocessors.example_features(mixed, min_bleu=0.5)["answers"] == ["good"]
     unscored = {**poor, "output": [{"answer": "trusted", "provenance": [{"wikipedia_id": "x"}]}]}
     assert preprocessors.example_features(unscored, min_bleu=0.5)["answers"] == ["trusted"]
+    # The hub writes -1.0 for none, KILT null.
+    unscored["output"][0]["provenance"] = [{"wikipedia_id": "x", "bleu_score": -1.0}]
+    assert preprocessors.example_features(unscored, min_bleu=0.5)["answers"] == ["trusted"]
     unscored["output"][0]["provenance"] = [{"wikipedia_id": "x", "bleu_score": None}]
     assert preprocessors.example_features(unscored, min_bleu=0.5)["answers"] == ["trusted"]
 

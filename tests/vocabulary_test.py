@@ -1,4 +1,8 @@
+import importlib.util
+import io
+
 import pytest
+import sentencepiece
 
 from glimmer_jax.vocabulary import EXTRA_IDS, PYDOCS_MODEL, Vocabulary
 
@@ -44,7 +48,7 @@ def test_special_ids_are_t5s(vocabulary):
     assert vocabulary.vocab_size % 128 == 0
     assert vocabulary.sentinel(0) == vocabulary.vocab_size - 1
     assert vocabulary.sentinel(EXTRA_IDS - 1) == vocabulary.processor.GetPieceSize()
-    with pytest.raises(ValueError, match="from 0 to 99, got 100"):
+    with pytest.raises(ValueError, match="0 to 99, got 100"):
         vocabulary.sentinel(100)
 
 
@@ -53,6 +57,58 @@ def test_decoding_stops_at_the_end_token_and_spells_sentinels(vocabulary):
     assert vocabulary.decode([*a, 0, 0, 1, *b]) == "one two"
     mixed = [vocabulary.sentinel(0), *a, vocabulary.sentinel(1), *b, 1]
     assert vocabulary.decode(mixed) == "<extra_id_0> one two <extra_id_1> three"
+
+
+def test_ids_outside_the_vocabulary_are_rejected(vocabulary):
+    for token in (vocabulary.vocab_size, -3):
+        with pytest.raises(ValueError, match=f"{token} is outside .* {vocabulary.vocab_size} ids"):
+            vocabulary.decode([5, token])
+    # Nothing is decoded after the end.
+    assert vocabulary.decode([1, vocabulary.vocab_size]) == ""
+
+
+def train(path, **settings):
+    data = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([f"word{i} fox {chr(97 + i % 26) * 3}" for i in range(500)]),
+        model_writer=data, vocab_size=200, num_threads=1, minloglevel=2, hard_vocab_limit=False,
+        **settings,
+    )  # fmt: skip
+    path.write_bytes(data.getvalue())
+    return Vocabulary(path)
+
+
+def test_a_file_with_sentinels_of_its_own_gets_none_on_top(tmp_path):
+    # mT5's file, in small.
+    pieces = [f"<extra_id_{i}>" for i in range(99, -1, -1)]
+    special = dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    mt5 = train(tmp_path / "mt5.model", user_defined_symbols=pieces, **special)
+    assert mt5.vocab_size == mt5.processor.GetPieceSize()
+    assert mt5.sentinel(3) == mt5.processor.PieceToId("<extra_id_3>")
+    assert mt5.decode([mt5.sentinel(0), *mt5.encode("fox"), mt5.sentinel(99)]).split() == [
+        *("<extra_id_0>", "fox", "<extra_id_99>")
+    ]
+    with pytest.raises(ValueError, match="0 to 99, got 100"):
+        mt5.sentinel(100)
+    if importlib.util.find_spec("seqio"):
+        assert mt5.seqio().vocab_size == mt5.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("special", "message"),
+    [
+        ({}, "pad_id=-1, eos_id=2 and unk_id=0"),
+        (dict(pad_id=0, eos_id=-1, unk_id=2, bos_id=-1), "pad_id=0, eos_id=-1 and unk_id=2"),
+        (dict(pad_id=-1, eos_id=1, unk_id=2, bos_id=-1), "pad_id=-1, eos_id=1 and unk_id=2"),
+    ],
+)
+def test_files_with_other_special_ids_are_rejected_with_the_trainers_call(
+    tmp_path, special, message
+):
+    if special.get("pad_id") == -1 and special.get("eos_id") == 1:
+        special = {**special, "bos_id": 0}
+    with pytest.raises(ValueError, match=f"{message}.*SentencePieceTrainer.*pad_id=0, eos_id=1"):
+        train(tmp_path / "own.model", **special).vocab_size  # noqa: B018
 
 
 def test_the_fingerprint_is_of_file_and_sentinels(tmp_path, vocabulary):
@@ -65,12 +121,12 @@ def test_the_fingerprint_is_of_file_and_sentinels(tmp_path, vocabulary):
 
 
 def test_wrong_files_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="No vocabulary file .*absent"):
+    with pytest.raises(ValueError, match="VOCABULARY: no file .*absent"):
         Vocabulary(tmp_path / "absent")
     (tmp_path / "text").write_text("no model")
     with pytest.raises(ValueError, match="is not a SentencePiece model"):
         Vocabulary(tmp_path / "text").vocab_size  # noqa: B018
-    with pytest.raises(ValueError, match="extra_ids must be 0 or more"):
+    with pytest.raises(ValueError, match="extra_ids must be at least 0, got -1"):
         Vocabulary(extra_ids=-1)
 
 

@@ -5,6 +5,7 @@ num_passages, num_tokens   lengths of the arrays
 num_truncated              passages cut at max_length
 num_unknown                tokens that the vocabulary cannot spell
 num_pages                  passages with a `page`
+num_string_ids             passages whose external id is a string
 max_length                 most tokens of a passage, end token included
 vocabulary_fingerprint, vocab_size, eos_id, source
 files                      {name: {"bytes", "sha256", "blocks"}}, see `checked_file`
@@ -35,6 +36,7 @@ _RANGES = {
     "num_truncated": (0, 2**31),
     "num_unknown": (0, 2**62),
     "num_pages": (0, 2**31),
+    "num_string_ids": (0, 2**31),
     "max_length": (2, 2**31),
     "vocab_size": (1, 2**31),
     "eos_id": (0, 2**31),
@@ -72,6 +74,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{where} has {size} bytes, more than {_MAX_BYTES}. {_REMEDY}")
     manifest = parse_line(where.read_bytes(), str(where))
     version = manifest.get("format_version")
+    if "shards" in manifest:
+        raise ValueError(
+            f"PASSAGES_DIR: {folder} is a memory or an index. Set PASSAGES_DIR to the folder written by "
+            "--run_mode=passages."
+        )
     if version != FORMAT_VERSION:
         raise ValueError(
             f"PASSAGES_DIR: {folder} has format version {version!r:.20}, this release reads "

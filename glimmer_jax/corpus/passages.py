@@ -181,6 +181,13 @@ class Passages:
         numbers = np.array([id_number(name) for name in external_ids], np.int64)
         return self._rows(numbers, external_ids)
 
+    def external_ids(self, numbers: Sequence[int]) -> list[int | str]:
+        """Numbers -> external ids. Raises ValueError for numbers that are not in this folder."""
+        rows = self.rows(numbers)
+        if not self.manifest["num_string_ids"]:
+            return [int(number) for number in numbers]
+        return [self.text(int(row))["id"] for row in rows]
+
     def _rows(self, numbers: np.ndarray, names: Any) -> np.ndarray:
         places = np.minimum(np.searchsorted(self._sorted_ids, numbers), len(self) - 1)
         absent = numbers == -1

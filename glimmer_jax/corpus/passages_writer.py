@@ -119,7 +119,7 @@ def _write_arrays(
     unk_id: int | None,
 ) -> dict[str, int]:
     """Writes all files but the manifest; returns its counts."""
-    truncated = unknown = pages = text_bytes = 0
+    truncated = unknown = pages = strings = text_bytes = 0
     with contextlib.ExitStack() as stack:
         tokens_file = stack.enter_context(
             _NpyWriter(folder / "tokens.npy", token_dtype(vocab_size))
@@ -140,7 +140,8 @@ def _write_arrays(
                 )
             truncated += len(tokens) >= max_length
             unknown += 0 if unk_id is None else tokens.count(unk_id)
-            pages += "page" in record
+            pages += record.get("page") is not None
+            strings += isinstance(record["id"], str)
             tokens_file.append([*tokens[: max_length - 1], eos_id])
             line = dump_line(dict(record)).encode("utf-8")
             lines_file.write(line)
@@ -156,6 +157,7 @@ def _write_arrays(
         "num_truncated": truncated,
         "num_unknown": unknown,
         "num_pages": pages,
+        "num_string_ids": strings,
     }
 
 

@@ -159,7 +159,7 @@ class Evaluation:
             for name, value in found.items()
         }
 
-    def predictions(self) -> dict[str, list[dict[str, Any]]]:
+    def predictions(self, passages: Passages | None = None) -> dict[str, list[dict[str, Any]]]:
         """What the last `run` answered, for each task: a record for each example, in order.
 
         `{"id", "prediction", "score", "passage_ids", "passage_scores", "kept_passage_ids"}`,
@@ -172,7 +172,7 @@ class Evaluation:
             examples = self._evaluator.cached_task_datasets[task.name].as_numpy_iterator()
             _, outputs = self._answered[id(ds)]
             found[task.name] = [
-                _record(example, vocabulary.decode([int(token) for token in tokens]), aux)
+                _record(example, vocabulary.decode([int(token) for token in tokens]), aux, passages)
                 for example, (tokens, aux) in zip(examples, outputs, strict=True)
             ]
         return found
@@ -204,7 +204,10 @@ class Evaluation:
 
 
 def _record(
-    example: Mapping[str, Any], prediction: str, aux: Mapping[str, np.ndarray]
+    example: Mapping[str, Any],
+    prediction: str,
+    aux: Mapping[str, np.ndarray],
+    passages: Passages | None,
 ) -> dict[str, Any]:
     record: dict[str, Any] = {"id": example["id"].decode("utf-8"), "prediction": prediction}
     if "scores" in aux:
@@ -214,10 +217,11 @@ def _record(
         scores = aux["passage_scores"][: len(ids)]
         # What the memory did not have was not read, and is not named.
         order = np.argsort(-scores, kind="stable")[: np.isfinite(scores).sum()]
-        record["passage_ids"] = ids[order].tolist()
+        names = np.array(ids.tolist() if passages is None else passages.external_ids(ids), object)
+        record["passage_ids"] = names[order].tolist()
         record["passage_scores"] = [round(float(score), 4) for score in scores[order]]
         kept = aux["kept_passages"]
-        record["kept_passage_ids"] = ids[kept[np.isin(kept, order)]].tolist()
+        record["kept_passage_ids"] = names[kept[np.isin(kept, order)]].tolist()
     return record
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from glimmer_jax.corpus.ids import id_number
 from glimmer_jax.kilt.examples import answers
 from glimmer_jax.vocabulary import question_text
 
@@ -36,7 +37,8 @@ def answered_by_source(output: Mapping[str, Any], min_bleu: float) -> bool:
     provenance was found again. An output without such scores is trusted.
     """
     scores = [one.get("bleu_score") for one in output.get("provenance", [])]
-    known = [score for score in scores if score is not None]
+    # The Hugging Face hub writes -1.0 where KILT leaves the score out.
+    known = [score for score in scores if score is not None and score >= 0]
     return not known or max(known) >= min_bleu
 
 
@@ -64,7 +66,7 @@ def example_features(line: Mapping[str, Any], min_bleu: float = 0.0) -> dict[str
         "id": line["id"],
         "question": line["input"],
         "answers": found,
-        "passage_ids": [one["id"] for one in line["retrieved"]],
+        "passage_ids": [id_number(one["id"]) for one in line["retrieved"]],
         "gold_passages": [int(bool(one.get("gold"))) for one in line["retrieved"]],
     }
 

@@ -368,6 +368,11 @@ class _Parsing:
 def _pop_checked(value: dict[str, Any], where: str, remedy: str) -> None:
     """Removes version and checksum from `value` after checking them."""
     version = value.pop("format_version")
+    if "vocab_size" in value and "files" in value:
+        raise ValueError(
+            f"MEMORY_DIR: {where} belongs to a passages folder. Set PASSAGES_DIR to it, and MEMORY_DIR "
+            "to a memory written by --run_mode=build_memory."
+        )
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{where} has format version {version}; this program reads version {FORMAT_VERSION}. "

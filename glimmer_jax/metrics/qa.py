@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from glimmer_jax.corpus.ids import id_number
 from glimmer_jax.kilt.examples import answers, provenance, read_examples
 from glimmer_jax.storage.json_lines import read_json_lines
 
@@ -197,8 +198,8 @@ def score_examples(
         if ids is None and "passages" in prediction:
             ids = [one["id"] for one in prediction["passages"]]
         if ids is not None and "retrieved" in example and provenance(example):
-            gold = {one["id"] for one in example["retrieved"] if one.get("gold")}
-            marks = [one in gold for one in ids]
+            gold = {id_number(one["id"]) for one in example["retrieved"] if one.get("gold")}
+            marks = [id_number(one) in gold for one in ids]
             for at in (1, 5):
                 scores.setdefault(f"recall_at_{at}", []).append(recall_of(marks, at))
     return scores

@@ -106,7 +106,7 @@ def evaluate(
     for name, value in sorted(metrics.items()):
         print(f"{name:48} {value:.4f}")
     if output_dir is not None and jax.process_index() == 0:
-        for task, rows in evaluation.predictions().items():
+        for task, rows in evaluation.predictions(predictor.passages).items():
             write_json_lines(os.path.join(output_dir, f"predictions-{task}.jsonl"), rows)
         output = folder.open_folder(output_dir)
         folder.write_file(output, "config.gin", operative_config().encode())

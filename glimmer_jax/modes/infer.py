@@ -66,7 +66,7 @@ def infer(
         batch_size = partitioning.parts(mesh.shape, axes.BATCH)  # one question at a time
     passages = checks.open_passages(corpus.passages_dir, questions, reader.vocabulary)
     if examples is not None and passages is not None:
-        passages.rows([p["id"] for example in examples for p in example.get("retrieved", ())])
+        passages.rows_of([p["id"] for example in examples for p in example.get("retrieved", ())])
     predictor = Predictor.load(
         reader.checkpoint_path,
         lengths,

@@ -4,6 +4,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from glimmer_jax.corpus.ids import id_number
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.memory import edit, estimate, maintain, versions
 from glimmer_jax.memory.build import BuildConfig
@@ -78,7 +81,12 @@ def inspect(
     """
     checks.required(MEMORY_DIR=memory_dir)
     store = MemoryStore.open(str(memory_dir), version=version)
-    return maintain.inspect(store) if passage is None else maintain.find(store, passage)
+    if passage is None:
+        return maintain.inspect(store)
+    number = id_number(passage)
+    if isinstance(passage, str) and (store.ids == number).any():
+        return [{**line, "id": passage} for line in maintain.find(store, number)]
+    return maintain.find(store, passage)
 
 
 def verify(
@@ -158,20 +166,28 @@ def append(
     return inspect(memory_dir)
 
 
-def withdraw(memory_dir: str | None, ids: Sequence[int]) -> Any:
+def withdraw(memory_dir: str | None, ids: Sequence[int | str]) -> Any:
     """Removes passages by id.
 
     Raises:
       ValueError: IDS is no list of ids, or the store lacks one.
     """
     checks.required(MEMORY_DIR=memory_dir)
-    listed = _checked_list("IDS", ids, int)
-    checks.required(IDS=listed or None)
-    if not 0 <= min(listed) <= max(listed) < 2**63:
+    names = _checked_list("IDS", ids, (int, str))
+    checks.required(IDS=names or None)
+    try:
+        numbers = np.array([id_number(name) for name in names])
+    except ValueError as error:
+        raise ValueError(f"IDS: {error}") from None
+    present = np.isin(numbers, MemoryStore.open(str(memory_dir)).ids)
+    if not present.all():
+        missing = [name for name, found in zip(names, present, strict=True) if not found]
         raise ValueError(
-            f"IDS are passage ids, from 0 to 2**63 - 1; got {min(listed)} to {max(listed)}."
+            f"IDS: {len(missing)} of {len(names)} passages are not in the memory {memory_dir}: "
+            f"{', '.join(map(repr, missing[:3]))}. Give ids as the corpus has them; "
+            "--action=inspect --gin.PASSAGE=\"'a title'\" shows them."
         )
-    edit.withdraw(str(memory_dir), listed)
+    edit.withdraw(str(memory_dir), numbers.tolist())
     return inspect(memory_dir)
 
 
@@ -195,10 +211,10 @@ def _model(action: str, model: GlimmerModel | None) -> GlimmerModel:
     return model
 
 
-def _checked_list(name: str, values: Any, kind: type) -> list[Any]:
+def _checked_list(name: str, values: Any, kind: type | tuple[type, ...]) -> list[Any]:
     """A list from the command line; raises ValueError for another value."""
     if isinstance(values, str | int) or not all(isinstance(value, kind) for value in values):
-        example = [0, 1] if kind is int else ["runs/a", "runs/b"]
+        example = [0, 1] if kind is not str else ["runs/a", "runs/b"]
         raise ValueError(
             f"{name} must be a list, such as --gin.{name}={example!r}; got {values!r}."
         )

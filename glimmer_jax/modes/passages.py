@@ -1,5 +1,6 @@
-"""Mode `passages`: a corpus, tokenised once into a passages folder."""
+"""Mode `passages`: tokenises a corpus once into a passages folder."""
 
+import logging
 import shlex
 from pathlib import Path
 
@@ -11,7 +12,11 @@ from glimmer_jax.corpus.report import Report
 from glimmer_jax.modes import checks
 from glimmer_jax.vocabulary import Vocabulary
 
+logger = logging.getLogger(__name__)
+
 BUILT_IN = "pydocs"
+# Share of tokens that the vocabulary cannot spell, above which a warning is logged.
+MAX_UNKNOWN = 0.01
 
 
 def passages(
@@ -28,22 +33,23 @@ def passages(
 
     Args:
       corpus: a file, or a pattern of files, in a format of `glimmer_jax.corpus.formats`; or `pydocs`
-        for the documentation that this Python carries.
+        for the documentation of this Python.
       passages_dir: the folder to write.
-      max_length: tokens of a passage at most, end token included; longer ones are cut and counted.
-      vocabulary: that of the model.
+      max_length: most tokens of a passage, end token included; longer ones are truncated and counted.
+      vocabulary: the model's.
       corpus_dir: where `pydocs` writes its corpus and `questions/<task>-<split>.jsonl`, and Beam its
         shards.
-      overwrite: replace what is in the folders to write.
-      reading: format of the corpus, words of a passage, and what becomes of bad lines.
+      overwrite: replace existing folders.
+      reading: format of the corpus, words per passage, and what to do with invalid lines.
       beam_options: flags of Apache Beam, which then reads the corpus in many processes; None reads it
         in this one.
 
     Raises:
-      ValueError: missing settings or files, bad lines, or the folder exists.
+      ValueError: missing settings or files, invalid lines, an unfit vocabulary, or the folder exists.
     """
     checks.required(CORPUS=corpus, PASSAGES_DIR=passages_dir)
     check_absent(passages_dir, overwrite)
+    unk_id = vocabulary.unk_id  # An unfit vocabulary is rejected before the corpus is read.
     if corpus == BUILT_IN:
         checks.required(CORPUS_DIR=corpus_dir)
         from glimmer_jax.pydocs import corpus_files
@@ -69,11 +75,18 @@ def passages(
         max_length,
         vocab_size=vocabulary.vocab_size,
         eos_id=vocabulary.eos_id,
+        unk_id=unk_id,
         source=Path(corpus).name,
         overwrite=overwrite,
     )
     print(
         f"{report.summary()}\n{passages_dir}: {manifest['num_passages']} passages, "
-        f"{manifest['num_tokens']} tokens; {manifest['num_truncated']} were cut at {max_length} "
-        "tokens."
+        f"{manifest['num_tokens']} tokens; {manifest['num_truncated']} were truncated at {max_length} "
+        f"tokens; {manifest['num_unknown']} tokens are unknown to the vocabulary."
     )
+    if manifest["num_unknown"] > MAX_UNKNOWN * manifest["num_tokens"]:
+        logger.warning(
+            "VOCABULARY: %.1f %% of the tokens of %s are unknown to %s. The model cannot read them; give "
+            "a vocabulary that covers the corpus's language.",
+            100 * manifest["num_unknown"] / manifest["num_tokens"], passages_dir, vocabulary.path,
+        )  # fmt: skip

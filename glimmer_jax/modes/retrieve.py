@@ -1,20 +1,27 @@
-"""Mode `retrieve`: every question of task files gets its passages, by BM25, GTR or both.
+"""Mode `retrieve`: adds passages to every question of task files, by BM25, GTR or both.
 
-Training questions are answered from passages of the training split alone, where the corpus has splits:
-passages of held-out modules must not be trained on, not even as wrong ones.
+Where the corpus has splits, training questions see passages of the training split alone: held-out
+passages must not be trained on, not even as negatives.
 """
 
 import collections
+import dataclasses
+import hashlib
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.kilt import files
+from glimmer_jax.kilt.examples import provenance, read_examples
 from glimmer_jax.kilt.files import read_questions, read_task
+from glimmer_jax.kilt.gold import name_no_passage
 from glimmer_jax.metrics.retrieval import KS, RetrievalScores, format_report
 from glimmer_jax.modes import checks
 from glimmer_jax.retrieval import corpus_check
@@ -24,12 +31,17 @@ from glimmer_jax.retrieval.dense import DenseConfig, DenseRetriever
 from glimmer_jax.retrieval.hybrid import HybridRetriever, check_weight
 from glimmer_jax.retrieval.retriever import Retriever
 from glimmer_jax.runtime.progress import Progress
-from glimmer_jax.storage.folder import in_bucket
+from glimmer_jax.storage import local_copy
+from glimmer_jax.storage.folder import in_bucket, list_files, of_file
 from glimmer_jax.storage.json_lines import write_json_lines
 
-# Files of this split see passages of this split alone, where passages have one.
+logger = logging.getLogger(__name__)
+
+# Questions of this split see passages of this split alone, where passages have one.
 TRAIN = "train"
 RETRIEVERS = ("bm25", "dense", "hybrid")
+_PLACE = ("wikipedia_id", "title")
+_ABSENT, _COMPLETE, _OTHER = range(3)
 
 Report = dict[str, dict[str, float]]
 
@@ -45,33 +57,36 @@ def retrieve(
     dense_weight: float = 0.5,
     triviaqa: str | None = None,
     question_words: int | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Report]:
     """Writes each task file with `retrieved` into `data_dir`, and prints recall.
 
-    With `dense` and `hybrid` the index is made first, or gone on with; a job that was stopped goes
-    on there when the same command is given again.
+    `dense` and `hybrid` build the index first. Rerunning a stopped job resumes the index, and keeps the
+    files that it completed.
 
     Args:
       passages_dir: written by mode `passages`.
       questions: pattern of task files, such as `data/questions/*.jsonl`, `kilt/*-kilt.jsonl` or the
         hub's `kilt_tasks/*/*.parquet`.
-      data_dir: gets a `<task>-<split>.jsonl` of each (`kilt_files.task_file`), which tasks read, and
-        beside it the note of `retrieval.origin`.
-      num_passages: K, passages of a question.
+      data_dir: where each `<task>-<split>.jsonl` (`kilt.files.task_file`) is written for tasks to read,
+        with the note of `retrieval.corpus_check`.
+      num_passages: K, passages per question.
       retriever: `bm25`, `dense` or `hybrid`.
       bm25: settings of BM25.
       dense: encoder and index of dense retrieval.
       dense_weight: of dense scores in `hybrid`, from 0 to 1.
       triviaqa: pattern of TriviaQA's own files, whose questions KILT's files name by id.
-      question_words: words kept of long entity-linking and dialogue inputs, in the written files too;
-        None for all.
+      question_words: most words of entity-linking and dialogue inputs, in the written files too; None
+        keeps all.
+      overwrite: replace files of another request in `data_dir`.
 
     Returns:
-      `{"passages": {file: recall of passages}, "pages": {file: KILT's scores of pages}}`; no pages
-      where passages do not say theirs.
+      `{"passages": {file: recall of passages}, "pages": {file: KILT's scores of pages}}`; pages only
+      where all passages name theirs.
 
     Raises:
-      ValueError: missing settings or files, bad lines, or an index of something else.
+      ValueError: missing settings or files, invalid lines, files that may not be replaced, or an index of
+        another corpus or encoder.
     """
     checks.required(PASSAGES_DIR=passages_dir, QUESTIONS=questions, DATA_DIR=data_dir)
     if num_passages < 1:
@@ -84,13 +99,30 @@ def retrieve(
     by_task = files.find_files(questions)
     for paths in by_task.values():
         if not in_bucket(data_dir) and paths[0].resolve().parent == Path(data_dir).resolve():
-            raise ValueError(f"{data_dir} holds the questions themselves. Write elsewhere.")
+            raise ValueError(
+                f"DATA_DIR: {data_dir} holds the QUESTIONS themselves. Write to another folder."
+            )
     by_id = None if triviaqa is None else read_questions(triviaqa)
-    # Read to their ends before the work starts: a bad line must not surface after hours.
+    # All files are checked before the work starts: an invalid line must not surface after hours.
     counts = {
         name: sum(1 for _ in read_task(name, paths, by_id)) for name, paths in by_task.items()
     }
     passages = Passages.open(passages_dir)
+    request = {
+        "corpus": corpus_check.corpus_sha256(passages),
+        "num_passages": num_passages,
+        "retriever": retriever,
+        "bm25": dataclasses.asdict(bm25) if retriever != "dense" else None,
+        "encoder": [dense.encoder_dir, dense.dtype] if retriever != "bm25" else None,
+        "dense_weight": dense_weight if retriever == "hybrid" else None,
+        "question_words": question_words,
+        "triviaqa": triviaqa,
+    }
+    requests = {
+        name: {**request, "questions": [_sha256(path) for path in paths]}
+        for name, paths in by_task.items()
+    }
+    complete = _complete_files(data_dir, requests, overwrite)
     everything = _open(retriever, passages, bm25, dense, dense_weight)
     training: Retriever | None = None
     ks = sorted({k for k in KS if k <= num_passages} | {num_passages})
@@ -102,16 +134,22 @@ def retrieve(
                 training = _of_split(everything, TRAIN)
             chosen = training
         _say(f"{', '.join(str(path) for path in paths)}: {counts[name]} questions")
-        asked = read_task(name, paths, by_id, question_words)
-        scores = RetrievalScores(ks)
-        found = _retrieve_file(asked, counts[name], chosen, num_passages, scores)
-        if jax.process_index() == 0:
-            path = os.path.join(data_dir, name)
-            write_json_lines(path, found)
-            corpus_check.note(path, passages)
+        scores, path = RetrievalScores(ks), os.path.join(data_dir, name)
+        if name in complete:
+            _say(f"  {path} is complete and kept")
+            for example in read_examples(local_copy.fetch_file("DATA_DIR", path)):
+                scores.add(example, _pages(everything, example["retrieved"]))
         else:
-            # Searching is the work of all processes, writing is that of one.
-            collections.deque(found, maxlen=0)
+            asked = read_task(name, paths, by_id, question_words)
+            retrieved = _retrieve_file(asked, counts[name], chosen, num_passages, scores)
+            if jax.process_index() == 0:
+                write_json_lines(path, retrieved)
+                corpus_check.write_note(path, passages, requests[name])
+            else:
+                # All processes search, one writes.
+                collections.deque(retrieved, maxlen=0)
+        if scores.passages().get(f"recall_at_{ks[-1]}") == 0 and jax.process_index() == 0:
+            _warn_of_provenance(name, read_task(name, paths, by_id), passages)
         report["passages"][stem] = scores.passages()
         report["pages"][stem] = scores.pages()
     report = {
@@ -122,20 +160,71 @@ def retrieve(
     return report
 
 
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _complete_files(
+    data_dir: str, requests: dict[str, dict[str, Any]], overwrite: bool
+) -> set[str]:
+    """Files that an earlier run of the same request completed.
+
+    Raises ValueError for existing files of another request, unless they may be replaced.
+    """
+    states = []
+    for name, request in requests.items():
+        path = os.path.join(data_dir, name)
+        kvstore, key = of_file(path)
+        if key not in list_files(kvstore, key):
+            states.append(_ABSENT)
+        elif corpus_check.answers_request(path, request):
+            states.append(_COMPLETE)
+        else:
+            states.append(_ABSENT if overwrite else _OTHER)
+    if jax.process_count() > 1:
+        # One process decides: it may have written a file before another looks.
+        states = multihost_utils.broadcast_one_to_all(np.array(states)).tolist()
+    if _OTHER in states:
+        name = list(requests)[states.index(_OTHER)]
+        raise ValueError(
+            f"DATA_DIR: {os.path.join(data_dir, name)} exists, with other settings, questions or "
+            "passages. Set OVERWRITE=True to replace it, or write to another folder."
+        )
+    return {name for name, state in zip(requests, states, strict=True) if state == _COMPLETE}
+
+
+def _warn_of_provenance(name: str, examples: Iterable[dict[str, Any]], passages: Passages) -> None:
+    """Logs a warning where no provenance of a file names any passage."""
+    places = [place for example in examples for place in provenance(example)]
+    if name_no_passage(places, passages.records()):
+        shown = "; ".join(
+            ", ".join(
+                f"{field} {place[field]!r}" for field in _PLACE if place.get(field) is not None
+            )
+            for place in places[:3]
+        )
+        logger.warning(
+            "QUESTIONS: no provenance of %s names a passage of %s, so that no passage is gold. The first "
+            "entries: %s. Compare them with `page`, `title` or `id` of the corpus.",
+            name, passages.place, shown,
+        )  # fmt: skip
+
+
 def _open(
     name: str, passages: Passages, bm25: Bm25Config, dense: DenseConfig, weight: float
 ) -> Retriever:
     if name == "bm25":
         return Bm25Retriever(passages, bm25)
-    found = DenseRetriever.open(passages, dense)
-    return (
-        found if name == "dense" else HybridRetriever(Bm25Retriever(passages, bm25), found, weight)
-    )
+    by_vectors = DenseRetriever.open(passages, dense)
+    if name == "dense":
+        return by_vectors
+    return HybridRetriever(Bm25Retriever(passages, bm25), by_vectors, weight)
 
 
 def _of_split(everything: Retriever, split: str) -> Retriever:
     rows = retrievers.rows_of_split(everything.passages, split)
-    # Where the split hides nothing, a second index of BM25 would be the first one again.
+    # A split of all passages needs no second index.
     return everything if len(rows) == len(everything.passages) else everything.among(rows)
 
 
@@ -152,11 +241,11 @@ def _retrieve_file(
 
 
 def _pages(retriever: Retriever, retrieved: Sequence[dict[str, Any]]) -> list[str] | None:
-    rows = retriever.passages.rows([one["id"] for one in retrieved])
-    records = [retriever.record(int(row)) for row in rows]
-    if not all("page" in record for record in records):
+    """Pages of the retrieved passages; None for a corpus without pages."""
+    if not retriever.passages.have_pages:
         return None
-    return [str(record["page"]) for record in records]
+    rows = retriever.passages.rows_of([passage["id"] for passage in retrieved])
+    return [str(retriever.record(int(row))["page"]) for row in rows]
 
 
 def _with_progress(found: Iterable[Any], total: int) -> Iterator[Any]:

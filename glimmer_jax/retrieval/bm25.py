@@ -1,13 +1,12 @@
-"""BM25 over a passages folder.
+"""BM25 over titles and texts of a passages folder.
 
-Title and text are indexed. `tune` prints recall for a grid of settings on dev questions; the defaults
-are Lucene's.
+The defaults are Lucene's; `tune` prints recall for a grid of settings on dev questions.
 """
 
 import dataclasses
 import functools
 import itertools
-import re
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,11 @@ import numpy as np
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.kilt.files import read_files
 from glimmer_jax.metrics.retrieval import format_report, mean_recall
-from glimmer_jax.retrieval.retriever import Found, Retriever, retrieve
+from glimmer_jax.retrieval.retriever import Results, Retriever, retrieve
+from glimmer_jax.retrieval.words import words
 from glimmer_jax.runtime.preemption import STOP
 
-_WORD = re.compile(r"[^\W_]+")
-_NAME = re.compile(r"[^\W\d]\w*(?:\.\w+)+|\w*_\w+")
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +29,10 @@ class Bm25Config:
     """Settings of BM25 (Lucene's form).
 
     Attributes:
-      k1: how soon further occurrences of a word stop to count.
-      b: how much long passages are held back, from 0 to 1.
-      title_weight: times the title is indexed.
-      stem: language of a Snowball stemmer (needs PyStemmer), or None.
+      k1: saturation; with a smaller value, repeated occurrences of a word count less.
+      b: length normalisation, from 0 (none) to 1.
+      title_weight: how many times the title is indexed.
+      stem: language of a Snowball stemmer, such as "english" (needs PyStemmer); None does not stem.
     """
 
     k1: float = 1.2
@@ -43,22 +42,18 @@ class Bm25Config:
 
     def __post_init__(self) -> None:
         if self.k1 <= 0:
-            raise ValueError(f"k1 must be above 0, got {self.k1}.")
+            raise ValueError(f"BM25_K1: k1 must be above 0, got {self.k1}.")
         if not 0 <= self.b <= 1:
-            raise ValueError(f"b must be from 0 to 1, got {self.b}.")
+            raise ValueError(f"BM25_B: b must be from 0 to 1, got {self.b}.")
         if self.title_weight < 0:
-            raise ValueError(f"title_weight must be 0 or more, got {self.title_weight}.")
+            raise ValueError(
+                f"BM25_TITLE_WEIGHT: title_weight must be at least 0, got {self.title_weight}."
+            )
 
     def check_stemmer(self) -> None:
-        """Raises ValueError where `stem` cannot be had, before passages are read."""
+        """Raises ValueError where the stemmer is missing or the language unknown."""
         if self.stem is not None:
             _stemmer(self.stem)
-
-
-def words(text: str) -> list[str]:
-    """Lower-case words; a qualified name is there whole as well as in parts."""
-    lower = text.lower()
-    return _WORD.findall(lower) + _NAME.findall(lower)
 
 
 @functools.lru_cache(maxsize=4)
@@ -67,13 +62,15 @@ def _stemmer(language: str) -> Callable[[list[str]], list[str]]:
         import Stemmer
     except ImportError:
         raise ValueError(
-            f"stem={language!r} needs PyStemmer. Install it (pip install PyStemmer) or set stem to "
-            "None."
+            f"BM25_STEM: {language!r} needs PyStemmer. Install it (pip install PyStemmer), or set "
+            "BM25_STEM to None."
         ) from None
     if language not in Stemmer.algorithms():
-        raise ValueError(f"stem is one of {', '.join(Stemmer.algorithms())}; got {language!r}.")
-    found: Callable[[list[str]], list[str]] = Stemmer.Stemmer(language).stemWords
-    return found
+        raise ValueError(
+            f"BM25_STEM must be one of {', '.join(Stemmer.algorithms())}, got {language!r}."
+        )
+    stem: Callable[[list[str]], list[str]] = Stemmer.Stemmer(language).stemWords
+    return stem
 
 
 class Bm25:
@@ -89,38 +86,48 @@ class Bm25:
             corpus.append(title * config.title_weight + text)
         if not self.records:
             raise ValueError("No passage to index. Check the passages folder and its splits.")
+        self._index: bm25s.BM25 | None = None
+        if not any(corpus):
+            logger.warning(
+                "None of %d passages has a word to index; BM25 finds nothing.", len(corpus)
+            )
+            return
         self._index = bm25s.BM25(k1=config.k1, b=config.b, method="lucene", backend="numpy")
         self._index.index(corpus, show_progress=False)
 
     def _tokens(self, text: str) -> list[str]:
-        found = words(text)
-        return found if self.config.stem is None else _stemmer(self.config.stem)(found)
+        tokens = words(text)
+        return tokens if self.config.stem is None else _stemmer(self.config.stem)(tokens)
 
     def search(self, questions: Sequence[str], k: int) -> list[list[tuple[int, float]]]:
-        """(row of `records`, score) of at most `k` passages a question, best first.
+        """(row of `records`, score) of at most `k` passages per question, best first.
 
-        Passages that share no word with the question are left out. Of equal scores the earlier row
-        comes first, so that results are the same everywhere.
+        Passages that share no word with the question are left out. Ties are in the order of rows, so that
+        results do not depend on the machine.
         """
         if k < 1:
-            raise ValueError(f"k must be 1 or more, got {k}.")
-        found: list[list[tuple[int, float]]] = []
-        for question in questions:
-            known = [w for w in self._tokens(question) if w in self._index.vocab_dict]
-            if not known:
-                found.append([])
-                continue
-            scores = self._index.get_scores(known)
-            # A stable choice needs every passage that ties with the last one.
-            edge = np.partition(scores, -k)[-k] if k < len(scores) else 0.0
-            rows = np.flatnonzero(scores >= max(edge, np.finfo(np.float32).tiny))
-            best = rows[np.argsort(-scores[rows], kind="stable")[:k]]
-            found.append([(int(row), float(scores[row])) for row in best])
-        return found
+            raise ValueError(f"k must be at least 1, got {k}.")
+        return [self._search(question, k) for question in questions]
+
+    def _search(self, question: str, k: int) -> list[tuple[int, float]]:
+        known = [
+            word
+            for word in self._tokens(question)
+            if self._index is not None and word in self._index.vocab_dict
+        ]
+        if not known:
+            return []
+        assert self._index is not None
+        scores = self._index.get_scores(known)
+        # A stable choice needs every passage that ties with the last one.
+        lowest = np.partition(scores, -k)[-k] if k < len(scores) else 0.0
+        rows = np.flatnonzero(scores >= max(lowest, np.finfo(np.float32).tiny))
+        best = rows[np.argsort(-scores[rows], kind="stable")[:k]]
+        return [(int(row), float(scores[row])) for row in best]
 
 
 class Bm25Retriever(Retriever):
-    """BM25 over a passages folder, or over some of its rows; all of them are in RAM."""
+    """BM25 over a passages folder or some of its rows, with all their records in RAM."""
 
     questions_at_a_time = 512
 
@@ -136,18 +143,18 @@ class Bm25Retriever(Retriever):
         chosen = np.zeros(len(self.passages), bool)
         chosen[self._rows] = True
         records = zip(chosen, self.passages.records(), strict=True)
-        return Bm25((record for wanted, record in records if wanted), self._config)
+        return Bm25((record for is_chosen, record in records if is_chosen), self._config)
 
     def among(self, rows: np.ndarray) -> "Bm25Retriever":
         return Bm25Retriever(self.passages, self._config, rows)
 
-    def search(self, questions: Sequence[str], k: int) -> Found:
-        found = []
+    def search(self, questions: Sequence[str], k: int) -> Results:
+        results = []
         for question in questions:
-            # Of a large corpus every question takes a while.
+            # In a large corpus a single question takes long.
             STOP.poll_together()
-            found += self._index.search([question], k)
-        return [[(int(self._rows[row]), score) for row, score in one] for one in found]
+            results += self._index.search([question], k)
+        return [[(int(self._rows[row]), score) for row, score in ranked] for ranked in results]
 
 
 def tune(
@@ -159,9 +166,9 @@ def tune(
     title_weight: Sequence[int] = (1, 2),
     stem: Sequence[str | None] = (None,),
 ) -> Bm25Config:
-    """Prints mean recall over the files for a grid of settings; returns the best at 1.
+    """Prints mean recall over the files for a grid of settings; returns the best by recall at 1.
 
-    Give dev files only: settings chosen on test questions would flatter the retriever.
+    Use dev files only: settings chosen on test questions would overstate the retriever.
     """
     files = read_files(question_glob)
     passages = Passages.open(passages_dir)
@@ -170,9 +177,9 @@ def tune(
     for values in itertools.product(k1, b, title_weight, stem):
         config = Bm25Config(*values)
         retriever = Bm25Retriever(passages, config)
-        made = [list(retrieve(retriever, examples, k)) for examples in files.values()]
+        retrieved = [list(retrieve(retriever, examples, k)) for examples in files.values()]
         name = f"k1={config.k1} b={config.b} title={config.title_weight} stem={config.stem}"
-        rows[name] = mean_recall(made, sorted({1, 5, k}))
+        rows[name] = mean_recall(retrieved, sorted({1, 5, k}))
         if best is None or rows[name]["recall_at_1"] > best[0]:
             best = rows[name]["recall_at_1"], config
     print(format_report(rows))

@@ -1,13 +1,18 @@
-"""Which corpus a retrieved file names passages of: ids mean nothing in another one.
+"""Notes beside retrieved files: which corpus their passage ids belong to, and which request made them.
 
-    nq-dev.jsonl    nq-dev.passages.json    {"corpus_sha256": "…", "passages_dir": "data/passages"}
+    nq-dev.jsonl
+    nq-dev.passages.json    {"corpus_sha256": "…", "passages_dir": "data/passages", "request_sha256": "…"}
 
-Retrieval writes the note, and what reads passages for the file compares it. The sum is of ids, titles and
-texts, so the corpus may be tokenised again. A file without a note is taken as it is.
+Retrieval writes the note after the file, and modes that read passages for the file compare the corpus.
+Its hash covers ids, titles and texts, so the corpus may be tokenised again. The request is everything
+that determines the file, so that a rerun can keep files that are complete. A file without a note is
+accepted.
 """
 
+import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,51 +32,68 @@ from glimmer_jax.storage.json_lines import parse_line
 _SUFFIX = ".passages.json"
 
 
-def note(path: Any, passages: Passages) -> None:
-    """Notes that a retrieved file, local or in a bucket, names these passages; whole or not at all."""
-    found = {"corpus_sha256": _corpus(passages), "passages_dir": passages.place}
-    text = json.dumps(found, indent=2) + "\n"
-    place, file = of_file(path)
-    write_file(place, _name(file), text.encode())
+def write_note(path: Any, passages: Passages, request: Mapping[str, Any]) -> None:
+    """Writes the note of a retrieved file, local or in a bucket, atomically."""
+    note = {
+        "corpus_sha256": corpus_sha256(passages),
+        "passages_dir": passages.place,
+        "request_sha256": _digest(request),
+    }
+    folder, file = of_file(path)
+    write_file(folder, _note_name(file), (json.dumps(note, indent=2) + "\n").encode())
+
+
+def answers_request(path: Any, request: Mapping[str, Any]) -> bool:
+    """Whether the note of a retrieved file has this request."""
+    folder, file = of_file(path)
+    data = read_file(folder, _note_name(file))
+    if data is None:
+        return False
+    note = parse_line(data, f"{folder.url}{_note_name(file)}")
+    return note.get("request_sha256") == _digest(request)
 
 
 def check(path: Any, passages: Passages) -> None:
-    """Compares a retrieved file, or all those of a folder, local or not, with the passages at hand.
+    """Compares a retrieved file, or all those of a folder, local or not, with the passages folder.
 
     Raises ValueError where one was retrieved from another corpus.
     """
-    place, notes = _notes(path)
-    for one in notes:
-        data = read_file(place, one)
+    folder, names = _notes(path)
+    for name in names:
+        data = read_file(folder, name)
         if data is None:
             continue
-        found = parse_line(data, f"{place.url}{one}")
-        if found.get("corpus_sha256") != _corpus(passages):
+        note = parse_line(data, f"{folder.url}{name}")
+        if note.get("corpus_sha256") != corpus_sha256(passages):
             raise ValueError(
-                f"{place.url}{one.removesuffix(_SUFFIX)}.jsonl was retrieved from "
-                f"{found.get('passages_dir')}, and {passages.place} holds another corpus. Give the "
-                "passages it was retrieved from, or retrieve again."
+                f"{folder.url}{name.removesuffix(_SUFFIX)}.jsonl was retrieved from "
+                f"{note.get('passages_dir')}, and {passages.place} holds another corpus. Set "
+                "PASSAGES_DIR to the former, or rerun --run_mode=retrieve."
             )
 
 
+def corpus_sha256(passages: Passages) -> str:
+    """Hash of ids, titles and texts."""
+    return str(passages.manifest["files"]["passages.jsonl"]["sha256"])
+
+
 def _notes(path: Any) -> tuple[ts.KvStore, list[str]]:
-    """Where the notes of a folder, or that of a file, lie, and their names."""
+    """The folder and the names of the notes of a folder or a file."""
     text = os.fspath(path).rstrip("/")
-    place = open_folder(text)
+    folder = open_folder(text)
     if in_bucket(text):
-        names = [key for key in list_files(place, "") if "/" not in key]
+        names = [key for key in list_files(folder, "") if "/" not in key]
     else:
-        names = sorted(found.name for found in Path(text).glob(f"*{_SUFFIX}"))
+        names = sorted(file.name for file in Path(text).glob(f"*{_SUFFIX}"))
     if notes := [name for name in names if name.endswith(_SUFFIX)]:
-        return place, notes
-    place, file = of_file(text)
-    return place, [_name(file)]
+        return folder, notes
+    folder, file = of_file(text)
+    return folder, [_note_name(file)]
 
 
-def _name(file: str) -> str:
-    """Of the note beside a retrieved file."""
+def _note_name(file: str) -> str:
     return os.path.splitext(file)[0] + _SUFFIX
 
 
-def _corpus(passages: Passages) -> str:
-    return str(passages.manifest["files"]["passages.jsonl"]["sha256"])
+def _digest(request: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()

@@ -14,7 +14,7 @@ from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.retrieval import top_k
 from glimmer_jax.retrieval.build_index import SHARD_PASSAGES, build_index
 from glimmer_jax.retrieval.index import Index
-from glimmer_jax.retrieval.retriever import Found, Retriever
+from glimmer_jax.retrieval.retriever import Results, Retriever
 from glimmer_jax.retrieval.text_encoder import TextEncoder
 from glimmer_jax.runtime.preemption import STOP, StopRequested
 from glimmer_jax.storage import folder
@@ -83,7 +83,7 @@ class DenseRetriever(Retriever):
         allowed[rows] = True
         return DenseRetriever(self.passages, self._encoder, self._search, allowed)
 
-    def search(self, questions: Sequence[str], k: int) -> Found:
+    def search(self, questions: Sequence[str], k: int) -> Results:
         tokens = self._encoder.tokenize(questions)
         vectors = self._encoder.encode(tokens, lambda *_: STOP.poll_together())
         scores, rows = self._search(vectors, k, self._allowed)

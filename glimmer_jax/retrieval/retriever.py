@@ -1,4 +1,4 @@
-"""What every retriever does, and how examples get their passages from one."""
+"""The interface of all retrievers, and `retrieved` for examples."""
 
 import abc
 import functools
@@ -13,20 +13,20 @@ from glimmer_jax.kilt.examples import provenance
 from glimmer_jax.kilt.gold import is_gold
 from glimmer_jax.runtime.preemption import STOP
 
-# For each question (row of the passages folder, score), best first.
-Found = list[list[tuple[int, float]]]
+# For each question, (row of the passages folder, score), best first.
+Results = list[list[tuple[int, float]]]
 
-# Records kept in RAM: questions of one task ask for the same passages again and again.
+# Records cached in RAM, because questions of one task share many passages.
 _RECORDS = 65536
 
 
 class Retriever(abc.ABC):
-    """Finds passages of one folder.
+    """Searches the passages of one folder.
 
     Attributes:
       passages: the folder.
-      record: the record of a row.
-      questions_at_a_time: of one call that does not waste time.
+      record: row -> record, cached.
+      questions_at_a_time: questions per call of `search` that use the machine well.
     """
 
     questions_at_a_time: int
@@ -36,12 +36,12 @@ class Retriever(abc.ABC):
         self.record = functools.lru_cache(_RECORDS)(passages.text)
 
     @abc.abstractmethod
-    def search(self, questions: Sequence[str], k: int) -> Found:
-        """At most `k` passages a question; of equal scores the earlier row comes first."""
+    def search(self, questions: Sequence[str], k: int) -> Results:
+        """At most `k` passages per question; ties are in the order of rows."""
 
     @abc.abstractmethod
     def among(self, rows: np.ndarray) -> "Retriever":
-        """The same retriever, which finds only these rows (int `[n]`, increasing)."""
+        """The same retriever over these rows alone (int `[n]`, increasing)."""
 
 
 def retrieve(
@@ -49,38 +49,38 @@ def retrieve(
 ) -> Iterator[dict[str, Any]]:
     """Copies of the examples with `retrieved`: `{"id", "score", "gold"}`, best first.
 
-    No more examples are held than the retriever is asked at a time.
+    At most `questions_at_a_time` examples are held.
     """
     examples = iter(examples)
-    while some := list(itertools.islice(examples, retriever.questions_at_a_time)):
-        found = retriever.search([example["input"] for example in some], k)
-        yield from with_retrieved(retriever, some, found)
+    while batch := list(itertools.islice(examples, retriever.questions_at_a_time)):
+        results = retriever.search([example["input"] for example in batch], k)
+        yield from with_retrieved(retriever, batch, results)
 
 
 def with_retrieved(
-    retriever: Retriever, examples: Sequence[dict[str, Any]], found: Found
+    retriever: Retriever, examples: Sequence[dict[str, Any]], results: Results
 ) -> Iterator[dict[str, Any]]:
-    """Copies of the examples with what was found for them."""
-    for example, result in zip(examples, found, strict=True):
-        where = provenance(example)
+    """Copies of the examples with `retrieved` from the results of a search."""
+    for example, ranked in zip(examples, results, strict=True):
+        places = provenance(example)
         retrieved = []
-        for row, score in result:
+        for row, score in ranked:
             record = retriever.record(row)
-            gold = is_gold(record, where)
+            gold = is_gold(record, places)
             retrieved.append({"id": record["id"], "score": round(score, 4), "gold": gold})
         yield {**example, "retrieved": retrieved}
 
 
 def rows_of_split(passages: Passages, split: str) -> np.ndarray:
-    """Rows of the passages of a split; one that names no split belongs to each.
+    """Rows of the passages of a split; a passage without a split belongs to all.
 
     Raises ValueError where there is none.
     """
     records = STOP.polling(enumerate(passages.records()))
-    rows = [row for row, one in records if one.get("split", split) == split]
+    rows = [row for row, record in records if record.get("split", split) == split]
     if not rows:
         raise ValueError(
-            f"No passage of {passages.path} belongs to the split {split!r}, and questions of that split "
-            "may see no other. Check the corpus's `split` fields, or the name of the question file."
+            f"No passage of {passages.path} belongs to the split {split!r}, whose questions may see no "
+            "other. Check the corpus's `split` fields, or the name of the question file."
         )
     return np.array(rows, np.int64)

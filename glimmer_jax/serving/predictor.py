@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from glimmer_jax import axes, partitioning
 from glimmer_jax.axes import Lengths
+from glimmer_jax.corpus.ids import id_number
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.memory.fingerprint import encoder_fingerprint, passages_fingerprint
 from glimmer_jax.memory.lookup import Lookup, open_lookup
@@ -71,7 +72,8 @@ def check_questions(questions: Sequence[Mapping[str, Any]]) -> None:
 
 def _are_passages(retrieved: Any) -> bool:
     return isinstance(retrieved, Sequence) and all(
-        isinstance(passage, Mapping) and type(passage.get("id")) is int for passage in retrieved
+        isinstance(passage, Mapping) and type(passage.get("id")) in (int, str)
+        for passage in retrieved
     )
 
 
@@ -292,11 +294,11 @@ class Predictor:
     def _passage_ids(self, question: Mapping[str, Any]) -> list[int]:
         count = self.lengths.passages
         if "retrieved" in question:
-            return [passage["id"] for passage in question["retrieved"][:count]]
+            return [id_number(passage["id"]) for passage in question["retrieved"][:count]]
         if self._index is None:
             self._index = Bm25(self._corpus().records(), self._bm25)
         hits = self._index.search([question["input"]], count)[0]
-        return [self._index.records[row]["id"] for row, _ in hits]
+        return [id_number(self._index.records[row]["id"]) for row, _ in hits]
 
     def _batch(
         self,
@@ -342,7 +344,8 @@ def _record(
     records = {place: passages.text(int(rows[place])) for place in order.tolist()}
     # A passage without a page is its own page.
     pages = {
-        str(passage.get("page", ids[place])): passage["title"] for place, passage in records.items()
+        str(passage.get("page", passage.get("document", passage["id"]))): passage["title"]
+        for passage in records.values()
     }
     return {
         "id": question["id"],
@@ -358,7 +361,7 @@ def _record(
         "score": round(float(aux["scores"][row]), 4),
         "passages": [
             {
-                "id": int(ids[place]),
+                "id": passage["id"],
                 "title": passage["title"],
                 "score": round(float(scores[place]), 4),
                 "kept": place in kept,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from glimmer_jax.corpus import checked_file
+from glimmer_jax.corpus.ids import id_number
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.corpus.passages_writer import write_passages
 from glimmer_jax.vocabulary import passage_text
@@ -220,3 +221,29 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
     few, many = write_many(500), write_many(5000)
     # Of each passage its id alone, at the end, to see whether any is given twice.
     assert many - few < 4500 * 8
+
+
+def test_numbers_and_external_ids_are_two_names_of_a_passage(tmp_path):
+    names = ["doc-7", 7, "8", "007"]
+    write(tmp_path / "p", [{"id": name, "title": "t", "text": "x"} for name in names])
+    passages = Passages.open(tmp_path / "p")
+    assert passages.rows_of(names).tolist() == [0, 1, 2, 3]
+    assert passages.external_ids(passages.ids) == names
+    # An integer and its digits are one id.
+    assert passages.rows_of(["7", 8]).tolist() == [1, 2]
+    with pytest.raises(ValueError, match="passage id 7 occurs twice"):
+        write(tmp_path / "q", [{"id": name, "title": "t", "text": "x"} for name in (7, "7")])
+
+
+def test_two_ids_with_one_number_are_rejected(tmp_path):
+    taken = id_number("doc-7")
+    records = [{"id": name, "title": "t", "text": "x"} for name in ("doc-7", taken)]
+    with pytest.raises(ValueError, match=f"'doc-7' and {taken} have the same 63-bit number"):
+        write(tmp_path / "p", records)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_memory_in_place_of_a_passages_folder_is_named(folder):
+    (folder / "manifest.json").write_text('{"format_version": 3, "shards": []}')
+    with pytest.raises(ValueError, match="PASSAGES_DIR: .* is a memory or an index"):
+        Passages.open(folder)

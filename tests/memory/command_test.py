@@ -174,6 +174,11 @@ def test_a_memory_is_built_appended_repaired_withdrawn_and_merged(
     assert run("memory", *model, ACTION="repair", **job) == 0
     assert folder_bytes(memory) == before
 
+    wrong = {"MEMORY_DIR": str(memory), "IDS": [3, "nope"]}
+    assert run("memory", "runs/memory", ACTION="withdraw", **wrong) == 2
+    assert f"IDS: 1 of 2 passages are not in the memory {memory}: 'nope'" in capsys.readouterr().err
+    assert run("memory", "runs/memory", ACTION="inspect", MEMORY_DIR=some) == 2
+    assert "MEMORY_DIR: " in (shown := capsys.readouterr().err) and "passages folder" in shown
     assert run("memory", "runs/memory", ACTION="withdraw", MEMORY_DIR=str(memory), IDS=[3, 44]) == 0
     _write(tmp_path / "more", [3, 100, 101])
     more = tmp_path / "m2"
@@ -184,8 +189,8 @@ def test_a_memory_is_built_appended_repaired_withdrawn_and_merged(
     for action, wrong, message in (
         ("withdraw", {"IDS": 3}, 'IDS must be list, got 3. Set for example --gin.IDS="[0, 1]"'),
         ("withdraw", {"IDS": []}, "This mode needs IDS"),
-        ("withdraw", {"IDS": [-1]}, "IDS are passage ids, from 0 to 2**63 - 1; got -1 to -1"),
-        ("withdraw", {"IDS": [0, 2**63]}, "got 0 to 9223372036854775808"),
+        ("withdraw", {"IDS": [-1]}, "IDS: `id` must be from 0 to 2**63 - 1, got -1"),
+        ("withdraw", {"IDS": [0, 2**63]}, "got 9223372036854775808"),
         (
             "merge",
             {"PARTS": str(more)},

@@ -1,12 +1,14 @@
 """Published corpora by the documented commands, on small files of the same form."""
 
 import gzip
+import io
 import json
 import pathlib
 import shlex
 
 import gin
 import pytest
+import sentencepiece
 
 from glimmer_jax import main as command_line
 from glimmer_jax import shipped
@@ -56,7 +58,7 @@ def test_the_kilt_example_cuts_pages_into_sections(capsys):
     assert records[2]["text"].startswith("Plot. word") and records[2]["page"] == "10979"
     shown = capsys.readouterr().out
     assert "2 lines, 2 documents, 3 passages, 1 without text dropped." in shown
-    assert "0 were cut at 304 tokens" in shown
+    assert "0 were truncated at 304 tokens; 0 tokens are unknown" in shown
     # The same from a packed file, by a pattern, in passages of another length.
     write("packed/a.json.gz", gzip.compress(data))
     macros = {"CORPUS": "packed/*.gz", "PASSAGE_WORDS": 100, "PASSAGES_DIR": "p"}
@@ -132,3 +134,48 @@ def test_beam_and_one_process_write_the_same_folder():
     macros = {"CORPUS": "shards/*.jsonl", "PASSAGES_DIR": "again"}
     assert run("runs/passages", **macros) == 0
     assert len(Passages.open("again")) == 5
+
+
+def sentencepiece_model(path, **settings):
+    """A model of lower-case English letters, without byte fallback."""
+    lines = [f"word{i} brown fox {i * 37 % 101} over {chr(97 + i % 26) * 3}" for i in range(500)]
+    data = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=data, vocab_size=100, num_threads=1,
+        minloglevel=2, hard_vocab_limit=False, **settings,
+    )  # fmt: skip
+    pathlib.Path(path).write_bytes(data.getvalue())
+
+
+def test_unknown_tokens_are_counted_and_many_get_a_warning(capsys, caplog):
+    sentencepiece_model("t5.model", pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    # "title:" and "context:" have two more.
+    text = "brown fox " * 200
+    write("few.jsonl", json.dumps({"id": 1, "title": "", "text": text + "{"}).encode())
+    write("many.jsonl", json.dumps({"id": 1, "title": "", "text": text + "{ " * 50}).encode())
+    for name, shown in (("few", "; 3 tokens are unknown"), ("many", "; 52 tokens are unknown")):
+        macros = {"CORPUS": f"{name}.jsonl", "PASSAGES_DIR": name, "VOCABULARY": "t5.model"}
+        assert run("runs/passages", MAX_PASSAGE_TOKENS=5000, **macros) == 0
+        assert shown in capsys.readouterr().out
+    (record,) = [one for one in caplog.records if one.levelname == "WARNING"]
+    assert "tokens of many are unknown to t5.model" in record.getMessage()
+
+
+def test_a_vocabulary_of_other_special_ids_is_rejected_before_the_corpus(capsys):
+    sentencepiece_model("own.model")
+    write("bad", b"{")
+    assert run("runs/passages", CORPUS="bad", PASSAGES_DIR="p", VOCABULARY="own.model") == 2
+    shown = capsys.readouterr().err
+    assert "own.model must have pad_id=0" in shown
+    assert "got pad_id=-1, eos_id=2 and unk_id=0" in shown and "SentencePieceTrainer" in shown
+
+
+def test_string_ids_are_kept_and_compressed_corpora_read():
+    rows = [{"id": f"doc-{i}", "title": "t", "text": "x"} for i in (2, 1)]
+    write("c.jsonl.gz", gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    assert run("runs/passages", CORPUS="c.jsonl.gz", PASSAGES_DIR="p") == 0
+    passages = Passages.open("p")
+    assert [one["id"] for one in passages.records()] == ["doc-2", "doc-1"]
+    assert passages.rows_of(["doc-1", "doc-2"]).tolist() == [1, 0]
+    with pytest.raises(ValueError, match="1 passage ids are not in p: doc-3"):
+        passages.rows_of(["doc-3"])

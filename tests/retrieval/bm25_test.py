@@ -41,10 +41,6 @@ def example(name, question, page, chunk):
     return {"id": name, "input": question, "output": [{"answer": "", "provenance": provenance}]}
 
 
-def test_words_hold_qualified_names_whole_and_in_parts():
-    assert bm25.words("Call os.path_of(x)!") == ["call", "os", "path", "of", "x", "os.path_of"]
-
-
 def test_the_best_passage_comes_first_and_strangers_not_at_all():
     index = Bm25(RECORDS)
     (found,) = index.search(["fish worms"], 4)
@@ -52,6 +48,12 @@ def test_the_best_passage_comes_first_and_strangers_not_at_all():
     assert found[0][1] > found[1][1] > 0
     assert index.search(["quark", "", "zoo.fish"], 1)[:2] == [[], []]
     assert index.search(["zoo.fish"], 1)[0][0][0] in (1, 2)
+
+
+def test_a_corpus_without_words_has_no_results_and_a_warning(caplog):
+    index = Bm25([{"id": 1, "title": "...", "text": "!!! ???"}])
+    assert index.search(["who", "???"], 3) == [[], []]
+    assert "None of 1 passages has a word" in caplog.text
 
 
 def test_equal_scores_keep_the_order_of_the_passages():
@@ -87,7 +89,7 @@ def test_tuning_prints_every_setting_and_returns_the_best(folder, capsys):
     [
         ({"k1": 0.0}, "k1 must be above 0"),
         ({"b": 1.5}, "b must be from 0 to 1, got 1.5"),
-        ({"title_weight": -1}, "title_weight must be 0 or more"),
+        ({"title_weight": -1}, "title_weight must be at least 0"),
     ],
 )
 def test_settings_are_checked(settings, message):
@@ -100,7 +102,7 @@ def test_wrong_input_is_refused(folder, monkeypatch):
         bm25.tune(folder / "passages", str(folder / "x*"))
     with pytest.raises(ValueError, match="No passage to index"):
         Bm25([])
-    with pytest.raises(ValueError, match="k must be 1 or more"):
+    with pytest.raises(ValueError, match="k must be at least 1"):
         Bm25(RECORDS).search(["x"], 0)
     monkeypatch.setitem(sys.modules, "Stemmer", None)
     bm25._stemmer.cache_clear()

@@ -19,7 +19,7 @@ def test_a_file_belongs_to_its_corpus_however_that_is_tokenised(tmp_path):
     shorter = passages(tmp_path / "shorter", max_length=3)
     data = tmp_path / "data"
     data.mkdir()
-    corpus_check.note(data / "nq-dev.jsonl", mine)
+    corpus_check.write_note(data / "nq-dev.jsonl", mine, {"k": 1})
     for place in (data, data / "nq-dev.jsonl", f"file://{data}", f"file://{data}/nq-dev.jsonl"):
         corpus_check.check(place, mine)
         corpus_check.check(place, shorter)
@@ -42,8 +42,16 @@ def test_a_file_belongs_to_its_corpus_however_that_is_tokenised(tmp_path):
 def test_a_note_is_replaced_and_not_written_over(tmp_path):
     note, before = tmp_path / "nq-dev.passages.json", tmp_path / "before"
     for text in ("one", "two"):
-        corpus_check.note(tmp_path / "nq-dev.jsonl", passages(tmp_path / text, text))
+        corpus_check.write_note(tmp_path / "nq-dev.jsonl", passages(tmp_path / text, text), {})
         if not before.exists():
             os.link(note, before)
     assert before.read_text() != note.read_text()
     assert [path.name for path in tmp_path.glob("*.partial")] == []
+
+
+def test_a_note_knows_the_request_of_its_file(tmp_path):
+    path = tmp_path / "nq-dev.jsonl"
+    assert not corpus_check.answers_request(path, {"k": 5})
+    corpus_check.write_note(path, passages(tmp_path / "p"), {"k": 5})
+    assert corpus_check.answers_request(path, {"k": 5})
+    assert not corpus_check.answers_request(path, {"k": 6})

@@ -79,5 +79,5 @@ def test_tuning_asks_once_prints_every_weight_and_returns_the_best(passages, tmp
 
 
 def test_weights_out_of_range_are_refused(passages):
-    with pytest.raises(ValueError, match=r"\(DENSE_WEIGHT\) is from 0 to 1, got 1.5"):
+    with pytest.raises(ValueError, match="DENSE_WEIGHT must be from 0 to 1, got 1.5"):
         HybridRetriever(Listed(passages, SPARSE), Listed(passages, DENSE), 1.5)

@@ -55,6 +55,25 @@ def made(corpus):
     return Predictor(*args, batch_sizes=(2, 1), seed=0), traced
 
 
+def test_string_ids_come_back_as_they_were(tmp_path):
+    records = [{"id": f"doc-{w}", "title": w, "text": f"{w} thing"} for w in WORDS]
+    encode, fingerprint = VOCABULARY.encode, VOCABULARY.fingerprint
+    write_passages(tmp_path / "p", records, encode, fingerprint, 16, vocab_size=T5.vocab_size)
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    model, passages = GlimmerModel(GLIMMER), Passages.open(tmp_path / "p")
+    args = (model, tiny.params(GLIMMER), mesh, LENGTHS, VOCABULARY, passages, None, Bm25Config())
+    predictor = Predictor(*args, batch_sizes=(1,), seed=0)
+    given = {"id": "q", "input": "x", "retrieved": [{"id": "doc-green"}, {"id": "doc-blue"}]}
+    for question in (given, QUESTIONS[0]):
+        (record,) = predictor.answer([question])
+        ids = [passage["id"] for passage in record["passages"]]
+        assert set(ids) <= {f"doc-{word}" for word in WORDS} and len(ids) > 0
+        named = [place["wikipedia_id"] for place in record["output"][0]["provenance"]]
+        assert named == ids
+        if question is given:
+            assert set(ids) == {"doc-green", "doc-blue"}
+
+
 def test_a_warm_predictor_does_not_compile_and_answers_ignore_batches(made):
     predictor, traced = made
     predictor.warm_up()
@@ -89,7 +108,7 @@ def test_candidates_are_the_only_answers(made):
         ({"id": "a", "input": None}, "Question 0 .*'input'.*None"),
         ({"id": "a", "input": "\ud800"}, "Question 0 .*'a'.*surrogate.*position 0.*UTF-8"),
         ({"id": "a", "input": "x", "retrieved": None}, "'a'.*retrieved.*None.*BM25"),
-        ({"id": "a", "input": "x", "retrieved": [{"id": "7"}]}, "'a'.*retrieved.*'7'"),
+        ({"id": "a", "input": "x", "retrieved": [{"id": 7.5}]}, "'a'.*retrieved.*7.5"),
         ("x", "Question 0 must be a dict.*'x'"),
     ],
 )
