@@ -1,21 +1,17 @@
 """KILT's official scores of a guess file against a gold file, to the last bit.
 
-Metrics of the KILT benchmark (Petroni et al., arXiv 2009.02252, section 5), with the keys and values
-of its scripts `eval_downstream.py` and `eval_retrieval.py`, so that numbers can stand beside the
-leaderboard's; the latter's figures on the text of passages (`answer_in_context@k` and its like), which
-no leaderboard has, are left out. They differ from `glimmer_jax.metrics.qa` in places that the tests
-name: accuracy compares case and punctuation too, an answer of articles alone has no F1, Rouge-L is that
-of `glimmer_jax.metrics.kilt`, and recall@k counts sets of pages.
+Metrics of the KILT benchmark (Petroni et al., arXiv 2009.02252, section 5), with the keys and values of
+its scripts `eval_downstream.py` and `eval_retrieval.py`, so that numbers compare with the leaderboard's.
+The retrieval script's scores of passage texts (`answer_in_context@k`), which no leaderboard has, are left
+out. Differences from `glimmer_jax.metrics.qa`, each with a test: accuracy compares case and punctuation,
+an answer of articles alone has no F1, and recall@k counts sets of pages.
 
-`glimmer_jax.metrics.kilt_predictions` reads the files; everything here is a function of what it read.
+Rouge-L (Lin, 2004, summary level) is that of version 1.0.1 of the `rouge` package, which KILT's scripts
+call, ties included: sentences end at full stops, words are compared unchanged, and each distinct word
+counts once. The package itself is not used, because it recurses once per word: ELI5's answers of about a
+thousand words raise RecursionError.
 
-Rouge-L as KILT reports it: overlap of answers that are longer than a phrase.
-
-KILT's scores come from version 1.0.1 of the `rouge` package, whose reading of Rouge-L (Lin, 2004,
-summary level) is followed here to the last bit, ties included: sentences end at full stops, words
-are compared as they stand, and each distinct word counts once. The package walks back through its
-table by recursion and stops at texts of about a thousand words, which answers to ELI5 can have;
-here nothing recurses.
+`glimmer_jax.metrics.kilt_predictions` reads the files; everything here is a function of its result.
 """
 
 from collections import Counter
@@ -38,15 +34,15 @@ _TASK_METRICS = {"accuracy": "accuracy", "exact_match": "em", "f1": "f1", "rouge
 def kilt_scores(
     gold_path: str | Path, guess_path: str | Path, ks: Sequence[int] = KS
 ) -> dict[str, dict | None]:
-    """Both scripts' results, `{"downstream": downstream(…), "retrieval": retrieval(…)}`.
+    """The results of both scripts, `{"downstream": downstream(…), "retrieval": retrieval(…)}`.
 
-    `downstream` is None for a run of retrieval alone, whose guesses have no answers at all.
+    `downstream` is None where no guess has an answer, as in runs of retrieval alone.
 
     Raises:
       ValueError: `ks` are not distinct positive numbers, or the files do not fit (`read_pairs`).
     """
     if not ks or min(ks) < 1 or len(set(ks)) < len(ks):
-        raise ValueError(f"ks wants distinct numbers from 1 up, such as 1,5,20, got {list(ks)}.")
+        raise ValueError(f"ks must be distinct numbers from 1, such as 1,5,20, got {list(ks)}.")
     pairs = read_pairs(gold_path, guess_path)
     answered = any(guess.answer is not None for _, guess in pairs)
     return {
@@ -207,7 +203,7 @@ def _means(rows: Sequence[Mapping[str, float]]) -> Scores:
     return {name: total / len(rows) for name, total in totals.items()}
 
 
-# Keeps the harmonic mean of two zeros defined, and the mean of two ones just below 1.
+# Defines the harmonic mean of two zeros; that of two ones is just below 1.
 _EPSILON = 1e-8
 
 

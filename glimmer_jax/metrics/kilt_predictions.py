@@ -6,9 +6,9 @@ Both are JSON Lines; gold lists all answers with their pages, a guess has one ou
      [{"wikipedia_id": "15782"}]}, {"answer": "Austen"}]}
     {"id": "q1", "output": [{"answer": "jane austen", "provenance": [{"wikipedia_id": "15782"}]}]}
 
-Ids and pages may be strings or numbers, `"7"` and 7 being the same. What the official scripts make of
-odd lines is made of them here, and what both refuse is refused with file and line. Two differences:
-blank lines are passed over, and a guess without `provenance` is one that found no page.
+Ids and pages may be strings or numbers, with `"7"` equal to 7. Unusual lines are read as by the official
+scripts, and lines that those reject are rejected with file and line. Two differences: blank lines are
+skipped, and a guess without `provenance` has no pages.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ Line = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Gold:
-    """What is right for a question.
+    """The gold answers and pages of a question.
 
     Attributes:
       where: `FILE:LINE`, for messages.
@@ -41,7 +41,7 @@ class Gold:
 
 @dataclasses.dataclass(frozen=True)
 class Guess:
-    """What a system says to a question.
+    """A system's answer and pages for a question.
 
     Attributes:
       where: `FILE:LINE`, for messages.

@@ -1,9 +1,7 @@
-"""Recall of passages: how often a gold one is among the first, as a table.
-
-How good retrieval was: recall of passages, and of pages as KILT defines it, question by question.
+"""Recall of passages and of pages, from retrieved files.
 
 A passage counts where it covers a gold paragraph (`gold` in the retrieved file). KILT's own scores
-(`glimmer_jax.metrics.kilt`) count pages: R-precision, and recall@k of whole sets of them.
+(`glimmer_jax.metrics.kilt`) count pages: R-precision, and recall@k of complete sets of them.
 """
 
 from collections import defaultdict
@@ -31,13 +29,13 @@ def recall(examples: Sequence[Example], at: Sequence[int]) -> dict[str, float]:
 
 
 def mean_recall(files: Sequence[Sequence[Example]], at: Sequence[int]) -> dict[str, float]:
-    """`recall`, every file counting the same."""
+    """`recall`, averaged over files."""
     each = [recall(examples, at) for examples in files]
     return {name: float(np.mean([row[name] for row in each])) for name in each[0]}
 
 
 def format_report(report: Mapping[str, Mapping[str, float]]) -> str:
-    """The numbers as a table, a row for each file."""
+    """The numbers as a table, one row per file."""
     columns = list(dict.fromkeys(name for row in report.values() for name in row))
     width = max(len(name) for name in report)
     lines = [" " * width + "".join(f"  {name.replace('recall_at_', 'R@'):>9}" for name in columns)]
@@ -51,7 +49,7 @@ KS = (1, 5, 20, 40, 100)
 
 
 class RetrievalScores:
-    """Running means over the questions of a file; nothing is kept of a question."""
+    """Running means over the questions of a file, in constant memory."""
 
     def __init__(self, ks: Sequence[int] = KS):
         self._ks = ks
@@ -63,11 +61,11 @@ class RetrievalScores:
 
         Args:
           example: with `retrieved`.
-          pages: of the retrieved passages, best first, with repetitions; None where passages do not
-            say their page.
+          pages: of the retrieved passages, best first, with repetitions; None for a corpus without
+            pages.
 
         Raises:
-          ValueError: gold output that is not KILT's.
+          ValueError: gold output that is not in KILT's format.
         """
         if provenance(example):
             marks = [one["gold"] for one in example["retrieved"]]
@@ -77,10 +75,10 @@ class RetrievalScores:
         if pages is not None and example.get("output"):
             where = f"Example {example['id']!r}"
             guess = Guess(where, None, tuple(dict.fromkeys(pages)))
-            found = retrieval_scores(parse_gold(dict(example), where), guess, self._ks)
+            page_scores = retrieval_scores(parse_gold(dict(example), where), guess, self._ks)
             self._pages["questions"] += 1
             for name in ("Rprec", *(f"recall@{k}" for k in self._ks if k > 1)):
-                self._pages[name] += found[name]
+                self._pages[name] += page_scores[name]
 
     def passages(self) -> dict[str, float]:
         """`questions` with provenance, and `recall_at_K`: a gold passage is among the first K."""
