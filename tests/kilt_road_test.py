@@ -189,7 +189,7 @@ def test_from_training_to_scores_of_a_submission(mini, tmp_path, capsys):
     other = {"CHECKPOINT_PATH": model_dir, **evaluating, **sized, "PASSAGES_DIR": short}
     assert run("eval", *GLIMMER, "runs/eval", "data/kilt", **other) == 2
     error = capsys.readouterr().err
-    assert memory in error and "the same id may be another text" in error
+    assert memory in error and "the same id may have another text" in error
 
 
 def test_a_corpus_that_the_files_are_not_from_is_refused(mini, tmp_path, capfd):
