@@ -54,8 +54,8 @@ EXTRAS = {
     # Sweeps. Install with constraints.txt: pip alone takes very long to resolve the versions.
     "xm": ["xmanager>=0.8"],
     "tpu": ["jax[tpu]>=0.10"],
-    # XLA's TPU compiler alone, for machines without a TPU.
-    "preflight": ["libtpu>=0.0.40"],
+    # XLA's TPU compiler, for machines without a TPU, in the version that jax asks for.
+    "preflight": ["jax[tpu]>=0.10"],
     "cuda12": ["jax[cuda12]>=0.10"],
     "cuda13": ["jax[cuda13]>=0.10"],
     "dev": [

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from glimmer_jax.models.model import GlimmerModel
-from glimmer_jax.nn import attention, fused_attention
+from glimmer_jax.nn import attention, cudnn_attention
 from glimmer_jax.partitioning import MeshConfig, make_mesh, put_batch
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
 from glimmer_jax.training.state import state_from_params, state_shardings
@@ -60,7 +60,7 @@ def test_cudnn_equals_attention_in_float32_and_its_gradients(length):
     plain = run(
         lambda q, k, v, b: attention.attend(q, k, v, mask[..., None, None, :], b), jnp.float32
     )
-    fused = run(lambda q, k, v, b: fused_attention.attend(q, k, v, mask, b), jnp.bfloat16)
+    fused = run(lambda q, k, v, b: cudnn_attention.attend(q, k, v, mask, b), jnp.bfloat16)
     for got, want in zip(fused, plain, strict=True):
         assert np.isfinite(got).all()
         # A few roundings of 2^-8 each, beside the largest.

@@ -141,14 +141,13 @@ for module in pkgutil.walk_packages(glimmer_jax.__path__, "glimmer_jax."):
 import jax, numpy as np
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.model import GlimmerModel
-from glimmer_jax.models.t5 import T5Config
 from glimmer_jax.partitioning import MeshConfig, make_mesh, put_batch
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
 from glimmer_jax.training.state import init_state, state_shardings
 from glimmer_jax.training.step import jit_train_step, make_train_step
+from tests.models import tiny
 
-t5 = T5Config(16, 8, 2, 4, 8, num_encoder_layers=3, num_decoder_layers=1)
-model = GlimmerModel(GlimmerConfig(t5, memory_layers=1, rerank_layers=1, num_kept=1))
+model = GlimmerModel(GlimmerConfig(tiny.T5, memory_layers=1, rerank_layers=1, num_kept=1))
 rows = lambda *shape: np.ones(shape, np.int32)
 batch = dict(
     question_tokens=rows(2, 2), passage_tokens=rows(2, 2, 3), decoder_input_tokens=rows(2, 2),

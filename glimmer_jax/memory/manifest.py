@@ -75,7 +75,7 @@ class EncodeProgram:
     buckets: tuple[int, ...]  # lengths in tokens that a batch may be padded to
     dtype: str  # of activations while encoding
     matmul_dtype: str | None  # of the operands of projections; None is `dtype`
-    backend: str  # cpu, gpu or tpu; gpu+cudnn with cuDNN's attention
+    backend: str  # cpu, gpu or tpu; and +cudnn or +tpu with a fused attention
     jax_version: str
 
     def __post_init__(self):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from glimmer_jax import axes
-from glimmer_jax.nn.attention import Attention
+from glimmer_jax.nn.attention import FUSED, Attention
 from glimmer_jax.nn.layers import (
     ACTIVATIONS,
     Dropout,
@@ -60,7 +60,7 @@ class T5Config:
     matmul_dtype: str | None = None  # of projections' operands; results keep `dtype`
     scan_layers: bool = True
     remat_policy: str = "none"  # none, minimal or full
-    attention: str = "plain"  # of the encoder: plain, or a fused kernel: cudnn (GPU)
+    attention: str = "plain"  # of the encoder: plain, or a fused kernel: cudnn, tpu
     relpos_buckets: int = 32
     relpos_max_distance: int = 128
     # FiDO (arXiv 2212.08153): sparse cross-attention and a decoder larger than the encoder.
@@ -86,8 +86,10 @@ class T5Config:
                 f"remat_policy must be one of none, {', '.join(REMAT_POLICIES)}; "
                 f"got {self.remat_policy!r}."
             )
-        if self.attention not in ("plain", "cudnn"):
-            raise ValueError(f"attention must be 'plain' or 'cudnn', got {self.attention!r}.")
+        if self.attention not in ("plain", *FUSED):
+            raise ValueError(
+                f"attention must be one of plain, {', '.join(FUSED)}; got {self.attention!r}."
+            )
         if self.attention == "cudnn" and (self.dtype != "bfloat16" or self.head_dim % 8):
             raise ValueError(
                 "attention='cudnn' needs dtype='bfloat16' and head_dim to be a multiple of 8; got "
@@ -143,7 +145,7 @@ class T5Config:
         return None if self.matmul_dtype is None else jnp.dtype(self.matmul_dtype)
 
 
-def attention(sizes: Sizes, config: T5Config, fused: bool = False) -> Attention:
+def attention(sizes: Sizes, config: T5Config, kernel: str = "plain") -> Attention:
     """Attention of the encoder or the decoder."""
     return Attention(
         emb_dim=config.emb_dim,
@@ -153,7 +155,7 @@ def attention(sizes: Sizes, config: T5Config, fused: bool = False) -> Attention:
         dropout_rate=config.dropout_rate,
         dtype=jnp.dtype(config.dtype),
         operands=config.operands,
-        fused=fused,
+        kernel=kernel,
     )
 
 
@@ -180,8 +182,7 @@ class EncoderLayer(nn.Module):
     def setup(self):
         dtype = jnp.dtype(self.config.dtype)
         self.pre_attention_layer_norm = RMSNorm(dtype)
-        fused = self.config.attention == "cudnn"
-        self.attention = attention(self.config.encoder_sizes, self.config, fused)
+        self.attention = attention(self.config.encoder_sizes, self.config, self.config.attention)
         self.pre_mlp_layer_norm = RMSNorm(dtype)
         self.mlp = mlp(self.config.encoder_sizes, self.config)
         self.dropout = Dropout(self.config.dropout_rate)

@@ -43,7 +43,7 @@ def make_recipe(config: EncoderConfig) -> tuple[MemoryEncoder, encoding.States]:
             buckets=encoding.default_buckets(config.max_length),
             dtype=t5.dtype,
             matmul_dtype=t5.matmul_dtype,
-            backend=jax.default_backend() + ("+cudnn" if t5.attention == "cudnn" else ""),
+            backend=jax.default_backend() + ("" if t5.attention == "plain" else f"+{t5.attention}"),
             jax_version=jax.__version__,
         ),
         devices.size,

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from glimmer_jax import axes
-from glimmer_jax.nn import fused_attention
+from glimmer_jax.nn import cudnn_attention, tpu_attention
 from glimmer_jax.nn.layers import Dense, Dropout, activation_names
 from glimmer_jax.partitioning import constrain
 
 # Value of masked logits. Finite, so that a query without any key gives zeros, not NaN.
 MASKED = -1e30
+# Kernels of self-attention: `(query, key, value, key_mask, bias, keep) -> [..., N, H, C]`.
+FUSED = {"cudnn": cudnn_attention.attend, "tpu": tpu_attention.attend}
 # From this many keys on, a TPU pads a single query to two.
 MANY_KEYS = 128
 
@@ -92,7 +94,7 @@ class Attention(nn.Module):
     dropout_rate: float
     dtype: Any
     operands: Any = None  # dtype of the projections' operands; None is `dtype`
-    fused: bool = False  # cuDNN's kernel where a sequence attends to itself, see `fused_attention`
+    kernel: str = "plain"  # or a fused one for self-attention: a key of `FUSED`
 
     def setup(self):
         joined = self.num_heads * self.head_dim
@@ -161,24 +163,15 @@ class Attention(nn.Module):
     ) -> jax.Array:
         """Queries `[..., X, D]` against keys and values `[..., Y, G, C]` -> `[..., X, D]`.
 
-        With `fused`, queries are those of the keys' own sequence, the mask is one of keys,
-        `[..., 1, 1, Y]`, and there is a bias.
+        A fused kernel needs queries of the same sequence as the keys, a key mask `[..., 1, 1, Y]` and
+        a bias.
         """
         query = self._split_heads(self.query(x), self.num_heads)
-        if self.fused:
-            assert bias is not None
-            key, value = keys_values
-            value = self._dropped(value)
-            out = fused_attention.attend(query, key, value, mask[..., 0, 0, :], bias)
-        else:
+        if self.kernel == "plain":
             out = attend(query, *keys_values, mask, bias, self.dropout)
+        else:
+            # The same random numbers as for the weights of the plain path: one per head and key.
+            keep = self.dropout(jnp.ones((*query.shape[:-3], self.num_heads, 1, query.shape[-3])))
+            fused = FUSED[self.kernel]
+            out = fused(query, *keys_values, mask[..., 0, 0, :], bias, keep[..., 0, :])
         return self.out(out.reshape(*out.shape[:-2], -1))
-
-    def _dropped(self, value: jax.Array) -> jax.Array:
-        """Values `[..., Y, H, C]` under what dropout makes of the weights.
-
-        It draws once for all queries of a head: to drop a weight is to drop that head's value.
-        """
-        *lead, length, heads, _ = value.shape
-        kept = self.dropout(jnp.ones((*lead, heads, 1, length)))
-        return (value * jnp.moveaxis(kept, -1, -3)).astype(value.dtype)

@@ -15,11 +15,11 @@ from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.models.recut import recut
-from glimmer_jax.models.t5 import T5Config
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
+from tests.models import tiny
 
 SMALL = dataclasses.replace(codecs.get("pq"), bits=4)
-T5 = T5Config(64, 16, 2, 8, 32, num_encoder_layers=3, num_decoder_layers=1)
+T5 = dataclasses.replace(tiny.T5, vocab_size=64)
 PQ = GlimmerConfig(T5, memory_layers=2, rerank_layers=1, memory_codec="pq")
 
 

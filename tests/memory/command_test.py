@@ -1,5 +1,6 @@
 """A memory's whole life by the command line, on a tiny checkpoint and the built-in vocabulary."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -19,19 +20,19 @@ from glimmer_jax.memory.maintain import verify
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.model import GlimmerModel
-from glimmer_jax.models.t5 import T5Config
 from glimmer_jax.modes import codebooks
 from glimmer_jax.vocabulary import Vocabulary
 from glimmer_jax.weights.model_config import describe
 from glimmer_jax.weights.params_file import save_params_file
+from tests.models import tiny
 
 SIZES = {
     "NUM_ENCODER_LAYERS": 2,
     "t5.T5Config.num_decoder_layers": 1,
-    "t5.T5Config.emb_dim": 8,
-    "t5.T5Config.num_heads": 2,
+    "t5.T5Config.emb_dim": 16,
+    "t5.T5Config.num_heads": 4,
     "t5.T5Config.head_dim": 4,
-    "t5.T5Config.mlp_dim": 16,
+    "t5.T5Config.mlp_dim": 32,
     "ALPHA": 0.5,
     "MAX_PASSAGE_TOKENS": 16,
     "BATCH_SIZE": 2,
@@ -66,12 +67,9 @@ def _write(path, ids):
 def files(tmp_path_factory):
     """(checkpoint, passages 0..39, passages 0..49)."""
     folder = tmp_path_factory.mktemp("files")
-    t5 = T5Config(
-        2048,
-        8,
-        2,
-        4,
-        16,
+    t5 = dataclasses.replace(
+        tiny.T5,
+        vocab_size=2048,
         num_encoder_layers=2,
         num_decoder_layers=1,
         mlp_activations=("relu", "linear"),

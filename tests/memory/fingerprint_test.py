@@ -10,18 +10,10 @@ import pytest
 from glimmer_jax import partitioning
 from glimmer_jax.memory import fingerprint
 from glimmer_jax.models.glimmer import GlimmerConfig
-from glimmer_jax.models.t5 import T5Config
+from tests.models import tiny
 
 CONFIG = GlimmerConfig(
-    T5Config(
-        vocab_size=16,
-        emb_dim=8,
-        num_heads=2,
-        head_dim=4,
-        mlp_dim=16,
-        num_encoder_layers=12,
-        num_decoder_layers=1,
-    ),
+    dataclasses.replace(tiny.T5, vocab_size=16, emb_dim=8, num_heads=2, num_encoder_layers=12),
     memory_layers=12,
 )
 

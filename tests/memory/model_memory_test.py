@@ -19,22 +19,14 @@ from glimmer_jax.memory.manifest import EncodeProgram, Identity, Layout
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.model import GlimmerModel
-from glimmer_jax.models.t5 import T5Config
+from tests.models import tiny
 
 P, K = 16, 3
 
 
 @pytest.fixture(scope="module")
 def model():
-    t5 = T5Config(
-        vocab_size=64,
-        emb_dim=16,
-        num_heads=2,
-        head_dim=8,
-        mlp_dim=32,
-        num_encoder_layers=3,
-        num_decoder_layers=1,
-    )
+    t5 = dataclasses.replace(tiny.T5, vocab_size=64)
     return GlimmerModel(GlimmerConfig(t5, memory_layers=2, rerank_layers=1))
 
 

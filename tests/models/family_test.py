@@ -213,7 +213,7 @@ def test_settings_that_contradict_themselves_are_refused(kwargs, match):
         (dict(dtype="float16"), r"dtype must be 'float32' or 'bfloat16', got 'float16'"),
         (dict(matmul_dtype="int8"), r"matmul_dtype must be None or 'bfloat16', got 'int8'"),
         (dict(remat_policy="some"), r"remat_policy must be one of none, .*got 'some'"),
-        (dict(attention="flash"), r"attention must be 'plain' or 'cudnn', got 'flash'"),
+        (dict(attention="flash"), "attention.*plain, cudnn, tpu.*flash"),
         (dict(attention="cudnn"), "dtype='float32' and head_dim=4.*Set ACTIVATION_DTYPE"),
         (dict(dropout_rate=1.0), r"dropout_rate must be in \[0, 1\), got 1\.0"),
         (dict(mlp_activations=("swish",)), "mlp_activations.*relu.*swish"),

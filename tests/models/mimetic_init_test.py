@@ -11,17 +11,10 @@ from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.mimetic_init import mimetic_init
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.models.stacking import stack_layers
-from glimmer_jax.models.t5 import T5Config
+from tests.models import tiny
 
-T5 = T5Config(
-    vocab_size=64,
-    emb_dim=32,
-    num_heads=4,
-    head_dim=8,
-    mlp_dim=24,
-    num_encoder_layers=3,
-    num_decoder_layers=2,
-    scan_layers=False,
+T5 = dataclasses.replace(
+    tiny.T5, vocab_size=64, emb_dim=32, head_dim=8, num_encoder_layers=3, scan_layers=False
 )
 SETTINGS = {
     "fid": GlimmerConfig(T5),

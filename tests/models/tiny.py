@@ -1,4 +1,7 @@
-"""Tiny models for tests: sizes, parameters from numpy, batches, and functions compiled once."""
+"""The tiny T5 of all tests, its cuts, parameters from numpy, batches, and functions compiled once.
+
+Tests that need other sizes derive them with `dataclasses.replace(tiny.T5, ...)`.
+"""
 
 import dataclasses
 import functools
@@ -27,12 +30,16 @@ T5 = T5Config(
 FID = GlimmerConfig(T5, memory_codec="f32")
 LUMEN = GlimmerConfig(T5, memory_layers=2, memory_codec="f32")
 GLIMMER = GlimmerConfig(T5, memory_layers=2, rerank_layers=1, num_kept=2, memory_codec="f32")
+# T5 1.0: an ungated feed-forward, and the embedding as output layer.
+V1_0 = dataclasses.replace(
+    FID, t5=dataclasses.replace(T5, mlp_activations=("relu",), tie_output=True)
+)
 FROZEN = dataclasses.replace(GLIMMER, freeze_memory=True, share_question_encoder=False)
-# Tests compile far more than they compute.
+# Tests spend more time compiling than computing.
 QUICK = {"xla_backend_optimization_level": 0}
-# Every term of the loss is on.
+# All terms of the loss.
 FULL_LOSS = LossConfig(z_loss=1e-2, temperature=0.5, supervised_weight=0.7, teacher_chunk=2)
-# Without the teacher, which is half of what there is to compile.
+# Without the teacher, which is half of the compilation.
 LIGHT_LOSS = dataclasses.replace(FULL_LOSS, distillation_weight=0.0)
 
 
@@ -47,7 +54,7 @@ def abstract(config):
 
 
 def params(config, seed=0):
-    """float32 numpy parameters; each leaf depends on its own path alone, kernels keep variance."""
+    """float32 numpy parameters; each leaf depends only on its path, and kernels keep variance."""
 
     def leaf(path, shape):
         name = jax.tree_util.keystr(path)
@@ -97,7 +104,7 @@ def forward(config):
 
 @functools.cache
 def cached_logits(config):
-    """Jitted `(params, batch, inputs [B, beams, T]) -> [B, beams, T, V]`, a cached step a token."""
+    """Jitted `(params, batch, inputs [B, beams, T]) -> [B, beams, T, V]`, one cached step per token."""
 
     def start(module, batch, inputs):
         live = module.rerank(batch)
@@ -123,7 +130,7 @@ def cached_logits(config):
 
 
 def assert_cached_decoding_equals(full, config, params, rows=3, beams=2):
-    """Every beam of the cached decoder is fed another target; `full` is the whole forward pass.
+    """Feeds each beam of the cached decoder another target, and compares with the forward pass.
 
     Args:
       full: `(batch) -> logits [B, T, V]`.

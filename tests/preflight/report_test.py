@@ -61,6 +61,15 @@ def test_flops_count_every_layer_of_a_scan_and_every_turn_of_a_loop():
     assert count_flops(jax.make_jaxpr(mapped)(jnp.ones((8, 4)))) == 2 * 2 * 4 * 4 * 4
 
 
+def test_flops_of_a_choice_by_platform_are_those_of_the_default():
+    def padded_on_tpus(x, w):
+        padded = lambda x, w: (jnp.pad(x, [(0, 1), (0, 0)]) @ w)[:1]  # noqa: E731
+        return jax.lax.platform_dependent(x, w, tpu=padded, default=jnp.matmul)
+
+    jaxpr = jax.make_jaxpr(padded_on_tpus)(jnp.ones((1, 4)), jnp.ones((4, 5)))
+    assert count_flops(jaxpr) == 2 * 4 * 5
+
+
 def test_flops_of_an_answer_are_those_of_the_papers_and_attentions_own():
     mesh, flops = make_mesh(MeshConfig(data=8)), {}
     for config in (tiny.FID, tiny.LUMEN, tiny.GLIMMER):

@@ -1,5 +1,6 @@
 """A tiny GTR with random weights, in the files of sentence-transformers."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,20 +10,17 @@ import safetensors.numpy
 from glimmer_jax import partitioning
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.corpus.passages_writer import write_passages
-from glimmer_jax.models.t5 import T5Config
 from glimmer_jax.retrieval.text_encoder import TextEncoder
 from glimmer_jax.vocabulary import PYDOCS_MODEL, Vocabulary
 from glimmer_jax.weights import huggingface_names as names
 from glimmer_jax.weights import t5_names
+from tests.models import tiny
 
-T5 = T5Config(
+T5 = dataclasses.replace(
+    tiny.T5,
     vocab_size=Vocabulary().vocab_size,
     emb_dim=64,
-    num_heads=2,
-    head_dim=8,
-    mlp_dim=24,
     num_encoder_layers=2,
-    num_decoder_layers=2,
     mlp_activations=("relu",),
     scan_layers=False,
 )

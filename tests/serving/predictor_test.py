@@ -11,7 +11,6 @@ from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.corpus.passages_writer import write_passages
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.model import DecodeConfig, GlimmerModel
-from glimmer_jax.models.t5 import T5Config
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.retrieval.bm25 import Bm25Config
 from glimmer_jax.serving.predictor import Predictor
@@ -25,7 +24,7 @@ WORDS = ("red", "green", "blue")
 QUESTIONS = [{"id": word, "input": f"{word} thing"} for word in WORDS]
 LENGTHS = Lengths(question=8, target=4, passages=2, passage=8)
 VOCABULARY = Vocabulary()
-T5 = T5Config(VOCABULARY.vocab_size, 8, 2, 4, 8, num_encoder_layers=1, num_decoder_layers=1)
+T5 = dataclasses.replace(tiny.T5, vocab_size=VOCABULARY.vocab_size, num_encoder_layers=1)
 GLIMMER = GlimmerConfig(T5, rerank_layers=1, num_kept=1)
 
 

@@ -10,7 +10,6 @@ import numpy as np
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.model import GlimmerModel, LossConfig
 from glimmer_jax.models.stacking import stack_layers, unstack_layers
-from glimmer_jax.models.t5 import T5Config
 from glimmer_jax.partitioning import MeshConfig, make_mesh, put_batch
 from glimmer_jax.training.loop import TrainConfig
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -19,22 +18,13 @@ from glimmer_jax.training.step import jit_train_step, make_train_step
 from tests.models import tiny
 from tests.training.toy_model import train
 
-T5 = T5Config(
-    vocab_size=32,
-    emb_dim=16,
-    num_heads=4,
-    head_dim=4,
-    mlp_dim=32,
-    num_encoder_layers=4,
-    num_decoder_layers=2,
-)
 # Unrounded memory: rounding would amplify the noise of a different order of summation.
 GLIMMER = dict(memory_layers=2, rerank_layers=1, num_kept=2, memory_codec="f32")
 B, K, P, Q, T = 8, 3, 5, 4, 3
 CONFIG = OptimizerConfig(learning_rate=0.01, min_dim_size_to_factor=1)
 
 
-def make_model(distillation_weight=1.0, t5=T5, **config):
+def make_model(distillation_weight=1.0, t5=tiny.T5, **config):
     loss = LossConfig(supervised_weight=0.5, distillation_weight=distillation_weight)
     return GlimmerModel(GlimmerConfig(t5, **GLIMMER, **config), loss)
 
@@ -82,7 +72,7 @@ def start():
     return uneven(jax.device_get(jax.jit(fresh_params(make_model()))()))
 
 
-def three_steps(params, mesh, num_microbatches=1, t5=T5):
+def three_steps(params, mesh, num_microbatches=1, t5=tiny.T5):
     """The parameters and the metrics of each step."""
     model = make_model(t5=t5)
     shapes, names = model.abstract_variables()
@@ -124,7 +114,7 @@ def test_three_steps_on_a_mesh_in_microbatches_equal_one_device():
 
 def test_three_steps_with_unrolled_layers_equal_scanned_ones():
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    looped = dataclasses.replace(T5, scan_layers=False)
+    looped = dataclasses.replace(tiny.T5, scan_layers=False)
     params, metrics = three_steps(unstack_layers(start()), mesh, t5=looped)
     check(stack_layers(params), metrics)
 

@@ -22,10 +22,6 @@ from glimmer_jax.weights.load import load
 from glimmer_jax.weights.model_config import describe
 from tests.models import tiny
 
-V1_0 = dataclasses.replace(
-    tiny.FID, t5=dataclasses.replace(tiny.T5, mlp_activations=("relu",), tie_output=True)
-)
-
 
 def save(folder, config, **kwargs):
     huggingface.save(folder, tiny.params(config), config, describe(config, "v"), **kwargs)
@@ -51,7 +47,7 @@ def change_config(folder, **changes):
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
 
 
-@pytest.mark.parametrize("config", [tiny.FID, V1_0], ids=["v1.1", "v1.0"])
+@pytest.mark.parametrize("config", [tiny.FID, tiny.V1_0], ids=["v1.1", "v1.0"])
 def test_a_saved_t5_is_read_bit_exactly(tmp_path, config):
     params = tiny.params(config)
     save(tmp_path, config)

@@ -18,10 +18,6 @@ from glimmer_jax.weights.load import load
 from glimmer_jax.weights.model_config import describe
 from tests.models import tiny
 
-V1_0 = dataclasses.replace(
-    tiny.FID, t5=dataclasses.replace(tiny.T5, mlp_activations=("relu",), tie_output=True)
-)
-
 
 def write(folder, flat, path_at_top=False):
     """Matrices as zarr arrays, their specifications and the vectors in the msgpack file."""
@@ -56,7 +52,7 @@ def write(folder, flat, path_at_top=False):
     (folder / "checkpoint").write_bytes(flax.serialization.msgpack_serialize(content))
 
 
-@pytest.mark.parametrize("config", [tiny.FID, V1_0], ids=["v1.1", "v1.0"])
+@pytest.mark.parametrize("config", [tiny.FID, tiny.V1_0], ids=["v1.1", "v1.0"])
 def test_sizes_and_parameters_come_from_the_checkpoint(tmp_path, config):
     params = tiny.params(config)
     write(tmp_path, t5_names.flat_from(params))

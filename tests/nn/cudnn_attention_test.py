@@ -1,4 +1,4 @@
-"""cuDNN's attention beside the plain one: what is given to it, without a GPU."""
+"""cuDNN's attention compared with the plain path, without a GPU."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glimmer_jax.nn import fused_attention
+from glimmer_jax.nn import attention, cudnn_attention
 from glimmer_jax.nn.attention import Attention, attend
 from tests.models import tiny
 
@@ -20,7 +20,7 @@ CLOSE = dict(atol=0.06, rtol=0.03)
 
 
 def arrays(length, seed=0):
-    """Queries, keys, values, a key mask with holes and a whole empty sequence, a bias."""
+    """Queries, keys, values, a key mask with gaps and one empty sequence, a bias."""
     random = np.random.default_rng(seed)
     states = (random.normal(size=(B, K, length, H, C)) for _ in range(3))
     mask = random.random((B, K, length)) < 0.6
@@ -32,7 +32,7 @@ def arrays(length, seed=0):
 
 
 # The same arguments, given to XLA in place of cuDNN.
-fused = functools.partial(fused_attention.attend, implementation="xla")
+fused = functools.partial(cudnn_attention.attend, implementation="xla")
 
 
 def plain(query, key, value, mask, bias):
@@ -66,7 +66,7 @@ def test_output_and_gradients_equal_those_of_plain_attention(length):
     assert not np.asarray(grads[0][0, 0], np.float32).any()
 
 
-def test_masked_keys_are_not_seen_whatever_they_hold():
+def test_masked_keys_have_no_influence():
     query, key, value, mask, bias = arrays(6)
     mask[..., -1] = False
     before = fused(query, key, value, mask, bias)
@@ -74,26 +74,26 @@ def test_masked_keys_are_not_seen_whatever_they_hold():
     np.testing.assert_array_equal(fused(query, key, value, mask, bias), before)
 
 
-def test_dropout_drops_what_the_plain_path_drops(monkeypatch):
+def test_dropout_equals_that_of_the_plain_path(monkeypatch):
     *_, mask, bias = arrays(6)
     x = jax.random.normal(jax.random.key(0), (B, K, 6, 8), jnp.bfloat16)
     settings = dict(emb_dim=8, num_heads=H, num_kv_heads=H, head_dim=C, dropout_rate=0.5)
-    monkeypatch.setattr(fused_attention, "attend", fused)
+    monkeypatch.setitem(attention.FUSED, "cudnn", fused)
 
     class Self(nn.Module):
-        fused: bool
+        kernel: str
 
         def setup(self):
-            self.attention = Attention(**settings, dtype=jnp.bfloat16, fused=self.fused)
+            self.attention = Attention(**settings, dtype=jnp.bfloat16, kernel=self.kernel)
 
         def __call__(self, x):
             keys_values = self.attention.keys_values(x)
             return self.attention(x, keys_values, mask[..., None, None, :], bias)
 
-    variables = nn.unbox(Self(False).init(jax.random.key(1), x))
+    variables = nn.unbox(Self("plain").init(jax.random.key(1), x))
     outs = [
-        np.asarray(Self(fused).apply(variables, x, rngs=rngs), np.float32)
-        for fused in (True, False)
+        np.asarray(Self(kernel).apply(variables, x, rngs=rngs), np.float32)
+        for kernel in ("cudnn", "plain")
         for rngs in ({"dropout": jax.random.key(2)}, None)
     ]
     np.testing.assert_allclose(outs[0], outs[2], **CLOSE)
@@ -102,11 +102,11 @@ def test_dropout_drops_what_the_plain_path_drops(monkeypatch):
 
 
 def test_a_whole_model_gives_the_same_loss_and_gradients(monkeypatch):
-    monkeypatch.setattr(fused_attention, "attend", fused)
+    monkeypatch.setitem(attention.FUSED, "cudnn", fused)
     t5 = dataclasses.replace(tiny.T5, head_dim=8, dtype="bfloat16")
     losses, norms = [], []
-    for attention in ("cudnn", "plain"):
-        config = dataclasses.replace(tiny.GLIMMER, t5=dataclasses.replace(t5, attention=attention))
+    for kernel in ("cudnn", "plain"):
+        config = dataclasses.replace(tiny.GLIMMER, t5=dataclasses.replace(t5, attention=kernel))
         (loss, _), grads = tiny.loss_and_grad(config)(tiny.params(config), tiny.batch())
         losses.append(float(loss))
         norms.append(
@@ -129,21 +129,21 @@ def as_on_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("length", [64, 63])
-def test_cudnn_takes_it_with_a_bias_for_all_sequences_and_gives_its_gradient(as_on_a_gpu, length):
+def test_cudnn_takes_one_bias_for_all_sequences_and_its_gradient(as_on_a_gpu, length):
     query, key, value, mask, bias = arrays(length)
 
     def total(query, key, value, bias):
-        out = fused_attention.attend(query, key, value, mask, bias)
+        out = cudnn_attention.attend(query, key, value, mask, bias)
         return jnp.sum(out.astype(jnp.float32))
 
     step = jax.jit(jax.grad(total, (0, 1, 2, 3)))
     text = step.trace(query, key, value, bias).lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r"@__cudnn\$(\w+)\(.*\) -> \((.*)\)", text)
     assert [name for name, _ in calls] == ["fmhaScaleBiasSoftmax", "fmhaScaleBiasSoftmaxBackward"]
-    states = f"tensor<{B * K}x{H}x64x{C + fused_attention.EXTRA}xbf16>"
+    states = f"tensor<{B * K}x{H}x64x{C + cudnn_attention.EXTRA}xbf16>"
     assert calls[1][1].startswith(f"{states}, {states}, {states}, tensor<1x{H}x64x64xbf16>")
 
 
-def test_without_a_gpu_the_message_says_what_to_set():
-    with pytest.raises(ValueError, match=r"ATTENTION.*computes on cpu\. Set ATTENTION='plain'"):
-        fused_attention.attend(*arrays(6))
+def test_other_devices_are_rejected():
+    with pytest.raises(ValueError, match="ATTENTION.*cpu.*ATTENTION='plain'"):
+        cudnn_attention.attend(*arrays(6))
