@@ -1,1 +1,1 @@
-"""What is measured, and how; README.md has the results."""
+"""Benchmarks; results are in README.md."""

@@ -1,13 +1,13 @@
-"""What storing memory costs in quality, bytes and time, codec by codec, on the built-in tasks.
+"""Quality, bytes and time of the memory codecs on the built-in tasks.
 
     python -m benchmarks.codec_quality --json OUT.json [--data DIR] [--num_examples N]
                                        [--checkpoint CODEC=PATH ...]
 
-Reads the shipped `pydocs_glimmer`, or for a codec the checkpoint that was fine-tuned with it, and rounds
-memory at the cut as a store would (`codecs.straight_through`: the same states, bit for bit). A checkpoint
-without codebooks gets some, learnt from the corpus. Intervals are paired with bf16, questions of one page
-resampled together. `--data` is a folder of the built-in corpus as the quickstart writes it (passages/ and
-retrieved/); it is written where it is not there.
+Evaluates the shipped `pydocs_glimmer`, or for a codec the checkpoint fine-tuned with it, with memory
+rounded at the cut as a store would (`codecs.straight_through`, bit-equal). Checkpoints without
+codebooks use codebooks learned from the corpus. Intervals are paired with bf16 and resample pages.
+`--data` is a folder of the built-in corpus in the quickstart's layout (passages/ and retrieved/); it
+is created if missing.
 """
 
 import argparse
@@ -43,27 +43,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, required=True, metavar="OUT")
     parser.add_argument("--data", type=Path, default=Path("data/pydocs"), metavar="DIR")
     parser.add_argument("--num_examples", type=int, default=100, help="test questions of each task")
-    parser.add_argument(
-        "--sample_tokens", type=int, default=65536, help="that codebooks are learnt from"
-    )
+    parser.add_argument("--sample_tokens", type=int, default=65536, help="for learning codebooks")
     parser.add_argument("--codecs", default="bf16,int8,pq", metavar="NAME,NAME")
     parser.add_argument("--checkpoint", action="append", default=[], metavar="CODEC=PATH")
     args = parser.parse_args(argv)
     names = args.codecs.split(",")
     if names[0] != BASELINE:
-        parser.error(f"--codecs begins with {BASELINE}, which the others are compared with")
-    given = dict(one.split("=", 1) for one in args.checkpoint)
+        parser.error(f"--codecs must begin with {BASELINE}, the baseline; got {args.codecs}.")
+    checkpoints = dict(pair.split("=", 1) for pair in args.checkpoint)
     write_data(args.data)
     passages = Passages.open(args.data / "passages")
     questions = Questions(args.data, args.num_examples)
     rows, baseline = [], None
     for name in names:
-        path = given.get(name, CHECKPOINTS / "pydocs_glimmer.safetensors")
+        path = checkpoints.get(name, CHECKPOINTS / "pydocs_glimmer.safetensors")
         model, params, states = read_model(path, name, passages, args.sample_tokens)
-        found = questions.ask(model, params, passages)
-        baseline = baseline or found
+        results = questions.ask(model, params, passages)
+        baseline = baseline or results
         rows.append(
-            {**cost(model, params, states), **compare(found, baseline), "checkpoint": str(path)}
+            {**cost(model, params, states), **compare(results, baseline), "checkpoint": str(path)}
         )
         print(json.dumps(rows[-1]), flush=True)
     args.json.write_text(json.dumps(rows, indent=1) + "\n")
@@ -73,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def read_model(
     path: Any, codec_name: str, passages: Passages, sample_tokens: int
 ) -> tuple[GlimmerModel, Any, np.ndarray]:
-    """The checkpoint's model with this codec, its parameters, and states of some 16,384 tokens."""
+    """The checkpoint's model with this codec, its parameters, and states of 16,384 tokens."""
     vocabulary = Vocabulary()
     loaded = load(path)
     own = loaded.answering_config()
@@ -104,7 +102,7 @@ def read_model(
 
 
 def cost(model: GlimmerModel, params: Any, states_ND: np.ndarray) -> dict[str, Any]:
-    """Bytes a token, tokens a second of encoding and decoding, and the error of the states."""
+    """Bytes per token, tokens per second of encoding and decoding, and the error of the states."""
     codec, books = codecs.get(model.config.memory_codec), params.get("memory_codebooks")
     encode = jax.jit(lambda x, books: codec.encode(x, books))
     decode = jax.jit(lambda arrays, books: codec.decode(arrays, jnp.float32, books))
@@ -126,8 +124,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown."""
     lines = [
         f"n = {rows[0]['exact_match']['n']} questions",
-        "| codec | bytes a token | encoded, tokens/s | decoded | relative error | exact match | "
-        "against bf16 | nats a token | against bf16 |",
+        "| codec | bytes per token | encoded, tokens/s | decoded | relative error | exact match | "
+        "vs. bf16 | nats per token | vs. bf16 |",
         "|" + "---|" * 9,
     ]
     for row in rows:

@@ -1,11 +1,11 @@
-"""What the fast modes of a CPU cost in quality, on the built-in tasks.
+"""Quality of the fast modes of a CPU on the built-in tasks.
 
     python -m benchmarks.fast_modes --json OUT.json --checkpoint NAME=PATH [--checkpoint NAME=PATH ...]
                                     [--data DIR] [--num_examples N]
 
-Each checkpoint answers the same held-out questions twice, in float32 throughout and with projections'
-operands in bfloat16. The first one in float32 is what all are compared with, paired, questions of one
-page resampled together: a GLIMMER, say, and then one with FiDO's decoder that was trained as long.
+Each checkpoint answers the same held-out questions twice: in float32, and with the operands of
+projections in bfloat16. All are compared with the first one in float32. Intervals are paired and
+resample pages.
 """
 
 import argparse
@@ -40,19 +40,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     passages = Passages.open(args.data / "passages")
     questions = Questions(args.data, args.num_examples)
     rows, baseline = [], None
-    for name, path in (one.split("=", 1) for one in args.checkpoint):
+    for name, path in (pair.split("=", 1) for pair in args.checkpoint):
         for dtype in DTYPES:
             model, params = read_model(path, dtype)
-            found = questions.ask(model, params, passages)
-            baseline = baseline or found
-            rows.append({"system": name, "operands": dtype, **compare(found, baseline)})
+            results = questions.ask(model, params, passages)
+            baseline = baseline or results
+            rows.append({"system": name, "operands": dtype, **compare(results, baseline)})
             print(json.dumps(rows[-1]), flush=True)
     args.json.write_text(json.dumps(rows, indent=1) + "\n")
     print(table(rows))
 
 
 def read_model(path: str, dtype: str) -> tuple[GlimmerModel, Any]:
-    """The checkpoint's model, without dropout and with these operands of projections."""
+    """The checkpoint's model without dropout, with `dtype` for the operands of projections."""
     loaded = load(path)
     config = loaded.answering_config()
     operands = None if dtype == "float32" else dtype
@@ -67,7 +67,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown."""
     lines = [
         f"n = {rows[0]['exact_match']['n']} questions",
-        "| system | operands | exact match | against the first | nats a token | against the first |",
+        "| system | operands | exact match | vs. first | nats per token | vs. first |",
         "|" + "---|" * 6,
     ]
     lines += [

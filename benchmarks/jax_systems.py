@@ -1,4 +1,4 @@
-"""Our FiD, LUMEN and GLIMMER, answering as `serving` does."""
+"""Our FiD, LUMEN and GLIMMER, laid out as in `serving`."""
 
 import tempfile
 from typing import Any
@@ -15,24 +15,23 @@ from glimmer_jax.preflight.flops import count_flops
 from glimmer_jax.serving import param_layout
 from glimmer_jax.serving.step import Predict
 
-NO_END = -1  # no token: answers have their full length
+NO_END = -1  # not a token: answers have full length
 
 
 class JaxSystem:
-    """Answers one question at a time; passages come in another order each time."""
+    """Answers one question at a time; the order of passages varies."""
 
     def __init__(self, system: str, dtype: str, setting: Setting):
         self.setting, self._dtype = setting, dtype
         self._random = np.random.default_rng(0)
-        # Before there are weights, so that the peak of memory is the answers' own.
+        # Before allocating weights, so that peak memory is that of answering.
         self._peaks = peaks.jax_peaks(dtype)
         on_cpu = jax.default_backend() == "cpu"
         config = glimmer_config(system, setting, dtype, on_cpu)
         model = GlimmerModel(config, eos_id=NO_END)
         mesh = make_mesh(MeshConfig(), jax.devices()[:1])
         params = _random_params(model)
-        most = setting.passages[-1]
-        size = (most, setting.passage)
+        size = (setting.passages[-1], setting.passage)
         self._tokens_NP = self._random.integers(2, config.t5.vocab_size, size).astype(np.int32)
         self._vocab_size = config.t5.vocab_size
         lookup = None
@@ -69,7 +68,7 @@ class JaxSystem:
         return {**batch, "passage_tokens": self._tokens_NP[rows][None]}
 
     def prepare(self, passages: int) -> None:
-        """Compiles, and runs once."""
+        """Compiles and runs once."""
         self.answer(passages)
 
     def answer(self, passages: int) -> np.ndarray:
@@ -87,11 +86,11 @@ class JaxSystem:
     def peaks(self) -> dict[str, float]:
         return self._peaks
 
-    def forget_peak(self) -> None:
-        """JAX forgets none; what comes before the answers takes less than they do."""
+    def reset_peak(self) -> None:
+        """JAX cannot reset it; everything before the answers takes less memory."""
 
     def peak_bytes(self) -> int | None:
-        """Of the device's memory; None on a CPU."""
+        """Peak device memory; None on a CPU."""
         stats = jax.devices()[0].memory_stats()
         return None if stats is None else int(stats["peak_bytes_in_use"])
 

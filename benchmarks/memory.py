@@ -1,4 +1,4 @@
-"""Passages that are made up, and a store of some, built by the package's own job."""
+"""Synthetic passages, and a store of them built by the package's own job."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +21,7 @@ ROWS = 10
 
 
 class RandomPassages:
-    """As many passages as the largest question reads, all of full length; ids are rows."""
+    """The given passages, all of full length; ids are rows."""
 
     def __init__(self, tokens_NP: np.ndarray):
         self._tokens = tokens_NP
@@ -40,8 +40,8 @@ class RandomPassages:
         return ({"title": str(row), "text": ""} for row in range(start, stop))
 
 
-class MadeUpPassages:
-    """Passages of `shortest` to `longest` tokens that follow from their row; nothing is in RAM."""
+class SyntheticPassages:
+    """Passages of `shortest` to `longest` tokens, computed from the row and never stored."""
 
     def __init__(self, count: int, shortest: int, longest: int):
         self._shortest = shortest
@@ -58,8 +58,8 @@ class MadeUpPassages:
     def tokens(self, rows: Any, length: int) -> np.ndarray:
         rows = np.asarray(rows, np.int64)
         places = np.arange(length)[None]
-        made = 2 + (rows[:, None] * 31 + places * 17) % 60
-        return np.where(places < self.lengths(rows)[:, None], made, 0).astype(np.int32)
+        tokens = 2 + (rows[:, None] * 31 + places * 17) % 60
+        return np.where(places < self.lengths(rows)[:, None], tokens, 0).astype(np.int32)
 
     def records(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         return ({"title": f"passage {row}"} for row in range(start, stop))
@@ -68,7 +68,7 @@ class MadeUpPassages:
 def build_lookup(
     model: GlimmerModel, params: Any, mesh: Mesh, tokens_NP: np.ndarray, setting: Setting, path: Any
 ) -> DiskLookup:
-    """Builds the store at `path` and opens it without a cache: every question reads its files."""
+    """Builds the store at `path` and opens it without a cache, so that every question reads files."""
     config = model.config
     identity = Identity(
         encoder_fingerprint(params, config),

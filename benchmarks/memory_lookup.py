@@ -1,10 +1,10 @@
-"""Lookup from disk against the raw device: rows and bytes a second, cold, warm, and from the cache.
+"""Lookup from disk compared with the raw device: rows and bytes per second, cold, warm and cached.
 
     python -m benchmarks.memory_lookup [--codecs bf16,int8,pq] [--folder DIR] [--json OUT]
 
-For each codec a store of random passages is made, and random rows are read in batches of questions
-times passages, no row twice: by the lookup (indices, checksums, padded arrays), and, as bytes of the
-same chunks of the same files, by a memory map and by threads that read.
+For each codec, builds a store of random passages and reads random rows in batches of questions times
+passages, no row twice: with the lookup (indices, checksums, padded arrays), and the bytes of the same
+chunks with a memory map and with reading threads.
 """
 
 import argparse
@@ -39,7 +39,7 @@ Extent = tuple[Path, int, int]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Makes the stores, reads them, prints a row for each codec, reader and state."""
+    """Builds and reads the stores, and prints a row per codec, reader and state."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--codecs", default="bf16,int8,pq")
     parser.add_argument("--passages", type=int, default=4096, help="in the store")
@@ -52,12 +52,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="OUT")
     args = parser.parse_args(argv)
     if args.batches * args.batch > args.passages:
-        parser.error("--passages must be at least --batches x --batch: no row is read twice.")
+        parser.error("--passages must be at least --batches x --batch, since no row is read twice.")
     rows = []
     for codec in args.codecs.split(","):
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             path = Path(folder) / codec
-            _make(path, codec, args.passages, args.tokens, args.emb_dim)
+            _build(path, codec, args.passages, args.tokens, args.emb_dim)
             rows += measure(path, codec, args.tokens, args.batches, args.batch, args.rounds)
     for row in rows:
         print(
@@ -69,18 +69,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def _make(path: Path, codec: str, passages: int, tokens: int, emb_dim: int) -> None:
-    """A store whose arrays are random bytes: what they mean does not matter to a reader."""
+def _build(path: Path, codec: str, passages: int, tokens: int, emb_dim: int) -> None:
+    """A store whose arrays are random bytes."""
     draw = np.random.default_rng(0)
     specs = codecs.get(codec).array_specs(emb_dim)
 
     def encode(batch: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        made = {}
+        arrays = {}
         for name, (trailing, dtype) in specs.items():
             shape = (*batch.shape, *trailing)
             size = int(np.prod(shape)) * dtype.itemsize
-            made[name] = np.frombuffer(draw.bytes(size), dtype).reshape(shape)
-        return made, np.ones(batch.shape, bool)
+            arrays[name] = np.frombuffer(draw.bytes(size), dtype).reshape(shape)
+        return arrays, np.ones(batch.shape, bool)
 
     build_memory(
         MemoryEncoder(
@@ -98,13 +98,13 @@ def _make(path: Path, codec: str, passages: int, tokens: int, emb_dim: int) -> N
 def measure(
     path: Path, codec: str, length: int, batches: int, batch: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """Medians over rounds in which readers take turns; every round reads other rows.
+    """Medians over rounds with interleaved readers; every round reads other rows.
 
     Returns:
-      `{codec, reader, state, rows_per_s, mb_per_s}`; bytes are those of the chunks on disk for all
-      readers. `cold`: the system's page cache has been told to drop the files. `warm`: they are in it.
-      `cached`: the lookup alone, rows that its store has just read. `loaded`: all rows onto the devices,
-      once, from a cold disk.
+      `{codec, reader, state, rows_per_s, mb_per_s}`; all readers count the bytes of the chunks on disk.
+      `cold`: the files were dropped from the page cache. `warm`: they are in the page cache.
+      `cached`: the lookup with rows in its store's cache. `loaded`: all rows onto the devices, from
+      a cold disk.
     """
     draw = np.random.default_rng(1)
     store = MemoryStore.open(path)
@@ -113,8 +113,8 @@ def measure(
     sizes: list[int] = []
     for _ in range(rounds):
         rows = draw.permutation(len(store))[: batches * batch].reshape(batches, batch)
-        extents = [chunks(path, store, some) for some in rows]
-        sizes.append(sum(size for some in extents for _, _, size in some))
+        extents = [chunks(path, store, batch_rows) for batch_rows in rows]
+        sizes.append(sum(size for batch in extents for _, _, size in batch))
 
         readers: dict[str, Callable[[], None]] = {
             "lookup": functools.partial(_look_up, path, length, rows),
@@ -154,15 +154,15 @@ def measure(
 
 
 def _look_up(path: Path, length: int, batches: np.ndarray) -> None:
-    # Opened anew: it knows nothing of the round before.
+    # Reopened, without caches of the previous round.
     lookup = DiskLookup(MemoryStore.open(path), length)
     for rows in batches:
         lookup(rows[None])
 
 
 def chunks(path: Path, store: MemoryStore, rows: np.ndarray) -> list[Extent]:
-    """Where the bytes of rows lie: the inner chunks of each array's one file, by its own index."""
-    found: list[Extent] = []
+    """Extents of the chunks that hold `rows`, from the index of each array's only file."""
+    extents: list[Extent] = []
     starts = np.concatenate([[0], np.cumsum(store.lengths)])
     for entry in store.manifest.shards:
         here = rows[(rows >= entry.first_row) & (rows < entry.first_row + entry.passages)]
@@ -176,23 +176,23 @@ def chunks(path: Path, store: MemoryStore, rows: np.ndarray) -> list[Extent]:
         identity = store.manifest.identity
         for name in codecs.get(identity.codec).array_specs(identity.emb_dim):
             array = path / shard_folder(entry.name) / name / "c"
-            (file,) = (one for one in array.rglob("*") if one.is_file())
+            (file,) = (path for path in array.rglob("*") if path.is_file())
             count = -(-entry.tokens // LAYOUT.chunk_tokens)
             # The index is at the end: first byte and size of each chunk, then its checksum.
             index = np.fromfile(file, "<u8", 2 * count, offset=file.stat().st_size - 16 * count - 4)
             for begin, size in sorted(index.reshape(-1, 2)[sorted(wanted)].tolist()):
-                if found and found[-1][0] == file and sum(found[-1][1:]) == begin:
-                    # Neighbours are read as one.
-                    _, begin, before = found.pop()
+                if extents and extents[-1][0] == file and sum(extents[-1][1:]) == begin:
+                    # Merge adjacent chunks.
+                    _, begin, before = extents.pop()
                     size += before
-                found.append((file, begin, size))
-    return found
+                extents.append((file, begin, size))
+    return extents
 
 
 def _read_mapped(extents: Sequence[Sequence[Extent]]) -> None:
     maps: dict[Path, np.memmap] = {}
-    for some in extents:
-        for file, begin, size in some:
+    for batch in extents:
+        for file, begin, size in batch:
             if file not in maps:
                 maps[file] = np.memmap(file, np.uint8, "r")
             np.array(maps[file][begin : begin + size])
@@ -200,7 +200,8 @@ def _read_mapped(extents: Sequence[Sequence[Extent]]) -> None:
 
 def _read_threaded(extents: Sequence[Sequence[Extent]]) -> None:
     opened = {
-        file: os.open(file, os.O_RDONLY) for file in {one[0] for some in extents for one in some}
+        file: os.open(file, os.O_RDONLY)
+        for file in {extent[0] for batch in extents for extent in batch}
     }
 
     def read(part: Sequence[Extent]) -> None:
@@ -209,15 +210,15 @@ def _read_threaded(extents: Sequence[Sequence[Extent]]) -> None:
 
     try:
         with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-            for some in extents:
-                list(pool.map(read, (some[i::THREADS] for i in range(THREADS))))
+            for batch in extents:
+                list(pool.map(read, (batch[i::THREADS] for i in range(THREADS))))
     finally:
         for descriptor in opened.values():
             os.close(descriptor)
 
 
 def _drop(files: Sequence[Path]) -> None:
-    """Out of the page cache; what has not been written back would stay in it."""
+    """Drops files from the page cache, after writing them back."""
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)

@@ -1,9 +1,9 @@
-"""A memory of many synthetic passages by a tiny encoder: does RAM stay flat, and time in proportion?
+"""RAM and time of a build with many synthetic passages and a tiny encoder.
 
     python -m benchmarks.memory_scale --passages N [--folder DIR] [--json OUT]
 
-Tokens are made up when they are asked for, so that nothing but the build itself holds RAM. Prints
-seconds and the process's resident memory after each tenth, files, bytes, and how long opening takes.
+Tokens are computed on demand, so that only the build itself takes RAM. Prints seconds and resident
+memory after each tenth, the number and bytes of files, and the time to open the store.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.memory import MadeUpPassages
+from benchmarks.memory import SyntheticPassages
 from glimmer_jax.memory import build, encoding
 from glimmer_jax.memory.encoding import MemoryEncoder
 from glimmer_jax.memory.manifest import EncodeProgram, Identity, Layout
@@ -32,21 +32,21 @@ LAYOUT = Layout(shard_passages=8192, chunk_tokens=64)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Builds, opens, and prints what it took."""
+    """Builds and opens the memory, and prints the measurements."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--passages", type=int, default=1_000_000)
     parser.add_argument("--folder", type=Path, help="default: a temporary one")
     parser.add_argument("--json", type=Path, metavar="OUT")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
-        found = measure(args.passages, args.folder or Path(temporary) / "memory")
-    print(json.dumps(found, indent=1))
+        result = measure(args.passages, args.folder or Path(temporary) / "memory")
+    print(json.dumps(result, indent=1))
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def measure(count: int, path: Path) -> dict[str, Any]:
-    """Builds the memory of `count` passages at `path`, and opens it."""
+    """Builds a memory of `count` passages at `path` and opens it."""
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     table = jnp.asarray(np.random.default_rng(0).normal(size=(92, EMB_DIM)), jnp.float32)
     encode = encoding.bind_encoder(
@@ -72,25 +72,25 @@ def measure(count: int, path: Path) -> dict[str, Any]:
     )
     report = build.build_memory(
         encoder,
-        MadeUpPassages(count, 8, MAX_LENGTH),
+        SyntheticPassages(count, 8, MAX_LENGTH),
         path,
         passages_fingerprint="sha256:synthetic",
         config=build.BuildConfig(LAYOUT),
     )
-    made = report.manifest
-    assert made is not None
+    manifest = report.manifest
+    assert manifest is not None
     opening = time.monotonic()
     store = MemoryStore.open(path)
     opened = time.monotonic() - opening
     store.read(np.arange(0, count, max(count // 64, 1)), MAX_LENGTH)
     files = [file for file in path.rglob("*") if file.is_file()]
-    real = made.num_tokens * EMB_DIM * 2
+    payload = manifest.num_tokens * EMB_DIM * 2
     arrays = sum(
         file.stat().st_size for file in path.glob("shards/*/states/**/*") if file.is_file()
     )
     return {
         "passages": count,
-        "tokens": made.num_tokens,
+        "tokens": manifest.num_tokens,
         "seconds": round(report.seconds, 1),
         "passages_per_s": round(report.passages_per_s, 1),
         "padding": round(report.padding, 4),
@@ -98,7 +98,7 @@ def measure(count: int, path: Path) -> dict[str, Any]:
         "peak_resident_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "files": len(files),
         "bytes": sum(file.stat().st_size for file in files),
-        "states_over_real_tokens": round(arrays / real, 4),
+        "states_over_real_tokens": round(arrays / payload, 4),
         "opened_in_s": round(opened, 2),
     }
 

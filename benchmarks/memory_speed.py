@@ -1,10 +1,10 @@
-"""The build of a memory against its encoder alone: what do reading, packing and writing cost?
+"""Speed of a memory build relative to its encoder: the cost of reading, packing and writing.
 
     python -m benchmarks.memory_speed [--codecs bf16,int8,pq] [--folder /dev/shm] [--json OUT]
 
-The same batches of passages go through the encoder alone (results stay on the device), with and
-without the codec, and through the whole job into `--folder`, by turns. Random weights and tokens;
-passages have different lengths, sorted into batches as the job does it.
+Interleaves three measurements of the same batches: the encoder without the codec, the encoder with
+the codec (results stay on the device), and the complete job into `--folder`. Weights and tokens are
+random. Passages have different lengths and are batched as in the job.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.memory import MadeUpPassages
+from benchmarks.memory import SyntheticPassages
 from benchmarks.setting import SIZES
 from glimmer_jax.memory import encoding
 from glimmer_jax.memory.build import BuildConfig, build_memory
@@ -32,22 +32,22 @@ from glimmer_jax.models.t5 import T5Config
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 
 LENGTH = 256  # P
-# T5 v1.1 small, whose encoder is quick enough for two cores, beside the sizes of the other benchmarks.
+# T5 v1.1 small, fast enough for two cores, in addition to the sizes of the other benchmarks.
 _SMALL = dict(vocab_size=32128, emb_dim=512, num_heads=6, head_dim=64, mlp_dim=1024)
 _SIZES = {**SIZES, "small": dict(_SMALL, num_encoder_layers=8, num_decoder_layers=8)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints a row for each codec."""
+    """Prints a row per codec."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--codecs", default="bf16,int8,pq")
     parser.add_argument("--size", default="small", choices=sorted(_SIZES))
-    parser.add_argument("--passages", type=int, default=256, help="a round")
+    parser.add_argument("--passages", type=int, default=256, help="per round")
     parser.add_argument("--shard_passages", type=int, default=64)
-    parser.add_argument("--rows", type=int, default=16, help="passages a device encodes at once")
+    parser.add_argument("--rows", type=int, default=16, help="passages per batch of a device")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--folder", type=Path, help="a sink; default: the system's temporary folder"
+        "--folder", type=Path, help="output; default: the system's temporary folder"
     )
     parser.add_argument("--json", type=Path, metavar="OUT")
     args = parser.parse_args(argv)
@@ -64,8 +64,8 @@ def measure(codec: str, args: argparse.Namespace) -> dict[str, Any]:
 
     Returns:
       `{codec, size, states_tokens_per_s, encode_tokens_per_s, job_tokens_per_s, of_states, of_encode,
-      padding, mb_per_s}`; `states` is layers [0, M), `encode` those and the codec, and `of_` is the
-      median over rounds of the job's speed against theirs in the same round.
+      padding, mb_per_s}`. `states` is layers [0, M), `encode` includes the codec. `of_` is the median
+      over rounds of the job's speed relative to theirs in the same round.
     """
     sizes = _SIZES[args.size]
     # A third of the layers live, as in the other benchmarks.
@@ -88,16 +88,16 @@ def measure(codec: str, args: argparse.Namespace) -> dict[str, Any]:
         codebooks=params.get("memory_codebooks"),
     )
     states = encoding.bind_states(model.memory_states, params, mesh)
-    passages = MadeUpPassages(args.passages, 100, LENGTH)
+    passages = SyntheticPassages(args.passages, 100, LENGTH)
     for bucket in buckets:
         empty = np.zeros((args.rows, bucket), np.int32)
         jax.block_until_ready((states(empty), encoder.encode(empty)))
 
     layout = Layout(args.shard_passages, chunk_tokens=64)
-    every: dict[str, list[float]] = {"states": [], "encode": [], "job": []}
+    seconds: dict[str, list[float]] = {"states": [], "encode": [], "job": []}
     for _ in range(args.rounds):
-        every["states"].append(_alone(states, passages, encoder, layout))
-        every["encode"].append(_alone(encoder.encode, passages, encoder, layout))
+        seconds["states"].append(_alone(states, passages, encoder, layout))
+        seconds["encode"].append(_alone(encoder.encode, passages, encoder, layout))
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             report = build_memory(
                 encoder,
@@ -106,38 +106,38 @@ def measure(codec: str, args: argparse.Namespace) -> dict[str, Any]:
                 passages_fingerprint="sha256:random",
                 config=BuildConfig(layout),
             )
-        every["job"].append(report.seconds)
+        seconds["job"].append(report.seconds)
     assert report.manifest is not None
     tokens, size = report.manifest.num_tokens, report.manifest.num_bytes
-    rate = {f"{name}_tokens_per_s": tokens / statistics.median(x) for name, x in every.items()}
-    against = {
-        f"of_{name}": statistics.median(np.divide(every[name], every["job"]).tolist())
+    rate = {f"{name}_tokens_per_s": tokens / statistics.median(x) for name, x in seconds.items()}
+    relative = {
+        f"of_{name}": statistics.median(np.divide(seconds[name], seconds["job"]).tolist())
         for name in ("states", "encode")
     }
     return {
         "codec": codec,
         "size": args.size,
         **{name: round(x, 1) for name, x in rate.items()},
-        **{name: round(x, 3) for name, x in against.items()},
+        **{name: round(x, 3) for name, x in relative.items()},
         "padding": round(report.padding, 3),
-        "mb_per_s": round(size / statistics.median(every["job"]) / 1e6, 2),
+        "mb_per_s": round(size / statistics.median(seconds["job"]) / 1e6, 2),
     }
 
 
 def _alone(
     encode: Callable[[np.ndarray], Any],
-    passages: MadeUpPassages,
+    passages: SyntheticPassages,
     encoder: MemoryEncoder,
     layout: Layout,
 ) -> float:
-    """Seconds for the batches of the job, the next always under way while one is waited for."""
+    """Seconds for the job's batches, with one batch in flight."""
     work = []
     for start in range(0, len(passages), layout.shard_passages):
         rows = np.arange(start, min(start + layout.shard_passages, len(passages)))
         tokens, lengths = passages.tokens(rows, LENGTH), passages.lengths(rows)
         for group in encoding.groups(lengths, encoder.program.rows, encoder.program.buckets):
-            some = tokens[group.positions, : group.bucket]
-            work.append(encoding.padded(some, encoder.program.rows))
+            batch = tokens[group.positions, : group.bucket]
+            work.append(encoding.padded(batch, encoder.program.rows))
     running: deque[Any] = deque()
     began = time.monotonic()
     for batch in work:

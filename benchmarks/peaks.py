@@ -1,23 +1,22 @@
-"""What the device reaches at its best, measured: the rate of matrix products, and of reading memory.
+"""Measured peak rates of a device: matrix products and memory reads, per framework.
 
-Each framework is held against its own: both are the best of several tries, since whoever else is at
-work only makes them slower.
+Each rate is the best of several trials, since other processes only slow it down.
 """
 
 import time
 from collections.abc import Callable
 from typing import Any
 
-TRIES = 5
+TRIALS = 5
 SIDE = {True: 2048, False: 8192}  # of the square matrices, on a CPU and elsewhere
-BYTES = 256 << 20  # read, more than any cache holds
+BYTES = 256 << 20  # read, more than any cache
 
 
 def best_seconds(run: Callable[[], Any]) -> float:
-    """Of `run`, after one that does not count."""
+    """The fastest of several runs, after a warm-up."""
     run()
     times = []
-    for _ in range(TRIES):
+    for _ in range(TRIALS):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
@@ -25,7 +24,7 @@ def best_seconds(run: Callable[[], Any]) -> float:
 
 
 def jax_peaks(dtype: str) -> dict[str, float]:
-    """FLOPs a second with operands in `dtype` and float32 results (a GPU: in `dtype`), bytes a second."""
+    """FLOPs and bytes per second; operands in `dtype`, results in float32 (on a GPU in `dtype`)."""
     import jax
     import jax.numpy as jnp
 
@@ -45,7 +44,7 @@ def jax_peaks(dtype: str) -> dict[str, float]:
 
 
 def torch_peaks(dtype: str, device: str) -> dict[str, float]:
-    """The same of PyTorch, results in `dtype`."""
+    """`jax_peaks` for PyTorch, with results in `dtype`."""
     import torch
 
     on_cpu = device == "cpu"
@@ -72,8 +71,8 @@ def _rates(side: int, multiplied: float, read_bytes: int, read: float) -> dict[s
     }
 
 
-def floor_seconds(flops: int, decoder_bytes: int, answer: int, peaks: dict[str, float]) -> float:
-    """All products at the peak rate, and the decoder's weights read once for each answer token."""
+def bound_seconds(flops: int, decoder_bytes: int, answer: int, peaks: dict[str, float]) -> float:
+    """Lower bound: all products at peak rate, plus one read of the decoder's weights per token."""
     return (
         flops / peaks["peak_flops_per_second"]
         + answer * decoder_bytes / peaks["peak_bytes_per_second"]

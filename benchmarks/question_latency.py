@@ -1,10 +1,10 @@
-"""How long a question takes: PyTorch's T5 used FiD's way, and our FiD, LUMEN and GLIMMER, in one run.
+"""Latency of a question: PyTorch's T5 used as FiD, and our FiD, LUMEN and GLIMMER, in one run.
 
     python -m benchmarks.question_latency --json latency.json
 
-T5-base, one question of 32 tokens with 10, 20 and 40 passages of 224, 16 answer tokens, greedy, two
-threads, random weights. On a GPU, where JAX and PyTorch see one, the same in bfloat16 alone. Every
-system and dtype is a process of its own; see `timing` for how they take turns.
+T5-base, one question of 32 tokens with 10, 20 and 40 passages of 224 tokens, 16 answer tokens, greedy,
+two threads, random weights. On a GPU only bfloat16 is measured. Every system and dtype runs in its
+own process; `timing` interleaves them.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 workers.append(Worker(system, dtype, setting))
         for passages in setting.passages:
             rows += measure(workers, passages, args.runs, lambda line: print(line, flush=True))
-            # After each size, so that a run that is cut off leaves what it has.
+            # After each size, so that an interrupted run keeps its results.
             args.json.write_text(json.dumps(rows, indent=1) + "\n")
             print(render(rows), flush=True)
     finally:
@@ -49,12 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _default_dtypes() -> Sequence[str]:
-    # Another process is asked: this one holds no device.
+    # In another process, so that this one does not occupy the device.
     code = "import jax; print(jax.default_backend())"
-    asked = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True
     )
-    return DTYPES if asked.stdout.strip() == "cpu" else ("bfloat16",)
+    return DTYPES if result.stdout.strip() == "cpu" else ("bfloat16",)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -62,18 +62,20 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.question_latency", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--json", type=pathlib.Path, required=True, help="where the rows go")
+    parser.add_argument("--json", type=pathlib.Path, required=True, help="output")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
     parser.add_argument(
         "--dtypes", nargs="+", choices=DTYPES, help="default: both; a GPU: bfloat16"
     )
-    parser.add_argument("--runs", type=int, default=5, help="undisturbed ones wanted of each")
-    parser.add_argument("--size", default=default.size, help="base; tiny is for tests")
+    parser.add_argument("--runs", type=int, default=5, help="undisturbed runs per row")
+    parser.add_argument("--size", default=default.size, help="base, or tiny for tests")
     parser.add_argument("--question", type=int, default=default.question, help="tokens")
     parser.add_argument("--passage", type=int, default=default.passage, help="tokens")
     parser.add_argument("--answer", type=int, default=default.answer, help="tokens")
     parser.add_argument("--passages", type=int, nargs="+", default=default.passages)
-    parser.add_argument("--kept", type=int, default=default.kept, help="passages GLIMMER reads")
+    parser.add_argument(
+        "--kept", type=int, default=default.kept, help="passages that GLIMMER keeps"
+    )
     parser.add_argument("--threads", type=int, default=default.threads)
     return parser.parse_args(arguments)
 

@@ -1,4 +1,4 @@
-"""Held-out questions of the built-in tasks, asked of one model after another, and compared."""
+"""Paired comparison of models on held-out questions of the built-in tasks."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ LENGTHS: dict[str, Any] = {"inputs": 36, "targets": 32, "passages": (10, 80)}
 
 
 def write_data(data: Path) -> None:
-    """The built-in corpus and its questions with passages, where they are not there."""
+    """Writes the built-in corpus and its questions with passages, if missing."""
     if not (data / "passages").exists():
         glimmer(
             "passages",
@@ -34,7 +34,7 @@ def write_data(data: Path) -> None:
 
 
 class Questions:
-    """Held-out questions of the built-in tasks, and how a model does on each."""
+    """Held-out questions of the built-in tasks."""
 
     def __init__(self, data: Path, num_examples: int):
         from glimmer_jax.data import pipeline, retrieved_tasks
@@ -44,7 +44,7 @@ class Questions:
         self._data, self._count = data, num_examples
 
     def ask(self, model: GlimmerModel, params: Any, passages: Passages) -> list[dict[str, Any]]:
-        """`{"task", "page", "match", "log_likelihood", "tokens"}` of each question, in order."""
+        """Answers all questions: `{"task", "page", "match", "log_likelihood", "tokens"}` of each."""
         from glimmer_jax.data.evaluation import Evaluation
         from glimmer_jax.metrics import qa
         from glimmer_jax.storage.json_lines import read_json_lines
@@ -53,16 +53,16 @@ class Questions:
         answer, score = jax.jit(model.predict_batch_with_aux), jax.jit(model.score_batch)
 
         def predict(batch: dict[str, Any]) -> Any:
-            given = {name: x for name, x in batch.items() if name != "passage_ids"}
-            tokens, aux = answer(params, given)
+            inputs = {name: x for name, x in batch.items() if name != "passage_ids"}
+            tokens, aux = answer(params, inputs)
             counts = batch["decoder_loss_weights"].sum(-1)
-            # In the order of the examples; the rows that fill up the last batch come after them.
-            scored.extend(zip(np.asarray(score(params, given)), counts, strict=True))
+            # In the order of the examples, followed by the padding rows of the last batch.
+            scored.extend(zip(np.asarray(score(params, inputs)), counts, strict=True))
             if "gold_passages" in batch:
                 aux = {**aux, "gold_passages": batch["gold_passages"]}
             return tokens, aux
 
-        found = []
+        results = []
         for task in TASKS:
             scored.clear()
             dev = Evaluation(
@@ -71,14 +71,14 @@ class Questions:
             dev.run(predict)
             (records,) = dev.predictions().values()
             gold = {
-                str(one["id"]): one
-                for _, one in read_json_lines(self._data / "retrieved" / f"{task}-test.jsonl")
+                str(question["id"]): question
+                for _, question in read_json_lines(self._data / "retrieved" / f"{task}-test.jsonl")
             }
             for record, (value, count) in zip(records, scored[: len(records)], strict=True):
-                one = gold[record["id"]]
-                answers = [output["answer"] for output in one["output"] if "answer" in output]
-                pages = [p for output in one["output"] for p in output.get("provenance", [])]
-                found.append(
+                outputs = gold[record["id"]]["output"]
+                answers = [output["answer"] for output in outputs if "answer" in output]
+                pages = [p for output in outputs for p in output.get("provenance", [])]
+                results.append(
                     {
                         "task": task,
                         "page": str(pages[0]["wikipedia_id"]) if pages else record["id"],
@@ -87,32 +87,32 @@ class Questions:
                         "tokens": float(count),
                     }
                 )
-        return found
+        return results
 
 
-def compare(found: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> dict[str, Any]:
-    """Exact match and nats a token that are lost against the baseline, with paired intervals."""
+def compare(results: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> dict[str, Any]:
+    """Exact match and nats per token relative to the baseline, with paired intervals."""
     from glimmer_jax.metrics.qa import paired_bootstrap
 
-    pages = [one["page"] for one in found]
-    tokens = np.mean([one["tokens"] for one in found])
+    pages = [result["page"] for result in results]
+    tokens = np.mean([result["tokens"] for result in results])
 
     def nats(rows: list[dict[str, Any]]) -> list[float]:
-        # Of a question, in units that average to nats a token over all tokens.
-        return [-one["log_likelihood"] / tokens for one in rows]
+        # Per question, normalised so that the mean is nats per token over all tokens.
+        return [-row["log_likelihood"] / tokens for row in rows]
 
-    mine, theirs = ([one["match"] for one in rows] for rows in (found, baseline))
-    result: dict[str, Any] = {
-        "exact_match": paired_bootstrap(mine, theirs, groups=pages),
-        "nats_per_token": paired_bootstrap(nats(found), nats(baseline), groups=pages),
+    matches, expected = ([row["match"] for row in rows] for rows in (results, baseline))
+    comparison: dict[str, Any] = {
+        "exact_match": paired_bootstrap(matches, expected, groups=pages),
+        "nats_per_token": paired_bootstrap(nats(results), nats(baseline), groups=pages),
     }
-    result["tasks"] = {
-        task: float(np.mean([one["match"] for one in found if one["task"] == task]))
+    comparison["tasks"] = {
+        task: float(np.mean([row["match"] for row in results if row["task"] == task]))
         for task in TASKS
     }
-    return result
+    return comparison
 
 
-def interval(one: dict[str, float]) -> str:
+def interval(x: dict[str, float]) -> str:
     """Two cells of a table: the value, and its difference from the baseline with the interval."""
-    return f"{one['a']:.3f} | {one['difference']:+.4f} ({one['low']:+.4f} to {one['high']:+.4f})"
+    return f"{x['a']:.3f} | {x['difference']:+.4f} ({x['low']:+.4f} to {x['high']:+.4f})"

@@ -1,4 +1,4 @@
-"""What is compared: one T5, the shape of a question, and the five systems."""
+"""The benchmark's T5, the shape of a question, and the five systems."""
 
 import dataclasses
 from typing import Any
@@ -19,7 +19,7 @@ SIZES: dict[str, dict[str, Any]] = {
         num_encoder_layers=12,
         num_decoder_layers=12,
     ),
-    # For tests: every part is there.
+    # For tests, with all parts of the model.
     "tiny": dict(
         vocab_size=64,
         emb_dim=16,
@@ -30,18 +30,18 @@ SIZES: dict[str, dict[str, Any]] = {
         num_decoder_layers=6,
     ),
 }
-ALPHA, BETA = 1 / 3, 1 / 4  # GLIMMER (arXiv 2306.10231): live layers, and those of them that rerank
+ALPHA, BETA = 1 / 3, 1 / 4  # GLIMMER (arXiv 2306.10231): proportions of live and reranking layers
 FIDO: dict[str, Any] = dict(cross_attention_period=6, decoder_kv_heads=1)  # arXiv 2212.08153
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Lengths in tokens; one question at a time, every slot full."""
+    """Lengths in tokens; one question at a time, without padding."""
 
     size: str = "base"
     question: int = 32
     passage: int = 224
-    answer: int = 16  # always all of them: no token ends an answer
+    answer: int = 16  # always in full: no token ends an answer
     passages: tuple[int, ...] = (10, 20, 40)
     kept: int = 5
     threads: int = 2
@@ -52,16 +52,16 @@ class Setting:
             raise ValueError(f"size must be one of {', '.join(SIZES)}; got {self.size!r}.")
         lengths = (self.question, self.passage, self.answer, self.kept, self.threads)
         if not self.passages or min(*self.passages, *lengths) < 1:
-            raise ValueError(f"Lengths and numbers must be at least 1: {self}.")
+            raise ValueError(f"Lengths and counts must be at least 1, got {self}.")
         if self.kept > self.passages[0]:
             raise ValueError(
-                f"{self.kept} passages cannot be kept of {self.passages[0]}: give more with "
-                "--passages, or a smaller --kept."
+                f"--kept={self.kept} exceeds --passages {self.passages[0]}. Use more passages or a "
+                "smaller --kept."
             )
 
 
 def t5_config(setting: Setting, dtype: str, on_cpu: bool, **decoder: Any) -> T5Config:
-    """The T5 in `dtype`; on a CPU bfloat16 is that of the operands of products, results float32."""
+    """The T5 in `dtype`; on a CPU bfloat16 applies only to the operands of projections."""
     sizes = SIZES[setting.size]
     if dtype == "float32":
         return T5Config(**sizes, **decoder)

@@ -15,16 +15,18 @@ HEAD = (
 
 
 def render(rows: Sequence[Row]) -> str:
-    """A table for each number of passages, in the order of the rows."""
+    """One table per number of passages, in the order of the rows."""
     tables = []
     for passages in sorted({row["passages"] for row in rows}):
-        some = [row for row in rows if row["passages"] == passages]
+        selected = [row for row in rows if row["passages"] == passages]
         base = {
-            row["dtype"]: row["median_seconds"] for row in some if row["system"] == "pytorch_fid"
+            row["dtype"]: row["median_seconds"]
+            for row in selected
+            if row["system"] == "pytorch_fid"
         }
         lines = [f"**{passages} passages**", "", _line(HEAD), _line(["---"] * len(HEAD))]
-        lines += [_line(_cells(row, base)) for row in some]
-        lines += ["", *_variants(some)]
+        lines += [_line(_cells(row, base)) for row in selected]
+        lines += ["", *_variants(selected)]
         tables.append("\n".join(lines).rstrip())
     return "\n\n".join(tables)
 
@@ -42,7 +44,7 @@ def _cells(row: Row, base: dict[str, float]) -> list[str]:
         f"{row['peak_bytes'] / 1e9:.2f}",
         *ratios,
         f"{rate:.2f}",
-        f"{row['floor_seconds'] / seconds:.2f}",
+        f"{row['bound_seconds'] / seconds:.2f}",
         runs if row["undisturbed_runs"] else f"{runs}, disturbed",
     ]
 

@@ -1,7 +1,7 @@
-"""Systems side by side: each round asks every one for an answer, one after the other.
+"""Interleaved measurement: each round runs every system once.
 
-What the machine does meanwhile then strikes all of them alike. A run that had to share the cores
-with somebody is thrown away and made again in a later round.
+Load from other processes thus affects all systems equally. A run that shared the cores with other
+processes is discarded and repeated in a later round.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from typing import Any
 
 from benchmarks.setting import Setting
 
-LEAST_SHARE = 0.9  # of the work of all cores during a run
-ROUNDS_FOR_ONE = 4  # rounds at most, for each run that is wanted
+MIN_CPU_SHARE = 0.9  # of the work of all cores during a run
+MAX_ROUNDS_PER_RUN = 4
 
 
 class Worker:
@@ -30,14 +30,14 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            # All of them share the device: none may take its memory before it needs it.
+            # The processes share the device, so that none may preallocate its memory.
             env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
         )
         self._answer()
 
-    def ask(self, do: str, passages: int) -> dict[str, Any]:
+    def request(self, action: str, passages: int) -> dict[str, Any]:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"do": do, "passages": passages}) + "\n")
+        self._process.stdin.write(json.dumps({"action": action, "passages": passages}) + "\n")
         self._process.stdin.flush()
         return self._answer()
 
@@ -48,8 +48,7 @@ class Worker:
             self.close()
             code = self._process.returncode
             raise RuntimeError(
-                f"The process of {self.system} in {self.dtype} ended with {code}; its last words "
-                "are above."
+                f"The process of {self.system} in {self.dtype} ended with {code}; its output is above."
             )
         return json.loads(line)
 
@@ -61,59 +60,59 @@ class Worker:
 
 
 def measure(
-    workers: Sequence[Worker], passages: int, runs: int, say: Callable[[str], None]
+    workers: Sequence[Worker], passages: int, runs: int, log: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """A row for each worker, all with `runs` runs of their own, or flagged.
+    """One row per worker, over `runs` undisturbed runs.
 
     Returns:
-      `{system, dtype, passages, median_seconds, ...}`; `undisturbed_runs` is less than `runs` where the
-      machine was never quiet for long enough; where it is 0, the medians are over the least disturbed.
+      `{system, dtype, passages, median_seconds, ...}`; `undisturbed_runs` is less than `runs` if the
+      machine was too busy. If it is 0, the medians are over the least disturbed runs.
     """
     prepared = []
     for worker in workers:
-        prepared.append(worker.ask("prepare", passages))
-        say(f"  {worker.system} {worker.dtype} is ready for {passages} passages")
+        prepared.append(worker.request("prepare", passages))
+        log(f"  {worker.system} {worker.dtype} is ready for {passages} passages")
     if len({ready["device"] == "cpu" for ready in prepared}) > 1:
         devices = {
             f"{w.system}: {ready['device']}" for w, ready in zip(workers, prepared, strict=True)
         }
         raise RuntimeError(
-            f"JAX and PyTorch work on different kinds of device ({', '.join(sorted(devices))}), which is "
-            "no comparison. Install both for the same one, or leave some out with --systems."
+            f"JAX and PyTorch run on different kinds of device ({', '.join(sorted(devices))}) and cannot "
+            "be compared. Install both for the same device, or select systems with --systems."
         )
-    made: list[list[dict[str, Any]]] = [[] for _ in workers]
-    for _ in range(runs * ROUNDS_FOR_ONE):
-        missing = [i for i, done in enumerate(made) if len(_quiet(done)) < runs]
+    results: list[list[dict[str, Any]]] = [[] for _ in workers]
+    for _ in range(runs * MAX_ROUNDS_PER_RUN):
+        missing = [i for i, done in enumerate(results) if len(_undisturbed(done)) < runs]
         if not missing:
             break
         for i in missing:
-            made[i].append(workers[i].ask("answer", passages))
+            results[i].append(workers[i].request("answer", passages))
     return [
         _row(worker, passages, ready, done, runs)
-        for worker, ready, done in zip(workers, prepared, made, strict=True)
+        for worker, ready, done in zip(workers, prepared, results, strict=True)
     ]
 
 
-def _quiet(done: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [one for one in done if one["cpu_share"] >= LEAST_SHARE]
+def _undisturbed(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [run for run in runs if run["cpu_share"] >= MIN_CPU_SHARE]
 
 
 def _row(
     worker: Worker, passages: int, ready: dict[str, Any], done: list[dict[str, Any]], runs: int
 ) -> dict[str, Any]:
-    quiet = _quiet(done)
-    best = sorted(done, key=lambda one: -one["cpu_share"])[:runs]
-    used = quiet or best
+    undisturbed = _undisturbed(done)
+    best = sorted(done, key=lambda run: -run["cpu_share"])[:runs]
+    used = undisturbed or best
     return {
         "system": worker.system,
         "dtype": worker.dtype,
         "passages": passages,
-        "median_seconds": statistics.median(one["seconds"] for one in used),
-        "peak_bytes": max(one["peak_bytes"] for one in used),
-        "undisturbed_runs": len(quiet),
+        "median_seconds": statistics.median(run["seconds"] for run in used),
+        "peak_bytes": max(run["peak_bytes"] for run in used),
+        "undisturbed_runs": len(undisturbed),
         "discarded_runs": len(done) - len(used),
-        "seconds": [round(one["seconds"], 4) for one in used],
-        "cpu_seconds": statistics.median(one["cpu_seconds"] for one in used),
-        "cpu_share": min(one["cpu_share"] for one in used),
+        "seconds": [round(run["seconds"], 4) for run in used],
+        "cpu_seconds": statistics.median(run["cpu_seconds"] for run in used),
+        "cpu_share": min(run["cpu_share"] for run in used),
         **ready,
     }

@@ -1,6 +1,6 @@
-"""Hugging Face's T5 in PyTorch, used FiD's way: passages encoded one by one, read together.
+"""Hugging Face's T5 in PyTorch, used as FiD: passages are encoded separately and decoded together.
 
-Given its best: whichever of two attentions and three ways to generate is fastest at each size.
+Uses the fastest of two attention and three generation variants at each size.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from glimmer_jax.weights.huggingface_names import write_config
 
 ATTENTION = ("eager", "sdpa")
 GENERATION = ("generate", "loop_dynamic_cache", "loop_static_cache")
-TRIALS = 2  # of each variant, the faster counts
+TRIALS = 2  # per variant; the faster counts
 
 
 class TorchFid:
@@ -35,7 +35,7 @@ class TorchFid:
         t5 = t5_config(setting, "float32", on_cpu=True)
         config = transformers.T5Config.from_dict(write_config(t5))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # theirs
+            warnings.simplefilter("ignore")  # from transformers
             model = transformers.T5ForConditionalGeneration(config)
         self._model = model.eval().to(self.device, getattr(torch, dtype))
         self._vocab_size = t5.vocab_size
@@ -50,16 +50,16 @@ class TorchFid:
         }
 
     def close(self) -> None:
-        """Nothing lies on disk."""
+        """Nothing to clean up."""
 
     def batch(self, passages: int) -> Any:
-        """int64 `[K, Q + P]`, question and passage together."""
+        """int64 `[K, Q + P]`, question and passage concatenated."""
         length = self.setting.question + self.setting.passage
         tokens = self._random.integers(2, self._vocab_size, (passages, length))
         return self._torch.tensor(tokens, device=self.device)
 
     def prepare(self, passages: int) -> None:
-        """Tries all variants, and keeps to the fastest."""
+        """Tries all variants and selects the fastest."""
         seconds = {}
         for variant in itertools.product(ATTENTION, GENERATION):
             self.run(passages, *variant)
@@ -80,7 +80,7 @@ class TorchFid:
         return self.run(passages, *self._best[passages])
 
     def run(self, passages: int, attention: str, generation: str) -> np.ndarray:
-        """One question, one way."""
+        """Answers one question with the given variant."""
         torch, model = self._torch, self._model
         for config in (model.config, model.encoder.config, model.decoder.config):
             config._attn_implementation = attention
@@ -95,14 +95,14 @@ class TorchFid:
     def _generate(self, states: Any, mask: Any) -> Any:
         length = self.setting.answer
         encoded = self._transformers.modeling_outputs.BaseModelOutput(last_hidden_state=states)
-        made = self._model.generate(
+        tokens = self._model.generate(
             encoder_outputs=encoded,
             attention_mask=mask,
             do_sample=False,
             min_new_tokens=length,
             max_new_tokens=length,
         )
-        return made[:, 1:]
+        return tokens[:, 1:]
 
     def _loop_dynamic_cache(self, states: Any, mask: Any) -> Any:
         return self._loop(states, mask, self._transformers.DynamicCache())
@@ -132,7 +132,7 @@ class TorchFid:
     def flops(self, passages: int) -> int:
         from torch.utils.flop_counter import FlopCounterMode
 
-        # Eager attention, whose products it knows on every device.
+        # The counter supports the products of eager attention on every device.
         with FlopCounterMode(display=False) as counter:
             self.run(passages, "eager", "loop_dynamic_cache")
         return int(counter.get_total_flops())
@@ -140,11 +140,11 @@ class TorchFid:
     def peaks(self) -> dict[str, float]:
         return peaks.torch_peaks(self._dtype, self.device)
 
-    def forget_peak(self) -> None:
-        """What was at most in use before an answer is not the answer's."""
+    def reset_peak(self) -> None:
+        """Starts a new measurement of peak memory."""
         if self.device == "cuda":
             self._torch.cuda.reset_peak_memory_stats()
 
     def peak_bytes(self) -> int | None:
-        """Of the device's memory; None on a CPU."""
+        """Peak device memory; None on a CPU."""
         return self._torch.cuda.max_memory_allocated() if self.device == "cuda" else None

@@ -1,6 +1,6 @@
-"""One system in a process of its own, which answers when it is told to: what is measured is alone in it.
+"""Runs one system in its own process, on request.
 
-Speaks lines of JSON: `{"do": "prepare" | "answer", "passages": K}` in, what was measured out.
+Reads lines of JSON, `{"action": "prepare" | "answer", "passages": K}`, and writes the measurements.
 """
 
 import contextlib
@@ -12,26 +12,26 @@ import sys
 import time
 from typing import Any
 
-from benchmarks.peaks import floor_seconds
+from benchmarks.peaks import bound_seconds
 from benchmarks.setting import Setting
 
 
 def main() -> None:
-    # Whatever libraries print goes elsewhere: the first descriptor carries the answers.
+    # Standard output carries the results; output of libraries goes to standard error.
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     system, dtype, setting = json.loads(sys.argv[1])
     setting = Setting(**setting)
     if hasattr(os, "sched_setaffinity"):
-        # XLA takes as many threads as there are cores that it may use.
+        # XLA uses as many threads as the process may use cores.
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[: setting.threads])
     with contextlib.closing(_load(system, dtype, setting)) as worker:
         channel.write(json.dumps({"ready": True}) + "\n")
         for line in sys.stdin:
-            asked = json.loads(line)
-            done = {"prepare": _prepare, "answer": _answer}[asked["do"]](worker, asked["passages"])
-            channel.write(json.dumps(done) + "\n")
+            request = json.loads(line)
+            action = {"prepare": _prepare, "answer": _answer}[request["action"]]
+            channel.write(json.dumps(action(worker, request["passages"])) + "\n")
 
 
 def _load(system: str, dtype: str, setting: Setting) -> Any:
@@ -47,13 +47,13 @@ def _load(system: str, dtype: str, setting: Setting) -> Any:
 def _prepare(worker: Any, passages: int) -> dict[str, Any]:
     worker.prepare(passages)
     flops, peaks = worker.flops(passages), worker.peaks()
-    floor = floor_seconds(flops, worker.decoder_bytes, worker.setting.answer, peaks)
-    return {"flops": flops, "floor_seconds": floor, **peaks, **worker.details}
+    bound = bound_seconds(flops, worker.decoder_bytes, worker.setting.answer, peaks)
+    return {"flops": flops, "bound_seconds": bound, **peaks, **worker.details}
 
 
 def _answer(worker: Any, passages: int) -> dict[str, Any]:
-    _forget_peak()
-    worker.forget_peak()
+    _reset_peak_rss()
+    worker.reset_peak()
     busy, cpu, start = _busy_seconds(), time.process_time(), time.perf_counter()
     tokens = worker.answer(passages)
     seconds = time.perf_counter() - start
@@ -62,7 +62,7 @@ def _answer(worker: Any, passages: int) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "cpu_seconds": cpu,
-        # Ours of all that the machine's cores did in the meantime; who works elsewhere leaves them idle.
+        # Of the work of all cores in the meantime. A GPU leaves them idle.
         "cpu_share": min(cpu / busy, 1.0) if busy > 0 and on_device is None else 1.0,
         "peak_bytes": _peak_rss() if on_device is None else on_device,
         "tokens": [int(token) for token in tokens],
@@ -70,7 +70,7 @@ def _answer(worker: Any, passages: int) -> dict[str, Any]:
 
 
 def _busy_seconds() -> float:
-    """Seconds that all cores have worked so far, for anybody; those taken by the host count."""
+    """Busy seconds of all cores so far, including time stolen by the host."""
     try:
         first = pathlib.Path("/proc/stat").read_text().splitlines()[0].split()
     except OSError:
@@ -79,13 +79,13 @@ def _busy_seconds() -> float:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def _forget_peak() -> None:
+def _reset_peak_rss() -> None:
     with contextlib.suppress(OSError):
         pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak_rss() -> int:
-    """Bytes of RAM at most since `_forget_peak`, weights included."""
+    """Peak RAM since `_reset_peak_rss`, in bytes, weights included."""
     with contextlib.suppress(OSError):
         for line in pathlib.Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -1,5 +1,6 @@
 """T5's multi-head attention: logits without 1/sqrt(C), plus a position bias."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +15,10 @@ from glimmer_jax.partitioning import constrain
 # Value of masked logits. Finite, so that a query without any key gives zeros, not NaN.
 MASKED = -1e30
 # Kernels of self-attention: `(query, key, value, key_mask, bias, keep) -> [..., N, H, C]`.
-FUSED = {"cudnn": cudnn_attention.attend, "tpu": tpu_attention.attend}
+FUSED: dict[str, Callable[..., jax.Array]] = {
+    "cudnn": cudnn_attention.attend,
+    "tpu": tpu_attention.attend,
+}
 # From this many keys on, a TPU pads a single query to two.
 MANY_KEYS = 128
 

@@ -11,7 +11,7 @@ from glimmer_jax.memory.store import MemoryStore
 
 def test_the_raw_readers_read_the_bytes_of_the_rows(tmp_path):
     path = tmp_path / "s"
-    memory_lookup._make(path, "bf16", passages=20, tokens=100, emb_dim=4)
+    memory_lookup._build(path, "bf16", passages=20, tokens=100, emb_dim=4)
     store = MemoryStore.open(path)
     rows = np.array([3, 4, 11])
     states, _ = store.read(rows, 100)

@@ -36,7 +36,7 @@ def test_the_script_writes_a_row_for_each_size_and_prints_them(tmp_path, capfd):
         assert row["median_seconds"] > 0 and row["cpu_seconds"] > 0
         # A process with JAX in it, and less than the machine has.
         assert 1e8 < row["peak_bytes"] < 1e11
-        assert row["floor_seconds"] > 0
+        assert row["bound_seconds"] > 0
     assert rows[1]["flops"] > rows[0]["flops"]
     assert "| glimmer | float32 |" in capfd.readouterr().out
 
@@ -84,7 +84,7 @@ def test_all_variants_of_pytorch_answer_alike_and_the_fastest_is_taken():
 
 
 class Scripted:
-    """A worker whose runs are given."""
+    """A worker with predefined runs."""
 
     system, dtype = "fid", "float32"
 
@@ -93,16 +93,16 @@ class Scripted:
         self.device = device
         self.runs = 0
 
-    def ask(self, do, passages):
-        if do == "prepare":
-            ready = {"flops": 10, "floor_seconds": 0.5, "peak_flops_per_second": 100.0}
+    def request(self, action, passages):
+        if action == "prepare":
+            ready = {"flops": 10, "bound_seconds": 0.5, "peak_flops_per_second": 100.0}
             return {**ready, "device": self.device}
         self.runs += 1
         share = next(self.shares)
         return {"seconds": 1 / share, "cpu_seconds": 1, "cpu_share": share, "peak_bytes": self.runs}
 
 
-def test_runs_that_shared_the_cores_are_discarded_and_made_again():
+def test_disturbed_runs_are_discarded_and_repeated():
     worker = Scripted([0.5, 1.0, 0.8, 1.0])
     (row,) = timing.measure([worker], 3, 2, lambda line: None)
     assert worker.runs == 4
@@ -110,7 +110,7 @@ def test_runs_that_shared_the_cores_are_discarded_and_made_again():
     assert (row["undisturbed_runs"], row["discarded_runs"]) == (2, 2)
 
 
-def test_a_machine_that_is_never_quiet_gives_its_least_disturbed_runs_and_says_so():
+def test_a_busy_machine_reports_its_least_disturbed_runs():
     worker = Scripted([0.5, 0.8, 0.25, 0.5])
     (row,) = timing.measure([worker], 3, 1, lambda line: None)
     assert row["median_seconds"] == 1 / 0.8 and row["undisturbed_runs"] == 0
@@ -119,13 +119,13 @@ def test_a_machine_that_is_never_quiet_gives_its_least_disturbed_runs_and_says_s
 
 def test_different_kinds_of_device_are_not_compared():
     workers = [Scripted([1.0]), Scripted([1.0], "NVIDIA")]
-    with pytest.raises(RuntimeError, match="different kinds of device .fid: NVIDIA, fid: cpu"):
+    with pytest.raises(RuntimeError, match="device.*NVIDIA.*cpu"):
         timing.measure(workers, 3, 1, lambda line: None)
     assert [worker.runs for worker in workers] == [0, 0]
 
 
 def test_tables_compare_with_pytorch_at_the_same_number_of_passages():
-    base = {"flops": 10, "floor_seconds": 0.5, "peak_flops_per_second": 100.0, "peak_bytes": 10**9}
+    base = {"flops": 10, "bound_seconds": 0.5, "peak_flops_per_second": 100.0, "peak_bytes": 10**9}
     base |= {"undisturbed_runs": 3, "discarded_runs": 0, "passages": 40}
     rows = [
         {**base, "system": "pytorch_fid", "dtype": "float32", "median_seconds": 8.0},
@@ -139,12 +139,12 @@ def test_tables_compare_with_pytorch_at_the_same_number_of_passages():
 
 
 def test_more_passages_kept_than_read_are_refused():
-    with pytest.raises(ValueError, match="num_kept.* 3 "):
+    with pytest.raises(ValueError, match="--kept.* 3"):
         Setting(passages=(3,), kept=5)
 
 
 def test_an_unknown_size_is_refused():
-    with pytest.raises(ValueError, match="size must be one of base, tiny; got 'huge'"):
+    with pytest.raises(ValueError, match="size.*base, tiny.*huge"):
         Setting(size="huge")
 
 
@@ -155,5 +155,5 @@ def test_no_passages_are_refused():
 
 def test_a_process_that_dies_is_named():
     broken = Setting("tiny", question=1, passage=1, answer=1, passages=(5,), kept=5, threads=1)
-    with pytest.raises(RuntimeError, match="The process of nonsense in float32 ended with 1"):
+    with pytest.raises(RuntimeError, match="nonsense.*float32.*1"):
         timing.Worker("nonsense", "float32", broken)

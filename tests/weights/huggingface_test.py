@@ -285,7 +285,12 @@ COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
 @pytest.mark.parametrize(
     ("config", "name"),
-    [(tiny.FID, COPIES[0]), (tiny.FID, COPIES[1]), (V1_0, COPIES[0]), (V1_0, "lm_head.weight")],
+    [
+        (tiny.FID, COPIES[0]),
+        (tiny.FID, COPIES[1]),
+        (tiny.V1_0, COPIES[0]),
+        (tiny.V1_0, "lm_head.weight"),
+    ],
 )
 def test_the_embedding_is_read_under_each_of_its_names(tmp_path, config, name):
     save(tmp_path, config)
@@ -334,6 +339,6 @@ def test_a_parameter_that_is_not_finite_is_named(folder):
 
 @pytest.mark.parametrize("version", ["4.57.0", "5.0.0", None])
 def test_a_tied_mt5_is_scaled_only_by_transformers_4(tmp_path, version):
-    save(tmp_path, V1_0)
+    save(tmp_path, tiny.V1_0)
     change_config(tmp_path, model_type="mt5", transformers_version=version)
     assert load(tmp_path).config.t5.tie_output == (version == "4.57.0")
