@@ -1,7 +1,5 @@
 """Mode `codebooks` at SIGTERM: exit code 42, and no incomplete file."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -9,19 +7,19 @@ import pytest
 from glimmer_jax.corpus.passages_writer import write_passages
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.models.t5 import T5Config
 from glimmer_jax.vocabulary import Vocabulary
 from glimmer_jax.weights.model_config import describe
 from glimmer_jax.weights.params_file import save_params_file
-from tests.models import tiny
 from tests.modes import stopping
 
 SIZES = {
     "NUM_ENCODER_LAYERS": 2,
     "t5.T5Config.num_decoder_layers": 1,
-    "t5.T5Config.emb_dim": 16,
-    "t5.T5Config.num_heads": 4,
+    "t5.T5Config.emb_dim": 8,
+    "t5.T5Config.num_heads": 2,
     "t5.T5Config.head_dim": 4,
-    "t5.T5Config.mlp_dim": 32,
+    "t5.T5Config.mlp_dim": 16,
     "ALPHA": 0.5,
     "MAX_PASSAGE_TOKENS": 16,
 }
@@ -31,14 +29,8 @@ SIZES = {
 def work(tmp_path_factory):
     """A checkpoint and passages."""
     folder, vocabulary = tmp_path_factory.mktemp("work"), Vocabulary()
-    t5 = dataclasses.replace(
-        tiny.T5,
-        vocab_size=2048,
-        num_encoder_layers=2,
-        num_decoder_layers=1,
-        mlp_activations=("relu", "linear"),
-        scan_layers=False,
-    )
+    activations = ("relu", "linear")
+    t5 = T5Config(2048, 8, 2, 4, 16, 2, 1, mlp_activations=activations, scan_layers=False)
     config = GlimmerConfig(t5, memory_layers=1, rerank_layers=1, num_kept=1)
     shapes, _ = GlimmerModel(config).abstract_variables()
     rng = np.random.default_rng(0)
