@@ -34,7 +34,7 @@ _LISTED = re.compile(r"replica_groups=\{(\{[0-9,{} ]*\})\}")
 _PAIRS = re.compile(r"source_target_pairs=\{(\{[0-9,{} ]*\})\}")
 # Layout of arrays in a TPU's on-chip memory.
 _ON_CHIP = "S(1)"
-_PARTIAL_READS = ("dynamic-slice", "slice", "gather", "slice-start", "dynamic-slice-start")
+_PARTIAL_READS = ("dynamic-slice", "dynamic-slice-start", "gather")
 # Attribute of transfers between slices.
 _FROM_SLICES = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
 
@@ -165,7 +165,8 @@ def _is_read(
         if not positions or reader.kind in ("tuple", "while", *_PARTIAL_READS):
             continue
         if reader.kind == "bitcast":
-            if _is_read(reader, body, computations):
+            # The root of a fusion, or an alias of the array.
+            if reader.is_root or _is_read(reader, body, computations):
                 return True
         elif reader.kind == "fusion":
             fused = {one.name: one for one in computations[dict(reader.called)["calls"]]}

@@ -176,9 +176,14 @@ DECODING = """HloModule jit_decode
 
 %product (p0: bf16[16,16], p1: bf16[8,16]) -> bf16[8,16] {
   %p0 = bf16[16,16]{1,0} parameter(0)
-  %cast = bf16[16,16]{1,0} bitcast(%p0)
+  %cast = bf16[16,16]{1,0} fusion(%p0), kind=kLoop, calls=%cast
   %p1 = bf16[8,16]{1,0} parameter(1)
   ROOT %dot = bf16[8,16]{1,0} convolution(%p1, %cast), dim_labels=bf_io->bf
+}
+
+%cast (p0: bf16[16,16]) -> bf16[16,16] {
+  %p0 = bf16[16,16]{1,0} parameter(0)
+  ROOT %root = bf16[16,16]{1,0} bitcast(%p0)
 }
 
 %row (p0: bf16[99,16], p1: s32[]) -> bf16[1,16] {
@@ -187,7 +192,7 @@ DECODING = """HloModule jit_decode
   ROOT %slice = bf16[1,16]{1,0} dynamic-slice(%p0, %p1, %p1), dynamic_slice_sizes={1,16}
 }
 
-%body (state: (s32[], bf16[16,16], bf16[99,16], bf16[32,16], bf16[8,16], bf16[64,16])) -> STATE {
+%body (state: STATE) -> STATE {
   %state = STATE parameter(0)
   %i = s32[] get-tuple-element(%state), index=0
   %one = s32[] constant(1)
@@ -196,11 +201,13 @@ DECODING = """HloModule jit_decode
   %pinned = bf16[32,16]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%state), index=3
   %x = bf16[8,16]{1,0} get-tuple-element(%state), index=4
   %unused = bf16[64,16]{1,0} get-tuple-element(%state), index=5
+  %fetched = bf16[24,16]{1,0} get-tuple-element(%state), index=6
+  %half = ((bf16[24,16]{1,0}), bf16[12,16]{1,0:S(1)}, s32[]) slice-start(%fetched), slice={[0:12], [0:16]}
   %token = bf16[1,16]{1,0} fusion(%embedding, %i), kind=kLoop, calls=%row
   %local = bf16[8,16]{1,0} convolution(%x, %pinned), dim_labels=bf_io->bf
   %y = bf16[8,16]{1,0} fusion(%weights, %x), kind=kOutput, calls=%product
   %next = s32[] add(%i, %one)
-  ROOT %out = STATE tuple(%next, %weights, %embedding, %pinned, %y, /*index=5*/%unused)
+  ROOT %out = STATE tuple(%next, %weights, %embedding, %pinned, %y, /*index=5*/%unused, %fetched)
 }
 
 %condition (state: STATE) -> pred[] {
@@ -213,9 +220,11 @@ DECODING = """HloModule jit_decode
 ENTRY %main (x: bf16[8,16]) -> bf16[8,16] {
   ROOT %loop = STATE while(%t), condition=%condition, body=%body
 }
-""".replace("STATE", "(s32[], bf16[16,16], bf16[99,16], bf16[32,16], bf16[8,16], bf16[64,16])")
+""".replace(
+    "STATE", "(s32[], bf16[16,16], bf16[99,16], bf16[32,16], bf16[8,16], bf16[64,16], bf16[24,16])"
+)
 
 
 def test_a_loop_rereads_invariant_arrays_in_main_memory_only():
     # Not the embedding (a row per iteration), the array in on-chip memory, `x`, and the unused one.
-    assert hlo.reread_bytes(DECODING) == (5 - 1) * 16 * 16 * 2
+    assert hlo.reread_bytes(DECODING) == (5 - 1) * (16 + 24) * 16 * 2
