@@ -40,6 +40,7 @@ DATA = [
 ]
 PLOTS = ["matplotlib>=3.9"]
 TENSORBOARD = ["tensorboardX>=2.6.4"]
+SERVE = ["starlette>=1.0", "uvicorn>=0.40", "prometheus-client>=0.21"]
 EXTRAS = {
     # Figures of the experiments.
     "plots": PLOTS,
@@ -58,9 +59,15 @@ EXTRAS = {
     "preflight": ["jax[tpu]>=0.10"],
     "cuda12": ["jax[cuda12]>=0.10"],
     "cuda13": ["jax[cuda13]>=0.10"],
+    # The HTTP server.
+    "serve": SERVE,
+    # Tests of the server's page, in a Chromium that is installed already.
+    "browser": ["playwright>=1.50"],
     "dev": [
         *PLOTS,
         *TENSORBOARD,
+        *SERVE,
+        "httpx2>=2.16",  # starlette's test client
         "hypothesis>=6.100",
         "mypy>=1.15",
         "pre-commit>=4",
@@ -100,7 +107,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["glimmer_jax", "glimmer_jax.*"]), *packages],
     package_dir=packages,
-    package_data={"": ["*.gin", "*.md", "*.model"], "glimmer_jax": ["checkpoints/*"]},
+    package_data={"": ["*.gin", "*.md", "*.model", "*.html"], "glimmer_jax": ["checkpoints/*"]},
     install_requires=CORE + DATA,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["glimmer = glimmer_jax.main:run"]},

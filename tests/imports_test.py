@@ -35,6 +35,7 @@ LAYERS = (
     ("pydocs",),
     ("data",),
     ("serving",),
+    ("server",),
     ("preflight",),
     ("shipped",),
     ("modes",),

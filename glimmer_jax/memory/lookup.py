@@ -49,6 +49,17 @@ class Lookup(abc.ABC):
           The codec's arrays `[B, K, P, ...]`, zero beyond each passage; int32 lengths `[B, K]`.
         """
 
+    def newest_store(self) -> MemoryStore:
+        """The newest version of the store, opened, of the same encoder and vocabulary."""
+        identity = self.store.manifest.identity
+        return MemoryStore.open(
+            self.store.path, identity.encoder_fingerprint, identity.vocabulary_fingerprint
+        )
+
+    @abc.abstractmethod
+    def reopened(self) -> "Lookup":
+        """A lookup over the newest version of the store; this one stays usable."""
+
     def rows(self, passage_ids: np.ndarray) -> np.ndarray:
         """External ids `[...]` to rows; unknown ids raise ValueError, or are masked and counted."""
         rows = self.store.rows(passage_ids, self._unknown)
@@ -74,6 +85,9 @@ class DiskLookup(Lookup):
         self, store: MemoryStore, length: int, unknown: Literal["error", "mask"] = "error"
     ):
         super().__init__(store, length, unknown)
+
+    def reopened(self) -> "DiskLookup":
+        return DiskLookup(self.newest_store(), self.length, self._unknown)
 
     def __call__(self, rows_BK: np.ndarray) -> Memory:
         rows_BK = np.asarray(rows_BK)
@@ -102,7 +116,12 @@ class MeshLookup(Lookup):
         super().__init__(store, length, unknown)
         self.mesh = mesh
         self.table = tables.load(store, mesh, page_tokens)
+        self._page_tokens = page_tokens
         self._lookup = jax.jit(functools.partial(tables.lookup, length=length, mesh=mesh))
+
+    def reopened(self) -> "MeshLookup":
+        store = self.newest_store()
+        return MeshLookup(store, self.mesh, self.length, self._unknown, self._page_tokens)
 
     def __call__(self, rows_BK: np.ndarray) -> Memory:
         rows_BK = np.asarray(rows_BK, np.int32)

@@ -321,22 +321,54 @@ class GlimmerModel:
         Raises:
           ValueError: `decode` samples, and `rng` is None.
         """
+        encoded, mask, chosen = self.read_batch(params, batch)
+        tokens, aux = self.answer_batch(
+            params,
+            encoded,
+            mask,
+            length=batch["decoder_input_tokens"].shape[1],
+            rng=rng,
+            candidates=batch.get("candidate_tokens"),
+        )
+        return tokens, {**aux, **chosen}
+
+    def read_batch(
+        self, params: Params, batch: Batch
+    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+        """The first half of `predict_batch_with_aux`: reranks, and reads the kept passages.
+
+        Returns:
+          States `[B, S, D]` of the kept passages, their mask bool `[B, S]`, and `passage_scores`
+          float32 `[B, K]` with `kept_passages` int32 `[B, m]`.
+        """
         variables = {"params": params}
         states, mask, kept, scores = self.module.apply(variables, batch, method="choose")
         states = read(self.module, variables, states, mask, self.config.read_chunk)
         encoded, mask = fuse(states, mask)
-        tokens, aux = answer(
+        return encoded, mask, {"passage_scores": scores, "kept_passages": kept}
+
+    def answer_batch(
+        self,
+        params: Params,
+        encoded: jax.Array,
+        mask: jax.Array,
+        *,
+        length: int,
+        rng: jax.Array | None = None,
+        candidates: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The second half of `predict_batch_with_aux`: answers from what `read_batch` returned."""
+        return answer(
             self.module,
-            variables,
+            {"params": params},
             encoded,
             mask,
             self.decode,
-            length=batch["decoder_input_tokens"].shape[1],
+            length=length,
             eos_id=self.eos_id,
             rng=rng,
-            candidates=batch.get("candidate_tokens"),
+            candidates=candidates,
         )
-        return tokens, {**aux, "passage_scores": scores, "kept_passages": kept}
 
     def score_batch(self, params: Params, batch: Batch, return_intermediates: bool = False) -> Any:
         """log p(target) of each row, float32 `[B]`; optionally with passage scores and selection."""

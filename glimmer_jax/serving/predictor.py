@@ -8,6 +8,8 @@
 Modes `eval` and `infer` are thin wrappers around it; see docs/serving.md.
 """
 
+import copy
+import dataclasses
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -27,7 +29,7 @@ from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.retrieval.bm25 import Bm25, Bm25Config
 from glimmer_jax.runtime.preemption import STOP
 from glimmer_jax.serving import param_layout
-from glimmer_jax.serving.step import Batch, Predict, add_candidates, encode_candidates
+from glimmer_jax.serving.step import Batch, Predict, Reading, add_candidates, encode_candidates
 from glimmer_jax.vocabulary import Vocabulary, question_text
 from glimmer_jax.weights import parameters
 from glimmer_jax.weights.load import load
@@ -106,9 +108,12 @@ class Predictor:
         self.batch_sizes = sorted(batch_sizes)
         self.from_memory = lookup is not None
         self.truncated = 0
+        self._model = model
+        self._mesh = mesh
         self._lookup = lookup
         self._params = params
         self._vocabulary = vocabulary
+        self._seed = seed
         self._predict = Predict(model, mesh, lookup, seed)
         self._bm25 = bm25
         self._index: Bm25 | None = None
@@ -194,6 +199,76 @@ class Predictor:
             model, params, devices, lengths, vocabulary, passages, lookup, bm25, batch_sizes, seed
         )
 
+    @property
+    def num_kept(self) -> int:
+        """m: passages that are read for each question."""
+        return self._model.config.num_kept or self.lengths.passages
+
+    @property
+    def reranks(self) -> bool:
+        """Whether the model scores passages and keeps the best."""
+        return self._model.config.num_kept is not None
+
+    def keeping(self, num_kept: int) -> "Predictor":
+        """The same predictor with another m; parameters, passages and memory are shared.
+
+        Raises ValueError where the model scores no passages, or `num_kept` exceeds K.
+        """
+        if num_kept == self.num_kept:
+            return self
+        if not self.reranks or not 1 <= num_kept <= self.lengths.passages:
+            raise ValueError(
+                f"num_kept={num_kept} must be from 1 to {self.lengths.passages} (K), and the model must "
+                f"rerank; this one has num_kept={self._model.config.num_kept}."
+            )
+        config = dataclasses.replace(self._model.config, num_kept=num_kept)
+        model = self._model
+        other = copy.copy(self)
+        other._model = GlimmerModel(config, model.loss, model.decode, eos_id=model.eos_id)
+        other._predict = Predict(other._model, self._mesh, self._lookup, self._seed)
+        return other
+
+    def reopened(self) -> "Predictor":
+        """A predictor over the newest version of passages and memory; this one if they are the same.
+
+        Parameters and compiled programs are shared. This predictor stays usable.
+
+        Raises ValueError for files that do not belong to the model or to each other.
+        """
+        passages, lookup = self.passages, self._lookup
+        if passages is not None:
+            passages = Passages.open(passages.place, self._vocabulary.fingerprint)
+        if lookup is not None:
+            lookup = lookup.reopened()
+            if passages is not None:
+                lookup.store.check_passages(passages_fingerprint(passages.manifest))
+        other = copy.copy(self)
+        other.passages, other._lookup = passages, lookup
+        if other.describe() == self.describe():
+            return self
+        other._index = None
+        other._predict = self._predict.over(lookup)
+        return other
+
+    def describe(self) -> dict[str, Any]:
+        """Fingerprints of encoder, passages and memory, and the memory's version."""
+        described: dict[str, Any] = {}
+        if self.passages is not None:
+            described["passages"] = passages_fingerprint(self.passages.manifest)
+        if self._lookup is not None:
+            manifest = self._lookup.store.manifest
+            described["memory_version"] = manifest.version
+            described["encoder"] = manifest.identity.encoder_fingerprint
+        return described
+
+    def check_passages(self, ids: Sequence[Any]) -> None:
+        """Raises ValueError for ids that the corpus lacks."""
+        self._corpus().rows(np.asarray(ids))
+
+    def encode_candidates(self, candidates: Sequence[str]) -> np.ndarray:
+        """int32 `[N, T]`; raises ValueError as `answer`."""
+        return encode_candidates(candidates, self._vocabulary, self.lengths.target)
+
     def predict(self, batch: Batch) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Answers of a numpy batch: int32 tokens `[B, T]`, and the model's outputs per row.
 
@@ -225,7 +300,7 @@ class Predictor:
         """
         encoded = self._encoded(candidates)
         for size in self.batch_sizes:
-            self.predict(self._batch([], [], size, encoded))
+            self.predict(add_candidates(self._batch([], [], size), encoded))
 
     def answer(
         self,
@@ -257,32 +332,85 @@ class Predictor:
         candidates: Sequence[str] | None = None,
     ) -> Iterator[Example]:
         """`answer` as an iterator; memory of the next batch is read while one is computed."""
-        passages, encoded = self._corpus(), self._encoded(candidates)
+        self._corpus()
         check_questions(questions)
-        in_flight: deque[tuple[Sequence[Mapping[str, Any]], list[list[int]]]] = deque()
+        encoded_NT = self._encoded(candidates)
+        under_way: deque[Prepared] = deque()
 
         def batches() -> Iterator[Batch]:
             for start in range(0, len(questions), self.batch_sizes[-1]):
-                group = questions[start : start + self.batch_sizes[-1]]
-                ids = [self._passage_ids(question) for question in group]
-                in_flight.append((group, ids))
-                size = next(size for size in self.batch_sizes if size >= len(group))
-                yield self._batch([question["input"] for question in group], ids, size, encoded)
+                prepared = self.prepare(questions[start : start + self.batch_sizes[-1]], encoded_NT)
+                under_way.append(prepared)
+                yield prepared.batch
 
         for batch in self.prefetch(batches()):
             tokens, aux = self.predict(batch)
-            for row, (question, ids) in enumerate(zip(*in_flight.popleft(), strict=True)):
-                text = self._vocabulary.decode(tokens[row])
-                record = _record(question, ids, text, aux, row, passages)
+            for row, record in enumerate(self.records(under_way.popleft(), tokens, aux)):
                 if candidates is not None:
-                    record["candidates"] = _ranked(candidates, aux["candidate_scores"][row])
+                    record["candidates"] = rank(candidates, aux["candidate_scores"][row])
                     record["output"][0]["answer"] = record["candidates"][0]["answer"]
                 yield record
+
+    def prepare(
+        self, questions: Sequence[Mapping[str, Any]], candidates: np.ndarray | None = None
+    ) -> "Prepared":
+        """The batch of some questions: retrieval and tokens, without memory.
+
+        Args:
+          questions: as for `answer`, at most the largest of `batch_sizes`.
+          candidates: int32 `[N, T]` for all questions, or `[len(questions), N, T]`.
+
+        Raises ValueError as `answer`.
+        """
+        ids = self.retrieve(questions)
+        size = next(size for size in self.batch_sizes if size >= len(questions))
+        batch = self._batch([question["input"] for question in questions], ids, size)
+        if candidates is not None and candidates.ndim == 3:
+            rows = np.zeros(size, np.intp)  # filling rows take the first question's candidates
+            rows[: len(candidates)] = np.arange(len(candidates))
+            batch["candidate_tokens"] = candidates[rows]
+        else:
+            batch = add_candidates(batch, candidates)
+        return Prepared(questions, ids, batch)
+
+    def retrieve(self, questions: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        """Ids of at most K passages for each question: those of `retrieved`, or BM25's."""
+        return [self._passage_ids(question) for question in questions]
+
+    def load_memory(self, batch: Batch) -> Batch:
+        """The batch with its passages' memory, where passages are read as memory."""
+        return self._predict.load_memory(batch)
+
+    def read(self, batch: Batch) -> Reading:
+        """The first half of `predict`: reranks, and reads the kept passages."""
+        return self._predict.read(self._params, batch)
+
+    def finish(self, reading: Reading) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The second half of `predict`: answers from what was read."""
+        return self._predict.answer(self._params, reading)
+
+    def records(
+        self,
+        prepared: "Prepared",
+        tokens: np.ndarray,
+        aux: Mapping[str, np.ndarray],
+        texts: bool = False,
+    ) -> Iterator[Example]:
+        """A record as of `answer` for each question of a computed batch, without `candidates`.
+
+        With `texts` each of its passages has its `text` as well.
+        """
+        passages = self._corpus()
+        for row, (question, ids) in enumerate(
+            zip(prepared.questions, prepared.passage_ids, strict=True)
+        ):
+            text = self._vocabulary.decode(tokens[row])
+            yield _record(question, ids, text, aux, row, passages, texts)
 
     def _encoded(self, candidates: Sequence[str] | None) -> np.ndarray | None:
         if candidates is None:
             return None
-        return encode_candidates(candidates, self._vocabulary, self.lengths.target)
+        return self.encode_candidates(candidates)
 
     def _corpus(self) -> Passages:
         if self.passages is None:
@@ -305,7 +433,6 @@ class Predictor:
         questions: Sequence[str],
         passage_ids: Sequence[Sequence[int]],
         batch_size: int,
-        candidates_NT: np.ndarray | None,
     ) -> Batch:
         """A batch without targets, padded with empty rows."""
         lengths = self.lengths
@@ -325,7 +452,16 @@ class Predictor:
         if not self.from_memory:
             passages = self._corpus()
             batch["passage_tokens"] = passages.tokens(passages.rows(ids_BK), lengths.passage)
-        return add_candidates(batch, candidates_NT)
+        return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A batch of questions, ready for `Predictor.predict`."""
+
+    questions: Sequence[Mapping[str, Any]]
+    passage_ids: list[list[int]]  # in the retriever's order
+    batch: Batch
 
 
 def _record(
@@ -335,6 +471,7 @@ def _record(
     aux: Mapping[str, np.ndarray],
     row: int,
     passages: Passages,
+    texts: bool,
 ) -> Example:
     scores = aux["passage_scores"][row][: len(ids)]
     kept = set(aux["kept_passages"][row].tolist())
@@ -365,12 +502,14 @@ def _record(
                 "title": passage["title"],
                 "score": round(float(scores[place]), 4),
                 "kept": place in kept,
+                **({"text": passage["text"]} if texts else {}),
             }
             for place, passage in records.items()
         ],
     }
 
 
-def _ranked(candidates: Sequence[str], scores: np.ndarray) -> list[dict[str, Any]]:
+def rank(candidates: Sequence[str], scores: np.ndarray) -> list[dict[str, Any]]:
+    """`[{"answer", "score"}]` from log probabilities `[N]`, best first; ties keep their order."""
     order = np.argsort(-scores, kind="stable").tolist()
     return [{"answer": candidates[i], "score": round(float(scores[i]), 4)} for i in order]

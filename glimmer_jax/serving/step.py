@@ -3,9 +3,11 @@
 Answers can be restricted to candidates, such as FEVER's SUPPORTS and REFUTES.
 """
 
+import copy
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,6 +22,17 @@ from glimmer_jax.vocabulary import Vocabulary
 
 Batch = dict[str, Any]
 _MEMORY = ("passage_memory", "passage_lengths")
+_READ = ("question_tokens", "passage_tokens", *_MEMORY)
+
+
+class Reading(NamedTuple):
+    """What the first program leaves on the devices for the second."""
+
+    encoded: jax.Array  # [B, S, D], states of the kept passages
+    mask: jax.Array  # bool [B, S]
+    aux: dict[str, jax.Array]  # passage_scores [B, K], kept_passages [B, m]
+    length: int  # T
+    candidates: jax.Array | None  # int32 [B, N, T]
 
 
 def predict_step(model: GlimmerModel) -> Any:
@@ -29,6 +42,19 @@ def predict_step(model: GlimmerModel) -> Any:
     def step(params: Any, batch: Batch, seed: Any, number: Any) -> Any:
         rng = jax.random.fold_in(jax.random.key(seed), number)
         return model.predict_batch_with_aux(params, batch, rng)
+
+    return step
+
+
+def _answer_step(model: GlimmerModel) -> Any:
+    @functools.partial(jax.jit, static_argnums=6)
+    def step(
+        params: Any, encoded: Any, mask: Any, candidates: Any, seed: Any, number: Any, length: int
+    ) -> Any:
+        rng = jax.random.fold_in(jax.random.key(seed), number)
+        return model.answer_batch(
+            params, encoded, mask, length=length, rng=rng, candidates=candidates
+        )
 
     return step
 
@@ -49,8 +75,16 @@ class Predict:
         self._lookup = lookup
         self._seed = seed
         self._numbers = itertools.count()
-        self._step = predict_step(model)
-        self._ahead = ReadAhead(self._read)
+        self._read_step = jax.jit(model.read_batch)
+        self._answer_step = _answer_step(model)
+        self._ahead = ReadAhead(self.load_memory)
+
+    def over(self, lookup: Lookup | None) -> "Predict":
+        """The same compiled programs over another memory."""
+        other = copy.copy(self)
+        other._lookup = lookup
+        other._ahead = ReadAhead(other.load_memory)
+        return other
 
     @property
     def waited(self) -> float:
@@ -66,24 +100,48 @@ class Predict:
         return self._ahead(batches)
 
     def __call__(self, params: Any, batch: Batch) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """int32 tokens `[B, T]`, and the model's outputs per row."""
-        if self._lookup is not None and "passage_memory" not in batch:
-            batch = self._read(batch)
+        """int32 tokens `[B, T]`, and per row the model's auxiliary outputs."""
+        return self.answer(params, self.read(params, batch))
+
+    def read(self, params: Any, batch: Batch) -> "Reading":
+        """The first program: reranks, and reads the kept passages; returns before it has run."""
+        batch = self.load_memory(batch)
         own = own_rows(self._mesh, len(batch["question_tokens"]))
         rest = {name: value[own] for name, value in batch.items() if name not in _MEMORY}
         placed = put_batch(rest, self._mesh)
         placed |= {name: batch[name] for name in _MEMORY if name in batch}
+        inputs = {name: value for name, value in placed.items() if name in _READ}
         with jax.set_mesh(self._mesh):
-            number = np.uint32(next(self._numbers))
-            tokens, aux = self._step(params, placed, np.uint32(self._seed), number)
+            encoded, mask, aux = self._read_step(params, inputs)
         if "gold_passages" in placed:
             aux["gold_passages"] = placed["gold_passages"]
+        length = batch["decoder_input_tokens"].shape[1]
+        return Reading(encoded, mask, aux, length, placed.get("candidate_tokens"))
+
+    def answer(self, params: Any, reading: "Reading") -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The second program: int32 tokens `[B, T]`, and per row the model's auxiliary outputs."""
+        number = np.uint32(next(self._numbers))
+        with jax.set_mesh(self._mesh):
+            tokens, aux = self._answer_step(
+                params,
+                reading.encoded,
+                reading.mask,
+                reading.candidates,
+                np.uint32(self._seed),
+                number,
+                reading.length,
+            )
+        aux = {**aux, **reading.aux}
         return _fetch(tokens), {name: _fetch(value) for name, value in aux.items()}
 
-    def _read(self, batch: Batch) -> Batch:
-        """The batch with the memory of its passages on the devices, instead of their tokens."""
+    def load_memory(self, batch: Batch) -> Batch:
+        """The batch with the memory of its passages, on the devices, instead of their tokens.
+
+        Unchanged where passages are read as tokens, or their memory is there already.
+        """
         lookup = self._lookup
-        assert lookup is not None
+        if lookup is None or "passage_memory" in batch:
+            return batch
         rows = lookup.rows(batch["passage_ids"])
         if lookup.whole_batch:
             memory = dict(zip(_MEMORY, lookup(rows), strict=True))

@@ -41,13 +41,13 @@ def corpus(tmp_path_factory):
 def made(corpus):
     """(predictor for batches of 1 and 2, shapes of the batches that its program was traced for)."""
     model = GlimmerModel(GLIMMER)
-    traced, predict = [], model.predict_batch_with_aux
+    traced, read = [], model.read_batch
 
-    def noted(params, batch, rng):
+    def noted(params, batch):
         traced.append(batch["question_tokens"].shape[0])
-        return predict(params, batch, rng)
+        return read(params, batch)
 
-    model.predict_batch_with_aux = noted
+    model.read_batch = noted
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     passages = Passages.open(corpus)
     args = (model, tiny.params(GLIMMER), mesh, LENGTHS, VOCABULARY, passages, None, Bm25Config())

@@ -1,0 +1,68 @@
+"""Mode `serve`: answers over HTTP, with a page to ask questions."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from glimmer_jax import axes, partitioning
+from glimmer_jax.modes import checks
+from glimmer_jax.modes.settings import CorpusConfig, ReaderConfig
+from glimmer_jax.partitioning import make_mesh
+from glimmer_jax.retrieval.bm25 import Bm25Config
+from glimmer_jax.runtime.preemption import STOP
+from glimmer_jax.server.config import ServerConfig
+from glimmer_jax.serving.predictor import Predictor
+
+def serve(
+    reader: ReaderConfig,
+    task_feature_lengths: Mapping[str, Any],
+    batch_size: int,
+    corpus: CorpusConfig,
+    server: ServerConfig = ServerConfig(),
+    kept_choices: Sequence[int] = (),
+    bm25: Bm25Config = Bm25Config(),
+) -> None:
+    """Serves until SIGTERM or Ctrl-C, then answers the requests under way; see docs/serving.md.
+
+    Args:
+      reader: the model and its checkpoint.
+      task_feature_lengths: `{"inputs": Q, "targets": T, "passages": (K, P)}`.
+      batch_size: largest number of questions per batch, over all devices.
+      corpus: titles, texts, retrieval, and tokens if there is no memory.
+      server: address, access and operation.
+      kept_choices: further values of m that requests may choose; each is compiled at the start.
+      bm25: settings of the index.
+
+    Raises:
+      ValueError: settings or files that do not fit together, a missing library, or an address that
+        cannot be bound.
+    """
+    checks.required(CHECKPOINT_PATH=reader.checkpoint_path, PASSAGES_DIR=corpus.passages_dir)
+    checks.installed("serve", "starlette", "uvicorn", "prometheus_client")
+    from glimmer_jax.server import app, engine, run
+
+    lengths = checks.lengths_for(reader.model.config, task_feature_lengths)
+    checks.vocabulary_fits(reader.model, reader.vocabulary)
+    mesh = make_mesh(reader.mesh)
+    checks.batch_size("BATCH_SIZE", batch_size, mesh)
+    checks.passages_divide(lengths, mesh)
+    token = server.token()
+    listener = run.bind(server.host, server.port)
+    smallest = partitioning.parts(mesh.shape, axes.BATCH)
+    predictor = Predictor.load(
+        reader.checkpoint_path,
+        lengths,
+        model=reader.model,
+        passages_dir=corpus.passages_dir,
+        memory_dir=corpus.memory_dir,
+        vocabulary=reader.vocabulary,
+        mesh=reader.mesh,
+        memory_bytes_per_device=corpus.memory_bytes_per_device,
+        unknown_passages=corpus.unknown_passages,
+        bm25=bm25,
+        batch_sizes=sorted({smallest, batch_size}),
+        seed=reader.seed,
+    )
+    kept = dict.fromkeys((predictor.num_kept, *kept_choices))
+    answering = engine.PredictorEngine(predictor, tuple(kept))
+    served = app.Server(answering, answering.limits(), server, token)
+    run.run(served, listener, answering.warm_up, lambda: STOP.requested, server.drain_timeout)

@@ -1,0 +1,1 @@
+"""The HTTP server around `Predictor`: protocol, dynamic batching, telemetry and the page."""

@@ -1,0 +1,106 @@
+"""Runs the application under uvicorn: warm-up beside `/healthz`, and a stop that drains."""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from glimmer_jax.server.app import Server
+
+logger = logging.getLogger(__name__)
+_POLL_SECONDS = 0.05
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one.
+
+    Raises ValueError where the address cannot be bound.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise ValueError(
+            f"HOST={host!r}, PORT={port}: the address cannot be bound ({error}). Choose a free port, "
+            "or an address of this machine."
+        ) from None
+    return listener
+
+
+def run(
+    server: Server,
+    listener: socket.socket,
+    warm_up: Callable[[], None],
+    stop_requested: Callable[[], bool],
+    drain_timeout: float,
+) -> None:
+    """Serves until a stop is requested and the requests under way are answered.
+
+    Args:
+      server: the routes.
+      listener: from `bind`.
+      warm_up: compiles the programs; `/readyz` answers 503 until it returns.
+      stop_requested: is polled; from its first True, new questions get 503.
+      drain_timeout: seconds that requests under way are given to finish.
+
+    Raises whatever `warm_up` raises.
+    """
+    config = uvicorn.Config(
+        server.app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=1,
+        server_header=False,
+    )
+    with server.batcher:
+        asyncio.run(
+            _serve(_Uvicorn(config), server, listener, warm_up, stop_requested, drain_timeout)
+        )
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn without signal handlers: the caller knows when to stop."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _serve(
+    web: uvicorn.Server,
+    server: Server,
+    listener: socket.socket,
+    warm_up: Callable[[], None],
+    stop_requested: Callable[[], bool],
+    drain_timeout: float,
+) -> None:
+    serving = asyncio.ensure_future(web.serve(sockets=[listener]))
+    warming = asyncio.ensure_future(asyncio.to_thread(warm_up))
+    host, port = listener.getsockname()[:2]
+    logger.info(
+        "Listening on http://%s:%d; warming up.", f"[{host}]" if ":" in host else host, port
+    )
+    try:
+        while not serving.done() and not stop_requested():
+            if warming.done() and not server.ready:
+                warming.result()
+                server.ready = True
+                logger.info("Ready.")
+            await asyncio.sleep(_POLL_SECONDS)
+        server.stopping = True
+        deadline = time.monotonic() + drain_timeout
+        while not server.idle and time.monotonic() < deadline:
+            await asyncio.sleep(_POLL_SECONDS)
+        logger.info("Stopped%s.", "" if server.idle else " with requests under way")
+    finally:
+        web.should_exit = True
+        await serving
+        await asyncio.gather(warming, return_exceptions=True)

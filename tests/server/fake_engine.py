@@ -1,0 +1,72 @@
+"""An engine without a model: answers are the question in capitals, after a set time."""
+
+import threading
+import time
+
+from glimmer_jax.server.protocol import RequestError
+
+PASSAGES = [
+    {
+        "id": 0,
+        "title": "<script>alert(1)</script>",
+        "text": "RED <img src=x onerror=alert(1)> thing",
+    },
+    {"id": 1, "title": "blue", "text": "a blue thing"},
+    {"id": 2, "title": "green", "text": "a green thing"},
+]
+
+
+class FakeEngine:
+    max_batch_size = 4
+    num_kept = 2
+
+    def __init__(self, seconds=0.0):
+        self.seconds = seconds
+        self.batches = []
+        self.version = 1
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def key(self, question):
+        return question.num_kept
+
+    def check(self, question):
+        if question.retrieved and "unknown" in question.retrieved:
+            raise RequestError(422, "Passage 'unknown' is not in the corpus.")
+
+    def describe(self):
+        return {"memory_version": self.version}
+
+    def reload(self):
+        self.version += 1
+        return True
+
+    def prepare(self, questions):
+        if any(question.input == "withdrawn" for question in questions):
+            raise ValueError("Passage 7 was withdrawn.")
+        return self.version, questions
+
+    def compute(self, prepared):
+        version, questions = prepared
+        self.gate.wait(20)
+        time.sleep(self.seconds)
+        if any(question.input == "bug" for question in questions):
+            raise KeyError("bug")
+        self.batches.append([question.input for question in questions])
+        return [self._answer(question, version) for question in questions]
+
+    def _answer(self, question, version):
+        kept = question.num_kept or self.num_kept
+        passages = [
+            {**passage, "rank": 2 - n, "score": 1.0 - n, "kept": n < kept}
+            for n, passage in enumerate(PASSAGES)
+        ]
+        return {
+            "id": question.id,
+            "input": question.input,
+            "answer": question.input.upper(),
+            "log_likelihood": -0.5,
+            "passages": passages,
+            "timings": {"retrieval": 0.001, "memory": 0.002, "read": 0.003, "decode": 0.004},
+            "version": {"memory_version": version},
+        }
