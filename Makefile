@@ -8,10 +8,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export TF_ENABLE_ONEDNN_OPTS ?= 0
 
-.PHONY: help env test lint format quickstart clean
+.PHONY: help env test lint format quickstart demo clean
 
 help:
 	@echo "make quickstart   train, build memory, evaluate and answer on the built-in corpus (minutes)"
+	@echo "make demo         ask the shipped GLIMMER on a page in the browser"
 	@echo "make test         the default tests"
 	@echo "make lint         ruff, mypy and the other pre-commit hooks over all files"
 	@echo "make format       reformat with ruff and apply its automatic fixes"
@@ -38,6 +39,9 @@ lint: $(STAMP)
 format: $(STAMP)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+demo: $(STAMP)
+	@$(BIN)/python -m experiments.demo $(ARGS)
 
 quickstart: $(STAMP)
 	@$(BIN)/python -m experiments.quickstart $(ARGS)

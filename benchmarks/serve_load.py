@@ -12,13 +12,9 @@ it with a `Predictor` in this process that is fed with full batches of the same 
 Requests of the open loop that are rejected (429) are counted, and their latency is reported apart.
 """
 
-import argparse
 import asyncio
-import json
 import os
 import random
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -114,3 +110,101 @@ def resources(pid: int) -> dict[str, int]:
         "resident_mb": int(kilobytes.split()[1]) // 1024,
         "descriptors": len(os.listdir(f"/proc/{pid}/fd")),
     }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints, and with --json writes, one report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--gin_file", action="append", required=True)
+    parser.add_argument("--questions", required=True, help="JSON Lines of {'id', 'input'}")
+    parser.add_argument("--requests", type=int, default=10_000, help="of the long run")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each other run, about")
+    parser.add_argument("--json", type=Path)
+    args, bindings = parser.parse_known_args(argv)
+    questions = [line["input"] for _, line in read_json_lines(args.questions)]
+    files = [f"--gin_file={path}" for path in args.gin_file]
+    report: dict[str, Any] = {"predictor": sequential(args.gin_file, bindings, questions)}
+    print(json.dumps(report), flush=True)
+    with serving([*files, *bindings]) as (process, url):
+        runs = []
+        for clients in CLIENTS:
+            rate = report["predictor"]["questions_per_s"]
+            count = max(4 * clients, int(rate * args.seconds))
+            runs.append(asyncio.run(closed_loop(url, questions, clients, count)))
+            print(json.dumps(runs[-1]), flush=True)
+        capacity = runs[-1]["questions_per_s"]
+        report["closed_loop"] = runs
+        report["of_predictor"] = round(capacity / report["predictor"]["questions_per_s"], 3)
+        for name, share in (("half_load", 0.5), ("overload", 2.0)):
+            report[name] = asyncio.run(open_loop(url, questions, share * capacity, args.seconds))
+            print(json.dumps({name: report[name]}), flush=True)
+        before = resources(process.pid)
+        long_run = asyncio.run(closed_loop(url, questions, 32, args.requests))
+        report["long_run"] = {**long_run, "before": before, "after": resources(process.pid)}
+        print(json.dumps({"long_run": report["long_run"]}), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def sequential(gin_files: Sequence[str], bindings: Sequence[str], questions: Sequence[str]) -> Any:
+    """`Predictor` in this process: full batches of the server's size, and one question at a time."""
+    settings = serve_settings(gin_files, bindings)
+    reader, corpus, size = settings["reader"], settings["corpus"], settings["batch_size"]
+    smallest = partitioning.parts(make_mesh(reader.mesh).shape, axes.BATCH)
+    predictor = Predictor.load(
+        reader.checkpoint_path,
+        checks.lengths_for(reader.model.config, settings["task_feature_lengths"]),
+        model=reader.model,
+        passages_dir=corpus.passages_dir,
+        memory_dir=corpus.memory_dir,
+        vocabulary=reader.vocabulary,
+        mesh=reader.mesh,
+        memory_bytes_per_device=corpus.memory_bytes_per_device,
+        bm25=settings["bm25"],
+        batch_sizes=sorted({smallest, size}),
+    )
+    predictor.warm_up()
+    asked = [{"id": str(n), "input": question} for n, question in enumerate(questions)]
+    predictor.answer(asked[:size])  # builds the index
+    count = min(len(asked), 100 * size)
+    begun = time.perf_counter()
+    predictor.answer(asked[:count])
+    rate = count / (time.perf_counter() - begun)
+    singles = []
+    for question in asked[:50]:
+        begun = time.perf_counter()
+        predictor.answer([question])
+        singles.append(time.perf_counter() - begun)
+    return {"questions_per_s": round(rate, 2), "batch_size": size, "single": percentiles(singles)}
+
+
+def serve_settings(gin_files: Sequence[str], bindings: Sequence[str]) -> dict[str, Any]:
+    """The settings that `--run_mode=serve` gets from these gin files."""
+    plain = [" = ".join(b.removeprefix("--gin.").split("=", 1)) for b in bindings]
+    configuration.parse(gin_files, plain, [])
+    return configuration.settings(serve.serve)
+
+
+@contextlib.contextmanager
+def serving(arguments: Sequence[str]) -> Iterator[tuple[subprocess.Popen, str]]:
+    """(process, URL) of a ready server on a free port."""
+    command = [sys.executable, "-m", "glimmer_jax.main", "--run_mode=serve", *arguments]
+    with subprocess.Popen([*command, "--gin.PORT=0"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = ""
+        for line in process.stdout:
+            if found := re.search(r"http://\S+:\d+", line):
+                url = found[0]
+            if line.startswith("Ready."):
+                break
+        # One log line per request follows; an unread pipe would fill up and block the server.
+        threading.Thread(target=lambda: deque(process.stdout or (), maxlen=0), daemon=True).start()
+        try:
+            yield process, url
+        finally:
+            process.terminate()
+            process.wait()
+
+
+if __name__ == "__main__":
+    main()

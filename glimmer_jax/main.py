@@ -75,6 +75,11 @@ MODES = {
         "answer the questions of a file, or of the prompt",
         many_processes=True,
     ),
+    "serve": Mode(
+        "glimmer_jax.modes.serve:serve",
+        "gin/runs/serve.gin",
+        "answer questions over HTTP, with a page to ask them",
+    ),
     "score": Mode(
         "glimmer_jax.modes.score:score",
         "gin/runs/score.gin",
@@ -95,8 +100,11 @@ PACKAGES = {
     "gin": "gin-config",
     "google": "protobuf",
     "orbax": "orbax-checkpoint",
+    "prometheus_client": "'glimmer-jax[serve]'",
+    "starlette": "'glimmer-jax[serve]'",
     "tensorflow_datasets": "tensorflow-datasets",
     "tensorflow_text": "tensorflow-text",
+    "uvicorn": "'glimmer-jax[serve]'",
 }
 # Not configured itself: it reads the settings of another mode.
 PREFLIGHT = "preflight"

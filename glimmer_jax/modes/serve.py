@@ -1,4 +1,4 @@
-"""Mode `serve`: answers over HTTP, with a page to ask questions."""
+"""Mode `serve`: answers over HTTP, and a page to ask questions."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +11,7 @@ from glimmer_jax.retrieval.bm25 import Bm25Config
 from glimmer_jax.runtime.preemption import STOP
 from glimmer_jax.server.config import ServerConfig
 from glimmer_jax.serving.predictor import Predictor
+
 
 def serve(
     reader: ReaderConfig,
@@ -37,7 +38,6 @@ def serve(
         cannot be bound.
     """
     checks.required(CHECKPOINT_PATH=reader.checkpoint_path, PASSAGES_DIR=corpus.passages_dir)
-    checks.installed("serve", "starlette", "uvicorn", "prometheus_client")
     from glimmer_jax.server import app, engine, run
 
     lengths = checks.lengths_for(reader.model.config, task_feature_lengths)

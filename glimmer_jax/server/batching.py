@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 class Engine(Protocol):
     """What answers a batch; the calls of `prepare` and of `compute` each come from one thread."""
 
-    max_batch_size: int
+    @property
+    def max_batch_size(self) -> int: ...
 
     def key(self, question: Question) -> Hashable:
         """Questions with equal keys may share a batch."""

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from glimmer_jax.corpus.ids import id_number
 from glimmer_jax.server.protocol import Limits, Question, RequestError
 from glimmer_jax.serving.predictor import Predictor, Prepared, rank
 
@@ -68,10 +69,14 @@ class PredictorEngine:
         return Limits(passages=lengths.passages, kept=kept, **changes)
 
     def warm_up(self) -> None:
-        """Compiles every program and builds BM25's index."""
+        """Builds the retriever's index and compiles the programs.
+
+        Programs of candidates are compiled for two slots; those of more when they are first asked for.
+        """
+        _search_once(self._predictor)
         for predictor in self._version.by_kept.values():
             predictor.warm_up()
-        self._predictor.retrieve([{"input": "warm-up"}])
+        self._predictor.warm_up(["yes", "no"])
 
     def describe(self) -> dict[str, Any]:
         """Versions of model and stores."""
@@ -87,7 +92,7 @@ class PredictorEngine:
             predictor = self._predictor.reopened()
             if predictor is self._predictor:
                 return False
-            predictor.retrieve([{"input": "warm-up"}])
+            _search_once(predictor)
             self._version = self._open(predictor)
             return True
 
@@ -143,13 +148,16 @@ class PredictorEngine:
         records = work.predictor.records(work.prepared, tokens, aux, texts=True)
         answers = []
         for row, (question, record) in enumerate(zip(work.questions, records, strict=True)):
-            ranks = {i: n for n, i in enumerate(work.prepared.passage_ids[row])}
+            ranks = {number: n for n, number in enumerate(work.prepared.passage_ids[row])}
             answer = {
                 "id": question.id,
                 "input": question.input,
                 "answer": record["output"][0]["answer"],
                 "log_likelihood": record["score"],
-                "passages": [{**one, "rank": ranks[one["id"]]} for one in record["passages"]],
+                "passages": [
+                    {**passage, "rank": ranks[id_number(passage["id"])]}
+                    for passage in record["passages"]
+                ],
                 "timings": timings,
                 "version": work.description,
             }
@@ -161,6 +169,11 @@ class PredictorEngine:
                 answer["log_likelihood"] = answer["candidates"][0]["score"]
             answers.append(answer)
         return answers
+
+
+def _search_once(predictor: Predictor) -> None:
+    """Builds the index, and lets its library compile what a search with hits needs."""
+    predictor.retrieve([{"input": predictor.first_title()}])
 
 
 def _example(question: Question) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -83,24 +84,46 @@ async def _serve(
     drain_timeout: float,
 ) -> None:
     serving = asyncio.ensure_future(web.serve(sockets=[listener]))
-    warming = asyncio.ensure_future(asyncio.to_thread(warm_up))
+    warming = _Background(warm_up)
     host, port = listener.getsockname()[:2]
     logger.info(
         "Listening on http://%s:%d; warming up.", f"[{host}]" if ":" in host else host, port
     )
     try:
         while not serving.done() and not stop_requested():
-            if warming.done() and not server.ready:
-                warming.result()
+            if warming.finished() and not server.ready:
                 server.ready = True
                 logger.info("Ready.")
             await asyncio.sleep(_POLL_SECONDS)
         server.stopping = True
         deadline = time.monotonic() + drain_timeout
-        while not server.idle and time.monotonic() < deadline:
+        while not (server.idle and warming.finished()) and time.monotonic() < deadline:
+            stop_requested()  # The stop signal counts a job that polls as alive.
             await asyncio.sleep(_POLL_SECONDS)
         logger.info("Stopped%s.", "" if server.idle else " with requests under way")
     finally:
         web.should_exit = True
         await serving
-        await asyncio.gather(warming, return_exceptions=True)
+
+
+class _Background:
+    """A function on a daemon thread, which does not hold up the end of the process."""
+
+    def __init__(self, function: Callable[[], None]):
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(function,), daemon=True)
+        self._thread.start()
+
+    def _run(self, function: Callable[[], None]) -> None:
+        try:
+            function()
+        except BaseException as error:  # noqa: BLE001 - raised by `finished`
+            self._error = error
+
+    def finished(self) -> bool:
+        """Whether the function has returned; raises what it raised."""
+        if self._thread.is_alive():
+            return False
+        if self._error is not None:
+            raise self._error
+        return True

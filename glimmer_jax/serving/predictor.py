@@ -263,7 +263,11 @@ class Predictor:
 
     def check_passages(self, ids: Sequence[Any]) -> None:
         """Raises ValueError for ids that the corpus lacks."""
-        self._corpus().rows(np.asarray(ids))
+        self._corpus().rows([id_number(identifier) for identifier in ids])
+
+    def first_title(self) -> str:
+        """The title of the corpus' first passage."""
+        return str(self._corpus().text(0)["title"])
 
     def encode_candidates(self, candidates: Sequence[str]) -> np.ndarray:
         """int32 `[N, T]`; raises ValueError as `answer`."""
