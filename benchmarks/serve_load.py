@@ -1,6 +1,6 @@
 """Load on the server: throughput and latency over the number of clients, and under overload.
 
-    python -m benchmarks.serve_load --gin_file=FILE [--gin.X=V ...] [--questions=FILE] [--json=OUT]
+    python -m benchmarks.serve_load --gin_file=FILE --questions=FILE [--gin.X=V ...] [--json=OUT]
 
 Starts `--run_mode=serve` on a free port of the loopback interface with these gin files, and compares
 it with a `Predictor` in this process that is fed with full batches of the same questions:
@@ -12,16 +12,29 @@ it with a `Predictor` in this process that is fed with full batches of the same 
 Requests of the open loop that are rejected (429) are counted, and their latency is reported apart.
 """
 
+import argparse
 import asyncio
+import contextlib
+import json
 import os
 import random
+import re
+import subprocess
+import sys
+import threading
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx2
+
+from glimmer_jax import axes, configuration, partitioning
+from glimmer_jax.modes import checks, serve
+from glimmer_jax.partitioning import make_mesh
+from glimmer_jax.serving.predictor import Predictor
+from glimmer_jax.storage.json_lines import read_json_lines
 
 CLIENTS = (1, 2, 4, 8, 16, 32)
 SEED = 0

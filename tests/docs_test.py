@@ -32,6 +32,7 @@ MACROS = {
 # Identifiers in code spans that are not macros.
 VARIABLES = {
     "GLIMMER_CACHE",
+    "GLIMMER_SERVE_TOKEN",
     "GLIMMER_TEST_PLATFORM",
     "JAX_COMPILATION_CACHE_DIR",
     "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS",
@@ -53,7 +54,7 @@ LANGUAGES = {"sh", "python", "text", "json", "dockerfile"}
 # What a block may need beyond the checkout, its environment and the built-in corpus.
 NEEDS = {
     *("beam", "checkpoint", "data", "docker", "download", "encoder", "gcloud", "gpu", "kilt"),
-    *("kubernetes", "libtpu", "slurm", "t5x", "terminal", "torch", "xmanager"),
+    *("kubernetes", "libtpu", "server", "slurm", "t5x", "terminal", "torch", "xmanager"),
 }
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -44,6 +44,7 @@ RUNS = {
     "memory": ("memory", ["ACTION = 'inspect'", "MEMORY_DIR = 'm'"]),
     "eval": ("eval", [CHECKPOINT, *TASK]),
     "infer": ("infer", [CHECKPOINT, TASK[2], "PASSAGES_DIR = 'p'"]),
+    "serve": ("serve", [CHECKPOINT, TASK[2], "PASSAGES_DIR = 'p'"]),
     "score": ("score", ["PREDICTIONS = 'p'", "QUESTIONS = 'q'"]),
     "export": ("export", [CHECKPOINT, "OUTPUT_PATH = 'o.safetensors'"]),
     "export_program": (
@@ -63,6 +64,7 @@ EXAMPLE_RUNS = {
     "memory": ("build_memory", [CHECKPOINT, "MEMORY_DIR = 'm'"]),
     "eval": ("eval", [CHECKPOINT]),
     "infer": ("infer", [CHECKPOINT]),
+    "serve": ("serve", [CHECKPOINT]),
     "export": ("export", [CHECKPOINT, "OUTPUT_PATH = 'o.safetensors'"]),
 }
 
@@ -108,7 +110,7 @@ def test_files_say_what_they_provide_and_require(path):
 def test_runs_parse_and_finalise(run):
     mode, required = RUNS[run]
     files = [f"gin/runs/{run}.gin"]
-    if mode in ("train", "codebooks", "build_memory", "eval", "infer", "export"):
+    if mode in ("train", "codebooks", "build_memory", "eval", "infer", "serve", "export"):
         files = ["gin/sizes/small.gin", "gin/models/glimmer.gin", *files]
     configuration.parse(files, required)
     assert arguments(mode)
