@@ -262,7 +262,9 @@ class Recipe:
         glimmer(
             "train", gin_file, MODEL_DIR=run, TRAIN_STEPS=stage.steps, RANDOM_SEED=seed, **settings
         )
-        self._note(name, steps=stage.steps, seed=seed, seconds=round(seconds(metrics(run))))
+        # Of all its restarts together, compilation included.
+        seconds = round(metrics(run)[-1]["train/alive_seconds"])
+        self._note(name, steps=stage.steps, seed=seed, seconds=seconds)
 
     def _evaluate(self, model: str, run: Path, split: str, short: str) -> None:
         """Metrics of all questions of a split, into the record."""
@@ -295,15 +297,6 @@ def metrics(run: Path) -> list[dict[str, float]]:
     """What a run logged while training, a dictionary for each line of its metrics.jsonl."""
     text = (run / "train" / "metrics.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
-
-
-def seconds(rows: Sequence[dict[str, float]]) -> float:
-    """Seconds that the logged steps took, those of restarts included, compilation left out."""
-    total, before = 0.0, 0.0
-    for row in rows:
-        total += (row["step"] - before) / row["train/steps_per_second"]
-        before = row["step"]
-    return total
 
 
 def plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:

@@ -19,7 +19,7 @@ from glimmer_jax.pydocs.objects import Documented, documented_objects
 
 SPLITS = ("train", "dev", "test")
 # Of a passage's text. Characters, because the words of signatures are many tokens each: with the
-# built-in vocabulary 200 of them and the longest titles fit into about 80 tokens.
+# built-in vocabulary 99 % of the passages, title and made-up names included, fit into 120 tokens.
 MAX_CHARACTERS = 200
 # Longer signatures leave no room for the docstring.
 MAX_SIGNATURE_CHARACTERS = 120
