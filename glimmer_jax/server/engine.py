@@ -11,7 +11,8 @@ import numpy as np
 
 from glimmer_jax.corpus.ids import id_number
 from glimmer_jax.server.protocol import Limits, Question, RequestError
-from glimmer_jax.serving.predictor import Predictor, Prepared, rank
+from glimmer_jax.serving.predictor import Predictor, Prepared
+from glimmer_jax.serving.records import rank
 
 # Numbers of candidates that programs are compiled for; a request's are filled up to the next one.
 CANDIDATE_COUNTS = (2, 8, 64)

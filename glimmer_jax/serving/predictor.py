@@ -29,12 +29,11 @@ from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.retrieval.bm25 import Bm25, Bm25Config
 from glimmer_jax.runtime.preemption import STOP
 from glimmer_jax.serving import param_layout
+from glimmer_jax.serving.records import Example, check_questions, rank, record
 from glimmer_jax.serving.step import Batch, Predict, Reading, add_candidates, encode_candidates
 from glimmer_jax.vocabulary import Vocabulary, question_text
 from glimmer_jax.weights import parameters
 from glimmer_jax.weights.load import load
-
-Example = dict[str, Any]
 
 
 def check_something_to_read(passages_dir: Any | None, memory_dir: Any | None) -> None:
@@ -44,39 +43,6 @@ def check_something_to_read(passages_dir: Any | None, memory_dir: Any | None) ->
             "There is nothing to read: set PASSAGES_DIR (passages are encoded for each question) "
             "or MEMORY_DIR (written by --run_mode=build_memory)."
         )
-
-
-def check_questions(questions: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError naming the first question that is malformed, and its field."""
-    for place, question in enumerate(questions):
-        if not isinstance(question, Mapping):
-            raise ValueError(
-                f"Question {place} must be a dict with id and input, got {question!r}."
-            )
-        for name in ("id", "input"):
-            if not isinstance(question.get(name), str):
-                raise ValueError(
-                    f"Question {place} needs a string as {name!r}, got {question.get(name)!r}."
-                )
-        try:
-            question["input"].encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"Question {place} ({question['id']!r}): input has a character that is no text "
-                f"(a surrogate at position {error.start}). Decode the text as UTF-8."
-            ) from None
-        if "retrieved" in question and not _are_passages(question["retrieved"]):
-            raise ValueError(
-                f"Question {place} ({question['id']!r}): retrieved must be a list of passages, "
-                f"[{{'id': 7}}, ...], got {question['retrieved']!r}. Leave it out to use BM25."
-            )
-
-
-def _are_passages(retrieved: Any) -> bool:
-    return isinstance(retrieved, Sequence) and all(
-        isinstance(passage, Mapping) and type(passage.get("id")) in (int, str)
-        for passage in retrieved
-    )
 
 
 class Predictor:
@@ -349,11 +315,11 @@ class Predictor:
 
         for batch in self.prefetch(batches()):
             tokens, aux = self.predict(batch)
-            for row, record in enumerate(self.records(under_way.popleft(), tokens, aux)):
+            for row, answer in enumerate(self.records(under_way.popleft(), tokens, aux)):
                 if candidates is not None:
-                    record["candidates"] = rank(candidates, aux["candidate_scores"][row])
-                    record["output"][0]["answer"] = record["candidates"][0]["answer"]
-                yield record
+                    answer["candidates"] = rank(candidates, aux["candidate_scores"][row])
+                    answer["output"][0]["answer"] = answer["candidates"][0]["answer"]
+                yield answer
 
     def prepare(
         self, questions: Sequence[Mapping[str, Any]], candidates: np.ndarray | None = None
@@ -409,7 +375,7 @@ class Predictor:
             zip(prepared.questions, prepared.passage_ids, strict=True)
         ):
             text = self._vocabulary.decode(tokens[row])
-            yield _record(question, ids, text, aux, row, passages, texts)
+            yield record(question, ids, text, aux, row, passages, texts)
 
     def _encoded(self, candidates: Sequence[str] | None) -> np.ndarray | None:
         if candidates is None:
@@ -466,54 +432,3 @@ class Prepared:
     questions: Sequence[Mapping[str, Any]]
     passage_ids: list[list[int]]  # in the retriever's order
     batch: Batch
-
-
-def _record(
-    question: Mapping[str, Any],
-    ids: Sequence[int],
-    prediction: str,
-    aux: Mapping[str, np.ndarray],
-    row: int,
-    passages: Passages,
-    texts: bool,
-) -> Example:
-    scores = aux["passage_scores"][row][: len(ids)]
-    kept = set(aux["kept_passages"][row].tolist())
-    # Passages missing from the memory were not read and are left out.
-    order = np.argsort(-scores, kind="stable")[: np.isfinite(scores).sum()]
-    rows = passages.rows(np.asarray(ids, np.int64))
-    records = {place: passages.text(int(rows[place])) for place in order.tolist()}
-    # A passage without a page is its own page.
-    pages = {
-        str(passage.get("page", passage.get("document", passage["id"]))): passage["title"]
-        for passage in records.values()
-    }
-    return {
-        "id": question["id"],
-        "input": question["input"],
-        "output": [
-            {
-                "answer": prediction,
-                "provenance": [
-                    {"wikipedia_id": page, "title": title} for page, title in pages.items()
-                ],
-            }
-        ],
-        "score": round(float(aux["scores"][row]), 4),
-        "passages": [
-            {
-                "id": passage["id"],
-                "title": passage["title"],
-                "score": round(float(scores[place]), 4),
-                "kept": place in kept,
-                **({"text": passage["text"]} if texts else {}),
-            }
-            for place, passage in records.items()
-        ],
-    }
-
-
-def rank(candidates: Sequence[str], scores: np.ndarray) -> list[dict[str, Any]]:
-    """`[{"answer", "score"}]` from log probabilities `[N]`, best first; ties keep their order."""
-    order = np.argsort(-scores, kind="stable").tolist()
-    return [{"answer": candidates[i], "score": round(float(scores[i]), 4)} for i in order]
