@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import pathlib
 import subprocess
@@ -126,7 +127,8 @@ def test_training_leaves_checkpoints_config_and_metrics(trained):
 
 
 @pytest.mark.parametrize("form", ["huggingface", "t5x"])
-def test_training_starts_from_what_export_has_written(work, trained, tmp_path, capfd, form):
+def test_training_starts_from_what_export_has_written(work, trained, tmp_path, capfd, caplog, form):
+    caplog.set_level(logging.INFO)
     files = ("sizes/tiny", "models/glimmer", "runs/export")
     exported = str(tmp_path / form)
     out = {"CHECKPOINT_PATH": str(trained), "OUTPUT_PATH": exported, "OUTPUT_FORMAT": form}
@@ -136,7 +138,8 @@ def test_training_starts_from_what_export_has_written(work, trained, tmp_path, c
     assert train(work, tmp_path / "run", **start) == 0
     shown = "".join(capfd.readouterr())
     found = {"huggingface": "a Hugging Face glimmer", "t5x": "a T5X checkpoint"}[form]
-    assert f"Parameters: {found} in {exported}" in shown and "from the given weights" in shown
+    assert f"Parameters: {found} in {exported}" in caplog.text
+    assert "from the given weights" in shown
 
 
 def test_all_modes_after_training(work, trained, capsys):

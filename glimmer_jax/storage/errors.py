@@ -5,12 +5,9 @@ must change first, 1 for anything unknown. Our own readers and writers raise `St
 TensorStore and TensorFlow raise errors of their own, which are recognised by number or status.
 """
 
-import contextlib
 import errno
-import os
 import re
-from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 Kind = Literal["temporary", "permanent"]
 
@@ -48,29 +45,6 @@ def storage_error(where: str, error: Exception) -> StorageError:
         f"{where} could not be read or written: {error}. Check the path, the connection, permissions "
         "and free space, and run the same command again."
     )
-
-
-@contextlib.contextmanager
-def invalid_file(path: Any, expected: str, *library_errors: type[Exception]) -> Iterator[None]:
-    """Turns what a library raises over the content of a user's file into ValueError.
-
-    Each file format has one such boundary. Errors of the storage pass unchanged.
-
-    Args:
-      path: of the file, for the message.
-      expected: such as `a safetensors file`.
-      library_errors: that the library raises for other content.
-    """
-    try:
-        yield
-    except library_errors as error:
-        if classify_error(error) is not None:
-            raise
-        detail = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise ValueError(
-            f"{os.fspath(path)} is not {expected}, or is damaged: {detail[0]}. Copy it again or write it "
-            "again."
-        ) from error
 
 
 def classify_error(error: BaseException) -> Kind | None:

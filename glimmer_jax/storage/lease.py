@@ -47,7 +47,8 @@ def try_lock(path: pathlib.Path) -> int | None:
     Raises:
       LockUnsupported: the file system has no locks.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    # Opening a pipe would block.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

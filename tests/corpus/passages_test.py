@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import json
 import os
@@ -163,6 +164,20 @@ def test_what_a_writer_moved_aside_and_never_replaced_gets_its_name_back(folder)
     finally:
         os.close(descriptor)
     assert len(Passages.open(folder)) == len(RECORDS)
+
+
+@pytest.mark.fault
+def test_without_file_locks_a_backup_is_restored_and_no_folder_removed(folder, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    working = folder.parent / f".{folder.name}.writing-1"
+    working.mkdir()
+    os.replace(folder, working.with_name(f"{working.name}-old"))
+    assert len(Passages.open(folder)) == len(RECORDS)
+    write(folder, RECORDS[:1], overwrite=True)
+    assert len(Passages.open(folder)) == 1 and working.is_dir()
 
 
 def test_files_are_on_disk_before_the_folder_has_its_name(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import shutil
 
 import flax.serialization
@@ -168,13 +169,15 @@ def test_half_precision_and_equal_copies_of_the_embedding_are_read(folder, dtype
     tiny.assert_trees_close(params, want, rtol=1e-2)
 
 
-def test_a_t5_becomes_a_glimmer_with_two_tables_and_a_new_head(folder, capsys):
+def test_a_t5_becomes_a_glimmer_with_two_tables_and_a_new_head(folder, caplog, capsys):
+    caplog.set_level(logging.INFO)
     params = parameters.load(folder, GlimmerModel(tiny.GLIMMER), "v")
     want = tiny.params(tiny.FID)["live_encoder"]["relpos_bias"]
     for encoder in ("memory_encoder", "live_encoder"):
         tiny.assert_trees_equal(params[encoder]["relpos_bias"], want)
     assert (params["reranker"]["kernel"] == 1.0).all()
-    assert f"Parameters: a Hugging Face t5 in {folder}" in capsys.readouterr().out
+    assert f"Parameters: a Hugging Face t5 in {folder}" in caplog.text
+    assert capsys.readouterr().out == ""
     wide = dataclasses.replace(tiny.FID, t5=dataclasses.replace(tiny.T5, vocab_size=64))
     with pytest.raises(ValueError, match="vocab_size=32 .*vocab_size=64"):
         parameters.load(folder, GlimmerModel(wide), "v")
