@@ -327,7 +327,7 @@ def test_an_unknown_task_is_reported_before_data_is_read(tmp_path, monkeypatch, 
     assert "'pydoc'" in error and "MIXTURE_OR_TASK_NAME" in error
 
 
-def test_a_bad_line_and_a_wrong_k_are_named(work, tmp_path, capfd):
+def test_an_invalid_line_and_a_k_that_is_too_large_are_reported(work, tmp_path, capfd):
     folder = tmp_path / "retrieved"
     folder.mkdir()
     for task in TASKS:
@@ -337,7 +337,7 @@ def test_a_bad_line_and_a_wrong_k_are_named(work, tmp_path, capfd):
     assert "train.jsonl:11" in capfd.readouterr().err
     lengths = {"inputs": 24, "targets": 16, "passages": (4, 16)}
     assert train(work, tmp_path / "run", TASK_FEATURE_LENGTHS=lengths) == 2
-    assert "asks for K=4 passages" in capfd.readouterr().err
+    assert "TASK_FEATURE_LENGTHS has K=4 passages" in capfd.readouterr().err
 
 
 def test_a_missing_library_is_one_line_with_the_pip_command(monkeypatch, capsys):

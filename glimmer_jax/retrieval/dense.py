@@ -90,8 +90,8 @@ class DenseRetriever(Retriever):
         vectors = self._encoder.encode(tokens, lambda *_: STOP.poll_together())
         scores, rows = self._search(vectors, k, self._allowed)
         return [
-            [(int(row), float(score)) for row, score in zip(*one, strict=True) if row >= 0]
-            for one in zip(rows, scores, strict=True)
+            [(int(row), float(score)) for row, score in zip(*ranked, strict=True) if row >= 0]
+            for ranked in zip(rows, scores, strict=True)
         ]
 
 
