@@ -397,7 +397,7 @@ def test_official_scores_are_printed_as_json(tmp_path, capsys):
     assert "recall@20" in json.loads(capsys.readouterr().out)["retrieval"]
 
 
-def test_official_scores_name_what_is_wrong(tmp_path, capfd):
+def test_official_scores_report_invalid_files(tmp_path, capfd):
     gold = kilt_file(tmp_path / "gold", "x", "7")
     guess = kilt_file(tmp_path / "guess", "x", "7")
     guess.write_text(guess.read_text() + '{"id": 3\n')
@@ -447,7 +447,7 @@ def test_invalid_input_exits_with_2_and_has_a_traceback_with_debug(tmp_path):
     assert "Traceback" in debug.stderr
 
 
-def test_an_error_inside_a_library_is_no_bad_input(monkeypatch):
+def test_an_error_inside_a_library_is_not_invalid_input(monkeypatch):
     def broken(*_):
         import numpy as np
 
@@ -458,7 +458,7 @@ def test_an_error_inside_a_library_is_no_bad_input(monkeypatch):
         command_line.main(["--run_mode=score"])
 
 
-def test_storage_that_does_not_answer_asks_to_be_started_again(monkeypatch, capsys):
+def test_storage_timeouts_exit_with_the_retry_code(monkeypatch, capsys):
     def broken(_):
         error = ValueError("UNAVAILABLE: did not answer")
         raise storage_error("gs://bucket/memory/", error) from error
@@ -538,7 +538,7 @@ class UnavailableError(Exception):
         ),
     ],
 )
-def test_storage_that_fails_in_a_library_is_told_from_a_bug(
+def test_storage_errors_in_libraries_are_not_reported_as_bugs(
     monkeypatch, capsys, broken, code, said
 ):
     monkeypatch.setattr(command_line, "run_mode", lambda _: broken())

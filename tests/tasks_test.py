@@ -126,12 +126,12 @@ def test_converter_takes_inline_passages_of_more_passages_than_tokens():
         {"inputs": 8, "targets": 6, "passages": (3, 12.5)},
     ],
 )
-def test_wrong_lengths_are_refused(lengths):
+def test_invalid_lengths_are_rejected(lengths):
     with pytest.raises(ValueError, match=r"TASK_FEATURE_LENGTHS must be .*; got"):
         lengths_module.check_lengths(lengths)
 
 
-def test_converter_refuses_packing_and_missing_passages():
+def test_the_converter_rejects_packing_and_missing_passages():
     with pytest.raises(ValueError, match="cannot pack"):
         features.GlimmerFeatureConverter(pack=True)
     tokens = np.array([7], np.int32)
@@ -178,7 +178,7 @@ def assert_same(ones, others):
             np.testing.assert_array_equal(one[name], other[name])
 
 
-def test_batches_are_deterministic_resumable_and_draw_anew_each_epoch(data_dir, passages):
+def test_batches_are_deterministic_resumable_and_differ_per_epoch(data_dir, passages):
     def train(start_step=0, **kwargs):
         return pipeline.batches(
             TASK, "train", LENGTHS, 4, seed=3, start_step=start_step, passages=passages, **kwargs

@@ -1,8 +1,9 @@
-"""Which errors of disks and buckets are temporary, which ask for a change, and which are bugs.
+"""Classifies errors of disks and buckets: temporary, invalid input, or a bug.
 
-`main` turns that into an exit code: 42 only for what is listed here as temporary, 2 for what the user
-must change first, 1 for anything unknown. Our own readers and writers raise `StorageError`. Orbax,
-TensorStore and TensorFlow raise errors of their own, which are recognised by number or status.
+`main` turns that into an exit code: 42 only for what is listed here as temporary, 2 for what the
+user must change first, 1 for anything unknown. Our own readers and writers raise `StorageError`.
+Orbax, TensorStore and TensorFlow raise errors of their own, which are recognised by number or
+status.
 """
 
 import errno
@@ -117,6 +118,6 @@ def _is_full(error: BaseException) -> bool:
 
 
 def _status(error: BaseException) -> str:
-    # TensorStore's text; TensorFlow need not be installed, so its classes are known by name. XLA uses
-    # the same words for devices, in errors that are no ValueErrors.
+    # TensorStore's text; TensorFlow need not be installed, so its classes are known by name. XLA
+    # uses the same words for devices, in errors that are no ValueErrors.
     return str(error) if isinstance(error, ValueError) else type(error).__name__

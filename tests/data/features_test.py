@@ -52,8 +52,8 @@ def test_inline_passages_need_no_corpus():
     assert got["passage_tokens"].tolist() == [[4, 1, 0, 0, 0], [0, 0, 0, 0, 0]]
 
 
-def test_a_saved_iterator_goes_on_where_it_was(tmp_path):
-    # T5X saves its data with a checkpoint, and tensorflow refuses to save what has a state in
+def test_a_saved_iterator_resumes_at_its_position(tmp_path):
+    # T5X saves its data with a checkpoint, and TensorFlow cannot save an iterator with state in
     # Python.
     ds = TokensConverter(LENGTHS, Corpus())(examples(6), {}).shuffle(3, seed=0)
     iterator = iter(ds)

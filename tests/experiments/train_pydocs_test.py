@@ -90,7 +90,7 @@ def trained(commands):
     return [one for one in commands.ran if one[0] == "train"]
 
 
-def test_the_start_learns_exercises_alone(commands):
+def test_the_start_learns_only_exercises(commands):
     make("--models=start")
     for _, gin_file, macros in trained(commands):
         assert gin_file == "pydocs_start_train"
@@ -98,7 +98,7 @@ def test_the_start_learns_exercises_alone(commands):
         assert "DATA_DIR" not in macros
 
 
-def test_no_stage_of_a_model_reads_the_stream_of_another_and_seeds_share_none(commands):
+def test_stages_and_seeds_have_disjoint_streams(commands):
     make()
     streams = {
         macros["MODEL_DIR"].name: macros["RANDOM_SEED"] for _, _, macros in trained(commands)

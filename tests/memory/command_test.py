@@ -1,4 +1,4 @@
-"""A memory's whole life by the command line, on a tiny checkpoint and the built-in vocabulary."""
+"""All memory commands on the command line, with a tiny checkpoint and the built-in vocabulary."""
 
 import dataclasses
 import json

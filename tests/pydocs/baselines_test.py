@@ -34,7 +34,7 @@ def test_words_match_in_order_and_close_together(question, title):
     assert baselines.word_match(question, PASSAGES) == title
 
 
-def test_random_parameters_are_from_the_signature_and_seeded_by_question():
+def test_random_parameters_are_of_the_signature_seeded_by_question():
     questions = [f"question {i}" for i in range(40)]
     first = [baselines.random_parameter(question, PASSAGES) for question in questions]
     gold = [baselines.random_of_gold(question, PASSAGES) for question in questions]

@@ -1,4 +1,4 @@
-"""Which errors are temporary, which ask for a change, and which are bugs."""
+"""Errors are classified as temporary, invalid input, or bugs."""
 
 import errno
 import os

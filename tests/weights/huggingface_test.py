@@ -183,7 +183,7 @@ def test_a_t5_becomes_a_glimmer_with_two_tables_and_a_new_head(folder, caplog, c
         parameters.load(folder, GlimmerModel(wide), "v")
 
 
-def test_missing_extra_and_misshapen_parameters_are_all_named(folder, serve):
+def test_missing_extra_and_misshapen_parameters_are_all_reported(folder, serve):
     tensors = tensors_of(folder)
     del tensors["encoder.block.2.layer.0.SelfAttention.q.weight"]
     tensors["encoder.block.9.layer.0.layer_norm.weight"] = np.ones(16, np.float32)
@@ -263,7 +263,7 @@ def test_truncated_and_damaged_files_are_rejected(folder, form):
         load(folder)
 
 
-def test_tensors_of_integers_are_named(folder):
+def test_tensors_of_integers_are_reported(folder):
     rewrite(folder, {**tensors_of(folder), "extra": np.ones(3, np.int64)})
     with pytest.raises(ValueError, match="extra as I64.*float32, float16"):
         load(folder)
@@ -330,7 +330,7 @@ def test_a_missing_size_has_the_default_of_transformers(folder, name):
         load(folder)
 
 
-def test_a_parameter_that_is_not_finite_is_named(folder):
+def test_a_parameter_that_is_not_finite_is_reported(folder):
     tensors = tensors_of(folder)
     tensors["decoder.block.1.layer.2.DenseReluDense.wo.weight"][0, 0] = np.inf
     rewrite(folder, tensors)
