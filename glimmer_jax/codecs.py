@@ -212,6 +212,7 @@ class ProductQuantisation:
         return {"codes": ((self.num_subspaces(emb_dim),), kind)}
 
     def codebook_specs(self, emb_dim: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the float32 codebook arrays by name."""
         return {
             "centroids": (self.num_subspaces(emb_dim), self.num_codes, self.channels),
             "basis": (emb_dim, emb_dim),

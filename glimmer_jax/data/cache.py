@@ -102,6 +102,7 @@ def _dump(path: str, value: dict) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Caches all incomplete tasks of a mixture; prints the number of examples of each split."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("name", help="a task or mixture")
     parser.add_argument(

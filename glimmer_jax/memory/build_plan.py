@@ -58,6 +58,7 @@ class PendingShard:
 
 
 def shard_name(index: int) -> str:
+    """Name of the shard with this index: six digits."""
     return f"{index:06d}"
 
 
@@ -78,6 +79,7 @@ class Plan:
     finished: Mapping[str, Record]
 
     def remaining_passages(self) -> int:
+        """Number of passages in pending shards."""
         return sum(len(item.rows) for item in self.pending)
 
 

@@ -40,6 +40,7 @@ class ByteRange(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 

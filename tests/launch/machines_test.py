@@ -189,7 +189,7 @@ def test_bad_input_and_crashes_are_not_repeated(gcloud, monkeypatch, code):
     assert verbs(gcloud) == ONE_LIFE
 
 
-def test_a_refused_first_connection_is_retried(gcloud):
+def test_a_rejected_first_connection_is_retried(gcloud):
     life(gcloud, 1, '[ "$verb" = scp ] && [ ! -e once ] && touch once && exit 255')
     assert go() == 0
     assert verbs(gcloud) == ["create", "scp", *ONE_LIFE[1:]]
