@@ -1,8 +1,8 @@
-"""The package with its gin files, tasks and launchers.
+"""Packages glimmer_jax with its gin files, tasks and launchers.
 
-`gin/`, `tasks/` and `launch/` are top-level folders of the repository. A wheel has them inside the
-package (`glimmer_jax/_shipped`), because a top-level package named `gin` would shadow the gin library.
-`glimmer_jax.shipped` finds them in both places.
+`gin/`, `tasks/` and `launch/` are top-level folders of the repository. A wheel contains them inside
+the package (`glimmer_jax/_shipped`), because a top-level package named `gin` would shadow the gin
+library. `glimmer_jax.shipped` finds them in both places.
 """
 
 import pathlib
@@ -55,13 +55,13 @@ EXTRAS = {
     # Sweeps. Install with constraints.txt: pip alone takes very long to resolve the versions.
     "xm": ["xmanager>=0.8"],
     "tpu": ["jax[tpu]>=0.10"],
-    # XLA's TPU compiler, for machines without a TPU, in the version that jax asks for.
+    # XLA's TPU compiler for machines without a TPU, in the version that jax requires.
     "preflight": ["jax[tpu]>=0.10"],
     "cuda12": ["jax[cuda12]>=0.10"],
     "cuda13": ["jax[cuda13]>=0.10"],
     # The HTTP server.
     "serve": SERVE,
-    # Tests of the server's page, in a Chromium that is installed already.
+    # Tests of the server's page, with an installed Chromium.
     "browser": ["playwright>=1.50"],
     "dev": [
         *PLOTS,
@@ -86,14 +86,14 @@ def version() -> str:
 
 
 def shipped_packages() -> dict[str, str]:
-    """Package in the wheel -> folder in the repository, for every folder that holds files."""
-    found = {}
+    """Package name in the wheel -> folder in the repository."""
+    packages = {}
     for name in SHIPPED:
         for folder in [ROOT / name, *sorted((ROOT / name).rglob("*"))]:
             if folder.is_dir() and folder.name != "__pycache__":
                 relative = folder.relative_to(ROOT).as_posix()
-                found["glimmer_jax._shipped." + relative.replace("/", ".")] = relative
-    return found
+                packages["glimmer_jax._shipped." + relative.replace("/", ".")] = relative
+    return packages
 
 
 packages = shipped_packages()

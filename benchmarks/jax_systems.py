@@ -76,6 +76,7 @@ class JaxSystem:
         return self._predict(self._params, self.batch(passages))[0][0]
 
     def flops(self, passages: int) -> int:
+        """FLOPs of one answer, counted in the jaxpr."""
         batch = self.batch(passages)
         if self._lookup is not None:
             batch = self._lookup.add(batch)
@@ -84,6 +85,7 @@ class JaxSystem:
         return count_flops(traced, while_trips=self.setting.answer)
 
     def peaks(self) -> dict[str, float]:
+        """Measured peak rates of the device (`peaks.jax_peaks`)."""
         return self._peaks
 
     def reset_peak(self) -> None:

@@ -31,12 +31,15 @@ class RandomPassages:
         return len(self.ids)
 
     def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """int64 `[n]`, tokens of each row."""
         return np.full(len(rows), self._tokens.shape[1], np.int64)
 
     def tokens(self, rows: np.ndarray, length: int) -> np.ndarray:
+        """int32 `[n, length]`."""
         return self._tokens[rows, :length]
 
     def records(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        """Yields one record per row."""
         return ({"title": str(row), "text": ""} for row in range(start, stop))
 
 
@@ -52,16 +55,19 @@ class SyntheticPassages:
         return len(self.ids)
 
     def lengths(self, rows: Any) -> np.ndarray:
+        """int32 `[n]`, tokens of each row."""
         mixed = np.asarray(rows, np.int64) * 2654435761
         return (self._shortest + mixed % self._spread).astype(np.int32)
 
     def tokens(self, rows: Any, length: int) -> np.ndarray:
+        """int32 `[n, length]`, padded with 0."""
         rows = np.asarray(rows, np.int64)
         places = np.arange(length)[None]
         tokens = 2 + (rows[:, None] * 31 + places * 17) % 60
         return np.where(places < self.lengths(rows)[:, None], tokens, 0).astype(np.int32)
 
     def records(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        """Yields one record per row."""
         return ({"title": f"passage {row}"} for row in range(start, stop))
 
 

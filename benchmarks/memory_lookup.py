@@ -134,7 +134,7 @@ def measure(
     mesh = make_mesh(MeshConfig(), jax.devices())
     load = _timed(lambda: jax.block_until_ready(table.load(MemoryStore.open(path), mesh).pages))
     size = statistics.median(sizes)
-    whole = {
+    loaded = {
         "codec": codec,
         "reader": "mesh table",
         "state": "loaded",
@@ -150,7 +150,7 @@ def measure(
             "mb_per_s": size / statistics.median(times) / 1e6,
         }
         for (name, state), times in seconds.items()
-    ] + [whole]
+    ] + [loaded]
 
 
 def _look_up(path: Path, length: int, batches: np.ndarray) -> None:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.preflight_table [--only=large] [--output=docs/preflight.md]
 
-Every row is one `--run_mode=preflight` of the shipped gin files, in a process of its own; nothing is
+Every row is one `--run_mode=preflight` of the shipped gin files, in its own process; nothing is
 run on a TPU. Rows that are in the file already are kept, so that the table grows over several runs;
 one that is deleted there is compiled again.
 """
@@ -139,6 +139,7 @@ def place(line: str) -> int:
 
 
 def main() -> None:
+    """Compiles the programs and updates the table in `--output`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default="docs/preflight.md")
     parser.add_argument("--only", help="a size")

@@ -20,6 +20,7 @@ from benchmarks.timing import Worker, measure
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures all systems, writes the rows as JSON, and prints the tables."""
     args = _parse(arguments)
     setting = Setting(
         args.size,

@@ -24,9 +24,9 @@ class Worker:
 
     def __init__(self, system: str, dtype: str, setting: Setting):
         self.system, self.dtype = system, dtype
-        given = json.dumps([system, dtype, dataclasses.asdict(setting)])
+        arguments = json.dumps([system, dtype, dataclasses.asdict(setting)])
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", given],
+            [sys.executable, "-m", "benchmarks.worker", arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -36,6 +36,7 @@ class Worker:
         self._answer()
 
     def request(self, action: str, passages: int) -> dict[str, Any]:
+        """The worker's answer to `prepare` or `answer`. Raises RuntimeError if the process ended."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"action": action, "passages": passages}) + "\n")
         self._process.stdin.flush()
@@ -53,6 +54,7 @@ class Worker:
         return json.loads(line)
 
     def close(self) -> None:
+        """Ends the process."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait()

@@ -42,7 +42,7 @@ class TorchFid:
         self._random = np.random.default_rng(0)
         self._best: dict[int, tuple[str, str]] = {}
         decoder = (*self._model.decoder.block.parameters(), *self._model.lm_head.parameters())
-        self.decoder_bytes = sum(one.nbytes for one in decoder)
+        self.decoder_bytes = sum(parameter.nbytes for parameter in decoder)
         on = torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
         self.details: dict[str, Any] = {
             "framework": f"torch {torch.__version__}, transformers {transformers.__version__}",
@@ -130,6 +130,8 @@ class TorchFid:
         return self._torch.cat(tokens, 1)
 
     def flops(self, passages: int) -> int:
+        """FLOPs of one answer, from PyTorch's counter."""
+
         from torch.utils.flop_counter import FlopCounterMode
 
         # The counter supports the products of eager attention on every device.
@@ -138,6 +140,7 @@ class TorchFid:
         return int(counter.get_total_flops())
 
     def peaks(self) -> dict[str, float]:
+        """Measured peak rates of the device (`peaks.torch_peaks`)."""
         return peaks.torch_peaks(self._dtype, self.device)
 
     def reset_peak(self) -> None:

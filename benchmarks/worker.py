@@ -17,6 +17,7 @@ from benchmarks.setting import Setting
 
 
 def main() -> None:
+    """Answers requests, one JSON object per line, until standard input ends."""
     # Standard output carries the results; output of libraries goes to standard error.
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

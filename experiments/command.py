@@ -1,4 +1,4 @@
-"""One `glimmer` command as a process of its own, printed before it runs, tuned for a CPU."""
+"""Runs a `glimmer` command in its own process, with settings that are fast on a CPU."""
 
 import os
 import shlex
@@ -9,31 +9,37 @@ from typing import Any
 
 
 def glimmer(mode: str, gin_file: str, *, devices: int | None = None, **macros: Any) -> None:
-    """Runs `glimmer --run_mode=<mode>` with gin/examples/<gin_file>.gin and macros on top.
+    """Prints and runs `glimmer --run_mode=<mode>` with a gin file and macros.
 
-    `devices` is the number of virtual devices of a CPU; None is one a core, at most two.
+    Args:
+      mode: run mode.
+      gin_file: name of a file in gin/examples, without suffix.
+      devices: number of virtual CPU devices; None is one per core, at most two.
+      macros: override those of the gin file.
 
-    Ends this process with the command's exit code where that is not 0.
+    Raises:
+      SystemExit: the command failed; with its exit code.
     """
     command = ["--run_mode=" + mode, f"--gin_file=gin/examples/{gin_file}.gin"]
     for name, value in macros.items():
         value = str(value) if isinstance(value, Path) else value
         command.append(f"--gin.{name}={value!r}")
     print(f"\n$ glimmer {shlex.join(command)}", flush=True)
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "glimmer_jax.main", *command],
         check=False,
         env=cpu_environment(devices),
     )
-    if done.returncode:
-        sys.exit(done.returncode)
+    if result.returncode:
+        sys.exit(result.returncode)
 
 
 def cpu_environment(devices: int | None = None) -> dict[str, str]:
-    """This process's environment, with what makes a tiny model fast on a CPU; other devices ignore it.
+    """This process's environment with settings that make a tiny model fast on a CPU.
 
-    One virtual device a core, because small operations use one core each. And memory that the C
-    library keeps between steps, in huge pages: fresh pages are a quarter of a tiny model's step.
+    It uses one virtual device per core, because small operations use one core each. The C library
+    keeps memory between steps, in huge pages, because page faults take a quarter of a tiny model's
+    step. Other devices ignore these settings.
     """
     devices = devices or (2 if (os.cpu_count() or 1) > 1 else 1)
     keep = "1000000000000"
@@ -45,6 +51,6 @@ def cpu_environment(devices: int | None = None) -> dict[str, str]:
     joined = {"XLA_FLAGS": " ", "GLIBC_TUNABLES": ":"}
     return {
         **os.environ,
-        # What was set before comes last, and wins.
+        # The user's own settings come last, so that they take precedence.
         **{k: joined[k].join(filter(None, (v, os.environ.get(k)))) for k, v in added.items()},
     }

@@ -1,8 +1,8 @@
-"""Serves the shipped GLIMMER on the built-in corpus, and opens its page in the browser.
+"""Serves the shipped GLIMMER on the built-in corpus and opens its page in the browser.
 
     python -m experiments.demo [--port=8000] [--no_browser]
 
-The first run tokenises the corpus and encodes it into memory, below `data/pydocs`.
+The first run tokenises the corpus and encodes it into memory, in `data/pydocs`.
 """
 
 import argparse
@@ -23,7 +23,7 @@ MEMORY = "data/pydocs/demo_memory"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prepares what is missing, then serves until Ctrl-C."""
+    """Builds passages and memory if they are missing, then serves until Ctrl-C."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--no_browser", action="store_true")
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.no_browser:
         threading.Thread(target=_open_when_ready, args=(url,), daemon=True).start()
     print(f"\nThe page: {url} (Ctrl-C stops the server)\n", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):  # the server got it as well, and drains
+    with contextlib.suppress(KeyboardInterrupt):  # the server receives it too, and drains
         glimmer(
             "serve",
             "pydocs_glimmer_serve",

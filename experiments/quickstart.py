@@ -1,10 +1,14 @@
-"""The whole road on the built-in corpus, in minutes: every step a command that is printed first.
+"""All steps on the built-in corpus, in minutes. Every step is a command, printed before it runs.
 
     python -m experiments.quickstart [--output=DIR] [--train_steps=N] [--num_examples=N]
 
-Passages and questions from Python's own documentation, BM25, a short fine-tuning that goes on from
-the shipped GLIMMER, memory for LUMEN and GLIMMER, evaluation of FiD, LUMEN and GLIMMER on modules
-that none of them was trained on, a few answers; then a table, `report.json` and `report.png`.
+1. Passages and questions from Python's own documentation.
+2. Retrieval with BM25.
+3. A short fine-tuning of the shipped GLIMMER.
+4. Memory for LUMEN and GLIMMER.
+5. Evaluation of FiD, LUMEN and GLIMMER on held-out modules.
+6. A few answers.
+7. A table, `report.json` and `report.png`.
 """
 
 import argparse
@@ -25,12 +29,12 @@ from glimmer_jax.storage.json_lines import read_json_lines, write_json_lines
 
 MODELS = ("fid", "lumen", "glimmer")
 NUM_ANSWERS = 4
-# Parameters that each model begins with; how they were made: glimmer_jax/checkpoints.
+# Initial parameters of each model; glimmer_jax/checkpoints/README.md describes their training.
 SHIPPED = {name: CHECKPOINTS / f"pydocs_{name}.safetensors" for name in MODELS}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs all steps; stops at the first that fails, with its exit code."""
+    """Runs all steps. Exits at the first failing command, with its exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--output", type=Path, default=Path("quickstart"), help="folder of the runs"
@@ -56,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         DATA_DIR=data / "retrieved",
     )
     shared = {"PASSAGES_DIR": data / "passages", "DATA_DIR": data / "retrieved"}
-    # The rate falls to nothing at the last step, so another number of steps is another run.
+    # The learning rate decays to 0 at the last step, so each number of steps is a separate run.
     tuned = runs / f"glimmer_{args.train_steps}"
     glimmer(
         "train",
@@ -82,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             MEMORY_DIR=memory,
         )
     for name in MODELS:
-        given = {"MEMORY_DIR": memories[name]} if name in memories else {}
+        memory_macros = {"MEMORY_DIR": memories[name]} if name in memories else {}
         glimmer(
             "eval",
             f"pydocs_{name}_eval",
@@ -90,26 +94,26 @@ def main(argv: Sequence[str] | None = None) -> None:
             EVALUATOR_NUM_EXAMPLES=args.num_examples,
             EVAL_OUTPUT_DIR=runs / f"{name}_eval",
             **shared,
-            **given,
+            **memory_macros,
         )
     _answer_a_few(data, runs, weights["glimmer"], memories["glimmer"])
 
-    records = {one["id"]: one for one in Passages.open(data / "passages").records()}
-    found = collect(data / "retrieved", runs, records)
-    found["seconds"] = round(time.monotonic() - started)
-    Path("report.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    report.plot(found, Path("report.png"))
-    print(report.table(found))
-    print(f"\nWritten: report.json, report.png. {found['seconds']} seconds in all.")
+    records = {record["id"]: record for record in Passages.open(data / "passages").records()}
+    results = collect(data / "retrieved", runs, records)
+    results["seconds"] = round(time.monotonic() - started)
+    Path("report.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    report.plot(results, Path("report.png"))
+    print(report.table(results))
+    print(f"\nWrote report.json and report.png after {results['seconds']} seconds.")
 
 
 def _answer_a_few(data: Path, runs: Path, checkpoint: Path, memory: Path) -> None:
-    """Answers the first questions of the test set with `infer` and prints them."""
-    asked = []
+    """Answers the first questions of each test set with `infer` and prints the answers."""
+    questions = []
     for task in TASKS:
         lines = read_json_lines(data / "retrieved" / f"{task}-test.jsonl")
-        asked += [line for _, (_, line) in zip(range(NUM_ANSWERS), lines, strict=False)]
-    write_json_lines(runs / "questions.jsonl", asked)
+        questions += [line for _, (_, line) in zip(range(NUM_ANSWERS), lines, strict=False)]
+    write_json_lines(runs / "questions.jsonl", questions)
     glimmer(
         "infer",
         "pydocs_glimmer_infer",
@@ -123,28 +127,32 @@ def _answer_a_few(data: Path, runs: Path, checkpoint: Path, memory: Path) -> Non
         line["id"]: line
         for _, line in read_json_lines(runs / "answers" / "predictions-questions.jsonl")
     }
-    for question in asked:
+    for question in questions:
         answer = answers[question["id"]]
         best = answer["passages"][0]["title"]
-        gold, given = (one["output"][0]["answer"] for one in (question, answer))
-        print(f"\n  {question['input']}\n    -> {given}  (gold: {gold}; read: {best})")
+        gold, predicted = (line["output"][0]["answer"] for line in (question, answer))
+        print(f"\n  {question['input']}\n    -> {predicted}  (gold: {gold}; best passage: {best})")
 
 
 def collect(
     retrieved: Path, runs: Path, records: Mapping[int, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The report: scores of simple rules, the retriever and three models on the same test questions.
+    """The report: scores of rule-based baselines, the retriever and three models.
 
     Args:
       retrieved: folder of the retrieved test files.
-      records: passage id -> `{"title", "text"}`.
       runs: folder with `<model>_eval/metrics.json` and `predictions-pydocs_<task>.jsonl`.
+      records: passage id -> `{"title", "text"}`.
 
     Returns:
-      For `retriever` and each model `exact_match` and `recall_at_1` on the which-function task and
-      `tasks`; for models also `tflop_per_question` and `questions_per_second`; `baselines`, the exact
-      match of each rule of `pydocs.baselines` by task, and the retriever's recall; and `differences`
-      of which-function exact match and recall with paired 95 % intervals, pages resampled whole.
+      A dictionary with these keys:
+
+      * `retriever` and each model: `exact_match` and `recall_at_1` on the which-function task, and
+        `tasks`; models also have `tflop_per_question` and `questions_per_second`.
+      * `baselines`: by task, exact match of each rule of `pydocs.baselines`, and the retriever's
+        recall.
+      * `differences`: of exact match and recall on the which-function task, with paired 95 %
+        bootstrap intervals over pages.
     """
     rule_scores: dict[str, dict[str, float]] = {}
     systems: dict[str, Any] = {"retriever": {"tasks": {}}}
@@ -163,12 +171,12 @@ def collect(
             path = runs / f"{name}_eval" / f"predictions-pydocs_{task}.jsonl"
             predictions = [line for _, line in read_json_lines(path)]
             rows[name, task] = _scores(task, predictions, examples)
-        asked = [examples[line["id"]] for line in predictions]
+        evaluated = [examples[line["id"]] for line in predictions]
         rows["retriever", task] = _scores(
-            task, [_first_title(line, records) for line in asked], examples
+            task, [_first_title(line, records) for line in evaluated], examples
         )
-        rules = baselines.scores(task, asked, records)
-        rule_scores[task] = {name: sum(found) / len(found) for name, found in rules.items()}
+        rules = baselines.scores(task, evaluated, records)
+        rule_scores[task] = {name: sum(values) / len(values) for name, values in rules.items()}
     for (name, task), scores in rows.items():
         means = {key: sum(v) / len(v) for key, v in scores.items() if key != "groups"}
         systems[name]["tasks"][task] = {"n": len(scores["groups"]), **means}
@@ -184,23 +192,23 @@ def collect(
 def _first_title(
     line: Mapping[str, Any], records: Mapping[int, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The retriever as a reader: it answers every question with its first passage's page."""
+    """The retriever's prediction: the title of its first passage."""
     return {
         "id": line["id"],
         "prediction": records[line["retrieved"][0]["id"]]["title"],
-        "passage_ids": [one["id"] for one in line["retrieved"]],
+        "passage_ids": [passage["id"] for passage in line["retrieved"]],
     }
 
 
 def _scores(
     task: str, predictions: Sequence[Mapping[str, Any]], examples: Mapping[str, Any]
 ) -> dict[str, list[Any]]:
-    """Scores of each prediction, in order, and the page it is about (`groups`)."""
+    """Scores of each prediction, in order, and the page of its question (`groups`)."""
     scores: dict[str, list[Any]] = {"exact_match": [], "recall_at_1": [], "groups": []}
     for line in predictions:
         example = examples[line["id"]]
-        gold_ids = {one["id"] for one in example["retrieved"] if one["gold"]}
-        answers = [one["answer"] for one in example["output"]]
+        gold_ids = {passage["id"] for passage in example["retrieved"] if passage["gold"]}
+        answers = [output["answer"] for output in example["output"]]
         scores["exact_match"].append(qa.match_of(answers, line["prediction"]))
         scores["recall_at_1"].append(float(line["passage_ids"][0] in gold_ids))
         scores["groups"].append(example["output"][0]["provenance"][0]["wikipedia_id"])
@@ -214,13 +222,13 @@ def _differences(rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str,
         ("glimmer", "fid", "exact_match"),
         ("fid", "lumen", "exact_match"),
     )
-    found = {}
+    differences = {}
     for a, b, metric in pairs:
         left, right = rows[a, "which_function"], rows[b, "which_function"]
-        found[f"{a} - {b}, {metric}"] = qa.paired_bootstrap(
+        differences[f"{a} - {b}, {metric}"] = qa.paired_bootstrap(
             left[metric], right[metric], groups=left["groups"]
         )
-    return found
+    return differences
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The README's figure, from the results table of the model card.
+"""Draws the README's figure from the results table of the model card.
 
     python -m experiments.readme_figure
 
@@ -41,7 +41,7 @@ def plot(table: dict[str, dict[str, str]], path: Path) -> None:
     """Writes a PNG: exact match over counted compute, one point per model."""
     import matplotlib
 
-    matplotlib.use("Agg")  # no screen needed
+    matplotlib.use("Agg")  # works without a display
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
@@ -69,7 +69,7 @@ def plot(table: dict[str, dict[str, str]], path: Path) -> None:
     axes.set_ylabel("exact match, %")
     axes.set_title("Built-in corpus, which function, held-out modules", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
-    # No version of matplotlib in the file: unchanged figures give unchanged bytes.
+    # Without matplotlib's version in the file, an unchanged figure has unchanged bytes.
     figure.savefig(path, dpi=150, metadata={"Software": None})
     pyplot.close(figure)
 

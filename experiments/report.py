@@ -6,7 +6,7 @@ from typing import Any
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The report as text: a row for each system, what rules answer, and the differences that matter."""
+    """The report as text: a row per system, the rule-based baselines, and paired differences."""
     tasks = list(report["retriever"]["tasks"])
     head = ["", *(f"{task} EM" for task in tasks), "recall@1", "GFLOP/question", "questions/s"]
     lines = [head]
@@ -23,23 +23,23 @@ def table(report: Mapping[str, Any]) -> str:
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         for line in lines
     ]
-    text.append("\nWhat simple rules answer, exact match, and the retriever's recall:")
+    text.append("\nExact match of rule-based baselines, and the retriever's recall:")
     for task, rules in report["baselines"].items():
         text.append(f"  {task:18} " + "  ".join(f"{name} {v:.3f}" for name, v in rules.items()))
     n = report["retriever"]["tasks"]["which_function"]["n"]
     text.append(f"\nDifferences on which_function (n = {n}, paired 95 % intervals):")
-    for name, one in report["differences"].items():
+    for name, row in report["differences"].items():
         text.append(
-            f"  {name:38} {one['difference']:+.3f}  [{one['low']:+.3f}, {one['high']:+.3f}]"
+            f"  {name:38} {row['difference']:+.3f}  [{row['low']:+.3f}, {row['high']:+.3f}]"
         )
     return "\n".join(text)
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
-    """Quality against compute: exact match over counted GFLOP a question, one point a model."""
+    """Plots exact match over counted GFLOP per question, one point per model."""
     import matplotlib
 
-    matplotlib.use("Agg")  # a file, on machines without a screen too
+    matplotlib.use("Agg")  # works without a display
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
@@ -54,8 +54,8 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
         "BM25's first title", (0.02, baseline), xycoords=("axes fraction", "data"), va="bottom"
     )
     axes.set_xlim(left=0)
-    axes.set_xlabel("GFLOP a question (projections, counted)")
+    axes.set_xlabel("GFLOP per question (projections, counted)")
     axes.set_ylabel("exact match, which function, %")
-    axes.set_title("Quality against compute on held-out modules")
+    axes.set_title("Quality over compute on held-out modules")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -1,16 +1,20 @@
-"""Makes the shipped checkpoints from nothing: one start, then GLIMMER, LUMEN and FiD, each from it.
+"""Trains the shipped checkpoints from scratch: a common start, from which each model is trained.
 
-    python -m experiments.train_pydocs [--seed=N] [--output=DIR] [--export=DIR] [--models=start,glimmer]
+    python -m experiments.train_pydocs [--seed=N] [--output=DIR] [--export=DIR]
+    [--models=start,glimmer]
                                  [--initial=DIR]
 
 About two hours on two idle CPU cores. A killed run resumes: finished stages are skipped, the others
-continue at their last checkpoint. The start learns reading exercises alone, never a task; it has one
-position table, so that a model of any cut can begin with it. Choices are made on dev, which is
-evaluated after every stage of a model; test is read once, at the end of a model.
+resume at their last checkpoint. The start learns only reading exercises, no task; it has one
+position table, so it can be recut into any model. Hyperparameters were chosen on dev, which is
+evaluated after every stage of a model; test is evaluated once per model, at the end.
 
-Files: `<output>/<stage>`, a run each; `<output>/record.json`, what each stage took and reached;
-`<export>/pydocs_<model>.safetensors`, the learning curves beside them. What `pydocs_passages` and
-`pydocs_retrieve` write into `data/pydocs` is needed, and made where it is missing.
+    <output>/<stage>                         run of a stage
+    <output>/record.json                     duration and results of each stage
+    <export>/pydocs_<model>.safetensors      trained parameters
+    <export>/learning_curves.png
+
+Passages and retrieved files are read from `data/pydocs`, and written first if they are missing.
 """
 
 import argparse
@@ -26,35 +30,35 @@ from glimmer_jax.storage.folder import open_folder, write_file
 
 LINEAR = {"SCHEDULE": "linear", "WARMUP_STEPS": 20}
 START = "start"
-# A stage's examples are its own: the run's seed counts in hundreds, the stages of a model in units.
+# Each stage has its own stream of examples: the run's seed times 100, plus the number of the stage.
 SEEDS_PER_RUN = 100
-# Of the first stage, one after another: the loss of an answer's first token stays at log 2, the choice
-# between two passages, until within some hundred steps it falls, or it does not fall at all.
-TRIES = 5
-CHOOSES = 0.35  # nats; half of log 2
+# Maximum number of attempts of the first stage. The loss of an answer's first token stays at log 2,
+# a random choice between two passages; within some hundred steps it either falls or never does.
+MAX_ATTEMPTS = 5
+MAX_CHOICE_LOSS = 0.35  # nats; half of log 2
 
 
 def lengths(passages: int) -> dict[str, Any]:
-    """TASK_FEATURE_LENGTHS of that many passages; they hold 99 % of questions and gold passages."""
+    """TASK_FEATURE_LENGTHS for K passages; 99 % of questions and gold passages fit."""
     return {"inputs": 48, "targets": 36, "passages": (passages, 120)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One training run of a chain; each begins with the parameters of the one before."""
+    """One training run of a chain; it starts from the parameters of the previous stage."""
 
     name: str
-    number: int  # of its stream of examples; TRIES numbers from 0 on are the first stage's
+    number: int  # of its stream of examples; the first stage uses 0 to MAX_ATTEMPTS - 1
     steps: int
     settings: dict[str, Any]
 
 
-# The start: reading exercises on plain text, no task and no title of its own.
+# The start: reading exercises on plain text.
 START_STAGES = (
     Stage("start1", 0, 900, {}),
     Stage(
         "start2",
-        TRIES,
+        MAX_ATTEMPTS,
         1500,
         {
             "MIXTURE_OR_TASK_NAME": "pydocs_reading_2",
@@ -64,7 +68,8 @@ START_STAGES = (
         },
     ),
 )
-# Every model: first to read one passage, which costs a third, then to choose among three, then ten.
+# All models first learn to read one passage, at a third of the cost, then to choose among three,
+# then ten.
 TASK = {
     "MIXTURE_OR_TASK_MODULE": "tasks.pydocs",
     "DATA_DIR": "data/pydocs/retrieved",
@@ -76,7 +81,7 @@ TASK = {
 MODEL_STAGES = (
     Stage(
         "read",
-        TRIES + 1,
+        MAX_ATTEMPTS + 1,
         4000,
         {
             "MIXTURE_OR_TASK_NAME": "pydocs_renamed_gold",
@@ -88,7 +93,7 @@ MODEL_STAGES = (
     ),
     Stage(
         "choose",
-        TRIES + 2,
+        MAX_ATTEMPTS + 2,
         2400,
         {
             "MIXTURE_OR_TASK_NAME": "pydocs_renamed",
@@ -99,7 +104,7 @@ MODEL_STAGES = (
     ),
     Stage(
         "ten",
-        TRIES + 3,
+        MAX_ATTEMPTS + 3,
         200,
         {
             "MIXTURE_OR_TASK_NAME": "pydocs_renamed",
@@ -109,9 +114,9 @@ MODEL_STAGES = (
         },
     ),
 )
-# Gin file and cut of each model while it trains. Supervised scores teach every cut to match: FiD and
-# LUMEN have them on the layers that GLIMMER ranks with, and drop the head at the end. LUMEN's memory is
-# the start's, frozen.
+# Gin file and cut of each model during training. Supervised scores teach every cut to match: FiD
+# and LUMEN have them on GLIMMER's reranking layers, and drop the scoring head at the end. LUMEN's
+# memory encoder is that of the start, frozen.
 CUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "glimmer": ("pydocs_glimmer_train", {}),
     "lumen": (
@@ -120,13 +125,13 @@ CUTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "fid": ("pydocs_start_train", {"ALPHA": 1.0, "BETA": 0.857, "MIMETIC_INIT": False}),
 }
-# GLIMMER keeps one passage when it answers. While it trains it keeps what it reads, up to three: an
-# answer that nothing kept tells cannot be learnt.
+# GLIMMER keeps one passage when it answers. During training it keeps up to three, because it cannot
+# learn an answer that is in no kept passage.
 KEPT = 3
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs what is not finished yet; stops at the first command that fails, with its exit code."""
+    """Runs all unfinished stages. Exits at the first failing command, with its exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--seed", type=int, default=0, help="of parameters, examples and their order"
@@ -134,59 +139,61 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs"), help="folder of the runs")
     parser.add_argument("--export", type=Path, default=CHECKPOINTS, help="folder of the result")
     parser.add_argument(
-        "--models", default=",".join((START, *CUTS)), help="what to make, separated by commas"
+        "--models", default=",".join((START, *CUTS)), help="models to train, separated by commas"
     )
     parser.add_argument(
-        "--initial", type=Path, help="models begin with pydocs_<model>.safetensors of this folder"
+        "--initial", type=Path, help="folder whose pydocs_<model>.safetensors the models start from"
     )
     args = parser.parse_args(argv)
-    wanted = args.models.split(",")
-    if unknown := sorted(set(wanted) - {START, *CUTS}):
-        parser.error(f"--models: no {', '.join(unknown)}; there are {START}, {', '.join(CUTS)}")
+    selected = args.models.split(",")
+    if unknown := sorted(set(selected) - {START, *CUTS}):
+        parser.error(
+            f"--models must be among {START}, {', '.join(CUTS)}, got {', '.join(unknown)}."
+        )
     if not Path("data/pydocs/retrieved").is_dir():
         glimmer("passages", "pydocs_passages", OVERWRITE=True)
         glimmer("retrieve", "pydocs_retrieve")
-    recipe = Recipe(args.seed, args.output, args.export, args.initial)
-    if START in wanted:
-        recipe.start()
+    training = Training(args.seed, args.output, args.export, args.initial)
+    if START in selected:
+        training.start()
     for model in CUTS:
-        if model in wanted:
-            recipe.model(model)
-    recipe.plot()
+        if model in selected:
+            training.model(model)
+    training.plot()
 
 
-class Recipe:
+class Training:
     """The chain of runs of one seed, and its record."""
 
     def __init__(self, seed: int, output: Path, export: Path, initial: Path | None):
-        """Raises SystemExit where `output` holds the runs of another seed or beginning."""
+        """Raises SystemExit if `output` holds runs of another seed or other initial parameters."""
         self._seed, self._output, self._export, self._initial = seed, output, export, initial
         self._path = output / "record.json"
-        begun = {"seed": seed, "initial": str(initial) if initial else None}
-        self._record: dict[str, Any] = {**begun, "stages": {}}
+        settings = {"seed": seed, "initial": str(initial) if initial else None}
+        self._record: dict[str, Any] = {**settings, "stages": {}}
         if self._path.is_file():
             self._record = json.loads(self._path.read_text(encoding="utf-8"))
-            found = {name: self._record[name] for name in begun}
-            if found != begun:
+            recorded = {name: self._record[name] for name in settings}
+            if recorded != settings:
                 raise SystemExit(
-                    f"--output: {output} holds the runs of {found}, and {begun} was asked for. Choose "
-                    "another folder, or the settings of those runs."
+                    f"--output: {output} holds the runs of {recorded}, got {settings}. Choose another "
+                    "folder, or the settings of those runs."
                 )
 
     def start(self) -> Path:
-        """The start's last run, exported as `pydocs_start`."""
-        before: Path | None = None
+        """Trains and exports `pydocs_start`; returns the folder of its last run."""
+        previous: Path | None = None
         for stage in START_STAGES:
-            before = self._first(stage) if before is None else self._begin_with(before, stage)
-        assert before is not None
-        self._save(START, before)
-        return before
+            previous = self._first(stage) if previous is None else self._next(previous, stage)
+        assert previous is not None
+        self._save(START, previous)
+        return previous
 
     def model(self, model: str) -> None:
-        """All stages of a model; dev after each, test after the last, then the export.
+        """Trains a model: all stages, each evaluated on dev, the last on test; then exports it.
 
         Raises:
-          SystemExit: the parameters that it begins with are missing.
+          SystemExit: the initial parameters are missing.
         """
         gin_file, cut = CUTS[model]
         run = self._start_of(model)
@@ -201,15 +208,15 @@ class Recipe:
         self._save(model, run)
 
     def plot(self) -> None:
-        """Learning curves of what is finished, beside the exported files."""
+        """Plots the learning curves of finished stages."""
         curves: dict[str, list[dict[str, float]]] = {}
         for name, stage in self._record["stages"].items():
             if not stage.get("chooses", True):
                 continue
             rows = curves.setdefault(name.partition("_")[0], [])
             first = rows[-1]["step"] if rows else 0
-            found = metrics(self._output / name)
-            rows += [{**row, "step": row["step"] + first} for row in found]
+            logged = metrics(self._output / name)
+            rows += [{**row, "step": row["step"] + first} for row in logged]
         if curves:
             plot(curves, self._export / "learning_curves.png")
 
@@ -218,8 +225,8 @@ class Recipe:
         path = folder / f"pydocs_{name}.safetensors"
         if not path.is_file():
             raise SystemExit(
-                f"{path}: expected the parameters that {model} begins with, found no file. Make them "
-                f"with --models={START}, or give --initial a folder that has them."
+                f"{path}: expected the initial parameters of {model}, found no file. Train them with "
+                f"--models={START}, or set --initial to a folder that has them."
             )
         return path
 
@@ -227,29 +234,30 @@ class Recipe:
         return SEEDS_PER_RUN * self._seed + stage.number + attempt
 
     def _first(self, stage: Stage) -> Path:
-        """The run of the first attempt whose model has learnt to choose.
+        """The run of the first attempt whose model learned to choose a passage.
 
         Raises:
-          SystemExit: none has.
+          SystemExit: no attempt did.
         """
-        for attempt in range(TRIES):
+        for attempt in range(MAX_ATTEMPTS):
             run = self._output / f"{START}_{stage.name}_{attempt}"
-            # On two devices, by chance or not, no run has learnt to choose.
+            # With two devices no run has learned to choose, possibly by chance.
             settings = {**stage.settings, "MIMETIC_INIT": True, "devices": 1}
             seed = self._stream(stage, attempt)
             self._train(run.name, "pydocs_start_train", stage, seed, settings)
             loss = metrics(run)[-1]["train/first_token"]
-            self._note(run.name, chooses=loss < CHOOSES)
-            if loss < CHOOSES:
+            self._note(run.name, chooses=loss < MAX_CHOICE_LOSS)
+            if loss < MAX_CHOICE_LOSS:
                 return run
         raise SystemExit(
-            f"None of {TRIES} attempts learnt to choose in {stage.steps} steps: the loss of the first "
-            f"token stayed above {CHOOSES} nats. Take another --seed and --output."
+            f"None of {MAX_ATTEMPTS} attempts learned to choose a passage in {stage.steps} steps: the "
+            f"loss of the first token stayed above {MAX_CHOICE_LOSS} nats. Use another --seed and "
+            "--output."
         )
 
-    def _begin_with(self, before: Path, stage: Stage) -> Path:
+    def _next(self, previous: Path, stage: Stage) -> Path:
         run = self._output / f"{START}_{stage.name}"
-        settings = {**stage.settings, "INITIAL_CHECKPOINT_PATH": before}
+        settings = {**stage.settings, "INITIAL_CHECKPOINT_PATH": previous}
         self._train(run.name, "pydocs_start_train", stage, self._stream(stage), settings)
         return run
 
@@ -262,12 +270,12 @@ class Recipe:
         glimmer(
             "train", gin_file, MODEL_DIR=run, TRAIN_STEPS=stage.steps, RANDOM_SEED=seed, **settings
         )
-        # Of all its restarts together, compilation included.
+        # Includes compilation and all restarts.
         seconds = round(metrics(run)[-1]["train/alive_seconds"])
         self._note(name, steps=stage.steps, seed=seed, seconds=seconds)
 
     def _evaluate(self, model: str, run: Path, split: str, short: str) -> None:
-        """Metrics of all questions of a split, into the record."""
+        """Evaluates all questions of a split and records the metrics."""
         if short in self._record["stages"][run.name]:
             return
         output = self._output / f"{run.name}_{short}"
@@ -278,9 +286,13 @@ class Recipe:
             MIXTURE_OR_TASK_SPLIT=split,
             EVAL_OUTPUT_DIR=output,
         )
-        found = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
-        right = {k: round(v, 4) for k, v in found.items() if k.startswith("pydocs_") or k == "mean"}
-        self._note(run.name, **{short: right})
+        values = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+        chosen = {
+            name: round(value, 4)
+            for name, value in values.items()
+            if name.startswith("pydocs_") or name == "mean"
+        }
+        self._note(run.name, **{short: chosen})
 
     def _note(self, name: str, **facts: Any) -> None:
         self._record["stages"].setdefault(name, {}).update(facts)
@@ -294,16 +306,16 @@ class Recipe:
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
-    """What a run logged while training, a dictionary for each line of its metrics.jsonl."""
+    """The training metrics that a run logged: one dictionary per line of its metrics.jsonl."""
     text = (run / "train" / "metrics.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
 def plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Loss per answer token and recall at 1 of each chain, over its steps."""
+    """Plots loss per answer token and recall at 1 of each chain over its steps."""
     import matplotlib
 
-    matplotlib.use("Agg")  # a file, on machines without a screen too
+    matplotlib.use("Agg")  # works without a display
     from matplotlib import pyplot
 
     figure, panes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")

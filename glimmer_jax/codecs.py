@@ -1,8 +1,8 @@
 """Memory codecs: how token states are stored. Encode while building, decode in the model.
 
-A codec maps token states `[..., D]` to a dictionary of arrays `[..., *trailing]`, and back. The store
-and the lookup move these arrays without interpreting them; only the model decodes. A smaller codec
-therefore shrinks the files, the network traffic and the table in device memory alike.
+A codec maps token states `[..., D]` to a dictionary of arrays `[..., *trailing]`, and back. The
+store and the lookup move these arrays without interpreting them; only the model decodes. A smaller
+codec therefore shrinks the files, the network traffic and the table in device memory alike.
 
     bf16    2 D bytes per token
     int8    about D bytes per token
@@ -123,7 +123,7 @@ class Int8(_WithoutCodebooks):
 
     @staticmethod
     def num_outliers(emb_dim: int) -> int:
-        """Channels of a token that are stored separately: about 1 %, at least 4."""
+        """Channels per token that are stored separately: about 1 %, at least 4."""
         return min(emb_dim, max(4, emb_dim // 96))
 
     def array_specs(self, emb_dim: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -139,8 +139,8 @@ class Int8(_WithoutCodebooks):
         states = jnp.asarray(states, jnp.float32)
         outliers = self.num_outliers(states.shape[-1])
         sizes, places = jax.lax.top_k(jnp.abs(states), min(outliers + 1, states.shape[-1]))
-        # A gather, not a slice: XLA's CPU compiler turns a slice of `top_k` into a complete sort. An
-        # optimization barrier before a slice aborts on many devices at optimization level 0.
+        # A gather, not a slice: XLA's CPU compiler turns a slice of `top_k` into a complete sort.
+        # An optimization barrier before a slice aborts on many devices at optimization level 0.
         first = jnp.broadcast_to(jnp.arange(outliers), (*places.shape[:-1], outliers))
         places = jnp.take_along_axis(places, first, axis=-1)
         large = jnp.take_along_axis(states, places, axis=-1)
@@ -212,6 +212,7 @@ class ProductQuantisation:
         return {"codes": ((self.num_subspaces(emb_dim),), kind)}
 
     def codebook_specs(self, emb_dim: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the float32 codebook arrays by name."""
         return {
             "centroids": (self.num_subspaces(emb_dim), self.num_codes, self.channels),
             "basis": (emb_dim, emb_dim),

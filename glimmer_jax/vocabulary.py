@@ -104,14 +104,17 @@ class Vocabulary:
 
     @property
     def pad_id(self) -> int:
+        """Id of padding."""
         return PAD_ID
 
     @property
     def eos_id(self) -> int:
+        """Id of the end token."""
         return int(self.processor.eos_id())
 
     @property
     def unk_id(self) -> int:
+        """Id of the unknown token."""
         return int(self.processor.unk_id())
 
     @functools.cached_property

@@ -74,6 +74,7 @@ class JobSet:
 
     @property
     def chips_per_host(self) -> int:
+        """Chips of one host of a slice."""
         # Hosts have 1, 4 or 8 chips in two-dimensional generations, and 4 in the others.
         largest = 8 if GENERATIONS[self.tpu][1] == 2 else 4
         return self.chips if self.chips <= largest else 4

@@ -5,11 +5,11 @@ from launch.plans import TpuPlan, shell
 from launch.processes import Interrupts, read, run, run_again, run_showing_errors, say
 
 POLL = 20.0  # seconds between two state queries
-# Of shipping, since workers refuse connections for a while after they report READY; of state queries,
-# since a failed query must not delete the machines; and of deletion.
+# Attempts of shipping, because workers reject connections for a while after they report READY, of
+# state queries, because a failed query must not delete the machines, and of deletion.
 ATTEMPTS = 3
-# gcloud's error if no machine has the name. Its other errors (login, permissions, wrong zone, network)
-# say nothing about the machine.
+# gcloud's error if no machine has the name. Its other errors (login, permissions, wrong zone,
+# network) do not tell whether the machine exists.
 NOT_FOUND = "NOT_FOUND:"
 ALREADY_EXISTS = "ALREADY_EXISTS:"
 
@@ -24,8 +24,8 @@ def run_plan(plan: TpuPlan, interrupts: Interrupts, poll: float = POLL) -> int:
 
     Returns:
       The job's exit code; 42 if it was preempted more often than the plan allows; 2 if the machines
-      failed before they were ready; gcloud's own code if gcloud fails; 1 if the machines of a finished
-      job could not be deleted.
+      failed before they were ready; gcloud's own code if gcloud fails; 1 if the machines of a
+      finished job could not be deleted.
 
     Raises:
       ValueError: machines of that name exist, which belong to another run and are kept; or gcloud

@@ -27,6 +27,7 @@ class LocalPlan:
     processes: tuple[Argv, ...]
 
     def text(self) -> str:
+        """The plan as `--dry_run` prints it."""
         return lines(*self.processes)
 
 
@@ -39,6 +40,7 @@ class SubmitPlan:
     follow: tuple[Argv, ...]  # commands for state and logs, shown to the user
 
     def text(self) -> str:
+        """The plan as `--dry_run` prints it."""
         submit, follow = lines(self.submit), lines(*self.follow)
         return f"{self.stdin}# submitted with:\n{submit}# next commands:\n{follow}"
 
@@ -60,6 +62,7 @@ class TpuPlan:
     recreate: int  # times that lost machines are created again
 
     def text(self) -> str:
+        """The plan as `--dry_run` prints it."""
         return (
             f"# must print NOT_FOUND: otherwise the name is taken, and nothing happens\n"
             f"{lines(self.describe)}"

@@ -15,8 +15,8 @@ from typing import Any
 
 from launch.plans import Argv, shell
 
-# Seconds until the other processes of a job are killed after the first has failed. JAX notices a silent
-# process after 100 s, and ends the others with a line that names it.
+# Seconds until the other processes of a job are killed after the first has failed. JAX notices a
+# silent process after 100 s, and ends the others with a line that names it.
 GRACE = 180.0
 POLL = 0.05  # seconds
 # Set for a launcher that another launcher started: it stops at the end of its input (`obey_input`).
@@ -56,7 +56,8 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        # Shell and kernel both send it when a terminal closes, and a second interrupt kills the job.
+        # Shell and kernel both send it when a terminal closes, and a second interrupt kills the
+        # job.
         if number == signal.SIGHUP and self.count:
             return
         self.count += 1
@@ -84,7 +85,8 @@ def say(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError:
-        # The rest of the buffer, flushed at exit, and the commands that we start must not fail either.
+        # The rest of the buffer, flushed at exit, and the commands that we start must not fail
+        # either.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.close(nowhere)
@@ -100,8 +102,8 @@ def run(
 ) -> int:
     """Runs commands in parallel until all have ended.
 
-    The first interrupt is forwarded as SIGTERM, on which glimmer saves; the second kills. If a command
-    fails, the others are killed after `grace` seconds.
+    The first interrupt is forwarded as SIGTERM, on which glimmer saves; the second kills. If a
+    command fails, the others are killed after `grace` seconds.
 
     Args:
       argvs: the commands; each runs in its own process group, which is killed at the end.
@@ -120,11 +122,11 @@ def run(
     try:
         for argv in argvs:
             # A file instead of a pipe: a command that reads nothing cannot block us.
-            with tempfile.TemporaryFile() as given:
-                given.write(stdin.encode())
-                given.seek(0)
+            with tempfile.TemporaryFile() as file:
+                file.write(stdin.encode())
+                file.seek(0)
                 processes.append(
-                    subprocess.Popen(argv, stdin=given, stderr=stderr, start_new_session=True)
+                    subprocess.Popen(argv, stdin=file, stderr=stderr, start_new_session=True)
                 )
         return _wait(processes, interrupts, grace)
     finally:
@@ -228,5 +230,5 @@ def _failure(processes: Sequence[subprocess.Popen[Any]]) -> int:
 
 def _send(processes: Sequence[subprocess.Popen[Any]], number: signal.Signals) -> None:
     for process in processes:
-        with contextlib.suppress(ProcessLookupError):  # The whole group has ended.
+        with contextlib.suppress(ProcessLookupError):  # The process group has ended.
             os.killpg(process.pid, number)

@@ -43,6 +43,7 @@ class Code:
 
     @property
     def diff_sha256(self) -> str | None:
+        """SHA-256 of the diff; None without changes."""
         return hashlib.sha256(self.diff).hexdigest() if self.diff else None
 
     def annotations(self) -> dict[str, str]:

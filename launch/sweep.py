@@ -22,6 +22,7 @@ class Sweep:
     parallel: int  # units at a time
 
     def text(self) -> str:
+        """The sweep as `--dry_run` prints it."""
         head = f"# XManager, {len(self.units)} units, {self.parallel} at a time\n"
         return head + "".join(
             f"{shell(('python', '-m', 'launch', *unit))}\n" for unit in self.units

@@ -65,6 +65,7 @@ class Tpu:
 
     @property
     def place(self) -> Argv:
+        """gcloud's flags for project and zone."""
         project = () if self.project is None else (f"--project={self.project}",)
         return (*project, f"--zone={self.zone}", "--quiet")
 

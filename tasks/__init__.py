@@ -1,1 +1,1 @@
-"""seqio registrations, nothing else: importing a module registers its tasks and mixtures."""
+"""seqio registrations: importing a module registers its tasks and mixtures."""

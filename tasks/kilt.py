@@ -1,14 +1,14 @@
-"""KILT (arXiv 2009.02252): eleven tasks, and the six that GLIMMER learns together at equal rates.
+"""KILT (arXiv 2009.02252): eleven tasks, and GLIMMER's mixture of six at equal rates.
 
-    kilt_glimmer                          the mixture of these six (arXiv 2306.10231):
+    kilt_glimmer                          the mixture of these six tasks (arXiv 2306.10231):
       kilt_nq  kilt_triviaqa  kilt_hotpotqa       questions          exact match, F1
       kilt_fever                                  claims             accuracy
       kilt_structured_zeroshot  kilt_trex         subject and slot   accuracy
     kilt_aidayago2  kilt_wned  kilt_cweb  marked mentions            accuracy of the page's title
     kilt_eli5  kilt_wow                   long answers, dialogue     Rouge-L, F1
 
-Files are `<DATA_DIR>/<task>-<split>.jsonl`, written by `--run_mode=retrieve` from KILT's own
-(docs/kilt.md). Metrics are KILT's official ones, and the reranker's recall.
+Files are `<DATA_DIR>/<task>-<split>.jsonl`, written by `--run_mode=retrieve` from KILT's own files
+(docs/kilt.md). Metrics are KILT's official ones and the recall of the reranker.
 """
 
 import seqio

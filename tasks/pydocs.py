@@ -6,10 +6,13 @@
 
 Files are `<DATA_DIR>/<task>-<split>.jsonl`, written by `--run_mode=retrieve`.
 
-For training there are the same questions with made-up names, other ones in every example:
-`pydocs_renamed` and, for one task, `pydocs_<task>_renamed`; with the gold passage alone,
-`pydocs_renamed_gold`. They hold their passages themselves (no
-PASSAGES_DIR), as many as TASK_FEATURE_LENGTHS says, up to `RENAMED_PASSAGES`.
+For training, the same questions exist with new synthetic names in every example:
+
+    pydocs_renamed              all three tasks
+    pydocs_<task>_renamed       one task
+    pydocs_renamed_gold         all three tasks, with the gold passage only
+
+Examples of these hold their passages themselves (no PASSAGES_DIR), up to `RENAMED_PASSAGES`.
 """
 
 import functools
@@ -39,19 +42,22 @@ for _task, _metrics in METRICS.items():
 seqio.MixtureRegistry.add("pydocs", [f"pydocs_{task}" for task in METRICS], default_rate=1.0)
 
 RENAMED_PASSAGES = 10
-# Which function is learnt soonest, and the start practises it already.
+# Drawn half as often: `which_function` is learned first, and the start checkpoint already practised
+# it.
 SHARES = {"which_function": 0.5}
 
 
-def _renamed(tasks: tuple[str, ...], given: int | None = None) -> RenamedQuestions:
+def _renamed(tasks: tuple[str, ...], num_kept: int | None = None) -> RenamedQuestions:
     examples = {name: list(read_examples(retrieved_file(name, "train"))) for name in tasks}
     records = {record["id"]: record for record in corpus.train_texts()}
-    return RenamedQuestions(examples, records, RENAMED_PASSAGES, Vocabulary(), SHARES, given=given)
+    return RenamedQuestions(
+        examples, records, RENAMED_PASSAGES, Vocabulary(), SHARES, num_kept=num_kept
+    )
 
 
 generated_tasks.register("pydocs_renamed", functools.partial(_renamed, tuple(METRICS)))
 generated_tasks.register(
-    "pydocs_renamed_gold", functools.partial(_renamed, tuple(METRICS), given=1)
+    "pydocs_renamed_gold", functools.partial(_renamed, tuple(METRICS), num_kept=1)
 )
 for _task in METRICS:
     generated_tasks.register(f"pydocs_{_task}_renamed", functools.partial(_renamed, (_task,)))

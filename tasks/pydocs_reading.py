@@ -1,9 +1,11 @@
 """Reading exercises on the training modules of the built-in corpus.
 
-pydocs_reading_1   two short passages, a clause cut word for word: copying and matching appear
-pydocs_reading_2   five of full length, words dropped, look-alikes, a fifth of the titles real
+    pydocs_reading_1   two short passages and verbatim clauses: copying and matching emerge
+    pydocs_reading_2   five passages of full length, many from the same module; dropped words; a
+    fifth
+                       of the examples with real titles
 
-They hold their passages themselves (no PASSAGES_DIR).
+Examples hold their passages themselves (no PASSAGES_DIR).
 """
 
 import functools
@@ -21,7 +23,7 @@ STAGES = {
         clause_words=(8, 16),
         dropped=0.35,
         spans=0.15,
-        made_up_titles=0.8,
+        synthetic_titles=0.8,
         siblings=0.4,
     ),
 }

@@ -271,7 +271,7 @@ def test_draws_have_the_distribution_that_numpy_computes(temperature, top_k, top
     np.testing.assert_allclose(scores, want, atol=1e-5)
 
 
-def test_a_seed_draws_the_same_again_and_another_seed_something_else():
+def test_a_seed_determines_the_samples():
     flat = np.zeros((1, 5), np.float32), np.zeros((5, 5), np.float32)
     one, again, other = (sample(*flat, 1.0, 0, 1.0, seed)[0] for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, again)
@@ -288,7 +288,7 @@ def test_draws_of_a_row_do_not_depend_on_how_many_rows_follow():
     np.testing.assert_array_equal(run(B)[:2], run(2))
 
 
-def test_scores_of_given_answers_are_their_log_probabilities():
+def test_scores_of_candidates_are_their_log_probabilities():
     logits = table(0)
     answers = [(2, 3, EOS), (EOS,), (3, 3, 3, 2), ()]
     padded = np.array([list(one) + [0] * (T - len(one)) for one in answers], np.int32)

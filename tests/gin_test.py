@@ -100,7 +100,7 @@ def test_every_file_is_covered_and_none_is_python():
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.gin")), ids=lambda path: path.stem)
-def test_files_say_what_they_provide_and_require(path):
+def test_files_document_what_they_provide_and_require(path):
     head = pathlib.Path(path).read_text().split("\n\n")[0]
     assert "# Provides: " in head
     assert "# Requires: " in head
@@ -152,7 +152,7 @@ def test_fidos_decoder_goes_with_any_model(model, size):
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_examples_need_only_what_they_say(path):
+def test_examples_require_only_their_documented_macros(path):
     mode, required = EXAMPLE_RUNS[path.stem.split("_")[-1]]
     configuration.parse([f"gin/examples/{path.name}"], required)
     bound = arguments(mode)
@@ -160,7 +160,7 @@ def test_examples_need_only_what_they_say(path):
         assert parameter_count(bound["model"]) < 5e6
 
 
-def test_answers_are_searched_drawn_or_given_as_macros_say():
+def test_macros_select_search_sampling_or_candidates():
     files = [f"gin/{name}.gin" for name in ("sizes/tiny", "models/fid", "runs/eval")]
     drawn = ["SAMPLING_TEMPERATURE = 0.7", "TOP_K = 5", "TOP_P = 0.9", "CANDIDATES = ['yes', 'no']"]
     configuration.parse(files, [*RUNS["eval"][1], *drawn])
@@ -237,7 +237,7 @@ def test_renamed_macros_are_errors_that_name_the_new_one(old, new):
         ("t5.T5Config.emb_dim = 'x'", r"T5Config\.emb_dim must be int, got 'x'"),
     ],
 )
-def test_values_of_a_wrong_type_name_the_macro(binding, facts):
+def test_values_of_a_wrong_type_report_the_macro(binding, facts):
     files = ["gin/sizes/tiny.gin", "gin/models/glimmer.gin", "gin/runs/finetune.gin"]
     with pytest.raises(configuration.ConfigError, match=facts):
         configuration.parse(files, [*RUNS["finetune"][1], binding])
@@ -257,13 +257,13 @@ def test_the_current_folder_cannot_replace_a_shipped_file(tmp_path, monkeypatch)
 
 
 def test_private_names_are_those_of_the_pinned_gin():
-    # Of another version, check `_bindings` and `_search_in` in configuration.py first.
+    # For another version, check `_bindings` and `_search_in` in configuration.py first.
     assert importlib.metadata.version("gin-config") == "0.5.0"
     source = pathlib.Path(configuration.__file__).read_text()
     assert set(re.findall(r"gin_config\.(_\w+)", source)) == {"_CONFIG", "_LOCATION_PREFIXES"}
 
 
-def test_macros_without_value_are_named():
+def test_macros_without_value_are_reported():
     with pytest.raises(ValueError, match=r"No value for QUESTIONS.*--gin\.QUESTIONS="):
         configuration.parse(["gin/runs/score.gin"], ["PREDICTIONS = 'p'"])
     with pytest.raises(ValueError, match="No value for MODEL"):
@@ -278,13 +278,13 @@ def test_macros_without_value_are_named():
         (["gin/runs/score.gin"], ["score.score.typo = 1"], "typo"),
     ],
 )
-def test_what_gin_refuses_is_one_line(files, bindings, message):
+def test_gin_errors_are_reported_in_one_line(files, bindings, message):
     with pytest.raises(configuration.ConfigError, match=message) as caught:
         configuration.parse(files, bindings)
     assert "\n" not in str(caught.value)
 
 
-def test_a_mode_that_no_file_configures_is_named():
+def test_a_mode_that_no_file_configures_is_reported():
     configuration.parse(["gin/sizes/tiny.gin"], ["NUM_ENCODER_LAYERS = 6"])
     with pytest.raises(
         ValueError, match=r"No gin file configures glimmer_jax\.modes\.score\.score"

@@ -86,7 +86,7 @@ def left_alone(tmp_path_factory):
 @pytest.mark.parametrize(
     "number, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 42)], ids=["kill", "term"]
 )
-def test_training_goes_on_and_ends_equal(left_alone, tmp_path, number, code):
+def test_killed_training_resumes_and_ends_equal(left_alone, tmp_path, number, code):
     model_dir = tmp_path / "run"
 
     def a_checkpoint_later():
@@ -102,7 +102,7 @@ def test_training_goes_on_and_ends_equal(left_alone, tmp_path, number, code):
 
 
 @pytest.mark.fault
-def test_building_memory_goes_on_and_ends_byte_equal(left_alone, tmp_path):
+def test_a_killed_memory_build_resumes_and_ends_byte_equal(left_alone, tmp_path):
     corpus, passages = tmp_path / "corpus.jsonl", str(tmp_path / "passages")
     lines = [{"id": i, "title": f"t{i}", "text": f"passage {i} " * (i % 7)} for i in range(400)]
     corpus.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -1,4 +1,4 @@
-"""The miniature of KILT on the whole road: passages, retrieval, training, memory, answers, scores."""
+"""A miniature of KILT through all steps: passages, retrieval, training, memory, answers, scores."""
 
 import json
 import os
@@ -97,7 +97,8 @@ def test_published_files_become_retrieved_ones(mini):
     assert found["fever-dev.jsonl"][0]["id"] == "100"
     mention = found["cweb-dev.jsonl"][2]["input"].split()
     assert len(mention) == 12 and "[START_ENT] Quenlow [END_ENT]" in " ".join(mention)
-    # Evidence that KILT did not find in its page is of the whole page; other evidence of a paragraph.
+    # Evidence that KILT did not find in its page covers the entire page; other evidence a
+    # paragraph.
     known, retrieved = records(mini), found["hotpotqa-dev.jsonl"][0]["retrieved"]
     marks = [one["gold"] for one in retrieved if known[one["id"]]["page"] == "7000"]
     assert marks and all(marks)
@@ -192,7 +193,7 @@ def test_from_training_to_scores_of_a_submission(mini, tmp_path, capsys):
     assert memory in error and "the same id may have another text" in error
 
 
-def test_a_corpus_that_the_files_are_not_from_is_refused(mini, tmp_path, capfd):
+def test_a_corpus_other_than_that_of_the_files_is_rejected(mini, tmp_path, capfd):
     other = str(tmp_path / "other")
     corpus = tmp_path / "corpus.json"
     mini_kilt.write_lines(corpus, [{**one, "text": ["x"]} for one in mini_kilt.pages()])
@@ -208,7 +209,7 @@ def test_a_corpus_that_the_files_are_not_from_is_refused(mini, tmp_path, capfd):
     assert "holds another corpus" in capfd.readouterr().err
 
 
-def test_missing_questions_and_labels_are_named(mini, tmp_path, capfd):
+def test_missing_questions_and_labels_are_reported(mini, tmp_path, capfd):
     assert retrieve(mini, "triviaqa-*", tmp_path / "out", TRIVIAQA=None) == 2
     assert (
         "has no question in `input`. KILT's TriviaQA files hold only ids" in capfd.readouterr().err

@@ -116,7 +116,7 @@ def test_distillation_stays_finite_at_a_low_temperature(direction):
     assert np.isfinite(value) and np.isfinite(grad).all()
 
 
-def test_an_unknown_direction_is_refused():
+def test_an_unknown_direction_is_rejected():
     with pytest.raises(ValueError, match="kl_direction.*lm_to_rank.*forwards"):
         losses.distillation(SCORES, USEFUL, MASK, temperature=1.0, direction="forwards")
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import pathlib
 import subprocess
@@ -126,7 +127,8 @@ def test_training_leaves_checkpoints_config_and_metrics(trained):
 
 
 @pytest.mark.parametrize("form", ["huggingface", "t5x"])
-def test_training_starts_from_what_export_has_written(work, trained, tmp_path, capfd, form):
+def test_training_starts_from_what_export_has_written(work, trained, tmp_path, capfd, caplog, form):
+    caplog.set_level(logging.INFO)
     files = ("sizes/tiny", "models/glimmer", "runs/export")
     exported = str(tmp_path / form)
     out = {"CHECKPOINT_PATH": str(trained), "OUTPUT_PATH": exported, "OUTPUT_FORMAT": form}
@@ -136,7 +138,8 @@ def test_training_starts_from_what_export_has_written(work, trained, tmp_path, c
     assert train(work, tmp_path / "run", **start) == 0
     shown = "".join(capfd.readouterr())
     found = {"huggingface": "a Hugging Face glimmer", "t5x": "a T5X checkpoint"}[form]
-    assert f"Parameters: {found} in {exported}" in shown and "from the given weights" in shown
+    assert f"Parameters: {found} in {exported}" in caplog.text
+    assert "from the given weights" in shown
 
 
 def test_all_modes_after_training(work, trained, capsys):
@@ -324,7 +327,7 @@ def test_an_unknown_task_is_reported_before_data_is_read(tmp_path, monkeypatch, 
     assert "'pydoc'" in error and "MIXTURE_OR_TASK_NAME" in error
 
 
-def test_a_bad_line_and_a_wrong_k_are_named(work, tmp_path, capfd):
+def test_an_invalid_line_and_a_k_that_is_too_large_are_reported(work, tmp_path, capfd):
     folder = tmp_path / "retrieved"
     folder.mkdir()
     for task in TASKS:
@@ -334,7 +337,7 @@ def test_a_bad_line_and_a_wrong_k_are_named(work, tmp_path, capfd):
     assert "train.jsonl:11" in capfd.readouterr().err
     lengths = {"inputs": 24, "targets": 16, "passages": (4, 16)}
     assert train(work, tmp_path / "run", TASK_FEATURE_LENGTHS=lengths) == 2
-    assert "asks for K=4 passages" in capfd.readouterr().err
+    assert "TASK_FEATURE_LENGTHS has K=4 passages" in capfd.readouterr().err
 
 
 def test_a_missing_library_is_one_line_with_the_pip_command(monkeypatch, capsys):
@@ -394,7 +397,7 @@ def test_official_scores_are_printed_as_json(tmp_path, capsys):
     assert "recall@20" in json.loads(capsys.readouterr().out)["retrieval"]
 
 
-def test_official_scores_name_what_is_wrong(tmp_path, capfd):
+def test_official_scores_report_invalid_files(tmp_path, capfd):
     gold = kilt_file(tmp_path / "gold", "x", "7")
     guess = kilt_file(tmp_path / "guess", "x", "7")
     guess.write_text(guess.read_text() + '{"id": 3\n')
@@ -444,7 +447,7 @@ def test_invalid_input_exits_with_2_and_has_a_traceback_with_debug(tmp_path):
     assert "Traceback" in debug.stderr
 
 
-def test_an_error_inside_a_library_is_no_bad_input(monkeypatch):
+def test_an_error_inside_a_library_is_not_invalid_input(monkeypatch):
     def broken(*_):
         import numpy as np
 
@@ -455,7 +458,7 @@ def test_an_error_inside_a_library_is_no_bad_input(monkeypatch):
         command_line.main(["--run_mode=score"])
 
 
-def test_storage_that_does_not_answer_asks_to_be_started_again(monkeypatch, capsys):
+def test_storage_timeouts_exit_with_the_retry_code(monkeypatch, capsys):
     def broken(_):
         error = ValueError("UNAVAILABLE: did not answer")
         raise storage_error("gs://bucket/memory/", error) from error
@@ -535,7 +538,7 @@ class UnavailableError(Exception):
         ),
     ],
 )
-def test_storage_that_fails_in_a_library_is_told_from_a_bug(
+def test_storage_errors_in_libraries_are_not_reported_as_bugs(
     monkeypatch, capsys, broken, code, said
 ):
     monkeypatch.setattr(command_line, "run_mode", lambda _: broken())

@@ -26,13 +26,13 @@ def test_a_mesh_takes_what_is_left():
 
 
 @pytest.mark.parametrize("sizes", [dict(data=0), dict(fsdp=-2), dict(data=-1, model=-1)])
-def test_bad_mesh_sizes_are_refused(sizes):
+def test_invalid_mesh_sizes_are_rejected(sizes):
     with pytest.raises(ValueError, match="MESH_.*positive.*one -1"):
         MeshConfig(**sizes)
 
 
 @pytest.mark.parametrize("config", [MeshConfig(3), MeshConfig(-1, 3), MeshConfig(-1, 16)])
-def test_a_mesh_that_does_not_cover_the_devices_is_refused(config):
+def test_a_mesh_that_does_not_cover_the_devices_is_rejected(config):
     with pytest.raises(ValueError, match="MESH_.*got 8.*product is 8"):
         make_mesh(config)
 
@@ -96,12 +96,12 @@ def test_names_become_mesh_axes():
     )
 
 
-def test_an_unknown_name_is_refused():
+def test_an_unknown_name_is_rejected():
     with pytest.raises(ValueError, match="'width'.*no rule.*AXIS_RULES"):
         spec((axes.BATCH, "width"))
 
 
-def test_two_dimensions_on_one_mesh_axis_are_refused():
+def test_two_dimensions_on_one_mesh_axis_are_rejected():
     with pytest.raises(ValueError, match=r"'heads' and 'mlp' .*both map to mesh axis 'model'"):
         spec((axes.HEADS, axes.MLP))
 
@@ -130,7 +130,7 @@ def test_shardings_follow_the_tree_of_names():
     assert partitioning.replicated(mesh).is_fully_replicated
 
 
-def test_parameters_that_do_not_divide_are_all_named():
+def test_parameters_that_do_not_divide_are_all_reported():
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, model=4))
     names = {"a": (axes.EMBED, axes.MLP), "b": (axes.EMBED,), "c": (axes.EMBED,)}
     shapes = {"a": jnp.zeros((4, 6)), "b": jnp.zeros((3,)), "c": jnp.zeros((2,))}
@@ -163,6 +163,6 @@ def test_passages_are_spread_over_their_own_axis():
     np.testing.assert_array_equal(states, batch["passage_memory"]["states"])
 
 
-def test_rows_that_do_not_divide_are_refused(mesh):
+def test_rows_that_do_not_divide_are_rejected(mesh):
     with pytest.raises(ValueError, match=r"BATCH_SIZE.*8 .*4 x 2"):
         put_batch(batch_at(0, rows=12), mesh, num_microbatches=2)

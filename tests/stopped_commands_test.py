@@ -130,7 +130,7 @@ def hears_sigterm(pid):
 
 
 def contents(folder):
-    """What must be the same however often the command was stopped."""
+    """The contents that must not depend on how often the command was stopped."""
     files = {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))

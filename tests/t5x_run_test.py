@@ -1,4 +1,4 @@
-"""T5X's own train, eval and infer, from our gin files, over the whole road; skipped without T5X."""
+"""T5X's own train, eval and infer, from our gin files, through all steps; skipped without T5X."""
 
 import functools
 import json

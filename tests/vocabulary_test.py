@@ -33,7 +33,7 @@ def test_names_are_cut_at_dots_underscores_and_brackets(vocabulary):
     assert "12" not in pieces
 
 
-def test_its_words_are_pieces_that_names_can_be_made_of(vocabulary):
+def test_words_are_pieces_that_can_form_names(vocabulary):
     words = vocabulary.words()
     assert "mailbox" in words and len(words) == len(set(words)) > 500
     assert all(word.isidentifier() or word[0].isdigit() for word in words)
@@ -102,9 +102,7 @@ def test_a_file_with_sentinels_of_its_own_gets_none_on_top(tmp_path):
         (dict(pad_id=-1, eos_id=1, unk_id=2, bos_id=-1), "pad_id=-1, eos_id=1 and unk_id=2"),
     ],
 )
-def test_files_with_other_special_ids_are_rejected_with_the_trainers_call(
-    tmp_path, special, message
-):
+def test_files_with_other_special_ids_are_rejected_with_the_remedy(tmp_path, special, message):
     if special.get("pad_id") == -1 and special.get("eos_id") == 1:
         special = {**special, "bos_id": 0}
     with pytest.raises(ValueError, match=f"{message}.*SentencePieceTrainer.*pad_id=0, eos_id=1"):
@@ -120,7 +118,7 @@ def test_the_fingerprint_is_of_file_and_sentinels(tmp_path, vocabulary):
     assert Vocabulary(copy).fingerprint != vocabulary.fingerprint
 
 
-def test_wrong_files_are_refused(tmp_path):
+def test_invalid_files_are_rejected(tmp_path):
     with pytest.raises(ValueError, match="VOCABULARY: no file .*absent"):
         Vocabulary(tmp_path / "absent")
     (tmp_path / "text").write_text("no model")

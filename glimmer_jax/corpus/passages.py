@@ -15,7 +15,7 @@ Every byte is compared with a checksum before it is used (`checked_file`), and e
 that the manifest gives.
 """
 
-import fcntl
+import contextlib
 import functools
 import hashlib
 import logging
@@ -31,27 +31,13 @@ from glimmer_jax.corpus.ids import id_number
 from glimmer_jax.corpus.manifest import FILES, MANIFEST, read_manifest, token_dtype
 from glimmer_jax.storage import local_copy
 from glimmer_jax.storage.json_lines import parse_line
+from glimmer_jax.storage.lease import LockUnsupported, try_lock
 
 logger = logging.getLogger(__name__)
 
 BACKUP_SUFFIX = "-old"
 _INT64 = np.dtype("<i8")
 _RECORDS_AT_ONCE = 1024
-
-
-def try_lock(folder: Path) -> int | None:
-    """A descriptor that locks a folder until it is closed; None where another process has the lock."""
-    try:
-        # Anything but a folder, such as a pipe, fails at once instead of blocking.
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except NotADirectoryError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
 
 
 def restore_backup(target: Path) -> None:
@@ -62,12 +48,13 @@ def restore_backup(target: Path) -> None:
         if not (backup / MANIFEST).is_file():
             continue
         working = backup.with_name(backup.name.removesuffix(BACKUP_SUFFIX))
-        lock = try_lock(working) if working.exists() else -1
-        if lock is None:
-            return  # The writer is running and about to rename the new folder.
-        os.replace(backup, target)
-        if lock >= 0:
-            os.close(lock)
+        with contextlib.ExitStack() as stack:
+            # Without locks the backup is restored: a running writer fails, and nothing is lost.
+            with contextlib.suppress(FileNotFoundError, LockUnsupported):
+                if (lock := try_lock(working)) is None:
+                    return  # The writer is running and about to rename the new folder.
+                stack.callback(os.close, lock)
+            os.replace(backup, target)
         return
 
 

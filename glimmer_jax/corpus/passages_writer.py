@@ -18,9 +18,10 @@ from glimmer_jax.corpus.manifest import (
     token_dtype,
     write_manifest,
 )
-from glimmer_jax.corpus.passages import BACKUP_SUFFIX, restore_backup, try_lock
+from glimmer_jax.corpus.passages import BACKUP_SUFFIX, restore_backup
 from glimmer_jax.storage.folder import local
 from glimmer_jax.storage.json_lines import dump_line, parse_line
+from glimmer_jax.storage.lease import LockUnsupported, try_lock
 from glimmer_jax.vocabulary import EOS_ID, passage_text
 
 _INT64 = np.dtype("<i8")
@@ -76,7 +77,10 @@ def write_passages(
     working = target.parent / f".{target.name}.writing-{os.getpid()}"
     shutil.rmtree(working, ignore_errors=True)
     working.mkdir()
-    lock = try_lock(working)
+    try:
+        lock = try_lock(working)
+    except LockUnsupported:
+        lock = None
     try:
         counts = _write_arrays(working, records, encode, max_length, vocab_size, eos_id, unk_id)
         _check_ids(working)
@@ -103,9 +107,11 @@ def write_passages(
             os.close(lock)
     # The new folder is in place, so what killed writers left behind is useless.
     for stale in target.parent.glob(f".{target.name}.writing-*"):
-        if (stale_lock := try_lock(stale)) is not None:
-            shutil.rmtree(stale, ignore_errors=True)
-            os.close(stale_lock)
+        # Without locks it is unknown whether a writer is running, so its folder stays.
+        with contextlib.suppress(FileNotFoundError, LockUnsupported):
+            if (stale_lock := try_lock(stale)) is not None:
+                shutil.rmtree(stale, ignore_errors=True)
+                os.close(stale_lock)
     return manifest
 
 

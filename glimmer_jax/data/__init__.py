@@ -1,1 +1,1 @@
-"""The data wing: built-in corpus, KILT files, vocabulary, seqio pieces, scoring."""
+"""seqio tasks, feature converters, input pipeline, evaluation: all code that needs TensorFlow."""

@@ -1,11 +1,12 @@
-"""seqio's cache of tasks, written without Beam: for files that take minutes to read, T-REx above all.
+"""Writes seqio's task cache without Beam, for files that take minutes to read, such as T-REx.
 
-    python -m glimmer_jax.data.cache kilt_glimmer --module=tasks.kilt --data_dir=DIR --cache_dir=CACHE
+    python -m glimmer_jax.data.cache kilt_glimmer --module=tasks.kilt --data_dir=DIR
+    --cache_dir=CACHE
 
-Training and evaluation read it with `--seqio_additional_cache_dirs=CACHE --gin.USE_CACHED_TASKS=True`. It
-holds what comes before an answer is drawn and text is tokenised, so it serves any vocabulary and
-lengths. Started again after a kill, it goes on with the first task that is not complete. seqio's own
-`seqio_cache_tasks` writes the same.
+Training and evaluation read it with `--seqio_additional_cache_dirs=CACHE
+--gin.USE_CACHED_TASKS=True`. The cache holds examples before an answer is drawn and before text is
+tokenised, so it serves any vocabulary and lengths. A rerun after a kill resumes at the first
+incomplete task. The format is that of seqio's own `seqio_cache_tasks`.
 """
 
 import argparse
@@ -26,19 +27,32 @@ COMPLETED = "COMPLETED"
 def write(
     task_name: str, cache_dir: str | Path, splits: Sequence[str] = SPLITS, num_shards: int = 16
 ) -> dict[str, int]:
-    """Caches those splits that a task has; returns their numbers of examples.
+    """Caches the splits of a task; returns the number of examples of each split.
 
-    Training examples are shuffled once over all shards; seqio shuffles shards and neighbours.
+    Training examples are shuffled once over all shards. When reading, seqio shuffles the order of
+    shards and fills a shuffle buffer.
+
+    Args:
+      task_name: registered with seqio.
+      cache_dir: gets a folder for the task.
+      splits: the splits to cache; those that the task does not have are skipped.
+      num_shards: files per split.
 
     Raises:
-      ValueError: the task allows no cache or has one already, or a file is missing or at fault.
+      ValueError: the task does not support caching or is already cached, or a data file is missing
+        or invalid.
     """
     task = seqio.TaskRegistry.get(task_name)
     if not task.supports_caching:
-        raise ValueError(f"{task_name} allows no cache: its examples are made when they are read.")
+        raise ValueError(
+            f"{task_name} does not support caching: its examples are generated when they are read. "
+            "Leave it out."
+        )
     folder = _folder(task_name, cache_dir)
     if is_complete(task_name, cache_dir):
-        raise ValueError(f"{folder} holds a cache of {task_name} already. Remove it to write anew.")
+        raise ValueError(
+            f"{folder} already holds a complete cache of {task_name}. Remove it to rebuild the cache."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     counts = {
         split: _write_split(task, split, folder, num_shards)
@@ -50,7 +64,7 @@ def write(
 
 
 def is_complete(task_name: str, cache_dir: str | Path) -> bool:
-    """Whether the task's cache was written to its end."""
+    """Whether the task's cache is complete."""
     return (_folder(task_name, cache_dir) / COMPLETED).exists()
 
 
@@ -88,18 +102,21 @@ def _dump(path: str, value: dict) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Caches all incomplete tasks of a mixture; prints the number of examples of each split."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("name", help="of a task or mixture")
-    parser.add_argument("--module", required=True, help="that registers it, such as tasks.kilt")
-    parser.add_argument("--data_dir", required=True, help="of retrieved files")
-    parser.add_argument("--cache_dir", required=True)
-    parser.add_argument("--min_bleu_score", type=float, help="as MIN_BLEU_SCORE of training")
+    parser.add_argument("name", help="a task or mixture")
+    parser.add_argument(
+        "--module", required=True, help="the module that registers it, such as tasks.kilt"
+    )
+    parser.add_argument("--data_dir", required=True, help="the folder of retrieved files")
+    parser.add_argument("--cache_dir", required=True, help="the folder to write")
+    parser.add_argument("--min_bleu_score", type=float, help="the MIN_BLEU_SCORE of training")
     args = parser.parse_args(argv)
     retrieved_tasks.configure(args.data_dir, args.min_bleu_score)
     pipeline.import_tasks(args.module)
     for task in seqio.get_subtasks(pipeline.find_mixture_or_task(args.name)):
         if is_complete(task.name, args.cache_dir):
-            print(f"{task.name}: is there already")
+            print(f"{task.name}: already cached")
             continue
         counts = write(task.name, args.cache_dir)
         print(f"{task.name}: " + ", ".join(f"{split} {n}" for split, n in counts.items()))

@@ -1,4 +1,4 @@
-"""seqio.Evaluator driven by plain functions over numpy batches."""
+"""Runs seqio.Evaluator with plain functions over numpy batches."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ Batch = dict[str, Any]
 # numpy batch -> int32 tokens [B, T], and per-row arrays {name: [B, ...]} (may be empty).
 Predict = Callable[[Batch], tuple[Any, Mapping[str, Any]]]
 Score = Callable[[Batch], Any]  # numpy batch -> float32 [B], log p(target)
-# A stream of batches -> the same with what takes time to fetch, fetched ahead.
+# A stream of batches -> the same batches, fetched ahead.
 Prefetch = Callable[[Iterable[Batch]], Iterable[Batch]]
 
 
@@ -40,7 +40,7 @@ def reranked_recall(
 
 
 class Evaluation:
-    """Dev or test examples of a mixture, read once, evaluated as often as asked."""
+    """Dev or test examples of a mixture: read once, evaluated any number of times."""
 
     def __init__(
         self,
@@ -61,19 +61,21 @@ class Evaluation:
           mixture_or_task_name: registered with seqio; each task keeps its own metrics.
           split: validation or test.
           lengths: `{"inputs": Q, "targets": T, "passages": (K, P)}`.
-          batch_size: rows of the batches that `predict` and `score` get; the last one is filled up.
-          passages: where passages are read; None leaves `passage_ids` to the functions.
-          num_examples: of each task, from its beginning; None for all.
+          batch_size: rows of each batch of `predict` and `score`; the last batch is padded with
+            empty rows.
+          passages: the passages folder; None leaves `passage_ids` to the functions.
+          num_examples: the first examples of each task; None for all.
           use_cached: read seqio's cache of the task.
           seed: of seqio's preprocessors.
           log_dir: gets predictions and metrics as JSON Lines; None writes nothing.
 
         Raises:
-          ValueError: unknown name, no task with metrics and this split, or bad data files.
+          ValueError: the name is unknown, no task has both metrics and this split, or a data file
+            is invalid.
         """
         find_mixture_or_task(mixture_or_task_name)
         if log_dir is not None:
-            # seqio's JSON logger expects its folder to be there.
+            # seqio's JSON logger does not create its folder.
             epath.Path(log_dir).mkdir(parents=True, exist_ok=True)
         question, target, num_passages, self._passage_length = check_lengths(lengths)
         self._batch_size = batch_size
@@ -115,19 +117,19 @@ class Evaluation:
         step: int | None = None,
         prefetch: Prefetch = iter,
     ) -> dict[str, float]:
-        """Metrics `{"task/metric": value}`.
+        """Returns the metrics, `{"task/metric": value}`.
 
         Args:
-          predict: answers, and what else metrics read (`passage_scores`, ...).
+          predict: computes answers, and further arrays that metrics read (`passage_scores`, ...).
           score: needed only by tasks with score metrics.
           step: for the logs.
-          prefetch: the batches of a task on their way to `predict` or `score`.
+          prefetch: applied to the batches of each task before `predict` or `score`.
         """
 
         answered = self._answered = {}
 
         def predict_with_aux(ds: Any) -> tuple[list[tuple[int, Any]], dict[str, list[Any]]]:
-            # seqio asks once for metrics that read aux values and once for those that do not.
+            # seqio calls once for metrics that read aux values and once for those that do not.
             if id(ds) not in answered:
                 answered[id(ds)] = self._collect(ds, predict, prefetch)
             indices, outputs = answered[id(ds)]
@@ -135,7 +137,7 @@ class Evaluation:
             names = aux[0].keys()
             return (
                 list(zip(indices, _same_length(tokens), strict=True)),
-                {name: [one[name] for one in aux] for name in names},
+                {name: [values[name] for values in aux] for name in names},
             )
 
         def predict_only(ds: Any) -> list[tuple[int, Any]]:
@@ -144,7 +146,7 @@ class Evaluation:
         def score_only(ds: Any) -> list[tuple[int, float]]:
             assert score is not None
             indices, outputs = self._collect(ds, lambda batch: (score(batch), {}), prefetch)
-            return [(i, float(one)) for i, (one, _) in zip(indices, outputs, strict=True)]
+            return [(i, float(value)) for i, (value, _) in zip(indices, outputs, strict=True)]
 
         metrics, _ = self._evaluator.evaluate(
             compute_metrics=True,
@@ -155,27 +157,27 @@ class Evaluation:
         )
         return {
             f"{task}/{name}": float(getattr(value, "value", value))
-            for task, found in metrics.result().items()
-            for name, value in found.items()
+            for task, task_metrics in metrics.result().items()
+            for name, value in task_metrics.items()
         }
 
     def predictions(self, passages: Passages | None = None) -> dict[str, list[dict[str, Any]]]:
-        """What the last `run` answered, for each task: a record for each example, in order.
+        """Predictions of the last `run`: for each task, one record per example, in order.
 
-        `{"id", "prediction", "score", "passage_ids", "passage_scores", "kept_passage_ids"}`,
-        passages by score, best first; what the function did not return is left out.
+        `{"id", "prediction", "score", "passage_ids", "passage_scores", "kept_passage_ids"}`, with
+        passages sorted by score, best first. Fields that `predict` did not return are left out.
         """
-        found = {}
+        records = {}
         for task in self._evaluator.eval_tasks:
             ds = self._evaluator.cached_model_datasets[task.name]
             vocabulary = task.output_features["targets"].vocabulary
             examples = self._evaluator.cached_task_datasets[task.name].as_numpy_iterator()
             _, outputs = self._answered[id(ds)]
-            found[task.name] = [
+            records[task.name] = [
                 _record(example, vocabulary.decode([int(token) for token in tokens]), aux, passages)
                 for example, (tokens, aux) in zip(examples, outputs, strict=True)
             ]
-        return found
+        return records
 
     def _collect(
         self,
@@ -183,7 +185,7 @@ class Evaluation:
         function: Callable[[Batch], tuple[Any, Mapping[str, Any]]],
         prefetch: Prefetch,
     ) -> tuple[list[int], list[tuple[np.ndarray, dict[str, np.ndarray]]]]:
-        """(indices, rows of what the function returns), without those of filled-up rows."""
+        """(indices, output rows of the function), without padding rows."""
         indices: list[int] = []
         rows: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
         counts: deque[int] = deque()
@@ -215,7 +217,7 @@ def _record(
     if "passage_scores" in aux:
         ids = example["passage_ids"][: len(aux["passage_scores"])]
         scores = aux["passage_scores"][: len(ids)]
-        # What the memory did not have was not read, and is not named.
+        # Passages that the memory does not hold have score -inf and are left out.
         order = np.argsort(-scores, kind="stable")[: np.isfinite(scores).sum()]
         names = np.array(ids.tolist() if passages is None else passages.external_ids(ids), object)
         record["passage_ids"] = names[order].tolist()
@@ -226,6 +228,6 @@ def _record(
 
 
 def _same_length(tokens: Any) -> list[np.ndarray]:
-    # seqio makes one array of all predictions, which NumPy 2 refuses for ragged ones.
-    longest = max(len(one) for one in tokens)
-    return [np.pad(one, (0, longest - len(one))) for one in tokens]
+    # seqio stacks all predictions into one array, which NumPy 2 rejects for ragged rows.
+    longest = max(len(row) for row in tokens)
+    return [np.pad(row, (0, longest - len(row))) for row in tokens]

@@ -1,4 +1,4 @@
-"""seqio's features to the model's batch contract.
+"""Converts seqio's task features to the batch contract of the model.
 
     task features                         model features
     inputs          int32 [<=Q]           question_tokens        int32 [Q], right-aligned
@@ -7,7 +7,7 @@
                                           decoder_loss_weights   float32 [T], 0 for padding
     passage_ids     int64 [<=K]           passage_ids            int64 [K], -1 where there is none
       or passages   int32 [<=K, <=P]      passage_tokens         int32 [K, P], 0 is padding
-    gold_passages   int32 [<=K], may miss gold_passages          int32 [K]
+    gold_passages   int32 [<=K], optional gold_passages          int32 [K]
 
 For example with lengths `{"inputs": 4, "targets": 3, "passages": (2, 5)}`:
 
@@ -15,7 +15,8 @@ For example with lengths `{"inputs": 4, "targets": 3, "passages": (2, 5)}`:
     {"question_tokens": [0, 0, 7, 8], "decoder_input_tokens": [0, 9, 1],
      "decoder_target_tokens": [9, 1, 0], "decoder_loss_weights": [1, 1, 0], "passage_ids": [81, -1]}
 
-The whole batch contract inside tf.data, for pipelines that attach no passages themselves (T5X's).
+`TokensConverter` also looks up passages inside tf.data, for pipelines that cannot attach them on
+the host (T5X's).
 """
 
 from collections.abc import Mapping
@@ -33,10 +34,10 @@ NO_PASSAGE = -1
 
 
 class GlimmerFeatureConverter(seqio.FeatureConverter):
-    """See the module's docstring. Lengths are those of `check_lengths`.
+    """The converter of the module docstring, with lengths in the form of `check_lengths`.
 
-    Which passage form a dataset has is read from its element spec. Never packs: a question and its
-    passages are one example.
+    The element spec of a dataset determines which form its passages have. Packing is not supported:
+    a question and its passages are one example.
     """
 
     TASK_FEATURES = {
@@ -59,17 +60,22 @@ class GlimmerFeatureConverter(seqio.FeatureConverter):
                 "GlimmerFeatureConverter cannot pack: a question and its passages are one example. "
                 "Pass pack=False."
             )
-        # seqio compares one length with one dimension, which [K, P] has not; trimming is ours.
+        # seqio's check compares one length with one dimension, but passages have two, [K, P];
+        # `_pad` trims.
         kwargs["apply_length_check"] = False
         super().__init__(pack=False, **kwargs)
 
     def __call__(
         self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, Any]
     ) -> tf.data.Dataset:
-        """Converts; features of `ds` that the model does not know are left out.
+        """Converts a dataset; features that the model does not read are dropped.
+
+        Args:
+          ds: task features.
+          task_feature_lengths: `{"inputs": Q, "targets": T, "passages": (K, P)}`.
 
         Raises:
-          ValueError: the lengths are not of the form above, or the dataset has no passages.
+          ValueError: the lengths have another form, or the dataset has no passages.
         """
         features = [name for name in ("passage_ids", "passages") if name in ds.element_spec]
         if len(features) != 1:
@@ -79,7 +85,7 @@ class GlimmerFeatureConverter(seqio.FeatureConverter):
             )
         lengths = {**task_feature_lengths}
         if "passages" not in lengths and "passage_ids" in lengths:
-            # seqio.Evaluator hands down the lengths of the features it sees, and P is not needed.
+            # seqio.Evaluator passes the lengths of the task's features only; ids need no P.
             lengths["passages"] = (lengths["passage_ids"], 1)
         check_lengths(lengths)
         kept = ("inputs", "targets", *features)
@@ -95,13 +101,13 @@ class GlimmerFeatureConverter(seqio.FeatureConverter):
         return self(ds, task_feature_lengths)
 
     def get_model_feature_lengths(self, task_feature_lengths: Mapping[str, Any]) -> dict[str, Any]:
-        """Lengths of the model's features, for the form with tokens (ids are looked up on the host)."""
+        """Lengths of the model features in the form with passage tokens."""
         form = _OneForm("passages", "gold_passages" in task_feature_lengths, self._bos_id)
         return form.get_model_feature_lengths(task_feature_lengths)
 
 
 class _OneForm(seqio.FeatureConverter):
-    """The converter of one passage form, checked by seqio on both sides."""
+    """The converter of one passage form; seqio checks its inputs and outputs."""
 
     TASK_FEATURES: Mapping[str, Any] = {}
     MODEL_FEATURES: Mapping[str, Any] = {}
@@ -109,8 +115,8 @@ class _OneForm(seqio.FeatureConverter):
 
     def __init__(self, form: str, has_gold: bool, bos_id: int):
         super().__init__(pack=False, apply_length_check=False, bos_id=bos_id)
-        both = GlimmerFeatureConverter
-        task, model = dict(both.TASK_FEATURES), dict(both.MODEL_FEATURES)
+        task = dict(GlimmerFeatureConverter.TASK_FEATURES)
+        model = dict(GlimmerFeatureConverter.MODEL_FEATURES)
         if form == "passage_ids":
             del task["passages"], model["passage_tokens"]
             task["passage_ids"] = model["passage_ids"] = _Spec(dtype=tf.int64)
@@ -170,7 +176,7 @@ class _OneForm(seqio.FeatureConverter):
 
 
 def _pad(x: tf.Tensor, lengths: Any, value: int = 0, left: bool = False) -> tf.Tensor:
-    """Trims every dimension to its length and fills up to it."""
+    """Trims or pads every dimension to its length."""
     x = x[tuple(slice(0, length) for length in lengths)]
     missing = [length - tf.shape(x)[axis] for axis, length in enumerate(lengths)]
     paddings = [[n, 0] if left else [0, n] for n in missing]
@@ -179,9 +185,9 @@ def _pad(x: tf.Tensor, lengths: Any, value: int = 0, left: bool = False) -> tf.T
 
 
 class TokensConverter(GlimmerFeatureConverter):
-    """`GlimmerFeatureConverter` whose `passage_ids` have become `passage_tokens`.
+    """`GlimmerFeatureConverter` that replaces `passage_ids` with `passage_tokens`.
 
-    With the passage of id 81 being the tokens 5, 6, 1, and lengths `Lengths(4, 3, 2, 5)`:
+    For example, if passage 81 has the tokens 5, 6, 1, and lengths are `Lengths(4, 3, 2, 5)`:
 
         {"inputs": [7, 8], "targets": [9, 1], "passage_ids": [81]}
         {"question_tokens": [0, 0, 7, 8], "passage_tokens": [[5, 6, 1, 0, 0], [0, 0, 0, 0, 0]],
@@ -190,9 +196,11 @@ class TokensConverter(GlimmerFeatureConverter):
 
     def __init__(self, lengths: Lengths, passages: Passages | None, **kwargs: Any):
         """Args:
-        lengths: of every dataset, whatever a call says: seqio's Evaluator hands down the lengths of
-          the features that it sees, and P is none of them.
-        passages: where ids are looked up; None for tasks whose examples hold their passages.
+        lengths: of every dataset. The lengths passed to a call are ignored, because seqio's
+        Evaluator
+          passes those of the task's features only, which do not include P.
+        passages: the folder in which ids are looked up; None for tasks whose examples hold their
+          passages.
         kwargs: of `seqio.FeatureConverter`.
         """
         super().__init__(**kwargs)
@@ -202,10 +210,11 @@ class TokensConverter(GlimmerFeatureConverter):
     def __call__(
         self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, Any]
     ) -> tf.data.Dataset:
-        """Converts.
+        """Converts a dataset.
 
         Raises:
-          ValueError: the dataset has no passages, or ids and nothing to look them up in.
+          ValueError: the dataset has no passages, or has passage ids but there is no passages
+            folder.
         """
         del task_feature_lengths
         question, target, count, length = self._lengths
@@ -216,15 +225,15 @@ class TokensConverter(GlimmerFeatureConverter):
         passages = self._passages
         if passages is None:
             raise ValueError(
-                "The examples name their passages by id: set PASSAGES_DIR to the folder they were "
-                "retrieved from."
+                "PASSAGES_DIR is not set, but the examples name their passages by id. Set it to the "
+                "folder that they were retrieved from."
             )
 
         def look_up(ids: Any) -> Any:
             return passages.tokens(passages.rows(ids), length)
 
         def attach(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-            # Said to be stateless, or iterators over it could not be saved with a checkpoint.
+            # Stateless, because iterators over stateful functions cannot be checkpointed.
             tokens = tf.numpy_function(look_up, [example["passage_ids"]], tf.int32, stateful=False)
             others = {name: x for name, x in example.items() if name != "passage_ids"}
             return {**others, "passage_tokens": tf.ensure_shape(tokens, (count, length))}

@@ -1,8 +1,8 @@
-"""Tasks whose examples are computed, passages and all, from a stream's name and their index.
+"""Tasks whose examples, including passages, are computed from the name of a stream and an index.
 
-The seed of the run (`SEED`) chooses the stream of training examples: two seeds give different
-examples, one seed always the same ones. Validation examples have a stream of their own, the same for
-every seed.
+The seed of the run (`RANDOM_SEED`) selects the stream of training examples. The same seed always
+gives the same examples, and different seeds give different ones. Validation examples are the same
+for every seed.
 """
 
 import functools
@@ -15,24 +15,33 @@ import tensorflow as tf
 
 from glimmer_jax.vocabulary import Vocabulary
 
-# Examples of an epoch.
+# Examples per epoch.
 EPOCH = {"train": 1_000_000, "validation": 512}
 
 
 class Examples(Protocol):
-    """Computes examples; each is a function of stream and index alone."""
+    """Computes examples; each depends only on its stream and index."""
 
     def example(self, index: int, stream: str = "") -> dict[str, Any]:
-        """`inputs`, `targets` (token lists), `passages` (K token lists), `gold_passages` (K)."""
+        """`inputs`, `targets` (token lists), `passages` (K token lists), `gold_passages` (0 or 1)."""
         ...
 
 
 def register(
     name: str, make: Callable[[], Examples], vocabulary: Vocabulary = Vocabulary()
 ) -> None:
-    """Registers the seqio task `name`; `make` is called when its examples are first read."""
+    """Registers a seqio task with generated examples.
+
+    Args:
+      name: of the task.
+      make: creates the generator; called once, when examples are first read.
+      vocabulary: of questions, answers and passages.
+
+    Raises:
+      ValueError: a task of this name is already registered.
+    """
     text = vocabulary.seqio()
-    whole = seqio.PassThroughVocabulary(size=2)
+    marks = seqio.PassThroughVocabulary(size=2)
     seqio.TaskRegistry.add(
         name,
         source=seqio.FunctionDataSource(
@@ -43,7 +52,7 @@ def register(
             "inputs": seqio.Feature(text, add_eos=False),
             "targets": seqio.Feature(text),
             "passages": seqio.Feature(text, add_eos=False, rank=2),
-            "gold_passages": seqio.Feature(whole, add_eos=False),
+            "gold_passages": seqio.Feature(marks, add_eos=False),
         },
         metric_fns=[],
         shuffle_buffer_size=1,
@@ -51,29 +60,28 @@ def register(
 
 
 def stream_name(split: str, seed: int | None) -> str:
-    """Name of the stream that a split reads; only the training stream depends on the seed.
-
-    Without a seed it is that of seed 0.
-    """
+    """Name of the stream of a split. Only the training stream depends on the seed; None equals 0."""
     return f"{split}:{seed or 0}" if split == "train" else split
 
 
 def blocks(
     examples: Examples, start: int, stop: int, size: int = 256, stream: str = ""
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Examples `start` to `stop` of a stream, `size` at a time, as int32 arrays padded with 0.
+    """Yields examples `start` to `stop` of a stream in blocks of `size`, padded with 0.
 
     Yields:
-      `inputs` [n, Q], `targets` [n, T], `passages` [n, K, P], `gold_passages` [n, K].
+      int32 `inputs` [n, Q], `targets` [n, T], `passages` [n, K, P] and `gold_passages` [n, K]. Q, T
+      and P are those of the longest example in the block.
     """
     for first in range(start, stop, size):
-        made = [examples.example(i, stream) for i in range(first, min(first + size, stop))]
-        passages = [ids for example in made for ids in example["passages"]]
+        block = [examples.example(i, stream) for i in range(first, min(first + size, stop))]
+        passages = [ids for example in block for ids in example["passages"]]
+        num_passages = len(passages) // len(block)
         yield {
-            "inputs": _padded([example["inputs"] for example in made]),
-            "targets": _padded([example["targets"] for example in made]),
-            "passages": np.reshape(_padded(passages), (len(made), len(passages) // len(made), -1)),
-            "gold_passages": np.asarray([e["gold_passages"] for e in made], np.int32),
+            "inputs": _padded([example["inputs"] for example in block]),
+            "targets": _padded([example["targets"] for example in block]),
+            "passages": np.reshape(_padded(passages), (len(block), num_passages, -1)),
+            "gold_passages": np.asarray([e["gold_passages"] for e in block], np.int32),
         }
 
 
@@ -85,10 +93,10 @@ def _padded(lists: list[list[int]]) -> np.ndarray:
 
 
 def _dataset(split: str, shuffle_files: bool, seed: int | None = None, *, make: Any) -> Any:
-    del shuffle_files  # Every stream is in random order already.
-    # Here, where an error is Python's own; inside the generator tensorflow would make it one of its.
+    del shuffle_files  # Streams are already in random order.
+    # Created here, because TensorFlow would wrap an exception raised inside the generator.
     examples = make()
-    # Blocks, because every call from tensorflow into Python costs more than an example.
+    # Blocks, because a call from TensorFlow into Python costs more than computing an example.
     ds = tf.data.Dataset.from_generator(
         lambda: blocks(examples, 0, EPOCH[split], stream=stream_name(split, seed)),
         output_signature={

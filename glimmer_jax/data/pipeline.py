@@ -1,8 +1,9 @@
-"""Batches of the contract from seqio: one deterministic stream, resumable at any step.
+"""Training and evaluation batches from seqio: one deterministic stream, resumable at any step.
 
-Every process draws the same global stream of questions and passage ids, keeps its own rows of each
-batch, and fetches passages for those only; so results do not depend on the number of processes. The
-position in the stream is the step alone: a restarted run skips what was seen.
+Every process reads the same global stream of questions and passage ids, keeps its own rows of each
+batch, and fetches passages for these rows only. Results therefore do not depend on the number of
+processes. The step determines the position in the stream: a restarted run skips the batches of
+earlier steps.
 """
 
 import importlib
@@ -24,7 +25,7 @@ Batch = dict[str, Any]
 
 
 def import_tasks(module: str | None) -> None:
-    """Imports the module whose import registers tasks, for example `tasks.pydocs`.
+    """Imports a module that registers tasks, for example `tasks.pydocs`. None imports nothing.
 
     Raises:
       ValueError: there is no such module.
@@ -37,8 +38,8 @@ def import_tasks(module: str | None) -> None:
         if error.name is None or not module.startswith(error.name):
             raise
         raise ValueError(
-            f"No module {module!r} to import tasks from. MIXTURE_OR_TASK_MODULE names a Python "
-            "module, such as 'tasks.pydocs'."
+            f"MIXTURE_OR_TASK_MODULE: there is no module {module!r}. Set it to a Python module that "
+            "registers tasks, such as 'tasks.pydocs'."
         ) from None
 
 
@@ -46,13 +47,13 @@ def find_mixture_or_task(name: str) -> Any:
     """The registered mixture or task.
 
     Raises:
-      ValueError: nothing of that name is registered.
+      ValueError: the name is not registered.
     """
     known = sorted({*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()})
     if name not in known:
         raise ValueError(
-            f"No mixture or task {name!r} is registered; there are {', '.join(known) or 'none'}. "
-            "Check MIXTURE_OR_TASK_NAME and MIXTURE_OR_TASK_MODULE."
+            f"MIXTURE_OR_TASK_NAME: no mixture or task {name!r} is registered; registered are "
+            f"{', '.join(known) or 'none'}. Check MIXTURE_OR_TASK_NAME and MIXTURE_OR_TASK_MODULE."
         )
     return seqio.get_mixture_or_task(name)
 
@@ -70,7 +71,7 @@ def batches(
     use_cached: bool = False,
     own_rows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """This process's rows of every batch, from `start_step` on.
+    """Yields this process's rows of every batch, starting at `start_step`.
 
     Args:
       mixture_or_task_name: registered with seqio.
@@ -78,15 +79,16 @@ def batches(
       lengths: `{"inputs": Q, "targets": T, "passages": (K, P)}`.
       batch_size: rows of a batch over all processes.
       seed: of shuffling, mixing and drawing answers.
-      start_step: batches to leave out at the beginning.
-      passages: where the passages of `passage_ids` are read; None leaves them to a memory lookup.
-      repeat: True shuffles and never ends; False is one pass in order, its last batch filled up
+      start_step: number of batches to skip at the beginning.
+      passages: the folder with the tokens of `passage_ids`; None leaves them to a memory lookup.
+      repeat: True shuffles and never ends. False is one pass in order, whose last batch is padded
         with empty rows (all padding, loss weight 0).
       use_cached: read seqio's cache of the task.
-      own_rows: which rows of each batch are kept (`partitioning.own_rows`); None keeps all.
+      own_rows: the rows of each batch to keep (`partitioning.own_rows`); None keeps all.
 
     Raises:
-      ValueError: unknown name, lengths or batch size that do not fit, or bad data files.
+      ValueError: the name is unknown, the lengths or the batch size are invalid, or a data file is
+        invalid.
     """
     find_mixture_or_task(mixture_or_task_name)
     passage_length = check_lengths(lengths)[3]
@@ -120,7 +122,7 @@ def _rows(
 
 
 def fill(batch: Mapping[str, np.ndarray], batch_size: int) -> Batch:
-    """A batch with empty rows up to `batch_size`."""
+    """The batch padded with empty rows to `batch_size`: 0, and `NO_PASSAGE` for passage ids."""
     filled = {}
     for name, x in batch.items():
         value = NO_PASSAGE if name == "passage_ids" else 0
@@ -130,7 +132,7 @@ def fill(batch: Mapping[str, np.ndarray], batch_size: int) -> Batch:
 
 
 def attach(batch: Batch, passages: Passages | None, length: int) -> Batch:
-    """The batch with `passage_tokens [B, K, P]` for its `passage_ids`, which stay for reports."""
+    """Adds int32 `passage_tokens [B, K, P]`; `passage_ids [B, K]` are kept for reports."""
     if passages is None or "passage_ids" not in batch:
         return batch
     rows = passages.rows(batch["passage_ids"])
@@ -148,30 +150,31 @@ def check_fit(
     examples: int | None = 1000,
     max_cut: float = 0.1,
 ) -> dict[str, int]:
-    """Compares every task, and its first examples, with the settings, before anything is compiled.
+    """Compares every task and its first examples with the settings, before anything is compiled.
 
-    Whatever is cut is counted; outside of the training split it is logged as a warning, since a
-    question or an answer without its end is evaluated wrongly.
+    Truncated texts are counted. Outside of the training split they are logged as a warning, because
+    evaluation on truncated questions or answers is wrong.
 
     Args:
       mixture_or_task_name: registered with seqio.
       split: train, validation or test.
       lengths: `{"inputs": Q, "targets": T, "passages": (K, P)}`.
       vocabulary: that of model and passages.
-      has_passages: whether there is a folder or a memory to read passages from.
+      has_passages: whether there is a passages folder or a memory.
       use_cached: read seqio's cache of the tasks.
-      examples: of each task that are looked at; None for all.
-      max_cut: share of questions, and of answers, that may be longer than their lengths.
+      examples: number of examples of each task to check; None for all.
+      max_cut: maximum share, from 0 to 1, of truncated questions and of truncated answers.
 
     Returns:
-      Counts over all tasks: `examples`, and of them `questions_cut`, `answers_cut`, `passages_cut` (one
-      or more of the passages that an example holds itself; those in a folder are
-      `Passages.warn_of_cuts`'s) and `without_gold` (no passage that is known to answer).
+      Counts over all tasks: `examples`, and the number of them with a truncated question
+      (`questions_cut`), a truncated answer (`answers_cut`), a truncated passage among those that the
+      example itself holds (`passages_cut`), and without a gold passage (`without_gold`).
+      `Passages.warn_of_cuts` checks the passages of a folder.
 
     Raises:
-      ValueError: a task has another vocabulary, its passages are ids that nothing resolves, no
-        example has an answer or as many passages as K, or more than `max_cut` of the questions or of
-        the answers are longer than Q or T.
+      ValueError: a task has another vocabulary, it names passages by id but there is no folder or
+        memory, no example has an answer, no example has K passages, or more than `max_cut` of the
+        questions or answers are longer than Q or T.
     """
     num_passages = check_lengths(lengths).passages
     counts = dict.fromkeys(
@@ -181,39 +184,42 @@ def check_fit(
         for feature in ("inputs", "targets"):
             if task.output_features[feature].vocabulary != vocabulary.seqio():
                 raise ValueError(
-                    f"The {feature} of {task.name} have the vocabulary "
-                    f"{task.output_features[feature].vocabulary}, and model and passages have "
-                    f"{vocabulary.path}. Register the task with that one, or give the task's."
+                    f"VOCABULARY: the {feature} of {task.name} have the vocabulary "
+                    f"{task.output_features[feature].vocabulary}, but model and passages have "
+                    f"{vocabulary.path}. Register the task with the latter, or set VOCABULARY to the "
+                    "former."
                 )
         if "passage_ids" in task.output_features and not has_passages:
             raise ValueError(
-                f"The examples of {task.name} name their passages by id: set PASSAGES_DIR to the "
-                "folder they were retrieved from, or MEMORY_DIR to its memory."
+                f"PASSAGES_DIR and MEMORY_DIR are not set, but the examples of {task.name} name their "
+                "passages by id. Set PASSAGES_DIR to the folder that they were retrieved from, or "
+                "MEMORY_DIR to its memory."
             )
         if split not in task.splits:
             raise ValueError(
-                f"{task.name} has no {split} examples, only {', '.join(task.splits)}. Leave it out of "
-                "MIXTURE_OR_TASK_NAME, or take another split."
+                f"MIXTURE_OR_TASK_NAME: {task.name} has no {split} examples, only "
+                f"{', '.join(task.splits)}. Leave it out of the mixture, or choose another split."
             )
         ds = task.get_dataset(None, split, use_cached, shuffle=False, num_epochs=1)
-        most = seen = answered = 0
-        found: dict[str, list[int]] = {"inputs": [], "targets": [], "passages": []}
+        max_passages = seen = answered = 0
+        num_tokens: dict[str, list[int]] = {"inputs": [], "targets": [], "passages": []}
         for example in ds.take(-1 if examples is None else examples).as_numpy_iterator():
             seen += 1
-            for key, longest in found.items():
-                longest.append(_longest(example.get(key), num_passages))
-            most = max(most, len(example.get("passage_ids", example.get("passages"))))
+            for key, values in num_tokens.items():
+                values.append(_longest(example.get(key), num_passages))
+            retrieved = example.get("passage_ids", example.get("passages"))
+            max_passages = max(max_passages, len(retrieved))
             answered += bool(np.any(example["targets"] > vocabulary.eos_id))
             counts["without_gold"] += not np.any(example.get("gold_passages", 1))
         if not answered:
             raise ValueError(
-                f"No {split} example of {task.name} has an answer to compare with: KILT keeps those of "
-                "its test files back. Take another split, or answer the file with --run_mode=infer."
+                f"MIXTURE_OR_TASK_NAME: no {split} example of {task.name} has an answer (KILT does not "
+                "publish those of its test files). Choose another split, or use --run_mode=infer."
             )
-        if most < num_passages:
+        if max_passages < num_passages:
             raise ValueError(
-                f"TASK_FEATURE_LENGTHS asks for K={num_passages} passages, and the {split} examples "
-                f"of {task.name} have {most} at most. Retrieve {num_passages}, or lower K."
+                f"TASK_FEATURE_LENGTHS has K={num_passages} passages, but the {split} examples of "
+                f"{task.name} have at most {max_passages}. Retrieve {num_passages}, or lower K."
             )
         counts["examples"] += seen
         for name, key in (
@@ -222,25 +228,27 @@ def check_fit(
             ("passages", "passages"),
         ):
             length = lengths[key] if key != "passages" else lengths[key][1]
-            count = sum(one > length for one in found[key])
+            count = sum(value > length for value in num_tokens[key])
             counts[f"{name}_cut"] += count
-            # Of ten passages one may well be longer, and rarely is it the one that answers.
+            # Passages have no limit: one of many is often too long, and rarely the one that
+            # answers.
             if key != "passages" and count > max_cut * seen:
                 raise ValueError(
-                    f"{count} of {seen} {name} of {task.name} ({split}) are longer than the {length} "
-                    f"tokens that TASK_FEATURE_LENGTHS[{key!r}] gives them. Raise it."
+                    f"TASK_FEATURE_LENGTHS[{key!r}]={length}, but {count} of {seen} {name} of "
+                    f"{task.name} ({split}) have more tokens, the longest {max(num_tokens[key])}. Raise "
+                    "it."
                 )
             if count and split != "train":
                 logger.warning(
-                    "%d of %d %s of %s (%s) are longer than the %d tokens that TASK_FEATURE_LENGTHS[%r]"
-                    " gives them, and are cut; the longest has %d.",
-                    count, seen, name, task.name, split, length, key, max(found[key]),
+                    "TASK_FEATURE_LENGTHS[%r]: %d of %d %s of %s (%s) have more than %d tokens and are "
+                    "truncated; the longest has %d.",
+                    key, count, seen, name, task.name, split, length, max(num_tokens[key]),
                 )  # fmt: skip
     return counts
 
 
 def _longest(tokens: np.ndarray | None, num_passages: int) -> int:
-    """Tokens of `[n]`, or of the longest of the first passages `[K, P]` padded with 0; None has none."""
+    """Number of tokens of `[n]`, or of the longest of the first passages `[K, P]`; 0 for None."""
     if tokens is None or tokens.ndim == 1:
         return 0 if tokens is None else len(tokens)
     return int((tokens[:num_passages] > 0).sum(axis=1).max(initial=0))

@@ -1,4 +1,4 @@
-"""From lines of retrieved task files to seqio's text features.
+"""Converts lines of retrieved task files to seqio's text features.
 
     {"id": "which_function/json.dump/0", "input": "formatted stream to file-like",
      "output": [{"answer": "json.dump", "provenance": [{..., "bleu_score": 1.0}]}],
@@ -9,7 +9,7 @@ becomes
     {"id": "which_function/json.dump/0", "question": "formatted stream to file-like",
      "answers": ["json.dump"], "passage_ids": [81, 7], "gold_passages": [1, 0]}
 
-and, with one of the answers drawn anew in every epoch,
+`draw_answer` then draws one of the answers, a new one in every epoch:
 
     {..., "inputs": "question: formatted stream to file-like", "targets": "json.dump"}
 """
@@ -26,56 +26,62 @@ from glimmer_jax.corpus.ids import id_number
 from glimmer_jax.kilt.examples import answers
 from glimmer_jax.vocabulary import question_text
 
-# Training pairs whose provenance matches the knowledge source less than this are left out.
+# Training examples are dropped if all their answers have a lower `bleu_score`.
 MIN_BLEU = 0.5
 
 
 def answered_by_source(output: Mapping[str, Any], min_bleu: float) -> bool:
-    """Whether the knowledge source holds this output's answer.
+    """Whether the knowledge source holds the answer of this output.
 
-    KILT mapped older data sets onto its own Wikipedia and wrote down in `bleu_score` how well each
-    provenance was found again. An output without such scores is trusted.
+    KILT mapped the provenance of older data sets to its own Wikipedia; `bleu_score` measures how
+    well the mapped text matches the original. Outputs without scores are kept.
     """
-    scores = [one.get("bleu_score") for one in output.get("provenance", [])]
-    # The Hugging Face hub writes -1.0 where KILT leaves the score out.
+    scores = [place.get("bleu_score") for place in output.get("provenance", [])]
+    # The Hugging Face hub writes -1.0 where KILT has no score.
     known = [score for score in scores if score is not None and score >= 0]
     return not known or max(known) >= min_bleu
 
 
 def example_features(line: Mapping[str, Any], min_bleu: float = 0.0) -> dict[str, Any] | None:
-    """Features of one line of a retrieved file; see the module's docstring.
+    """Features of one line of a retrieved file, as in the module docstring.
+
+    Args:
+      line: a checked example (`kilt.examples.read_examples`).
+      min_bleu: drops answers with a lower `bleu_score`, from 0 to 1.
 
     Returns:
-      None for a line none of whose answers reaches `min_bleu`.
+      The features, or None if no answer reaches `min_bleu`.
 
     Raises:
-      ValueError: the line has not been through retrieval.
+      ValueError: the line has no `retrieved` field.
     """
     if "retrieved" not in line:
         raise ValueError(
-            f"Example {line['id']!r} has no passages. Run --run_mode=retrieve on the task file and "
-            "read its output."
+            f"DATA_DIR: example {line['id']!r} has no `retrieved` passages. Run --run_mode=retrieve on "
+            "the task file and set DATA_DIR to its output."
         )
-    found = answers(line)
+    texts = answers(line)
     if min_bleu > 0:
-        sound = [one for one in line["output"] if answered_by_source(one, min_bleu)]
-        found = answers({"output": sound})
-        if not found:
+        outputs = [output for output in line["output"] if answered_by_source(output, min_bleu)]
+        texts = answers({"output": outputs})
+        if not texts:
             return None
     return {
         "id": line["id"],
         "question": line["input"],
-        "answers": found,
-        "passage_ids": [id_number(one["id"]) for one in line["retrieved"]],
-        "gold_passages": [int(bool(one.get("gold"))) for one in line["retrieved"]],
+        "answers": texts,
+        "passage_ids": [id_number(passage["id"]) for passage in line["retrieved"]],
+        "gold_passages": [int(bool(passage.get("gold"))) for passage in line["retrieved"]],
     }
 
 
 class Columns:
-    """Features of examples in arrays, not objects: T-REx alone has 91 million passage ids."""
+    """Features of examples in flat arrays, which save RAM: T-REx has 91 million passage ids."""
 
     def __init__(self, examples: Iterable[Mapping[str, Any]]):
-        """Takes feature dictionaries of `example_features`, one after the other."""
+        """Args:
+        examples: feature dictionaries of `example_features`.
+        """
         self._ids: list[bytes] = []
         self._questions: list[bytes] = []
         self._answers: list[bytes] = []
@@ -83,20 +89,20 @@ class Columns:
         self._passage_ids = array("q")
         self._gold = array("b")
         self._passage_counts = array("q")
-        for one in examples:
-            self._ids.append(one["id"].encode("utf-8"))
-            self._questions.append(one["question"].encode("utf-8"))
-            self._answers += [answer.encode("utf-8") for answer in one["answers"]]
-            self._answer_counts.append(len(one["answers"]))
-            self._passage_ids.extend(one["passage_ids"])
-            self._gold.extend(one["gold_passages"])
-            self._passage_counts.append(len(one["passage_ids"]))
+        for example in examples:
+            self._ids.append(example["id"].encode("utf-8"))
+            self._questions.append(example["question"].encode("utf-8"))
+            self._answers += [answer.encode("utf-8") for answer in example["answers"]]
+            self._answer_counts.append(len(example["answers"]))
+            self._passage_ids.extend(example["passage_ids"])
+            self._gold.extend(example["gold_passages"])
+            self._passage_counts.append(len(example["passage_ids"]))
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def dataset(self, order: Sequence[int] | None = None) -> tf.data.Dataset:
-        """A dataset of the examples, held in memory, in their order or in that of their numbers."""
+        """An in-RAM dataset of the examples, in their own order or that of the indices `order`."""
 
         def ragged(values: tf.Tensor, counts: array) -> tf.RaggedTensor:
             return tf.RaggedTensor.from_row_lengths(values, np.asarray(counts, np.int64))
@@ -117,9 +123,9 @@ class Columns:
 
 @seqio.map_over_dataset(num_seeds=1)
 def draw_answer(example: dict[str, tf.Tensor], seed: tf.Tensor) -> dict[str, tf.Tensor]:
-    """`inputs` and `targets`: the question, and one of its answers (empty if it has none).
+    """Adds `inputs` (the question) and `targets` (one of its answers, or "" if it has none).
 
-    The same seed of the dataset draws the same answers; every epoch draws anew.
+    The seed of the dataset determines the answers; every epoch draws new ones.
     """
     known = example["answers"]
     index = tf.random.stateless_uniform(
@@ -130,7 +136,7 @@ def draw_answer(example: dict[str, tf.Tensor], seed: tf.Tensor) -> dict[str, tf.
 
 
 def all_answers(text: str, example: Any = None, is_target: bool = False) -> Any:
-    """seqio's postprocessor: a target becomes the list of all answers, a prediction stays."""
+    """seqio postprocessor: replaces a target with the list of all answers, keeps a prediction."""
     if not is_target:
         return text
     return [answer.decode("utf-8") for answer in example["answers"]]

@@ -1,7 +1,8 @@
 """seqio tasks over retrieved files, `<data_dir>/<task>-<split>.jsonl`.
 
 seqio's tasks take no settings. The folder of the files, the filter of training answers and the
-vocabulary therefore belong to the process: `configure` sets them before the tasks are registered.
+vocabulary are therefore settings of the process: `configure` sets them before the tasks are
+registered.
 """
 
 import collections
@@ -45,7 +46,7 @@ _settings = Settings()
 
 
 def settings() -> Settings:
-    """The settings in force."""
+    """The current settings."""
     return _settings
 
 
@@ -54,17 +55,17 @@ def configure(
     min_bleu_score: float | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> None:
-    """Replaces the settings of all retrieved tasks; None stands for the default.
+    """Replaces the settings of all retrieved tasks; None selects the default.
 
-    Call it before the tasks are registered: a registered task keeps its vocabulary.
+    Call it before the tasks are registered, because a registered task keeps its vocabulary.
 
     Args:
       data_dir: folder of the retrieved files, local or in a bucket.
-      min_bleu_score: training answers with a lower `bleu_score` are left out.
+      min_bleu_score: training answers with a lower `bleu_score` are dropped; from 0 to 1.
       vocabulary: of questions and answers.
 
     Raises:
-      ValueError: the score is no number from 0 to 1.
+      ValueError: the score is not a number from 0 to 1.
     """
     global _settings
     _settings = Settings(
@@ -78,7 +79,7 @@ def retrieved_file(task: str, split: str) -> Path:
     """The file of a task and split; for a bucket, its local copy.
 
     Raises:
-      ValueError: no such split or file.
+      ValueError: the split is unknown or there is no file.
     """
     if split not in FILE_SPLITS:
         raise ValueError(f"Splits are {', '.join(FILE_SPLITS)}; got {split!r}.")
@@ -97,10 +98,15 @@ def read_split(
 ) -> preprocessors.Columns:
     """Features of all examples; training examples are filtered by provenance.
 
-    The complete file is read and checked first, so that a bad line ends a job in its first seconds.
+    The complete file is read and checked first, so that an invalid line fails the job at its start.
+
+    Args:
+      task: as in the file names.
+      split: train, validation or test.
+      min_bleu: minimum `bleu_score` of a training answer, from 0 to 1.
 
     Raises:
-      ValueError: file or line at fault, or nothing is left.
+      ValueError: the file is missing, a line is invalid, or no example remains.
     """
     path = retrieved_file(task, split)
     threshold = min_bleu if split == "train" else 0.0
@@ -114,13 +120,17 @@ def read_split(
                 yield example
 
     kept = preprocessors.Columns(features())
-    left_out = seen[False]
+    num_dropped = seen[False]
+    if not len(kept) and num_dropped:
+        raise ValueError(
+            f"MIN_BLEU_SCORE={threshold:g} drops all {num_dropped} examples of {path}. Lower it."
+        )
     if not len(kept):
-        raise ValueError(f"{path} holds no example{' with sound provenance' if left_out else ''}.")
-    if left_out:
+        raise ValueError(f"DATA_DIR: {path} has no examples. Rerun --run_mode=retrieve.")
+    if num_dropped:
         logger.info(
-            "%s: %d of %d examples are left out: all their answers have a bleu_score below %g.",
-            path, left_out, left_out + len(kept), threshold,
+            "%s: %d of %d examples are dropped, because all their answers have a bleu_score below %g.",
+            path, num_dropped, num_dropped + len(kept), threshold,
         )  # fmt: skip
     return kept
 
@@ -133,23 +143,29 @@ def register(
 ) -> Any:
     """Registers the seqio task `name` over the files `<data_dir>/<file_task>-<split>.jsonl`.
 
-    seqio may cache its examples (before an answer is drawn), as they are filtered at that time.
+    The task supports caching: its cache holds the filtered examples before an answer is drawn.
 
     Args:
       name: of the task.
       file_task: as in the file names.
       metric_fns: `(targets, predictions) -> {name: value}` with lists of answers as targets, or
         `(targets, predictions, aux_values)`.
-      num_input_examples: lines of each split's file; splits that are left out do not exist. None: all
-        three, of any size.
+      num_input_examples: number of lines of each split's file; the task has only these splits. None
+        registers all three splits without sizes.
+
+    Returns:
+      The seqio task.
+
+    Raises:
+      ValueError: a task of this name is already registered.
     """
 
     def dataset_fn(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         examples = read_split(file_task, split, settings().min_bleu_score)
         if not shuffle_files:
             return examples.dataset()
-        # The complete file is shuffled once; seqio's buffer then changes the order between epochs.
-        # A larger buffer would do both, but delay every start until it is full.
+        # One shuffle of the complete file; seqio's small buffer then changes the order between
+        # epochs. A buffer large enough for both would delay every start until it is full.
         order = list(range(len(examples)))
         random.Random(seed).shuffle(order)
         return examples.dataset(order)

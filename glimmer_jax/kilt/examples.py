@@ -6,8 +6,8 @@
      "meta": {},
      "retrieved": [{"id": 81985529216486895, "score": 11.3, "gold": true}]}      # after retrieval
 
-Test files of the KILT benchmark have no output, which reads as an example without answers. Its TriviaQA
-files have no questions either; `kilt.files` reads those from TriviaQA's own files.
+Test files of the KILT benchmark have no output, which reads as an example without answers. Its
+TriviaQA files have no questions either; `kilt.files` reads those from TriviaQA's own files.
 
 A table has no absent fields. The hub's (`facebook/kilt_tasks`) write -1, 0 and "" where KILT leaves
 a field out,
@@ -51,7 +51,8 @@ def read_examples(
       questions: by id, for lines whose `input` is missing or empty.
 
     Raises:
-      ValueError: naming file and line, for invalid JSON, a missing or invalid field, or a repeated id.
+      ValueError: naming file and line, for invalid JSON, a missing or invalid field, or a repeated
+        id.
     """
     read = read_parquet if Path(path).suffix == ".parquet" else read_json_lines
     ids: set[str] = set()
@@ -77,7 +78,7 @@ def _complete(example: dict[str, Any], questions: Mapping[str, str]) -> dict[str
 
 
 def check_example(example: Mapping[str, Any]) -> str | None:
-    """What is wrong with an example, or None."""
+    """The problem of an invalid example as a message; None for a valid example."""
     if not isinstance(example.get("id"), str) or not example["id"]:
         return f"expected a string `id`, got {example.get('id')!r}"
     if example.get("input") in (None, ""):

@@ -1,10 +1,10 @@
-"""KILT's eleven tasks (arXiv 2009.02252): names and sizes of their published files, and their questions.
+"""KILT's eleven tasks (arXiv 2009.02252): names, sizes and questions of their published files.
 
     nq-train-kilt.jsonl   nq-dev-kilt.jsonl   nq-test_without_answers-kilt.jsonl
     triviaqa-train_id-kilt.jsonl              triviaqa-test_id_without_answers-kilt.jsonl
     nq/train-00000-of-00001.parquet           the same lines, as on the Hugging Face hub
 
-Each belongs to one task and split, and is called `nq-train.jsonl`, … from retrieval on.
+Each file belongs to one task and split. Retrieval writes it as `nq-train.jsonl`, ….
 
 KILT's TriviaQA files name questions by id. The questions themselves (arXiv 1705.03551) come from
 TriviaQA's own archives, `triviaqa-rc` (qa/wikipedia-*.json) or `triviaqa-unfiltered`
@@ -207,7 +207,7 @@ def shorten(question: str, words: int, dialogue: bool = False) -> str:
 
         "… rose in [START_ENT] Avon [END_ENT] in …" -> "in [START_ENT] Avon [END_ENT] in"
 
-    Other questions are kept, because they begin with what they ask.
+    Other questions are kept, because their beginning matters.
     """
     tokens = question.split()
     if len(tokens) <= words or not (dialogue or ENTITY_START in tokens):

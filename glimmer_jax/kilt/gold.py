@@ -1,15 +1,15 @@
 """Gold passages: those that the provenance of a question's answers names.
 
-A passage is gold where its page, and where both sides give them its paragraphs, agree with an entry of
-provenance. Ids decide the page where both sides have one, titles otherwise:
+A passage is gold where its page, and where both sides give them its paragraphs, agree with an entry
+of provenance. Ids decide the page where both sides have one, titles otherwise:
 
     passage has                 entry has                   compared
     page                        wikipedia_id                the ids
     title                       title                       the titles, if not both ids
     neither page nor title      wikipedia_id                the passage's own id, or its document's
 
-Names are compared in Unicode's normal form NFC, since composed and decomposed letters look the same.
-Null, "" and KILT's paragraph -1 (evidence not found in its page) equal absent.
+Names are compared in Unicode's normal form NFC, since composed and decomposed letters look the
+same. Null, "" and KILT's paragraph -1 (evidence not found in its page) equal absent.
 """
 
 import collections
@@ -43,14 +43,14 @@ def name_no_passage(provenance: Iterable[Place], records: Iterable[Record]) -> b
 
 
 def _names_page(place: Place, record: Record) -> bool:
-    wanted, page = _name(place, "wikipedia_id"), _name(record, "page")
-    if wanted is not None and page is not None:
-        return wanted == page
-    wanted_title, title = _name(place, "title"), _name(record, "title")
-    if wanted_title is not None and title is not None:
-        return wanted_title == title
-    own = _name(record, "document") or _name(record, "id")
-    return wanted is not None and page is None and wanted == own
+    gold_page, page = _name(place, "wikipedia_id"), _name(record, "page")
+    if gold_page is not None and page is not None:
+        return gold_page == page
+    gold_title, title = _name(place, "title"), _name(record, "title")
+    if gold_title is not None and title is not None:
+        return gold_title == title
+    own_id = _name(record, "document") or _name(record, "id")
+    return gold_page is not None and page is None and gold_page == own_id
 
 
 def _names_paragraph(place: Place, record: Record) -> bool:

@@ -1,12 +1,14 @@
 """Planning a build: which shards are finished, and which builder encodes the others.
 
-A shard is finished if its record exists, agrees with this build (encoder, vocabulary, codec, lengths,
-program, layout) and with its passages, and its files are complete. A shard without a record, or with
-truncated files, is rebuilt. A record that disagrees raises an error that names both sides.
+A shard is finished if its record exists, agrees with this build (encoder, vocabulary, codec,
+lengths, program, layout) and with its passages, and its files are complete. A shard without a
+record, or with truncated files, is rebuilt. A record that disagrees raises an error that names both
+sides.
 
-Several builders may write one store. The number of a shard decides which builder encodes it, so builders
-exchange no messages; they only need a folder that all of them see. Shards do not record their builder, so
-the bytes are those of a single builder. The first builder waits for the others and writes the manifest.
+Several builders may write one store. The number of a shard decides which builder encodes it, so
+builders exchange no messages; they only need a folder that all of them see. Shards do not record
+their builder, so the bytes are those of a single builder. The first builder waits for the others
+and writes the manifest.
 """
 
 import contextlib
@@ -49,13 +51,14 @@ _BUILDERS = "builders/"  # folder of the locks of all builders except the first
 
 @dataclasses.dataclass(frozen=True)
 class PendingShard:
-    """A shard that a build wants."""
+    """A shard that a build must have."""
 
     name: str
     rows: np.ndarray  # of the passages folder
 
 
 def shard_name(index: int) -> str:
+    """Name of the shard with this index: six digits."""
     return f"{index:06d}"
 
 
@@ -76,6 +79,7 @@ class Plan:
     finished: Mapping[str, Record]
 
     def remaining_passages(self) -> int:
+        """Number of passages in pending shards."""
         return sum(len(item.rows) for item in self.pending)
 
 
@@ -94,8 +98,8 @@ class FinishedShards:
 
         Args:
           shards: of the build.
-          abandoned: no manifest names these shards. One that disagrees was left by a change that was
-            stopped, and is rebuilt.
+          abandoned: no manifest names these shards. One that disagrees was left by a change that
+            was stopped, and is rebuilt.
 
         Raises:
           ValueError: a shard belongs to another build or to other passages.
@@ -250,12 +254,13 @@ class Builders:
         """Holds this builder's lock `name`; the lock of the first builder is the store's own.
 
         Raises:
-          ValueError: another process is this builder, or a living one is a builder of another count:
-            those divide the shards differently.
+          ValueError: another process is this builder, or a living one is a builder of another
+            count: those divide the shards differently.
         """
         mine = f"{self._folder}{name}"
         with WriterLock(kvstore, mine, about={"builders": self.count}) as lock:
-            # Checked while the lock is held: of two that start together, at least one sees the other.
+            # Checked while the lock is held: of two that start together, at least one sees the
+            # other.
             for other in [name, *folder.list_files(kvstore, _BUILDERS)]:
                 if other == mine or not f"/{other}".endswith(f"/{name}"):
                     continue

@@ -1,6 +1,6 @@
 """Estimates: the size and cost of a memory before it is built, and an upper bound of a build's speed.
 
-`plan` is arithmetic alone. `matmul_rate` measures the devices; divided by the multiply-adds of a token it
+`plan` only computes. `matmul_rate` measures the devices; divided by the multiply-adds per token it
 bounds the tokens per second of a build.
 """
 

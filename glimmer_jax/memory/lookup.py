@@ -87,6 +87,7 @@ class DiskLookup(Lookup):
         super().__init__(store, length, unknown)
 
     def reopened(self) -> "DiskLookup":
+        """The same lookup over the newest version of the store."""
         return DiskLookup(self.newest_store(), self.length, self._unknown)
 
     def __call__(self, rows_BK: np.ndarray) -> Memory:
@@ -120,6 +121,7 @@ class MeshLookup(Lookup):
         self._lookup = jax.jit(functools.partial(tables.lookup, length=length, mesh=mesh))
 
     def reopened(self) -> "MeshLookup":
+        """The same lookup over the newest version of the store."""
         store = self.newest_store()
         return MeshLookup(store, self.mesh, self.length, self._unknown, self._page_tokens)
 

@@ -1,8 +1,9 @@
-"""Looking after a finished store: inspect it, find passages, verify checksums, repair shards.
+"""Maintenance of a finished store: inspect it, find passages, verify checksums, repair shards.
 
-Reading checks the bytes that it uses. Only `verify` reads all bytes: it also finds damage in passages
-that nobody has asked for and in the `zarr.json` files, which the store does not need, and parts of one
-build's arrays inside the files of another. `repair` rebuilds damaged shards with the bytes they had.
+Reading checks the bytes that it uses. Only `verify` reads all bytes: it also detects damage in
+passages that were never read and in the `zarr.json` files, which the store does not need, and parts
+of one build's arrays in the files of another. `repair` rebuilds damaged shards with their original
+bytes.
 """
 
 import hashlib
@@ -148,7 +149,7 @@ def check_shard(store: ts.KvStore, entry: Shard) -> dict[str, str]:
 
 
 def _intact_record(here: ts.KvStore, entry: Shard) -> Record | str:
-    """The record that the manifest names, or what is wrong with the one in the shard's folder."""
+    """The record that the manifest names, or the problem with the one in the shard's folder."""
     data = folder.read_file(here, RECORD)
     if data is None:
         return f"{RECORD} is missing"
@@ -222,8 +223,8 @@ def _rebuild(
     for name in [*shard.check_files(here, record.files), RECORD]:
         data = folder.read_file(rebuilt, name)
         assert data is not None
-        # Intact files are left alone: a write that is killed leaves a temporary file, which only the
-        # next write of the same file removes.
+        # Intact files are left alone: a write that is killed leaves a temporary file, which only
+        # the next write of the same file removes.
         if folder.read_file(here, name) != data:
             lock.check()
             folder.write_file(here, name, data)
@@ -264,15 +265,15 @@ def _rows_without_ids(
 ) -> np.ndarray:
     """Rows of the passages folder that no shard with intact ids has, in order.
 
-    In a store that was only built those are the shard's own rows; also if passages were appended at the
-    end of the folder, or if the store was merged from parts of the folder.
+    In a store that was only built those are the shard's own rows; also if passages were appended at
+    the end of the folder, or if the store was merged from parts of the folder.
     """
     intact = {other.name: _intact_ids(kvstore, other) for other in stored.shards}
     others = [ids for ids in intact.values() if ids is not None]
     missing = np.flatnonzero(
         ~np.isin(passages.ids, np.concatenate([*others, np.empty(0, np.int64)]))
     )
-    # Of several shards without ids, earlier ones have earlier rows.
+    # Among shards without ids, earlier ones have earlier rows.
     start = 0
     for other in stored.shards:
         if other.name == entry.name:

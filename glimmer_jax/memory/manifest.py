@@ -157,6 +157,7 @@ class Record:
     seals: dict[str, str]  # codec array -> the seal inside its file, see `shard`
 
     def to_bytes(self) -> bytes:
+        """JSON with the format version and a checksum of itself."""
         value = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
         return folder.dump_json({**value, "sha256": _self_checksum(value)})
 
@@ -277,6 +278,7 @@ class Manifest:
         return tuple(dict.fromkeys(shard.layout for shard in self.shards))
 
     def to_bytes(self) -> bytes:
+        """JSON with the format version and a checksum of itself."""
         value = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
         # Programs and layouts are written once; shards refer to them by index.
         value["programs"] = [dataclasses.asdict(program) for program in self.programs]

@@ -1,18 +1,19 @@
 """One shard: from passages to zarr v3 arrays, and back.
 
 Each array is one file: an outer chunk that covers the array, divided into inner chunks. Every inner
-chunk has a crc32c, and so has the index of chunks at the end of the file. Reading a passage reads and
-checks only the inner chunks that hold it. Arrays are token-major, so padding is not stored, except in
-the last inner chunk.
+chunk has a crc32c, and so has the index of chunks at the end of the file. Reading a passage reads
+and checks only the inner chunks that hold it. Arrays are token-major, so padding is not stored,
+except in the last inner chunk.
 
-A crc32c does not tell to which shard a chunk belongs. Three things bind the bytes that are read to the
-manifest. `shard.json` must have the SHA-256 that the manifest names. The small arrays (ids, offsets,
-titles, digests) are read completely and must have the SHA-256 of the record. The codec's arrays are too
-large for that: their files carry a seal, the SHA-256 of their chunks, between the last chunk and the
-index, where zarr readers see unused bytes. The seal is compared with the record when an array is opened.
+A crc32c does not tell to which shard a chunk belongs. Three things bind the bytes that are read to
+the manifest. `shard.json` must have the SHA-256 that the manifest names. The small arrays (ids,
+offsets, titles, digests) are read completely and must have the SHA-256 of the record. The codec's
+arrays are too large for that: their files carry a seal, the SHA-256 of their chunks, between the
+last chunk and the index, where zarr readers see unused bytes. The seal is compared with the record
+when an array is opened.
 
-Shapes, dtypes and chunks follow from the manifest. The `zarr.json` files are written for other readers
-and never read here, so damaged or hostile metadata cannot make a read allocate memory.
+Shapes, dtypes and chunks follow from the manifest. The `zarr.json` files are written for other
+readers and never read here, so damaged or hostile metadata cannot make a read allocate memory.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ from glimmer_jax.storage.errors import storage_error
 IDS, OFFSETS, TITLES, DIGESTS = "ids", "offsets", "titles", "digests"
 
 _SEAL_BYTES = 32
-# Of one inner chunk, and of the index.
+# Size of the checksum of an inner chunk and of the index.
 _CRC_BYTES = 4
 _INDEX_ENTRY_BYTES = 16
 
@@ -227,8 +228,8 @@ def write_arrays(
 class ShardReader:
     """Reads one finished shard; all bytes that it returns are bound to the manifest.
 
-    Creating a reader starts to read the record, ids and offsets, so that many readers can be created
-    before the first one is used.
+    Creating a reader starts to read the record, ids and offsets, so that many readers can be
+    created before the first one is used.
     """
 
     def __init__(self, kvstore: ts.KvStore, entry: Shard, identity: Identity, context: ts.Context):
@@ -306,8 +307,8 @@ class ShardReader:
     def array(self, name: str) -> ts.TensorStore:
         """A codec array `[tokens, ...]`; its seal is checked when it is first used.
 
-        Raises DamagedStore if its file is missing or belongs to another shard. Errors of reading the
-        array go through `error`.
+        Raises DamagedStore if its file is missing or belongs to another shard. Errors of reading
+        the array go through `error`.
         """
         if name not in self._arrays:
             format_ = self._formats()[name]

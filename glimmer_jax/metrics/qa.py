@@ -1,10 +1,9 @@
-"""How good answers are: exact match, F1, recall of passages, and paired bootstrap intervals.
+"""Metrics of answers: exact match, F1, recall of passages, and bootstrap intervals.
 
-Answers are compared as SQuAD does: lower case, no punctuation, no articles, single spaces; the best
-of several gold answers counts. KILT's official scores differ here and there, and are in
-`glimmer_jax.metrics.kilt`. All scores are fractions from 0 to 1. The functions of
-`(targets, predictions)` are metric functions for seqio as they stand; a target is a gold answer or a
-list of them.
+Answers are normalised as in SQuAD: lower case, no punctuation, no articles, single spaces. A score
+is the maximum over gold answers, from 0 to 1. Functions of `(targets, predictions)` are seqio
+metric functions; a target is a gold answer or a list of them. KILT's official scores, which differ
+slightly, are in `glimmer_jax.metrics.kilt`.
 """
 
 import re
@@ -23,42 +22,42 @@ from glimmer_jax.storage.json_lines import read_json_lines
 Target = str | Sequence[str]
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-# Resampled indices held at once.
+# Resampled indices held in RAM at once.
 _CHUNK = 2_000_000
 
 
 def normalize_answer(text: str) -> str:
-    """`"The  Beatles!"` -> `"beatles"`."""
+    """SQuAD's normalisation: `"The  Beatles!"` -> `"beatles"`."""
     bare = text.lower().translate(_PUNCTUATION)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
 
 
 def match_of(target: Target, prediction: str) -> float:
-    """1.0 where the prediction equals a gold answer after normalisation."""
-    wanted = normalize_answer(prediction)
-    return float(any(normalize_answer(one) == wanted for one in _listed(target)))
+    """1.0 if the prediction equals a gold answer after normalisation, else 0.0."""
+    predicted = normalize_answer(prediction)
+    return float(any(normalize_answer(answer) == predicted for answer in _listed(target)))
 
 
 def f1_of(target: Target, prediction: str) -> float:
-    """Overlap of words with the best gold answer: harmonic mean of precision and recall."""
-    return max((_word_f1(one, prediction) for one in _listed(target)), default=0.0)
+    """F1 over words, from 0 to 1; the maximum over gold answers."""
+    return max((_word_f1(answer, prediction) for answer in _listed(target)), default=0.0)
 
 
 def _word_f1(target: str, prediction: str) -> float:
-    wanted, got = normalize_answer(target).split(), normalize_answer(prediction).split()
-    if not wanted or not got:
-        return float(wanted == got)
-    common = sum((Counter(wanted) & Counter(got)).values())
-    return 2 * common / (len(wanted) + len(got))
+    gold, predicted = normalize_answer(target).split(), normalize_answer(prediction).split()
+    if not gold or not predicted:
+        return float(gold == predicted)
+    common = sum((Counter(gold) & Counter(predicted)).values())
+    return 2 * common / (len(gold) + len(predicted))
 
 
 def exact_match(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float]:
-    """`{"exact_match": …}`: open questions (Natural Questions, TriviaQA, HotpotQA, which function)."""
+    """`{"exact_match": …}`, for Natural Questions, TriviaQA, HotpotQA and which function."""
     return {"exact_match": _mean(match_of, targets, predictions)}
 
 
 def accuracy(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float]:
-    """`{"accuracy": …}`: exact match under the name used for classes and slots."""
+    """`{"accuracy": …}`: exact match, under the usual name for classification and slot filling."""
     return {"accuracy": _mean(match_of, targets, predictions)}
 
 
@@ -68,22 +67,26 @@ def f1(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float
 
 
 def with_mean(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Metrics with `mean`: right answers (exact match or accuracy), averaged over tasks."""
-    right = [v for name, v in metrics.items() if name.endswith(("/exact_match", "/accuracy"))]
-    return {**metrics, **({"mean": sum(right) / len(right)} if right else {})}
+    """Adds `mean`: exact match or accuracy, averaged over tasks."""
+    scores = [v for name, v in metrics.items() if name.endswith(("/exact_match", "/accuracy"))]
+    return {**metrics, **({"mean": sum(scores) / len(scores)} if scores else {})}
 
 
 def recall_of(gold: Sequence[bool], at: int) -> float:
-    """1.0 where one of the first `at` passages, best first, is gold."""
+    """1.0 if one of the first `at` passages is gold, else 0.0. `gold` has the best passage first."""
     return float(any(gold[:at]))
 
 
 def recall_at(gold: Sequence[Sequence[bool]], at: int) -> dict[str, float]:
-    """`{"recall_at_N": …}` from each question's marks, best passage first."""
+    """`{"recall_at_N": …}` from the gold marks of each question, best passage first.
+
+    Raises:
+      ValueError: `at` is less than 1.
+    """
     if at < 1:
-        raise ValueError(f"Recall wants at 1 or more, got {at}.")
-    marks = [recall_of(one, at) for one in gold]
-    return {f"recall_at_{at}": float(np.mean(marks)) if marks else 0.0}
+        raise ValueError(f"at must be at least 1, got {at}.")
+    hits = [recall_of(marks, at) for marks in gold]
+    return {f"recall_at_{at}": float(np.mean(hits)) if hits else 0.0}
 
 
 def _listed(target: Target) -> Sequence[str]:
@@ -95,9 +98,10 @@ def _mean(
 ) -> float:
     if len(targets) != len(predictions):
         raise ValueError(
-            f"Wanted as many predictions as targets, got {len(predictions)} and {len(targets)}."
+            f"Expected one prediction per target, got {len(predictions)} predictions and "
+            f"{len(targets)} targets."
         )
-    scores = [score(target, one) for target, one in zip(targets, predictions, strict=True)]
+    scores = [score(target, text) for target, text in zip(targets, predictions, strict=True)]
     return float(np.mean(scores)) if scores else 0.0
 
 
@@ -108,21 +112,31 @@ def bootstrap(
     samples: int = 10_000,
     level: float = 0.95,
 ) -> dict[str, float]:
-    """Mean of scores `[n]` with a percentile interval: `{"n", "mean", "low", "high"}`.
+    """Mean of scores with a percentile bootstrap interval: `{"n", "mean", "low", "high"}`.
 
-    `groups` names what each score belongs to (the page of its question, say): then whole groups are
-    resampled, since questions on one page succeed and fail together.
+    Args:
+      scores: `[n]`, converted to float64.
+      seed: of the resampling.
+      groups: `[n]`, the group of each score, such as the page of its question. Groups instead of
+        scores are then resampled, because scores within a group are correlated.
+      samples: number of resamples.
+      level: coverage of the interval, between 0 and 1.
+
+    Raises:
+      ValueError: there are no scores, `groups` has another length, or `level` is out of range.
     """
     values = np.asarray(scores, np.float64)
     if values.ndim != 1 or not len(values):
-        raise ValueError(f"Wanted a list of scores, one or more, got shape {values.shape}.")
+        raise ValueError(f"scores must have shape [n] with n >= 1, got {values.shape}.")
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, got {level}.")
     sums: np.ndarray = values
     counts: np.ndarray = np.ones(len(values))
     if groups is not None:
         if len(groups) != len(values):
-            raise ValueError(f"Wanted {len(values)} groups, one a score, got {len(groups)}.")
+            raise ValueError(
+                f"groups must have one entry per score, {len(values)}, got {len(groups)}."
+            )
         _, member = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
         sums, counts = np.bincount(member, values), np.bincount(member).astype(float)
     draw = np.random.default_rng(seed)
@@ -149,70 +163,91 @@ def paired_bootstrap(
     samples: int = 10_000,
     level: float = 0.95,
 ) -> dict[str, float]:
-    """Difference a - b of two systems on the same questions, with a percentile interval.
+    """Difference a - b of two systems on the same questions, with a percentile bootstrap interval.
 
-    Returns `{"n", "a", "b", "difference", "low", "high"}`; `groups` as in `bootstrap`. The pairing
-    takes out how hard the questions are, so the interval is much narrower than the two apart.
+    Pairing removes the variance due to the difficulty of the questions, so the interval is much
+    narrower than those of two separate means.
+
+    Args:
+      a: scores `[n]` of the first system.
+      b: scores `[n]` of the second system.
+      seed: of the resampling.
+      groups: as in `bootstrap`.
+      samples: number of resamples.
+      level: coverage of the interval, between 0 and 1.
+
+    Returns:
+      `{"n", "a", "b", "difference", "low", "high"}`, with the two means.
+
+    Raises:
+      ValueError: the shapes differ, or as in `bootstrap`.
     """
     first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if first.shape != second.shape:
         raise ValueError(
-            "Wanted two systems' scores on the same questions, got shapes "
+            "Scores of the two systems must be on the same questions, got shapes "
             f"{first.shape} and {second.shape}."
         )
-    found = bootstrap(first - second, seed, groups, samples, level)
+    interval = bootstrap(first - second, seed, groups, samples, level)
     return {
-        "n": found["n"],
+        "n": interval["n"],
         "a": float(first.mean()),
         "b": float(second.mean()),
-        "difference": found["mean"],
-        "low": found["low"],
-        "high": found["high"],
+        "difference": interval["mean"],
+        "low": interval["low"],
+        "high": interval["high"],
     }
 
 
 def score_examples(
     examples: Sequence[dict[str, Any]], predictions: dict[str, dict[str, Any]]
 ) -> dict[str, list[float]]:
-    """Scores of each example that has answers, in order; keys `exact_match`, `f1`, `recall_at_1`, …
+    """Scores of each example that has answers, in order.
 
-    A prediction is `{"id", "prediction": text}`, or KILT's `{"id", "output": [{"answer": text}]}`.
-    With `passage_ids` or `passages` (`infer`'s), best first, and marks in the example's `retrieved`,
-    recall counts too.
-    Raises ValueError naming examples that have no prediction.
+    Args:
+      examples: from a task file, with `retrieved` for recall.
+      predictions: id -> `{"id", "prediction": text}`, or KILT's `{"id", "output": [{"answer":
+        text}]}`; with `passage_ids` or `passages` (best first) for recall.
+
+    Returns:
+      `{"exact_match", "f1", "recall_at_1", "recall_at_5": scores from 0 to 1}`; recall only for
+      examples with provenance and retrieved passages.
+
+    Raises:
+      ValueError: an example has no prediction.
     """
-    asked = [example for example in examples if answers(example)]
-    missing = [example["id"] for example in asked if example["id"] not in predictions]
+    answered = [example for example in examples if answers(example)]
+    missing = [example["id"] for example in answered if example["id"] not in predictions]
     if missing:
         raise ValueError(
-            f"{len(missing)} questions have no prediction, the first is {missing[0]!r}. Predict on "
-            "the same file, to its end."
+            f"PREDICTIONS: {len(missing)} questions have no prediction, the first is {missing[0]!r}. "
+            "Rerun --run_mode=infer on the complete file."
         )
     scores: dict[str, list[float]] = {"exact_match": [], "f1": []}
-    for example in asked:
+    for example in answered:
         prediction = predictions[example["id"]]
         text = prediction_text(prediction)
         scores["exact_match"].append(match_of(answers(example), text))
         scores["f1"].append(f1_of(answers(example), text))
         ids = prediction.get("passage_ids")
         if ids is None and "passages" in prediction:
-            ids = [one["id"] for one in prediction["passages"]]
+            ids = [passage["id"] for passage in prediction["passages"]]
         if ids is not None and "retrieved" in example and provenance(example):
-            gold = {id_number(one["id"]) for one in example["retrieved"] if one.get("gold")}
-            marks = [id_number(one) in gold for one in ids]
+            gold = {id_number(x["id"]) for x in example["retrieved"] if x.get("gold")}
+            marks = [id_number(passage_id) in gold for passage_id in ids]
             for at in (1, 5):
                 scores.setdefault(f"recall_at_{at}", []).append(recall_of(marks, at))
     return scores
 
 
 def prediction_text(prediction: dict[str, Any]) -> str:
-    """The answer in a prediction of either form. Raises ValueError where there is none."""
+    """The answer in a prediction of either form. Raises ValueError if there is none."""
     text = prediction.get("prediction")
     if text is None and prediction.get("output"):
         text = prediction["output"][0].get("answer")
     if not isinstance(text, str):
         raise ValueError(
-            f"Prediction {prediction.get('id')!r} has no answer. Wanted a string `prediction`, or "
+            f"PREDICTIONS: {prediction.get('id')!r} has no answer. Write a string `prediction`, or "
             "KILT's `output` with an `answer`."
         )
     return text
@@ -221,22 +256,31 @@ def prediction_text(prediction: dict[str, Any]) -> str:
 def score_file(
     prediction_path: str | Path, question_path: str | Path, seed: int = 0
 ) -> dict[str, dict[str, float]]:
-    """Metrics of a prediction file, each `{"n", "mean", "low", "high"}`, pages resampled whole.
+    """Metrics of a prediction file: `{metric: {"n", "mean", "low", "high"}}`.
 
-    Raises ValueError for malformed files, predictions given twice, and questions without one.
+    The bootstrap resamples pages, not questions.
+
+    Args:
+      prediction_path: JSON Lines of `{"id", "prediction", …}`, or KILT's format.
+      question_path: labelled task file.
+      seed: of the bootstrap.
+
+    Raises:
+      ValueError: a file is malformed, a prediction is repeated or missing, or no question has an
+        answer.
     """
     examples = list(read_examples(question_path))
     predictions: dict[str, dict[str, Any]] = {}
     for number, line in read_json_lines(prediction_path):
         if not isinstance(line.get("id"), str) or line["id"] in predictions:
             raise ValueError(
-                f"{prediction_path}:{number}: wanted a string `id` not given before, got "
-                f"{line.get('id')!r}. One line for each question."
+                f"{prediction_path}:{number}: expected a new string `id`, got {line.get('id')!r}. Write "
+                "one line per question."
             )
         predictions[line["id"]] = line
     scores = score_examples(examples, predictions)
     if not scores["exact_match"]:
-        raise ValueError(f"{question_path} has no answers to score against. Give a labelled file.")
+        raise ValueError(f"QUESTIONS: {question_path} has no answers. Use a labelled file.")
     pages = {
         example["id"]: str((provenance(example) or [{}])[0].get("wikipedia_id", example["id"]))
         for example in examples

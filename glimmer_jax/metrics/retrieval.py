@@ -1,7 +1,8 @@
-"""Recall of passages and of pages, from retrieved files.
+"""Recall of passages and of pages in retrieved files.
 
-A passage counts where it covers a gold paragraph (`gold` in the retrieved file). KILT's own scores
-(`glimmer_jax.metrics.kilt`) count pages: R-precision, and recall@k of complete sets of them.
+A passage is relevant if it covers a gold paragraph (`gold` in the retrieved file). KILT's own
+scores (`glimmer_jax.metrics.kilt`) count pages: R-precision, and recall@k of complete sets of
+pages.
 """
 
 from collections import defaultdict
@@ -19,23 +20,23 @@ Example = Mapping[str, Any]
 
 
 def recall(examples: Sequence[Example], at: Sequence[int]) -> dict[str, float]:
-    """`recall_at_N` over examples with provenance, and their number `questions`."""
-    asked = [example for example in examples if provenance(example)]
-    found: dict[str, float] = {"questions": len(asked)}
+    """`recall_at_N`, from 0 to 1, over examples with provenance, and their number `questions`."""
+    labelled = [example for example in examples if provenance(example)]
+    result: dict[str, float] = {"questions": len(labelled)}
     for n in at:
-        hits = sum(any(one["gold"] for one in example["retrieved"][:n]) for example in asked)
-        found[f"recall_at_{n}"] = hits / max(len(asked), 1)
-    return found
+        hits = sum(any(x["gold"] for x in example["retrieved"][:n]) for example in labelled)
+        result[f"recall_at_{n}"] = hits / max(len(labelled), 1)
+    return result
 
 
 def mean_recall(files: Sequence[Sequence[Example]], at: Sequence[int]) -> dict[str, float]:
-    """`recall`, averaged over files."""
-    each = [recall(examples, at) for examples in files]
-    return {name: float(np.mean([row[name] for row in each])) for name in each[0]}
+    """The mean of `recall` over files."""
+    rows = [recall(examples, at) for examples in files]
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
 def format_report(report: Mapping[str, Mapping[str, float]]) -> str:
-    """The numbers as a table, one row per file."""
+    """Formats a report as a table with one row per file."""
     columns = list(dict.fromkeys(name for row in report.values() for name in row))
     width = max(len(name) for name in report)
     lines = [" " * width + "".join(f"  {name.replace('recall_at_', 'R@'):>9}" for name in columns)]
@@ -57,7 +58,7 @@ class RetrievalScores:
         self._pages: defaultdict[str, float] = defaultdict(float)
 
     def add(self, example: Mapping[str, Any], pages: Sequence[str] | None) -> None:
-        """Counts a question.
+        """Adds a question.
 
         Args:
           example: with `retrieved`.
@@ -68,7 +69,7 @@ class RetrievalScores:
           ValueError: gold output that is not in KILT's format.
         """
         if provenance(example):
-            marks = [one["gold"] for one in example["retrieved"]]
+            marks = [passage["gold"] for passage in example["retrieved"]]
             self._passages["questions"] += 1
             for k in self._ks:
                 self._passages[f"recall_at_{k}"] += recall_of(marks, k)
@@ -81,11 +82,11 @@ class RetrievalScores:
                 self._pages[name] += page_scores[name]
 
     def passages(self) -> dict[str, float]:
-        """`questions` with provenance, and `recall_at_K`: a gold passage is among the first K."""
+        """`recall_at_K` over questions with provenance, and their number `questions`."""
         return _means(self._passages)
 
     def pages(self) -> dict[str, float]:
-        """`questions` with gold output, and KILT's `Rprec` and `recall@K`; empty without pages."""
+        """KILT's `Rprec` and `recall@K`, and the number of `questions`; empty without pages."""
         return _means(self._pages)
 
 

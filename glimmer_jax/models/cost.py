@@ -23,6 +23,7 @@ class Cost:
 
     @property
     def total(self) -> int:
+        """Multiply-adds of one question, without precomputation."""
         return self.question + self.rerank + self.read + self.cross + self.answer
 
     @property

@@ -103,6 +103,7 @@ class DecoderBlock(nn.Module):
         return x, None
 
     def cross_keys_values(self, carry, encoded):
+        """Keys and values of the block's cross-attention layer, for `nn.scan`."""
         return self.block[-1].cross_keys_values(carry, encoded)
 
     def step(self, x, cache, cross_keys_values, *args):

@@ -142,6 +142,7 @@ class LiveEncoder(nn.Module):
         self.dropout = Dropout(t5.dropout_rate)
 
     def bias(self, length: int) -> jax.Array:
+        """Relative position bias, float32 `[H, N, N]` for `N = length`."""
         return self.relpos_bias(length, length)
 
     def first(self, x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -353,6 +354,7 @@ class Glimmer(nn.Module):
         return self.decoder.cross_keys_values(encoded)
 
     def empty_cache(self, batch: int, beams: int, length: int) -> Cache:
+        """The empty decoder cache for `batch` rows, `beams` beams and `length` tokens."""
         return self.decoder.empty_cache(batch, beams, length)
 
     def decode_step(self, tokens, index, cache, cross_keys_values, mask):

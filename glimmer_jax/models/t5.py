@@ -123,10 +123,12 @@ class T5Config:
 
     @property
     def encoder_sizes(self) -> Sizes:
+        """Sizes of an encoder layer."""
         return Sizes(self.num_heads, self.num_heads, self.head_dim, self.mlp_dim)
 
     @property
     def decoder_sizes(self) -> Sizes:
+        """Sizes of a decoder layer."""
         heads = self.decoder_num_heads or self.num_heads
         return Sizes(
             heads,
@@ -171,6 +173,7 @@ def mlp(sizes: Sizes, config: T5Config) -> MlpBlock:
 
 
 def residual(x: jax.Array) -> jax.Array:
+    """Constrains the sharding of the residual stream `[..., D]`."""
     return constrain(x, activation_names(x.ndim, axes.ACT_EMBED))
 
 
@@ -208,6 +211,7 @@ class EncoderLayer(nn.Module):
 
 
 def rematted(layer_cls: Any, config: T5Config) -> Any:
+    """The layer class with the rematerialisation policy of the config."""
     if config.remat_policy == "none":
         return layer_cls
     return nn.remat(
@@ -219,6 +223,7 @@ def rematted(layer_cls: Any, config: T5Config) -> Any:
 
 
 def scan_kwargs(num_layers: int, in_axes: tuple[Any, ...]) -> dict[str, Any]:
+    """Arguments of `nn.scan` over `num_layers` stacked layers."""
     return dict(
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},

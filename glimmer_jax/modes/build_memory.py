@@ -9,7 +9,7 @@ from glimmer_jax.memory.fingerprint import passages_fingerprint
 from glimmer_jax.models.cost import question_cost
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
-from glimmer_jax.modes.recipe import check_model, make_recipe, open_corpus
+from glimmer_jax.modes.memory_encoder import check_model, load_encoder, open_corpus
 from glimmer_jax.modes.settings import EncoderConfig
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 
@@ -38,9 +38,9 @@ def build_memory(
     assert model is not None
     check_model(model)
     corpus = open_corpus(encoder)
-    recipe, reference = make_recipe(encoder)
+    memory_encoder, reference = load_encoder(encoder)
     report = build.build_memory(
-        recipe,
+        memory_encoder,
         corpus,
         memory_dir,
         passages_fingerprint=passages_fingerprint(corpus.manifest),
@@ -48,21 +48,21 @@ def build_memory(
         reference=reference if measure_error else None,
         matmul_bound=_matmul_bound(model, encoder.mesh),
     )
-    made = report.manifest
-    if made is None:
+    manifest = report.manifest
+    if manifest is None:
         print(
             f"{memory_dir}: builder {config.builders.index} of {config.builders.count} built "
             f"{report.built} shards and found {report.skipped}; the first builder finishes the store."
         )
         return report
     print(
-        f"{memory_dir}: {made.num_passages} passages, {made.num_tokens} tokens, "
-        f"{made.num_bytes / 2**20:.1f} MiB; {report.built} shards built, {report.skipped} found; "
+        f"{memory_dir}: {manifest.num_passages} passages, {manifest.num_tokens} tokens, "
+        f"{manifest.num_bytes / 2**20:.1f} MiB; {report.built} shards built, {report.skipped} found; "
         f"{report.passages_per_s:.1f} passages/s ({report.fraction_of_peak:.0%} of the matmul bound), "
-        f"{made.truncated} cut at {encoder.max_length} tokens."
+        f"{manifest.truncated} cut at {encoder.max_length} tokens."
     )
-    if made.codec_error is not None:
-        print(f"Error of {model.config.memory_codec} against float32: {made.codec_error}")
+    if manifest.codec_error is not None:
+        print(f"Error of {model.config.memory_codec} against float32: {manifest.codec_error}")
     return report
 
 

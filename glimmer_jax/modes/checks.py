@@ -19,7 +19,9 @@ def required(**values: Any) -> None:
     """Raises ValueError naming settings that are None or empty."""
     missing = [name for name, value in values.items() if value is None or value == ""]
     if missing:
-        raise ValueError(f"This mode needs {', '.join(missing)}; set it, e.g. --gin.{missing[0]}=…")
+        raise ValueError(
+            f"This mode requires {', '.join(missing)}. Set it, for example --gin.{missing[0]}=…"
+        )
 
 
 def existing_checkpoint(name: str, path: str) -> None:

@@ -10,13 +10,14 @@ from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.memory import codebooks, encoding
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
-from glimmer_jax.modes.recipe import check_model
+from glimmer_jax.modes.memory_encoder import check_model
 from glimmer_jax.modes.settings import EncoderConfig
 from glimmer_jax.partitioning import make_mesh
 from glimmer_jax.weights import parameters, params_file
 from glimmer_jax.weights.model_config import describe
 
-# Maximum number of tokens that the error is measured on; as many as for training would double the RAM.
+# Maximum number of tokens that the error is measured on; as many as for training would double the
+# RAM.
 _TEST_TOKENS = 131072
 
 
@@ -33,8 +34,8 @@ def learn_codebooks(
       encoder: a checkpoint whose codec has codebooks (`pq`, `pq16`), and the passages to sample.
         Codebooks that the checkpoint has are replaced.
       output_path: a file `NAME.safetensors`, for training, building memory and answering.
-      sample_tokens: tokens that the codebooks are learned from, 4 D bytes of RAM each. As many others
-        are held out to measure the error, 131,072 at most.
+      sample_tokens: tokens that the codebooks are learned from, 4 D bytes of RAM each. As many
+        others are held out to measure the error, 131,072 at most.
       iterations: of k-means.
       seed: of the sample and of the initial centroids.
 

@@ -39,7 +39,7 @@ def evaluate(
       num_examples: of each task; None for all.
       output_dir: local or in a bucket; gets `metrics.json`, `config.gin` and
         `predictions-<task>.jsonl`.
-      operative_config: returns the text of the configuration in force.
+      operative_config: returns the text of the operative configuration.
 
     Raises:
       ValueError: settings, files or lengths that do not fit together.

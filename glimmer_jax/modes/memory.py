@@ -15,7 +15,7 @@ from glimmer_jax.memory.manifest import Layout
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
-from glimmer_jax.modes.recipe import make_recipe, open_corpus
+from glimmer_jax.modes.memory_encoder import load_encoder, open_corpus
 from glimmer_jax.modes.settings import EncoderConfig
 from glimmer_jax.storage import folder
 from glimmer_jax.vocabulary import Vocabulary
@@ -126,10 +126,12 @@ def repair(encoder: EncoderConfig, memory_dir: str | None) -> Any:
     checks.required(MEMORY_DIR=memory_dir)
     _model("repair", encoder.model)
     corpus = open_corpus(encoder)
-    recipe, _ = make_recipe(encoder)
+    memory_encoder, _ = load_encoder(encoder)
     fingerprint = passages_fingerprint(corpus.manifest)
     path = str(memory_dir)
-    return {"rebuilt": maintain.repair(recipe, corpus, path, passages_fingerprint=fingerprint)}
+    return {
+        "rebuilt": maintain.repair(memory_encoder, corpus, path, passages_fingerprint=fingerprint)
+    }
 
 
 def append(
@@ -154,9 +156,9 @@ def append(
     checks.required(MEMORY_DIR=memory_dir)
     _model("append", encoder.model)
     corpus = open_corpus(encoder)
-    recipe, _ = make_recipe(encoder)
+    memory_encoder, _ = load_encoder(encoder)
     edit.append(
-        recipe,
+        memory_encoder,
         corpus,
         str(memory_dir),
         passages_fingerprint=passages_fingerprint(corpus.manifest),

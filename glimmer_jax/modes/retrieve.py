@@ -61,32 +61,32 @@ def retrieve(
 ) -> dict[str, Report]:
     """Writes each task file with `retrieved` into `data_dir`, and prints recall.
 
-    `dense` and `hybrid` build the index first. Rerunning a stopped job resumes the index, and keeps the
-    files that it completed.
+    `dense` and `hybrid` build the index first. Rerunning a stopped job resumes the index, and keeps
+    the files that it completed.
 
     Args:
       passages_dir: written by mode `passages`.
       questions: pattern of task files, such as `data/questions/*.jsonl`, `kilt/*-kilt.jsonl` or the
         hub's `kilt_tasks/*/*.parquet`.
-      data_dir: where each `<task>-<split>.jsonl` (`kilt.files.task_file`) is written for tasks to read,
-        with the note of `retrieval.corpus_check`.
+      data_dir: where each `<task>-<split>.jsonl` (`kilt.files.task_file`) is written for tasks to
+        read, with the note of `retrieval.corpus_check`.
       num_passages: K, passages per question.
       retriever: `bm25`, `dense` or `hybrid`.
       bm25: settings of BM25.
       dense: encoder and index of dense retrieval.
       dense_weight: of dense scores in `hybrid`, from 0 to 1.
       triviaqa: pattern of TriviaQA's own files, whose questions KILT's files name by id.
-      question_words: most words of entity-linking and dialogue inputs, in the written files too; None
-        keeps all.
+      question_words: most words of entity-linking and dialogue inputs, in the written files too;
+        None keeps all.
       overwrite: replace files of another request in `data_dir`.
 
     Returns:
-      `{"passages": {file: recall of passages}, "pages": {file: KILT's scores of pages}}`; pages only
-      where all passages name theirs.
+      `{"passages": {file: recall of passages}, "pages": {file: KILT's scores of pages}}`; pages
+      only where all passages name theirs.
 
     Raises:
-      ValueError: missing settings or files, invalid lines, files that may not be replaced, or an index of
-        another corpus or encoder.
+      ValueError: missing settings or files, invalid lines, files that may not be replaced, or an
+        index of another corpus or encoder.
     """
     checks.required(PASSAGES_DIR=passages_dir, QUESTIONS=questions, DATA_DIR=data_dir)
     if num_passages < 1:
@@ -133,10 +133,10 @@ def retrieve(
             if training is None:
                 training = _of_split(everything, TRAIN)
             chosen = training
-        _say(f"{', '.join(str(path) for path in paths)}: {counts[name]} questions")
+        _print_once(f"{', '.join(str(path) for path in paths)}: {counts[name]} questions")
         scores, path = RetrievalScores(ks), os.path.join(data_dir, name)
         if name in complete:
-            _say(f"  {path} is complete and kept")
+            _print_once(f"  {path} is complete and kept")
             for example in read_examples(local_copy.fetch_file("DATA_DIR", path)):
                 scores.add(example, _pages(everything, example["retrieved"]))
         else:
@@ -248,19 +248,19 @@ def _pages(retriever: Retriever, retrieved: Sequence[dict[str, Any]]) -> list[st
     return [str(retriever.record(int(row))["page"]) for row in rows]
 
 
-def _with_progress(found: Iterable[Any], total: int) -> Iterator[Any]:
-    progress = Progress("retrieve", total, "questions", emit=_say)
-    for one in found:
-        yield one
+def _with_progress(examples: Iterable[Any], total: int) -> Iterator[Any]:
+    progress = Progress("retrieve", total, "questions", emit=_print_once)
+    for example in examples:
+        yield example
         progress.advance()
     progress.log()
 
 
 def _print(title: str, rows: Report) -> None:
     if rows:
-        _say(f"{title}:\n{format_report(rows)}")
+        _print_once(f"{title}:\n{format_report(rows)}")
 
 
-def _say(line: str) -> None:
+def _print_once(line: str) -> None:
     if jax.process_index() == 0:
         print(line, flush=True)

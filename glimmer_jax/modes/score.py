@@ -1,7 +1,7 @@
-"""Mode `score`: how good a file of answers is.
+"""Mode `score`: metrics of a prediction file.
 
-With gin, our metrics of a prediction file, with intervals. With `--gold` and `--guess`, KILT's
-official scores, for numbers that are compared with published ones.
+With gin, computes our metrics with bootstrap intervals. With `--gold` and `--guess`, computes
+KILT's official scores, which are comparable with published results.
 """
 
 import json
@@ -16,40 +16,40 @@ from glimmer_jax.storage import folder
 def score(
     predictions: str, questions: str, output_path: str | None = None, seed: int = 0
 ) -> dict[str, dict[str, float]]:
-    """Prints, and returns, `{metric: {"n", "mean", "low", "high"}}`.
+    """Prints and returns `{metric: {"n", "mean", "low", "high"}}`.
 
     Args:
-      predictions: JSON Lines of `{"id", "prediction", …}`, or KILT's form.
-      questions: the task file, labelled.
+      predictions: JSON Lines of `{"id", "prediction", …}`, or KILT's format.
+      questions: labelled task file.
       output_path: gets the metrics as JSON.
       seed: of the bootstrap.
 
     Raises:
-      ValueError: missing or malformed files.
+      ValueError: a file is missing or malformed.
     """
     predictions_path = checks.existing_file("PREDICTIONS", predictions)
-    found = score_file(predictions_path, checks.existing_file("QUESTIONS", questions), seed)
-    for name, one in found.items():
-        interval = f"{one['low']:.4f} to {one['high']:.4f}"
-        print(f"{name:12}  {one['mean']:.4f}  ({interval}, n = {one['n']})")
+    scores = score_file(predictions_path, checks.existing_file("QUESTIONS", questions), seed)
+    for name, row in scores.items():
+        interval = f"{row['low']:.4f} to {row['high']:.4f}"
+        print(f"{name:12}  {row['mean']:.4f}  ({interval}, n = {row['n']})")
     if output_path is not None:
-        text = json.dumps(found, indent=2) + "\n"
+        text = json.dumps(scores, indent=2) + "\n"
         folder.write_file(*folder.of_file(output_path), text.encode())
-    return found
+    return scores
 
 
 def official(gold: str, guess: str, ks: Sequence[int] = KS) -> dict[str, dict | None]:
-    """Prints, and returns, KILT's official scores as JSON (`kilt_metrics.kilt_scores`).
+    """Prints KILT's official scores as JSON and returns them (`metrics.kilt.kilt_scores`).
 
     Args:
       gold: labelled KILT file.
-      guess: KILT submission, a guess for each gold question.
-      ks: lengths of the lists whose precision, recall and success rate count.
+      guess: KILT submission, with a guess for each gold question.
+      ks: numbers of pages for precision@k, recall@k and success_rate@k.
 
     Raises:
-      ValueError: missing or malformed files, or ks.
+      ValueError: a file is missing or malformed, or `ks` are not distinct positive numbers.
     """
     gold_path = checks.existing_file("--gold", gold)
-    found = kilt_scores(gold_path, checks.existing_file("--guess", guess), ks)
-    print(json.dumps(found, indent=2))
-    return found
+    scores = kilt_scores(gold_path, checks.existing_file("--guess", guess), ks)
+    print(json.dumps(scores, indent=2))
+    return scores

@@ -69,15 +69,15 @@ def train(
       model: FiD, LUMEN or GLIMMER.
       model_dir: folder of the run: checkpoints, metrics, the operative gin config.
       dataset: the training examples.
-      corpus: passages for tasks with `passage_ids`. With a memory, the memory encoder must be frozen
-        and the memory built from the initial checkpoint.
+      corpus: passages for tasks with `passage_ids`. With a memory, the memory encoder must be
+        frozen and the memory built from the initial checkpoint.
       loop_config: steps and intervals.
       optimizer: the optimizer and its schedule.
       init: where a new run starts.
       evaluation: the dev set.
       mesh: devices.
       vocabulary: of tasks and passages.
-      operative_config: returns the text of the configuration in force, saved with the checkpoints.
+      operative_config: returns the text of the operative configuration, saved with the checkpoints.
 
     Raises:
       ValueError: settings, files or lengths that do not fit together.

@@ -74,9 +74,10 @@ def _project_backward(names, operands, residuals, gradient):
     to_x = jax.lax.dot_general(
         gradient, gathered, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype
     )
+    # In this order: XLA's CPU backend has no transposed bfloat16 product with a float32 result.
     to_kernel = jax.lax.dot_general(
-        gradient, x, ((lead, lead), ((), ())), preferred_element_type=dtype
-    ).T
+        x, gradient, ((lead, lead), ((), ())), preferred_element_type=dtype
+    )
     # Sum over the batch first, then shard: the compiler fuses both into a reduce-scatter.
     return to_x, constrain(constrain(to_kernel, without_fsdp(names)), names)
 

@@ -44,6 +44,7 @@ class Topology:
 
     @property
     def chip(self) -> Chip:
+        """The chip of the topology's generation."""
         return CHIPS[self.generation]
 
     @property
@@ -53,6 +54,7 @@ class Topology:
 
     @property
     def name(self) -> str:
+        """Generation and shape of one slice, such as `v5p:2x2x1`."""
         return f"{self.generation}:{'x'.join(map(str, self.shape))}"
 
 

@@ -1,7 +1,7 @@
 """FLOPs of a program's matrix products, counted in its jaxpr.
 
-The compiler's own count includes the body of a loop only once; a jaxpr holds the length of a scan and
-the grid of a Pallas kernel.
+The compiler's own count includes the body of a loop only once; a jaxpr holds the length of a scan
+and the grid of a Pallas kernel.
 """
 
 import math
@@ -33,7 +33,7 @@ def count_flops(jaxpr: Any, while_trips: int = 1) -> int:
         elif name == "while":
             total += while_trips * sum(counts)
         elif name == "cond":
-            # Of a choice by platform, the default, which is last: a TPU's branch pads.
+            # For a choice by platform, count the default, which is last, since a TPU's branch pads.
             total += counts[-1] if params.get("branches_platforms") else max(counts)
         elif name == "pallas_call":
             total += math.prod(params["grid_mapping"].grid) * sum(counts)

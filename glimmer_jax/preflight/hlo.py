@@ -143,7 +143,7 @@ def reread_bytes(text: str) -> int:
 
 def _invariant_bytes(name: str, computations: _Computations) -> int:
     """Bytes of the loop state that the body passes on unchanged and reads completely."""
-    body = {one.name: one for one in computations.get(name, ())}
+    body = {instruction.name: instruction for instruction in computations.get(name, ())}
     size = 0
     for index, element in enumerate(_operands(_root(body), body)):
         position = _TUPLE_INDEX.search(element.rest)
@@ -161,7 +161,7 @@ def _is_read(
     if _ON_CHIP in array.result:
         return False
     for reader in body.values():
-        positions = [i for i, one in enumerate(_operands(reader, body)) if one is array]
+        positions = [i for i, x in enumerate(_operands(reader, body)) if x is array]
         if not positions or reader.kind in ("tuple", "while", *_PARTIAL_READS):
             continue
         if reader.kind == "bitcast":

@@ -47,6 +47,7 @@ class Report:
     tried: int = 0  # settings compiled in the search for them
 
     def as_json(self) -> str:
+        """The report as JSON."""
         return json.dumps(dataclasses.asdict(self), indent=1)
 
     def text(self) -> str:

@@ -1,16 +1,17 @@
-"""Answers by simple rules, without a model: the figures that every result stands beside.
+"""Rule-based baselines without a model, to compare results with.
 
     which_function      first_title      title of the retriever's first passage
-                        word_match       title of the passage with the question's words in order, and
-                                         the fewest words from the first to the last of them
+                        word_match       title of the passage with the shortest span that holds the
+                                         question's words in order
     slot_filling        random_parameter a random parameter of the first signature
                         random_of_gold   a random parameter of the gold passage's signature
-                        signature_rule   what the signature of the page in question says
+                        signature_rule   the value in the signature of the named page
     fact_verification   always_supports  one answer for every claim; half of them are true
-                        signature_rule   compares the claim with that signature, or with the docstring
+                        signature_rule   compares the claim with that signature, or with the
+                        docstring
 
-A rule reads the same retrieved passages as the models. The two rules and `word_match` know the form of
-the questions, so they are upper bounds for reading rather than systems to compare with.
+Rules read the same retrieved passages as the models. `signature_rule` and `word_match` know the
+form of the questions, so they are upper bounds for reading rather than baselines.
 """
 
 import random
@@ -29,50 +30,50 @@ ABSENT = 10**9  # more words than any text has
 
 
 def first_title(question: str, passages: Passages) -> str:
-    """The retriever as a reader."""
+    """The title of the best retrieved passage; "" without passages."""
     del question
     return passages[0]["title"] if passages else ""
 
 
 def word_match(question: str, passages: Passages) -> str:
-    """Title of the passage that holds the question's words in order, closest together."""
-    spans = [(_span(one["text"], question), rank) for rank, one in enumerate(passages)]
+    """The title of the passage with the shortest span of the question's words; "" without passages."""
+    spans = [(_span(passage["text"], question), rank) for rank, passage in enumerate(passages)]
     return passages[min(spans)[1]]["title"] if passages else ""
 
 
 def random_parameter(question: str, passages: Passages) -> str:
-    """A parameter of the first signature, drawn by the question's text."""
-    shown = next((found for found in map(_parameters, passages) if found), [])
-    return _drawn(question, shown)
+    """A random parameter of the first signature, seeded by the question; "" without a signature."""
+    shown = next((parameters for parameters in map(_parameters, passages) if parameters), [])
+    return _draw(question, shown)
 
 
 def random_of_gold(question: str, passages: Passages) -> str:
-    """A parameter of the gold passage's signature, drawn by the question's text; "" without one."""
-    gold = next((one for one in passages if one["gold"]), None)
-    return "" if gold is None else _drawn(question, _parameters(gold))
+    """A random parameter of the gold passage's signature, seeded by the question; "" without one."""
+    gold = next((passage for passage in passages if passage["gold"]), None)
+    return "" if gold is None else _draw(question, _parameters(gold))
 
 
 def slot_rule(question: str, passages: Passages) -> str:
-    """What the signature of the page in question says; "" where no passage shows it."""
+    """The answer from the signature of the named page; "" if no passage shows it."""
     name, _, relation = question.partition(" [SEP] ")
     return value_of(relation, _parameters_of(name, passages)) or ""
 
 
 def always_supports(question: str, passages: Passages) -> str:
-    """SUPPORTS."""
+    """Returns SUPPORTS for every claim."""
     del question, passages
     return SUPPORTS
 
 
 def claim_rule(question: str, passages: Passages) -> str:
-    """Whether the passages of the page in question say the claim."""
+    """SUPPORTS if a retrieved passage of the named page contains the claim, else REFUTES."""
     claim = parse_claim(question)
     if claim is not None:
         relation, name, value = claim
         return SUPPORTS if value_of(relation, _parameters_of(name, passages)) == value else REFUTES
     name, _, words = question.partition(": ")
-    told = any(_span(one["text"], words) < ABSENT for one in passages if one["title"] == name)
-    return SUPPORTS if told else REFUTES
+    texts = (passage["text"] for passage in passages if passage["title"] == name)
+    return SUPPORTS if any(_span(text, words) < ABSENT for text in texts) else REFUTES
 
 
 BASELINES: Mapping[str, Mapping[str, Callable[[str, Passages], str]]] = {
@@ -89,7 +90,7 @@ BASELINES: Mapping[str, Mapping[str, Callable[[str, Passages], str]]] = {
 def scores(
     task: str, lines: Sequence[Mapping[str, Any]], records: Mapping[int, Mapping[str, Any]]
 ) -> dict[str, list[float]]:
-    """Scores of every rule, and of the retriever, on each question in order.
+    """Scores of every rule and of the retriever on each question, in order.
 
     Args:
       task: one of `BASELINES`.
@@ -97,33 +98,34 @@ def scores(
       records: passage id -> `{"title", "text"}`.
 
     Returns:
-      Exact match (0 or 1) by rule; `recall_at_1` and `recall_at_10` of the retriever.
+      `{name: one score per question}`: exact match (0 or 1) of each rule, and `recall_at_1` and
+      `recall_at_10` (0 or 1) of the retriever.
 
     Raises:
       ValueError: a passage of a question is not in `records`.
     """
-    found: dict[str, list[float]] = {name: [] for name in BASELINES[task]}
+    by_name: dict[str, list[float]] = {name: [] for name in BASELINES[task]}
     for line in lines:
-        passages = [_passage(one, records, line["id"]) for one in line["retrieved"]]
+        passages = [_passage(retrieved, records, line["id"]) for retrieved in line["retrieved"]]
         for name, rule in BASELINES[task].items():
             answer = rule(line["input"], passages)
-            found[name].append(qa.match_of(answers(line), answer))
+            by_name[name].append(qa.match_of(answers(line), answer))
         for at in (1, 10):
-            marks = [one["gold"] for one in passages]
-            found.setdefault(f"recall_at_{at}", []).append(qa.recall_of(marks, at))
-    return found
+            marks = [passage["gold"] for passage in passages]
+            by_name.setdefault(f"recall_at_{at}", []).append(qa.recall_of(marks, at))
+    return by_name
 
 
 def _passage(
-    one: Mapping[str, Any], records: Mapping[int, Mapping[str, Any]], question: str
+    retrieved: Mapping[str, Any], records: Mapping[int, Mapping[str, Any]], question: str
 ) -> Mapping[str, Any]:
-    if one["id"] not in records:
+    if retrieved["id"] not in records:
         raise ValueError(
-            f"Question {question!r} has passage {one['id']}, which is none of the {len(records)} "
-            "records. Give the passages that the questions were retrieved from."
+            f"Question {question!r} has passage {retrieved['id']}, which is not among the "
+            f"{len(records)} records. Pass the records that the questions were retrieved from."
         )
-    record = records[one["id"]]
-    return {"title": record["title"], "text": record["text"], "gold": bool(one["gold"])}
+    record = records[retrieved["id"]]
+    return {"title": record["title"], "text": record["text"], "gold": bool(retrieved["gold"])}
 
 
 def _parameters(passage: Mapping[str, Any]) -> list[tuple[str, str | None]]:
@@ -131,21 +133,24 @@ def _parameters(passage: Mapping[str, Any]) -> list[tuple[str, str | None]]:
 
 
 def _parameters_of(name: str, passages: Passages) -> list[tuple[str, str | None]]:
-    """Those of the first signature among a page's passages."""
-    shown = (_parameters(one) for one in passages if one["title"] == name)
-    return next((found for found in shown if found), [])
+    """Parameters of the first signature among a page's passages."""
+    shown = (_parameters(passage) for passage in passages if passage["title"] == name)
+    return next((parameters for parameters in shown if parameters), [])
 
 
-def _drawn(question: str, shown: Sequence[tuple[str, str | None]]) -> str:
+def _draw(question: str, shown: Sequence[tuple[str, str | None]]) -> str:
     return random.Random(question).choice([name for name, _ in shown]) if shown else ""
 
 
 def _span(text: str, clause: str) -> int:
-    """Words from the first to the last of a clause's words in a text, in order, in any capitals."""
-    words, wanted = clean_words(text.lower()), clean_words(clause.lower())
-    least = ABSENT
-    for start in (place for place, word in enumerate(words) if wanted and word == wanted[0]):
+    """Length in words of the shortest span of a text that holds a clause's words in order.
+
+    Case is ignored; `ABSENT` if there is no such span.
+    """
+    words, clause_words = clean_words(text.lower()), clean_words(clause.lower())
+    shortest = ABSENT
+    for start in (i for i, word in enumerate(words) if clause_words and word == clause_words[0]):
         rest = enumerate(words[start:], start=1)
-        ends = [next((end for end, word in rest if word == one), ABSENT) for one in wanted]
-        least = min(least, ends[-1])
-    return least
+        ends = [next((end for end, x in rest if x == word), ABSENT) for word in clause_words]
+        shortest = min(shortest, ends[-1])
+    return shortest

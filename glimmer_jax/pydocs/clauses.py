@@ -1,8 +1,8 @@
-"""Clauses of docstrings: as questions with one answer, and as claims.
+"""Clauses of docstrings, as questions with one answer and as claims.
 
-A clause never contains the name of its object nor a part of it. A question is a short phrase of common
-words, which stands in one passage alone: many passages hold the same words, so word overlap alone
-often misleads, and only their order points to one.
+A clause never contains its object's name or a part of it. A question is a short phrase of common
+words that occurs in exactly one passage. Many passages contain the same words, so word overlap
+often misleads; only the order of the words identifies the passage.
 """
 
 import math
@@ -13,16 +13,17 @@ from collections import defaultdict
 from glimmer_jax.pydocs.corpus import Page, stable_hash
 
 MIN_WORDS, MAX_WORDS = 5, 6
-# Words of a claim about a docstring at most: subject and claim fit into a question's tokens.
+# Maximum number of words of a claim about a docstring, so that claims fit into a question's tokens.
 CLAIM_WORDS = 8
-# The clauses of the commonest words are taken, up to this many nats of chance.
+# Random noise, in nats, added to the rarity of a clause; clauses of the most common words are
+# chosen.
 JITTER = 1.0
 
 Claim = tuple[Page, str, int, bool]
 
 
 def clean_words(sentence: str) -> list[str]:
-    """Words without punctuation at their edges; words of punctuation alone are left out."""
+    """Words without leading and trailing punctuation; words of punctuation only are dropped."""
     stripped = (word.strip(".,;:!?\"'`()[]{}<>*|") for word in sentence.split())
     return [word for word in stripped if re.search(r"\w", word)]
 
@@ -36,8 +37,8 @@ def name_parts(name: str) -> frozenset[str]:
     return frozenset(part for part in parts if len(part) > 1)
 
 
-def betrays(word: str, parts: frozenset[str]) -> bool:
-    """Whether a word contains a part of the name, or is a form of one (`joined` for join)."""
+def reveals(word: str, parts: frozenset[str]) -> bool:
+    """Whether a word contains a part of the name, or is an inflection of one (`joined` for join)."""
     for piece in name_parts(word) | {word.lower()}:
         for part in parts:
             if piece == part or (len(part) > 2 and part in piece):
@@ -48,7 +49,7 @@ def betrays(word: str, parts: frozenset[str]) -> bool:
 
 
 class ClauseIndex:
-    """Words of every passage, to find the passages that hold a clause."""
+    """An index of words, to find the passages that contain a clause."""
 
     def __init__(self, pages: tuple[Page, ...]) -> None:
         self._words: list[list[str]] = []
@@ -64,15 +65,15 @@ class ClauseIndex:
                     self._holders[word].add(row)
 
         total = len(self._words)
-        # -log of the share of the passages that hold a word.
+        # -log of the share of passages that contain the word.
         self._rarity = {word: math.log(total / len(rows)) for word, rows in self._holders.items()}
 
     def rarity(self, word: str) -> float:
-        """How rare a word of the passages is, in nats: 0 for one that every passage holds."""
+        """Rarity of a word in nats: 0 if every passage contains it. Raises KeyError if none does."""
         return self._rarity[word.lower()]
 
     def holders(self, clause: list[str], span: int) -> set[tuple[str, int]]:
-        """(page, chunk) of the passages that hold the words in order within `span` words."""
+        """(page, chunk) of the passages that contain the words in order within `span` words."""
         words = [word.lower() for word in clause]
         rows = set.intersection(*sorted((self._holders[word] for word in words), key=len))
         return {self._keys[row] for row in rows if _in_order(words, self._words[row], span)}
@@ -96,20 +97,22 @@ def _in_order(words: list[str], text: list[str], limit: int) -> bool:
 def common_clauses(
     page: Page, index: ClauseIndex, count: int, per_sentence: int
 ) -> list[tuple[int, str]]:
-    """Questions of a page as (chunk, clause), each held by that passage alone.
+    """Questions of a page as (chunk, clause); each clause occurs in this passage only.
 
     Args:
-      count: at most as many, those of the commonest words.
-      per_sentence: at most as many of one sentence.
+      page: the page.
+      index: of all passages.
+      count: maximum number of questions; those with the most common words are chosen.
+      per_sentence: maximum number of questions from one sentence.
     """
     parts = name_parts(page.name)
     fragments = []
-    for chunk, found in enumerate(page.chunks):
-        for number, sentence in enumerate(found):
-            # Seeded by name: the same clauses whatever else the corpus holds.
+    for chunk, sentences in enumerate(page.chunks):
+        for number, sentence in enumerate(sentences):
+            # Seeded by name, so that a page's draws do not depend on other pages.
             draw = random.Random(stable_hash("clauses", page.name, chunk, number))
             words = clean_words(sentence)
-            usable = [place for place, word in enumerate(words) if not betrays(word, parts)]
+            usable = [place for place, word in enumerate(words) if not reveals(word, parts)]
             rarity = [index.rarity(word) for word in words]
             for length in range(MIN_WORDS, MAX_WORDS + 1):
                 for start in range(len(usable) - length + 1):
@@ -133,9 +136,10 @@ def common_clauses(
 
 
 def clause_pairs(pages: tuple[Page, ...]) -> list[list[Claim]]:
-    """Four claims for each pair of siblings: each clause told of its own object and of the other.
+    """Four claims for each pair of siblings: each clause about its own object and about the other.
 
-    Only pages of one passage: what their passage does not say, their documentation does not say.
+    Only pages of one passage are used, since the passage then holds the page's complete
+    documentation.
     """
     groups: dict[str, list[Page]] = defaultdict(list)
     for page in pages:
@@ -151,18 +155,18 @@ def clause_pairs(pages: tuple[Page, ...]) -> list[list[Claim]]:
 
 def _swap(left: Page, right: Page) -> list[Claim]:
     parts = name_parts(left.name) | name_parts(right.name)
-    told = [
-        [word for word in clean_words(page.chunks[0][0]) if not betrays(word, parts)][:CLAIM_WORDS]
+    candidates = [
+        [word for word in clean_words(page.chunks[0][0]) if not reveals(word, parts)][:CLAIM_WORDS]
         for page in (left, right)
     ]
-    if min(len(words) for words in told) < 4 or told[0] == told[1]:
+    if min(len(words) for words in candidates) < 4 or candidates[0] == candidates[1]:
         return []
     texts = [set(clean_words(page.text(0).lower())) for page in (left, right)]
-    for words, other in zip(told, reversed(texts), strict=True):
-        # Too much of it stands in the other's documentation as well to call it false there.
+    for words, other in zip(candidates, reversed(texts), strict=True):
+        # The other's documentation contains too many of these words to call the claim false there.
         if sum(word.lower() in other for word in words) > 0.6 * len(words):
             return []
-    clauses = [" ".join(words) for words in told]
+    clauses = [" ".join(words) for words in candidates]
     return [
         (page, f"{page.name}: {clause}.", 0, page is owner)
         for page in (left, right)

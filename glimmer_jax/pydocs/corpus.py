@@ -1,10 +1,10 @@
-"""The built-in corpus: the documentation every Python installation carries, as short passages.
+"""The built-in corpus: the documentation of the Python standard library, as short passages.
 
-Real English on thousands of subjects without a download, for the quickstart, the tests and the
-shipped checkpoints. Each documented object is a page, cut into passages of a few sentences, the
-signature at the head of the first. Pages are split into train, dev and test by module, so that
-nothing of a held-out module is trained on. Contents differ a little between Python versions; the
-split of a module never does.
+It offers English text on thousands of subjects without a download, for the quickstart, the tests
+and the shipped checkpoints. Each documented object is a page, cut into passages of a few sentences;
+the first passage starts with the signature. Modules are split into train, dev and test, so that
+training never sees text of held-out modules. Contents differ slightly between Python versions, but
+the split of a module does not.
 """
 
 import dataclasses
@@ -18,14 +18,15 @@ from glimmer_jax.corpus.ids import stable_hash
 from glimmer_jax.pydocs.objects import Documented, documented_objects
 
 SPLITS = ("train", "dev", "test")
-# Of a passage's text. Characters, because the words of signatures are many tokens each: with the
-# built-in vocabulary 99 % of the passages, title and made-up names included, fit into 120 tokens.
+# Maximum length of a passage's text. In characters, because a word of a signature has many tokens:
+# 99 % of the passages, including title and synthetic names, fit into 120 tokens of the built-in
+# vocabulary.
 MAX_CHARACTERS = 200
-# Longer signatures leave no room for the docstring.
+# Longer signatures would leave no room for the docstring.
 MAX_SIGNATURE_CHARACTERS = 120
 
-# Modules that copy each other's sentences stay together; those that the language reference quotes,
-# with it in the training split.
+# Modules that share sentences belong to the same split. Modules that the language reference quotes
+# are in the training split, as is the language reference (topics).
 _FAMILIES = (
     ("train", "base64 bdb binascii builtins cmd collections pdb topics types typing"),
     ("multiprocessing", "asyncio concurrent queue select selectors socket ssl threading"),
@@ -53,7 +54,13 @@ _SALT = "glimmer-pydocs-1322"
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """One documented object, cut into chunks of sentences; `split` is its module's."""
+    """One documented object.
+
+    Attributes:
+      documented: the object.
+      split: train, dev or test, the split of its module.
+      chunks: sentences of each passage.
+    """
 
     documented: Documented
     split: str
@@ -61,20 +68,22 @@ class Page:
 
     @property
     def name(self) -> str:
+        """Qualified name, which is the title of the page."""
         return self.documented.name
 
     @property
     def signature(self) -> str:
+        """The shortened signature; "" if unknown."""
         return short_signature(self.documented.signature)
 
     def text(self, chunk: int) -> str:
-        """Text of one passage: the first starts with the signature."""
+        """Text of one passage; the first passage starts with the signature."""
         head = (self.signature,) if chunk == 0 and self.signature else ()
         return " ".join(head + self.chunks[chunk])
 
 
 def split_of(module: str) -> str:
-    """train, dev or test for a module's dotted name; the same for every Python version."""
+    """The split (train, dev or test) of a dotted module name; the same for every Python version."""
     top = module.split(".")[0]
     family = _FAMILY.get(top, top)
     if family == "train":
@@ -84,44 +93,47 @@ def split_of(module: str) -> str:
 
 
 def passage_id(name: str, chunk: int) -> int:
-    """External id of a passage: non-negative, below 2**63."""
+    """External id of a passage, 0 <= id < 2**63."""
     return stable_hash("passage", name, chunk)
 
 
 def short_signature(signature: str) -> str:
-    """A signature of at most `MAX_SIGNATURE_CHARACTERS`; `...` stands for what was cut."""
+    """Shortens a signature to at most `MAX_SIGNATURE_CHARACTERS`; `...` marks the omitted part."""
     return textwrap.shorten(signature, MAX_SIGNATURE_CHARACTERS, placeholder=" ...)")
 
 
 def sentences(doc: str) -> list[str]:
-    """A docstring as sentences: no interpreter sessions, rules or table borders, plain spaces."""
+    """Sentences of a docstring, without interpreter sessions, rules and table borders."""
     doc = re.sub(r"(?m)^[ \t]*>>>(.*\n?)(?:[ \t]*\S.*\n?)*", "\n", doc)
     doc = re.sub(r"(?m)^[ \t]*([-=~*^#+])\1{2,}[ \t]*$", "\n", doc)
     doc = re.sub(r"[-=+|_*#~]{4,}|(?<= )\|(?= )|\S{48,}", " ", doc)
-    found = []
+    pieces = []
     for paragraph in re.split(r"\n[ \t]*\n|\n(?=[ \t]*[-*] )", doc):
         text = " ".join(paragraph.split())
-        found.extend(re.split(r"(?<=[.!?])\s+(?=[A-Z\"'(`*])", text))
-    return [sentence for sentence in found if re.search(r"[A-Za-z]{2}", sentence)]
+        pieces.extend(re.split(r"(?<=[.!?])\s+(?=[A-Z\"'(`*])", text))
+    return [sentence for sentence in pieces if re.search(r"[A-Za-z]{2}", sentence)]
 
 
-def chunk(found: list[str], taken: int, most: int) -> tuple[tuple[str, ...], ...]:
-    """Packs sentences, in order, into chunks of at most `most` characters.
+def pack(texts: list[str], reserved: int, limit: int) -> tuple[tuple[str, ...], ...]:
+    """Packs sentences, in order, into chunks of at most `limit` characters.
 
-    Longer sentences are cut between words. `taken` characters of the first chunk are the signature's.
+    Args:
+      texts: sentences; those longer than `limit` are split between words.
+      reserved: characters of the first chunk that the signature takes.
+      limit: characters per chunk, including the spaces between sentences.
     """
     chunks: list[list[str]] = [[]]
-    room = most - taken
-    for sentence in found:
-        for piece in textwrap.wrap(sentence, most, break_long_words=False, break_on_hyphens=False):
+    room = limit - reserved
+    for sentence in texts:
+        for piece in textwrap.wrap(sentence, limit, break_long_words=False, break_on_hyphens=False):
             if len(piece) > room:
                 chunks.append([])
-                room = most
+                room = limit
             chunks[-1].append(piece)
-            room -= len(piece) + 1  # the space between
-    if not chunks[0] and not taken:
+            room -= len(piece) + 1  # with the space
+    if not chunks[0] and not reserved:
         chunks.pop(0)
-    return tuple(tuple(one) for one in chunks)
+    return tuple(tuple(pieces) for pieces in chunks)
 
 
 @functools.cache
@@ -129,28 +141,28 @@ def pages() -> tuple[Page, ...]:
     """Every page of the corpus, sorted by module and name."""
     objects = documented_objects()
     topics = _distinct_topics([item for item in objects if item.kind == "topic"])
-    made = []
+    corpus = []
     for item in objects:
-        found = topics[item.name] if item.kind == "topic" else sentences(item.doc)
+        texts = topics[item.name] if item.kind == "topic" else sentences(item.doc)
         signature = short_signature(item.signature)
-        chunks = chunk(found, len(signature) + 1 if signature else 0, MAX_CHARACTERS)
+        chunks = pack(texts, len(signature) + 1 if signature else 0, MAX_CHARACTERS)
         if chunks:
-            made.append(Page(item, split_of(item.module), chunks))
-    return tuple(made)
+            corpus.append(Page(item, split_of(item.module), chunks))
+    return tuple(corpus)
 
 
 def _distinct_topics(items: list[Documented]) -> dict[str, list[str]]:
-    """Sentences of each topic, less those of shorter topics: long topics repeat whole others."""
+    """Sentences of each topic without those of shorter topics, since long topics include others."""
     seen: set[str] = set()
-    found = {}
+    by_name = {}
     for item in sorted(items, key=lambda item: (len(item.doc), item.name)):
-        found[item.name] = [one for one in sentences(item.doc) if one not in seen]
-        seen.update(found[item.name])
-    return found
+        by_name[item.name] = [text for text in sentences(item.doc) if text not in seen]
+        seen.update(by_name[item.name])
+    return by_name
 
 
 def passages() -> Iterator[dict[str, Any]]:
-    """The corpus: one record for each passage.
+    """Yields the corpus, one record per passage.
 
     `{"id": 5313…, "title": "json.dumps", "text": "dumps(obj, *, skipkeys=False, …) Serialize …",
     "page": "json.dumps", "chunk": 0, "module": "json", "split": "train", "signature": "dumps(…)"}`
@@ -170,5 +182,5 @@ def passages() -> Iterator[dict[str, Any]]:
 
 
 def train_texts() -> list[dict[str, Any]]:
-    """The passages of the training modules: the only plain text that training may read."""
+    """Records of the training modules: the only plain text that training may read."""
     return [record for record in passages() if record["split"] == "train"]

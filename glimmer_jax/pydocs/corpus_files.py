@@ -1,4 +1,4 @@
-"""The built-in corpus and its questions as files, as a user's own corpus would come."""
+"""Writes the built-in corpus and its questions in the formats of a user's own corpus."""
 
 from pathlib import Path
 
@@ -7,9 +7,9 @@ from glimmer_jax.storage.json_lines import write_json_lines
 
 
 def write_corpus(directory: str | Path) -> dict[str, int]:
-    """Writes `corpus.jsonl` and `questions/<task>-<split>.jsonl`; returns lines per file.
+    """Writes `corpus.jsonl` and `questions/<task>-<split>.jsonl`; returns the lines of each file.
 
-    A rewrite of the same corpus with the same Python gives the same bytes.
+    The same Python version always writes the same bytes.
     """
     root = Path(directory)
     files = {"corpus.jsonl": list(corpus.passages())}

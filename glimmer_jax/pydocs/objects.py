@@ -1,11 +1,13 @@
-"""What the running interpreter says about itself: every documented object of the standard library.
+"""Collects every documented object of the running interpreter's standard library.
 
-Modules, classes, functions, methods and properties are found by import and `inspect`, the language
-reference by `pydoc_data.topics`. The list depends on the Python version, never on hash seeds, on
-import order or on the machine: names are sorted, defaults without a plain spelling are elided, and a
-fresh isolated process of the same interpreter does the reading. In ours, libraries have rewritten
-docstrings of the standard library, and three hundred imports would leave their traces. That is why
-this file imports nothing of the project: it is also the program of that process.
+Modules, classes, functions, methods and properties come from imports and `inspect`, the language
+reference from `pydoc_data.topics`. The list depends only on the Python version, not on hash seeds,
+import order or the machine: names are sorted, and defaults without a portable spelling are elided.
+
+A new isolated process of the same interpreter collects the objects. In the calling process,
+libraries may have rewritten docstrings of the standard library, and importing three hundred modules
+would have side effects. This file is the program of that process, so it imports nothing from the
+project.
 """
 
 import contextlib
@@ -24,19 +26,41 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-# Side effects on import, graphical or platform bound, copies of other modules, or gone in newer
-# Pythons only to come back through setuptools (distutils).
-# fmt: off
-SKIPPED = frozenset({
-    "__main__", "antigravity", "distutils", "genericpath", "idlelib", "lib2to3", "msilib",
-    "msvcrt", "nt", "ntpath", "nturl2path", "posix", "pydoc_data", "readline", "rlcompleter",
-    "sre_compile", "sre_constants", "sre_parse", "test", "this", "tkinter", "turtle",
-    "turtledemo", "winreg", "winsound",
-})
+# Modules with side effects on import, graphical or platform-specific modules, copies of other
+# modules, and distutils, which newer Pythons have only through setuptools. fmt: off
+SKIPPED = frozenset(
+    {
+        "__main__",
+        "antigravity",
+        "distutils",
+        "genericpath",
+        "idlelib",
+        "lib2to3",
+        "msilib",
+        "msvcrt",
+        "nt",
+        "ntpath",
+        "nturl2path",
+        "posix",
+        "pydoc_data",
+        "readline",
+        "rlcompleter",
+        "sre_compile",
+        "sre_constants",
+        "sre_parse",
+        "test",
+        "this",
+        "tkinter",
+        "turtle",
+        "turtledemo",
+        "winreg",
+        "winsound",
+    }
+)
 # fmt: on
 _WITHOUT_SUBMODULES = frozenset({"encodings", "ensurepip"})
 _SKIPPED_SUBMODULES = re.compile(r"\.(_\w*|tests?|__main__)(\.|$)")
-# The name under which people know a module.
+# Documented names of modules.
 _ALIASES = {"posixpath": "os.path", "builtins": ""}
 _IMPORT_FAILURES = (ImportError, OSError, AttributeError, RuntimeError, SystemExit)
 
@@ -46,12 +70,12 @@ class Documented:
     """One documented object.
 
     Attributes:
-      name: qualified name as people write it (`json.dumps`, `str.join`, `topics.assert`).
-      module: module it was found in (`json`, `builtins`, `topics`).
-      kind: module, class, function (methods too), property or topic.
-      signature: `dumps(obj, *, skipkeys=False)`, or "" where none is known.
-      parameters: (name, default as in the signature or None) of the plain parameters.
-      doc: the docstring, not yet normalised.
+      name: qualified name (`json.dumps`, `str.join`, `topics.assert`).
+      module: the module that exports it (`json`, `builtins`, `topics`).
+      kind: module, class, function (or method), property or topic.
+      signature: `dumps(obj, *, skipkeys=False)`, or "" if unknown.
+      parameters: (name, default as in the signature or None) of the parameters without a star.
+      doc: the docstring, before normalisation.
     """
 
     name: str
@@ -63,36 +87,37 @@ class Documented:
 
 
 def documented_objects() -> list[Documented]:
-    """All documented objects, read by a fresh process of this interpreter.
+    """All documented objects, collected by a new process of this interpreter.
 
-    Raises RuntimeError where that process fails.
+    Raises:
+      RuntimeError: the process failed.
     """
     command = [sys.executable, "-I", "-S", "-X", "utf8", "-W", "ignore", __file__]
-    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
-    if done.returncode:
+    result = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
+    if result.returncode:
         raise RuntimeError(
             f"Reading the documentation with {' '.join(command)} failed: "
-            f"{done.stderr.decode(errors='replace')[-500:]}"
+            f"{result.stderr.decode(errors='replace')[-500:]}"
         )
-    found = []
-    for fields in json.loads(done.stdout):
+    objects = []
+    for fields in json.loads(result.stdout):
         fields["parameters"] = tuple((name, default) for name, default in fields["parameters"])
-        found.append(Documented(**fields))
-    return found
+        objects.append(Documented(**fields))
+    return objects
 
 
 def read_objects() -> list[Documented]:
-    """All documented objects of this process, one for each docstring, sorted by module and name.
+    """All documented objects of this process, one per docstring, sorted by module and name.
 
-    A docstring met under several names (re-exports, copies in subclasses) is kept under one: the one
-    with the fewest parts, then the shortest, then the first in the alphabet.
+    A docstring with several names (re-exports, copies in subclasses) keeps one: the name with the
+    fewest parts, then the shortest, then the alphabetically first.
     """
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        found = [item for module in _modules() for item in _module_objects(module)]
-        found.extend(_topics())
+        objects = [item for module in _modules() for item in _module_objects(module)]
+        objects.extend(_topics())
     best: dict[str, Documented] = {}
-    for item in sorted(found, key=_preference):
+    for item in sorted(objects, key=_preference):
         best.setdefault(" ".join(item.doc.split()).lower(), item)
     names: dict[str, Documented] = {}
     for item in best.values():
@@ -122,7 +147,7 @@ def _modules() -> Iterator[tuple[str, types.ModuleType]]:
 
 
 def _submodules(paths: Any, prefix: str) -> Iterator[str]:
-    # Not pkgutil.walk_packages: it imports packages before we can decline them.
+    # Not pkgutil.walk_packages, which imports a package before it can be skipped.
     for info in pkgutil.iter_modules(paths, prefix):
         if _SKIPPED_SUBMODULES.search(info.name):
             continue
@@ -226,7 +251,7 @@ def _parameters(thing: Any) -> tuple[list[str] | None, list[tuple[str, str | Non
 
 
 def _spelled(default: Any) -> str:
-    """A default's spelling if it is the same on every machine and short, else `...`."""
+    """The default as written in a signature, if short and the same on every machine, else `...`."""
     if isinstance(default, enum.Enum):
         return f"{type(default).__name__}.{default.name}"
     if inspect.isclass(default) or inspect.isroutine(default):
@@ -238,8 +263,8 @@ def _spelled(default: Any) -> str:
     if not known and default != {}:
         return "..."
     text = repr(default)
-    # Long ones drown the docstring; rooted ones are this machine's paths; the tests of length come
-    # after repr so that control characters count as they are printed.
+    # Long defaults would crowd out the docstring, and absolute paths depend on the machine. The
+    # length is that of the repr, since control characters are longer when escaped.
     return text if len(text) <= 24 and not text[1:].startswith("/") and " " not in text else "..."
 
 

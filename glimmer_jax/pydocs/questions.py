@@ -1,7 +1,8 @@
-"""Questions on the built-in corpus, in KILT's form: which function, slot filling, fact verification.
+"""Questions on the built-in corpus in KILT's format: which function, slot filling, fact verification.
 
-Every example names the passage that answers it: page as `wikipedia_id` and `title`, chunk as
-paragraph. Choices are made by hashing names, so the same Python gives the same questions.
+The provenance of an example names the passage that answers it: the page as `wikipedia_id` and
+`title`, the chunk as paragraph. Hashes of names decide all choices, so the same Python version
+always gives the same questions.
 """
 
 from typing import Any
@@ -9,69 +10,69 @@ from typing import Any
 from glimmer_jax.pydocs import clauses, corpus, signatures
 
 TASKS = ("which_function", "slot_filling", "fact_verification")
-# Which function: questions of a page, and of one sentence, at most. Of training pages more are asked:
-# what comes again and again is learnt by heart.
+# Which function: maximum number of questions per page and per sentence. Training pages have more,
+# because a model memorises questions that it sees often.
 QUESTIONS = {"train": (32, 8), "dev": (4, 3), "test": (4, 3)}
 
 Example = dict[str, Any]
 
 
 def all_tasks() -> dict[tuple[str, str], list[Example]]:
-    """Examples by (task, split), each list in an order that mixes modules."""
+    """Examples by (task, split), each list in pseudo-random order."""
     pages = corpus.pages()
-    made = {
+    by_task = {
         "which_function": which_function(pages),
         "slot_filling": slot_filling(pages),
         "fact_verification": fact_verification(pages),
     }
     by_split: dict[tuple[str, str], list[Example]] = {}
-    for task, rows in made.items():
+    for task, rows in by_task.items():
         for split in corpus.SPLITS:
-            found = [example for one, example in rows if one == split]
-            found.sort(key=lambda example: corpus.stable_hash("order", example["id"]))
-            by_split[task, split] = found
+            examples = [example for row_split, example in rows if row_split == split]
+            examples.sort(key=lambda example: corpus.stable_hash("order", example["id"]))
+            by_split[task, split] = examples
     return by_split
 
 
 def which_function(pages: tuple[corpus.Page, ...]) -> list[tuple[str, Example]]:
-    """(split, example): a clause of one sentence asks for the name of the object.
+    """(split, example) pairs: the question is a clause of a docstring, the answer the object's name.
 
     `{"input": "formatted stream to file-like object", "output": [{"answer": "json.dump", …}]}`
     """
-    made = []
+    examples = []
     index = clauses.ClauseIndex(pages)
     for page in pages:
         if page.documented.kind not in ("function", "class", "property"):
             continue
         common = clauses.common_clauses(page, index, *QUESTIONS[page.split])
         for number, (chunk, clause) in enumerate(common):
-            made.append(_example("which_function", page, number, clause, page.name, chunk))
-    return made
+            examples.append(_example("which_function", page, number, clause, page.name, chunk))
+    return examples
 
 
 def slot_filling(pages: tuple[corpus.Page, ...]) -> list[tuple[str, Example]]:
-    """(split, example): `json.dumps [SEP] default of indent` -> `None`."""
-    made = []
+    """(split, example) pairs: `json.dumps [SEP] default of indent` -> `None`."""
+    examples = []
     for page in pages:
         for number, slot in enumerate(signatures.slots(page)):
             question = f"{page.name} [SEP] {slot.relation}"
-            made.append(_example("slot_filling", page, number, question, slot.value, 0))
-    return made
+            examples.append(_example("slot_filling", page, number, question, slot.value, 0))
+    return examples
 
 
 def fact_verification(pages: tuple[corpus.Page, ...]) -> list[tuple[str, Example]]:
-    """(split, example): claims on signatures and docstrings -> SUPPORTS or REFUTES, as many of each.
+    """(split, example) pairs: claims on signatures and docstrings -> SUPPORTS or REFUTES, balanced.
 
-    Two siblings' details are told of both: each subject and each detail is met once in a true claim
-    and once in a false one, so that neither betrays the answer.
+    Claims come in pairs of siblings with exchanged details. Each subject and each detail occurs
+    once in a true claim and once in a false one, so neither alone reveals the answer.
     """
-    made = []
+    examples = []
     for pair in signatures.signature_pairs(pages) + clauses.clause_pairs(pages):
         for page, claim, chunk, truth in pair:
             answer = "SUPPORTS" if truth else "REFUTES"
             number = corpus.stable_hash(claim) % 10**8
-            made.append(_example("fact_verification", page, number, claim, answer, chunk))
-    return made
+            examples.append(_example("fact_verification", page, number, claim, answer, chunk))
+    return examples
 
 
 def _example(

@@ -1,15 +1,15 @@
-"""Reading exercises: what a model from scratch must practise before real questions teach it anything.
+"""Reading exercises: a curriculum for models trained from scratch, before they see real questions.
 
-A small model given real questions at once learns the few thousand titles by heart and reads nothing.
-Here titles are made up anew for every example, so that an answer can only be copied from the passage
-that the question points to. Two exercises on any plain text:
+A small model trained on real questions from the start memorises the few thousand titles and does
+not learn to read. In these exercises every example has new synthetic titles, so the answer can only
+be copied from the passage that matches the question. There are two exercises, on any plain text:
 
     which   a clause of one passage               -> that passage's title
     spans   a clause with words missing (T5's span corruption, arXiv 1910.10683, section 3.1.4, with
             the uncorrupted text among the passages)  -> the words
 
-A course is a row of stages: few short passages first, so that copying and matching appear, then more
-and longer ones, with look-alikes and noise.
+A curriculum is a sequence of stages: first few short passages, from which copying and matching
+emerge, then more and longer passages, with similar passages and noise.
 """
 
 import dataclasses
@@ -23,15 +23,15 @@ from glimmer_jax.vocabulary import Vocabulary, passage_text, question_text
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """How hard the exercises of one stage are."""
+    """Difficulty of the exercises of one stage. Raises ValueError for values out of range."""
 
-    passages: int  # K, the one in question and others
-    passage_words: tuple[int, int]  # least and most words of a passage
-    clause_words: tuple[int, int]  # least and most words of a question
-    dropped: float = 0.0  # share of a clause's words that is left out
+    passages: int  # K, including the gold passage
+    passage_words: tuple[int, int]  # minimum and maximum number of words of a passage
+    clause_words: tuple[int, int]  # minimum and maximum number of words of a question
+    dropped: float = 0.0  # share of a clause's words that are dropped
     spans: float = 0.0  # share of exercises of the kind `spans`
-    made_up_titles: float = 1.0  # share of examples whose titles are made up
-    siblings: float = 0.0  # share of the other passages that come from the same module
+    synthetic_titles: float = 1.0  # share of examples with synthetic titles
+    siblings: float = 0.0  # share of the other passages that come from the gold passage's module
 
     def __post_init__(self):
         if self.passages < 1:
@@ -39,30 +39,42 @@ class Stage:
         for name in ("passage_words", "clause_words"):
             low, high = getattr(self, name)
             if not 1 <= low <= high:
-                raise ValueError(f"{name} must be (least, most) with 1 <= least <= most.")
-        for name in ("dropped", "spans", "made_up_titles", "siblings"):
+                raise ValueError(
+                    f"{name} must be (minimum, maximum) with 1 <= minimum <= maximum, got "
+                    f"{(low, high)}."
+                )
+        for name in ("dropped", "spans", "synthetic_titles", "siblings"):
             if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} is a share between 0 and 1, got {getattr(self, name)}.")
+                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}.")
 
 
 class Exercises:
-    """Exercises on a set of passages, each a function of seed, stream and index alone."""
+    """Exercises on a set of passages; each depends only on seed, stream and index."""
 
     def __init__(
         self, records: Sequence[dict[str, Any]], stage: Stage, vocabulary: Vocabulary, seed: int = 0
     ):
-        """`records` have `title`, `text` and `module`; only those of enough words are asked of."""
-        least = stage.clause_words[0] + 2
+        """Args:
+          records: passages with `title`, `text` and `module`; short ones are not used.
+          stage: difficulty.
+          vocabulary: of questions, answers and passages.
+          seed: of all draws.
+
+        Raises:
+          ValueError: fewer than K passages are long enough.
+        """
+        min_words = stage.clause_words[0] + 2
         self._texts = [(r["title"], r["text"].split(), r["module"]) for r in records]
-        self._asked = [i for i, (_, words, _) in enumerate(self._texts) if len(words) >= least]
-        if len(self._asked) < stage.passages:
+        self._eligible = [
+            i for i, (_, words, _) in enumerate(self._texts) if len(words) >= min_words
+        ]
+        if len(self._eligible) < stage.passages:
             raise ValueError(
-                f"{len(self._asked)} passages have {least} words, the least that a clause of "
-                f"{stage.clause_words[0]} words is cut from, and an exercise takes {stage.passages}. "
-                "Give more text, shorter clauses or fewer passages."
+                f"An exercise needs {stage.passages} passages of at least {min_words} words, but only "
+                f"{len(self._eligible)} are that long. Use more text, shorter clauses or fewer passages."
             )
         self._by_module: dict[str, list[int]] = {}
-        for i in self._asked:
+        for i in self._eligible:
             self._by_module.setdefault(self._texts[i][2], []).append(i)
         titles = [title for title, _, _ in self._texts]
         self._parts = sorted({p for title in titles for p in re.split(r"[._]", title) if p})
@@ -71,24 +83,24 @@ class Exercises:
         self._seed = seed
 
     def example(self, index: int, stream: str = "") -> dict[str, Any]:
-        """One exercise, number `index` of the stream.
+        """Exercise number `index` of a stream.
 
         Returns:
-          `inputs` and `targets` (token lists, the target ended), `passages` (K token lists), and
-          `gold_passages` (K times 0 or 1).
+          `inputs` and `targets` (token lists; the target ends with EOS), `passages` (K token
+          lists), and `gold_passages` (K values, 0 or 1).
         """
         draw = random.Random(f"{self._seed}:{stream}:{index}")
         stage = self._stage
-        gold = draw.choice(self._asked)
+        gold = draw.choice(self._eligible)
         chosen = [gold]
         siblings = self._by_module[self._texts[gold][2]]
         while len(chosen) < stage.passages:
             sibling = draw.random() < stage.siblings and len(siblings) > stage.passages
-            other = draw.choice(siblings if sibling else self._asked)
+            other = draw.choice(siblings if sibling else self._eligible)
             if other not in chosen:
                 chosen.append(other)
-        made_up = draw.random() < stage.made_up_titles
-        titles = [self._made_up_title(draw) if made_up else self._texts[i][0] for i in chosen]
+        synthetic = draw.random() < stage.synthetic_titles
+        titles = [self._synthetic_title(draw) if synthetic else self._texts[i][0] for i in chosen]
         windows = [self._window(self._texts[i][1], draw) for i in chosen]
         clause = self._clause(windows[0], titles[0], draw)
         question, answer = " ".join(clause), titles[0]
@@ -105,7 +117,7 @@ class Exercises:
             "gold_passages": [int(i == 0) for i in order],
         }
 
-    def _made_up_title(self, draw: random.Random) -> str:
+    def _synthetic_title(self, draw: random.Random) -> str:
         names = [
             "_".join(draw.choice(self._parts) for _ in range(draw.choice((1, 1, 2))))
             for _ in range(draw.choice((2, 2, 3)))
@@ -131,7 +143,7 @@ class Exercises:
         return kept or clause
 
     def _corrupt(self, clause: list[str], draw: random.Random) -> tuple[str, str]:
-        """Takes one or two spans of one to three words out of a clause of at least two."""
+        """Removes one or two spans of one to three words from a clause of at least two words."""
         question, answer, place = [], [], 0
         starts = sorted(draw.sample(range(len(clause)), min(len(clause) - 1, draw.choice((1, 2)))))
         for number, start in enumerate(starts):

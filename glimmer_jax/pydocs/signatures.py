@@ -1,4 +1,4 @@
-"""Facts of signatures: slots to fill, and pairs of claims with their details exchanged."""
+"""Facts of signatures: slots to fill, and pairs of claims with exchanged details."""
 
 import dataclasses
 import re
@@ -7,13 +7,13 @@ from collections import defaultdict
 from glimmer_jax.pydocs.corpus import Page, stable_hash
 
 SLOTS_PER_PAGE = 3
-# Of the slots with these answers only a part is asked, or guessing them would pay.
-_THINNED = {"None": 0.3, "False": 0.5, "True": 0.6, "0": 0.6}
+# Share of the slots with these common answers that are used; otherwise guessing them would pay off.
+_SHARES = {"None": 0.3, "False": 0.5, "True": 0.6, "0": 0.6}
 
-# Words of a default that stand for themselves, not for a name.
+# Words of a default that are constants, not names.
 CONSTANTS = ("None", "True", "False")
 _RELATION = r"default of |first parameter|parameter after "
-# Odd groups are wording, even ones names and values.
+# Odd groups are fixed wording, even groups are names and values.
 _CLAIM = re.compile(rf"(The (?:{_RELATION}))(\S*)( in )(\S+)( is )(.*)(\.)", re.DOTALL)
 _SLOT = re.compile(rf"()(\S+)( \[SEP\] (?:{_RELATION}))(\S*)()")
 
@@ -22,7 +22,7 @@ Claim = tuple[Page, str, int, bool]
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """One fact of a signature: `relation` of the page has `value`; `kind` says what may be swapped."""
+    """One fact of a signature: `relation` has `value`. Values of the same `kind` can be swapped."""
 
     kind: str
     relation: str
@@ -30,38 +30,38 @@ class Slot:
 
 
 def slots(page: Page) -> list[Slot]:
-    """The slots asked of a page: at most `SLOTS_PER_PAGE`, chosen by hash."""
-    found = [slot for slot in facts(page) if _asked(page, slot)]
-    found.sort(key=lambda slot: stable_hash("slot", page.name, slot.relation))
-    return found[:SLOTS_PER_PAGE]
+    """The slots of a page that become questions: at most `SLOTS_PER_PAGE`, chosen by hash."""
+    chosen = [slot for slot in facts(page) if _is_used(page, slot)]
+    chosen.sort(key=lambda slot: stable_hash("slot", page.name, slot.relation))
+    return chosen[:SLOTS_PER_PAGE]
 
 
-def _asked(page: Page, slot: Slot) -> bool:
-    share = _THINNED.get(slot.value, 1.0)
+def _is_used(page: Page, slot: Slot) -> bool:
+    share = _SHARES.get(slot.value, 1.0)
     return stable_hash("thin", page.name, slot.relation) / 2**63 < share
 
 
 def facts(page: Page) -> list[Slot]:
-    """What the signature in a page's first passage says: defaults, order of parameters."""
+    """Facts of the signature in a page's first passage: defaults and the order of parameters."""
     shown = page.signature
     parameters = [
         (name, default)
         for name, default in page.documented.parameters
         if re.search(rf"[(* ]{re.escape(name)}[,)=]", shown)
     ]
-    found = []
+    result = []
     for name, default in parameters:
         if default is not None and re.search(r"[A-Za-z0-9]", default):
-            found.append(Slot(_type(default), f"default of {name}", default))
+            result.append(Slot(_type(default), f"default of {name}", default))
     if len(parameters) > 1:
-        found.append(Slot("first", "first parameter", parameters[0][0]))
+        result.append(Slot("first", "first parameter", parameters[0][0]))
     for (name, _), (following, _) in zip(parameters, parameters[1:], strict=False):
-        found.append(Slot("after", f"parameter after {name}", following))
-    return found
+        result.append(Slot("after", f"parameter after {name}", following))
+    return result
 
 
 def signature_in(text: str) -> str:
-    """The signature that a passage's text starts with; "" where it starts with none.
+    """The signature at the start of a passage's text; "" if there is none.
 
     `f(a=(), *, b=')') Does it.` -> `f(a=(), *, b=')')`
     """
@@ -83,18 +83,18 @@ def signature_in(text: str) -> str:
 
 
 def shown_parameters(signature: str) -> list[tuple[str, str | None]]:
-    """(name, default or None) of the plain parameters that a signature as text shows, in order.
+    """(name, default or None) of the parameters without a star in a signature's text, in order.
 
     `f(a, *args, b=None, ...)` -> `[("a", None), ("b", "None")]`; empty for text of another form.
     """
     inside = re.fullmatch(r"[^()]*\((.*)\)", signature, re.DOTALL)
-    found = []
-    # Defaults hold no spaces (`pydocs_objects`), so that this comma only parts parameters.
+    parameters = []
+    # Defaults contain no spaces (`pydocs.objects`), so ", " only separates parameters.
     for text in inside[1].split(", ") if inside else ():
         name, equals, default = text.partition("=")
         if name.isidentifier():
-            found.append((name, default if equals else None))
-    return found
+            parameters.append((name, default if equals else None))
+    return parameters
 
 
 def parse_claim(claim: str) -> tuple[str, str, str] | None:
@@ -102,24 +102,24 @@ def parse_claim(claim: str) -> tuple[str, str, str] | None:
 
     `The default of indent in json.dumps is None.` -> `("default of indent", "json.dumps", "None")`
     """
-    found = _CLAIM.fullmatch(claim)
-    if found is None:
+    match = _CLAIM.fullmatch(claim)
+    if match is None:
         return None
-    return found[1].removeprefix("The ") + found[2], found[4], found[6]
+    return match[1].removeprefix("The ") + match[2], match[4], match[6]
 
 
 def wording(question: str) -> list[str]:
-    """A slot or claim on a signature in pieces: fixed wording first, then by turns what it is about.
+    """Splits a slot or claim on a signature into pieces: fixed wording and names or values alternate.
 
-    `json.dumps [SEP] default of indent` -> `["", "json.dumps", " [SEP] default of ", "indent", ""]`;
-    a question of another form is `["", question]`.
+    `json.dumps [SEP] default of indent` -> `["", "json.dumps", " [SEP] default of ", "indent",
+    ""]`; a question of another form gives `["", question]`.
     """
-    found = _SLOT.fullmatch(question) or _CLAIM.fullmatch(question)
-    return ["", question] if found is None else list(found.groups())
+    match = _SLOT.fullmatch(question) or _CLAIM.fullmatch(question)
+    return ["", question] if match is None else list(match.groups())
 
 
 def value_of(relation: str, parameters: list[tuple[str, str | None]]) -> str | None:
-    """What a signature says of a relation of `facts`; None where it says nothing."""
+    """The value of a relation of `facts` in a signature; None if the signature does not have it."""
     names = [name for name, _ in parameters]
     if relation == "first parameter":
         return names[0] if names else None
@@ -141,10 +141,10 @@ def _type(default: str) -> str:
 
 
 def signature_pairs(pages: tuple[Page, ...]) -> list[list[Claim]]:
-    """Four claims for each pair of facts of siblings: each value told of its own slot and the other.
+    """Four claims for each pair of facts of siblings: each value with its own slot and with the other.
 
-    Siblings are functions of one class or module; a pair has one kind, two values, and each value is
-    false of the other's slot.
+    Siblings are functions of one class or module. The two facts of a pair have the same kind and
+    different values, so each value is false for the other's slot.
     """
     groups: dict[tuple[str, str], list[tuple[Page, Slot]]] = defaultdict(list)
     for page in pages:
@@ -164,7 +164,7 @@ def signature_pairs(pages: tuple[Page, ...]) -> list[list[Claim]]:
 
 
 def _may_swap(left: tuple[Page, Slot], right: tuple[Page, Slot]) -> bool:
-    # Values that differ in case or punctuation alone are one to the metrics.
+    # Values that differ only in case or punctuation are equal to the metrics.
     return _bare(left[1].value) != _bare(right[1].value)
 
 

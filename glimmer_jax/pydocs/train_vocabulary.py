@@ -1,7 +1,7 @@
 """Trains the built-in SentencePiece vocabulary on the training modules of the built-in corpus.
 
-Dots, underscores and opening brackets are pieces of their own, digits are split, and unknown
-characters fall back to bytes, so a qualified name that training never saw is still copied piece by
+Dots, underscores and opening brackets are separate pieces, digits are split, and unknown characters
+fall back to bytes. A model can therefore copy qualified names that training never saw, piece by
 piece.
 
     python -m glimmer_jax.pydocs.train_vocabulary [path]
@@ -25,12 +25,12 @@ from glimmer_jax.vocabulary import (
     question_text,
 )
 
-# 2,048 rows with the sentinels: a multiple of 128, which divides evenly over a mesh.
+# 2,048 rows with the sentinels: a multiple of 128, which divides over a mesh.
 NUM_PIECES = 2048 - EXTRA_IDS
 
 
 def training_text() -> Iterator[str]:
-    """Lines the vocabulary is made from: passages and questions of the training modules alone."""
+    """Yields passages, questions and answers of the training modules."""
     for record in corpus.train_texts():
         yield passage_text(record["title"], record["text"])
     for (_, split), examples in questions.all_tasks().items():
@@ -41,11 +41,16 @@ def training_text() -> Iterator[str]:
 
 
 def train_vocabulary(path: str | Path = PYDOCS_MODEL, num_pieces: int = NUM_PIECES) -> Path:
-    """Makes the SentencePiece model from the training modules of the running Python."""
-    written = io.BytesIO()
+    """Trains the vocabulary on the training modules of the running Python, and writes it to `path`.
+
+    Args:
+      path: the SentencePiece model file.
+      num_pieces: number of pieces, without sentinels.
+    """
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=training_text(),
-        model_writer=written,
+        model_writer=model,
         model_type="unigram",
         vocab_size=num_pieces,
         character_coverage=1.0,
@@ -56,14 +61,14 @@ def train_vocabulary(path: str | Path = PYDOCS_MODEL, num_pieces: int = NUM_PIEC
         eos_id=EOS_ID,
         unk_id=UNK_ID,
         bos_id=-1,
-        # Text must come back as it went in.
+        # Decoding must restore the text exactly.
         normalization_rule_name="identity",
         max_sentence_length=10000,
         num_threads=1,
         minloglevel=2,
     )
     path = Path(path)
-    path.write_bytes(written.getvalue())
+    path.write_bytes(model.getvalue())
     return path
 
 

@@ -22,6 +22,8 @@ from glimmer_jax.retrieval.words import words
 from glimmer_jax.runtime.preemption import STOP
 
 logger = logging.getLogger(__name__)
+# The library sets its own level to DEBUG.
+logging.getLogger("bm25s").setLevel(logging.WARNING)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Dense retrieval: exact search with GTR's vector of a question over the vectors of all passages."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 
 import jax
@@ -18,6 +19,8 @@ from glimmer_jax.retrieval.retriever import Results, Retriever
 from glimmer_jax.retrieval.text_encoder import TextEncoder
 from glimmer_jax.runtime.preemption import STOP, StopRequested
 from glimmer_jax.storage import folder
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,17 +68,16 @@ class DenseRetriever(Retriever):
             )
         own = make_mesh(MeshConfig(), jax.local_devices())
         encoder = TextEncoder.open(str(config.encoder_dir), own, config.batch_size, config.dtype)
-        print(f"Encoder: {encoder.loaded.what}.", flush=True)
+        _logger.info("Encoder: %s.", encoder.loaded.what)
         index = _finished_index(passages, encoder, str(config.index_dir), config.shard_passages)
         search = top_k.Search(index, make_mesh(MeshConfig()), config.bytes_per_device)
         stored = index.store.manifest
-        print(
-            f"{config.index_dir}: {stored.num_passages} vectors of {index.vector_dim} channels, "
-            f"{stored.num_bytes / 2**20:.1f} MiB, {stored.truncated} passages truncated to "
-            f"{stored.identity.max_length} tokens; searched "
-            f"{'on the devices' if search.on_mesh else 'from disk, in blocks'}.",
-            flush=True,
-        )
+        _logger.info(
+            "%s: %d vectors of %d channels, %.1f MiB, %d passages truncated to %d tokens; searched %s.",
+            config.index_dir, stored.num_passages, index.vector_dim, stored.num_bytes / 2**20,
+            stored.truncated, stored.identity.max_length,
+            "on the devices" if search.on_mesh else "from disk, in blocks",
+        )  # fmt: skip
         return cls(passages, encoder, search)
 
     def among(self, rows: np.ndarray) -> "DenseRetriever":
@@ -88,8 +90,8 @@ class DenseRetriever(Retriever):
         vectors = self._encoder.encode(tokens, lambda *_: STOP.poll_together())
         scores, rows = self._search(vectors, k, self._allowed)
         return [
-            [(int(row), float(score)) for row, score in zip(*one, strict=True) if row >= 0]
-            for one in zip(rows, scores, strict=True)
+            [(int(row), float(score)) for row, score in zip(*ranked, strict=True) if row >= 0]
+            for ranked in zip(rows, scores, strict=True)
         ]
 
 

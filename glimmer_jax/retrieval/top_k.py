@@ -1,8 +1,8 @@
 """Exact search: the k best of all passages for each question, on the mesh or from disk.
 
 The index is processed in blocks, each distributed over all devices. A device scores its rows of a
-block and keeps the k best so far; at the end the k best of all devices are merged. Search is exact, and
-of equal scores the earlier passage comes first.
+block and keeps the k best so far; at the end the k best of all devices are merged. Search is exact,
+and of equal scores the earlier passage comes first.
 
 Blocks stay on the devices if they fit, and are read again for every pass if they do not. Both cases
 run the same compiled program over the same blocks, so the results are the same bits.
@@ -44,7 +44,8 @@ class Search:
         """Args:
         index: of n passages.
         mesh: devices of all processes.
-        bytes_per_device: limit for the part of the index on each device; a larger index is read from
+        bytes_per_device: limit for the part of the index on each device; a larger index is read
+        from
           disk for every pass.
         block_rows: rows of a block on one device.
         """
@@ -69,18 +70,18 @@ class Search:
           allowed: bool `[n]`, whether each row of the index may be returned; None allows all.
 
         Returns:
-          float32 scores `[n, k]` and int32 rows `[n, k]`, best first; -inf and -1 if there are fewer
-          than k.
+          float32 scores `[n, k]` and int32 rows `[n, k]`, best first; -inf and -1 if there are
+          fewer than k.
 
         Raises:
           ValueError: `k` or a shape is out of range, or the index is damaged.
         """
-        wanted = (self.index.vector_dim, (len(self.index),))
-        got = (questions.shape[1], wanted[1] if allowed is None else allowed.shape)
-        if k < 1 or wanted != got:
+        expected = (self.index.vector_dim, (len(self.index),))
+        actual = (questions.shape[1], expected[1] if allowed is None else allowed.shape)
+        if k < 1 or expected != actual:
             raise ValueError(
-                f"NUM_PASSAGES must be at least 1, questions must have {wanted[0]} channels, and the "
-                f"mask the shape {wanted[1]}; got k={k}, {got[0]} and {got[1]}."
+                f"NUM_PASSAGES must be at least 1, questions must have {expected[0]} channels, and the "
+                f"mask must have shape {expected[1]}; got k={k}, {actual[0]} and {actual[1]}."
             )
         passes = [
             self._one_pass(questions[start : start + PASS_QUESTIONS], k, allowed)
@@ -112,7 +113,7 @@ class Search:
                 best[i] = _step(best[i], batch, block, mask, np.int32(start), mesh=self.mesh)
             # Blocks that wait to be scored must not pile up; the next is being read meanwhile.
             jax.block_until_ready(best)
-        merged = [_merge(one, mesh=self.mesh) for one in best]
+        merged = [_merge(part, mesh=self.mesh) for part in best]
         scores, rows = (np.concatenate(part)[:count] for part in zip(*merged, strict=True))
         return scores, rows
 
@@ -163,27 +164,30 @@ def _step(
     mesh: Mesh,
 ) -> Best:
     """Each device's k best so far, scores and rows `[devices, Q, k]`, with a block taken in."""
-    rows, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+    rows, replicated = PartitionSpec(mesh.axis_names), PartitionSpec()
 
     def device(scores_1Qk, rows_1Qk, questions_QE, block_RE, mask_R, first_row):
-        # float32 products: bfloat16 or TF32 would order passages otherwise than the vectors do.
+        # float32 products, because bfloat16 or TF32 would change the order of passages.
         scores_QR = jnp.dot(
             questions_QE, block_RE.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST
         )
-        # -0.0 would come after 0.0, though they are equal.
+        # top_k would rank -0.0 below 0.0, though they are equal.
         scores_QR = jnp.where(scores_QR == 0, 0.0, scores_QR)
         scores_QR = jnp.where(mask_R[None], scores_QR, -jnp.inf)
         k, count = scores_1Qk.shape[2], block_RE.shape[0]
         new_scores, places = jax.lax.top_k(scores_QR, min(k, count))
         first = first_row + jax.lax.axis_index(mesh.axis_names) * count
-        # What was there has the smaller rows and stands first: of equals the first is taken.
+        # Previous rows are smaller and come first, because top_k prefers the first of equal scores.
         scores = jnp.concatenate([scores_1Qk[0], new_scores], axis=1)
-        found = jnp.concatenate([rows_1Qk[0], first + places], axis=1)
+        candidates = jnp.concatenate([rows_1Qk[0], first + places], axis=1)
         scores, places = jax.lax.top_k(scores, k)
-        return scores[None], jnp.take_along_axis(found, places, axis=1)[None]
+        return scores[None], jnp.take_along_axis(candidates, places, axis=1)[None]
 
     spread = jax.shard_map(
-        device, mesh=mesh, in_specs=(rows, rows, whole, rows, rows, whole), out_specs=(rows, rows)
+        device,
+        mesh=mesh,
+        in_specs=(rows, rows, replicated, rows, rows, replicated),
+        out_specs=(rows, rows),
     )
     return spread(*best, questions_QE, block_RE, mask_R, first_row)
 
@@ -197,6 +201,6 @@ def _merge(best: Best, *, mesh: Mesh) -> Best:
         jax.lax.with_sharding_constraint(x.transpose(1, 0, 2).reshape(x.shape[1], -1), everywhere)
         for x in best
     )
-    # Devices take turns, so their order is not that of the rows.
+    # Devices hold interleaved parts of the index, so their order is not that of the rows.
     falling, rows = jax.lax.sort((-scores, rows), num_keys=2)
     return -falling[:, :k], rows[:, :k]

@@ -3,11 +3,12 @@
     words("Call os.path_of(x)!")  ->  ["call", "os", "path", "of", "x", "os.path_of"]
     words("日本語 text")           ->  ["日本", "本語", "text"]
 
-Text is brought to Unicode's normal form NFC, so that composed and decomposed letters are equal, and to
-lower case. Combining marks belong to their letters: most vowels of Thai and Indic scripts are marks.
+Text is brought to Unicode's normal form NFC, so that composed and decomposed letters are equal, and
+to lower case. Combining marks belong to their letters: most vowels of Thai and Indic scripts are
+marks.
 
-Scripts without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) give overlapping pairs of letters,
-as in Lucene's CJKAnalyzer. A letter alone is a word; inside a longer run only pairs are.
+Scripts without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) give overlapping pairs of
+letters, as in Lucene's CJKAnalyzer. A letter alone is a word; inside a longer run only pairs are.
 """
 
 import functools
@@ -26,7 +27,7 @@ _NAME = re.compile(r"[^\W\d]\w*(?:\.\w+)+|\w*_\w+")
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words in order, then qualified names as a whole."""
+    """Lower-case words in order, followed by complete qualified names."""
     text = text.lower()
     if text.isascii():
         return _ASCII_WORD.findall(text) + _NAME.findall(text)
@@ -49,7 +50,7 @@ def _pairs(letters: list[str]) -> list[str]:
 
 @functools.cache
 def _patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """A letter of an unspaced script with its marks; and a run of those, or a word of other letters."""
+    """A letter of an unspaced script with its marks; a run of those, or a word of other letters."""
     marks = "".join(chr(i) for i in range(_LAST_MARK) if unicodedata.category(chr(i))[0] == "M")
     letter = f"(?![{marks}])[{_UNSPACED}][{marks}]*"
     return re.compile(letter), re.compile(

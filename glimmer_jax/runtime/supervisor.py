@@ -1,9 +1,9 @@
 """A parent process that explains why JAX ended its child, and turns that into an exit code.
 
-When one process of a job stops answering, or never joins, JAX aborts all the others from native code,
-which Python cannot catch. So the process that a launcher sees is a parent: it forwards signals to the
-child that does the work, reads the child's stderr, and explains its end. It is a process and not a
-thread, because a thread dies with the process that aborts.
+When one process of a job stops answering, or never joins, JAX aborts all the others from native
+code, which Python cannot catch. So the process that a launcher sees is a parent: it forwards
+signals to the child that does the work, reads the child's stderr, and explains its end. It is a
+process and not a thread, because a thread dies with the process that aborts.
 """
 
 import collections
@@ -47,7 +47,7 @@ def work_in_child(retry_code: int) -> None:
     os.close(read_end)
     os.dup2(write_end, 2)
     os.close(write_end)
-    # A signal to the whole group would arrive twice: directly, and from the parent.
+    # A signal to the process group would arrive twice: directly, and from the parent.
     os.setpgid(0, 0)
     if sys.platform == "linux":
         # Killing the parent must end the work too.

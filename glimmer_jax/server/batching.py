@@ -34,7 +34,7 @@ class Engine(Protocol):
         ...
 
     def prepare(self, questions: Sequence[Question]) -> Any:
-        """Retrieves passages and reads their memory. Raises ValueError for a question at fault."""
+        """Retrieves passages and reads their memory. Raises ValueError for an invalid question."""
         ...
 
     def compute(self, prepared: Any) -> list[dict[str, Any]]:
@@ -78,8 +78,8 @@ class Batcher:
         self._waiting: collections.deque[_Item] = collections.deque()
         self._changed = threading.Condition()
         self._handoff: queue.Queue[list[tuple[list[_Item], Any]] | None] = queue.Queue()
-        # One batch is computed, and one is prepared beside it. While both are, questions wait in the
-        # queue, where the next batch fills up.
+        # One batch is computed, and one is prepared beside it. While both are, questions wait in
+        # the queue, where the next batch fills up.
         self._places = threading.Semaphore(1)
         self._closed = False
         self._rate = 0.0  # questions per second, smoothed
@@ -117,7 +117,7 @@ class Batcher:
         """The engine's answer, with the seconds spent waiting as `timings["queue"]`.
 
         Raises:
-          RequestError: 422 for a question at fault, 504 after `timeout` seconds.
+          RequestError: 422 for an invalid question, 504 after `timeout` seconds.
         """
         now = time.monotonic()
         future: asyncio.Future = asyncio.get_running_loop().create_future()
@@ -183,7 +183,7 @@ class Batcher:
             if len(live) == 1:
                 _finish(live[0], error=RequestError(422, str(error)))
                 return
-            # One question at fault must not fail those that share its batch.
+            # An invalid question must not fail those that share its batch.
             for item in live:
                 yield from self._prepared([item])
         except Exception as error:  # noqa: BLE001 - the thread outlives a bug; its requests get a 500
@@ -194,7 +194,7 @@ class Batcher:
     def _compute_batches(self) -> None:
         while (batches := self._handoff.get()) is not None:
             self._places.release()
-            # More than one where a question at fault took a batch apart.
+            # More than one if an invalid question split the batch.
             for items, prepared in batches:
                 if not all(item.future.done() for item in items):
                     self._compute(items, prepared)

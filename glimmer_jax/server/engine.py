@@ -72,7 +72,8 @@ class PredictorEngine:
     def warm_up(self) -> None:
         """Builds the retriever's index and compiles the programs.
 
-        Programs of candidates are compiled for two slots; those of more when they are first asked for.
+        Programs of candidates are compiled for two slots; larger ones are compiled at their first
+        use.
         """
         _search_once(self._predictor)
         for predictor in self._version.by_kept.values():

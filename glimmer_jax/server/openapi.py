@@ -7,7 +7,7 @@ from glimmer_jax.server.protocol import Limits
 
 
 def openapi(limits: Limits, secured: bool) -> dict[str, Any]:
-    """The document for a server with these limits; `secured` where a token is needed."""
+    """The document for a server with these limits; `secured` if it requires a token."""
     errors = {
         "400": _failure("The body is not a JSON object."),
         "413": _failure("The body is too large."),

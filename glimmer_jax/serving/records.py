@@ -1,4 +1,4 @@
-"""Questions as they come in, and answers as they go out: KILT's form."""
+"""Questions and answers of the predictor in KILT's format."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -52,6 +52,17 @@ def record(
     passages: Passages,
     texts: bool,
 ) -> Example:
+    """The answer to a question in KILT's format, with the passages that were read, best first.
+
+    Args:
+      question: with `id` and `input`.
+      ids: of the retrieved passages, by the passages folder.
+      prediction: text of the answer.
+      aux: arrays of the batch: `scores` `[B]`, `passage_scores` `[B, K]`, `kept_passages` `[B, m]`.
+      row: of the question in the batch.
+      passages: the folder.
+      texts: whether the passages have their texts.
+    """
     scores = aux["passage_scores"][row][: len(ids)]
     kept = set(aux["kept_passages"][row].tolist())
     # Passages missing from the memory were not read and are left out.

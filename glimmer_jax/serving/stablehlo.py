@@ -55,6 +55,7 @@ class ProgramConfig:
             )
 
     def lengths(self) -> list[Lengths]:
+        """The checked lengths of each bucket. Raises ValueError for invalid lengths."""
         return [check_lengths(bucket) for bucket in self.buckets]
 
 
@@ -86,12 +87,12 @@ def export_program(
     flat = {name: np.asarray(leaf) for name, leaf in flat.items()}
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in flat.items()}
     programs = {
-        f"program-Q{one.question}-T{one.target}-K{one.passages}-P{one.passage}.bin": one
-        for one in config.lengths()
+        f"program-Q{bucket.question}-T{bucket.target}-K{bucket.passages}-P{bucket.passage}.bin": bucket
+        for bucket in config.lengths()
     }
     exported = {
-        name: _trace(unrolled, shapes, one, config.from_memory, config.platforms)
-        for name, one in programs.items()
+        name: _trace(unrolled, shapes, bucket, config.from_memory, config.platforms)
+        for name, bucket in programs.items()
     }
 
     # The folder gets its name once it is complete.
@@ -100,19 +101,19 @@ def export_program(
         shutil.rmtree(unfinished)
     unfinished.mkdir(parents=True)
     np.savez(unfinished / "params.npz", **flat)
-    for name, one in exported.items():
-        (unfinished / name).write_bytes(one.serialize())
+    for name, program in exported.items():
+        (unfinished / name).write_bytes(program.serialize())
     manifest = {
         "format_version": FORMAT_VERSION,
         "jax_version": jax.__version__,
         "platforms": list(config.platforms),
         "programs": {
             name: {
-                "lengths": one._asdict(),
+                "lengths": bucket._asdict(),
                 "arguments": _described(exported[name].in_tree, exported[name].in_avals)[0][1],
                 "results": _described(exported[name].out_tree, exported[name].out_avals),
             }
-            for name, one in programs.items()
+            for name, bucket in programs.items()
         },
         "decode": dataclasses.asdict(model.decode),
         "eos_id": model.eos_id,

@@ -1,16 +1,14 @@
-"""Which errors of disks and buckets are temporary, which ask for a change, and which are bugs.
+"""Classifies errors of disks and buckets: temporary, invalid input, or a bug.
 
-`main` turns that into an exit code: 42 only for what is listed here as temporary, 2 for what the user
-must change first, 1 for anything unknown. Our own readers and writers raise `StorageError`. Orbax,
-TensorStore and TensorFlow raise errors of their own, which are recognised by number or status.
+`main` turns that into an exit code: 42 only for what is listed here as temporary, 2 for what the
+user must change first, 1 for anything unknown. Our own readers and writers raise `StorageError`.
+Orbax, TensorStore and TensorFlow raise errors of their own, which are recognised by number or
+status.
 """
 
-import contextlib
 import errno
-import os
 import re
-from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 Kind = Literal["temporary", "permanent"]
 
@@ -48,29 +46,6 @@ def storage_error(where: str, error: Exception) -> StorageError:
         f"{where} could not be read or written: {error}. Check the path, the connection, permissions "
         "and free space, and run the same command again."
     )
-
-
-@contextlib.contextmanager
-def invalid_file(path: Any, expected: str, *library_errors: type[Exception]) -> Iterator[None]:
-    """Turns what a library raises over the content of a user's file into ValueError.
-
-    Each file format has one such boundary. Errors of the storage pass unchanged.
-
-    Args:
-      path: of the file, for the message.
-      expected: such as `a safetensors file`.
-      library_errors: that the library raises for other content.
-    """
-    try:
-        yield
-    except library_errors as error:
-        if classify_error(error) is not None:
-            raise
-        detail = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise ValueError(
-            f"{os.fspath(path)} is not {expected}, or is damaged: {detail[0]}. Copy it again or write it "
-            "again."
-        ) from error
 
 
 def classify_error(error: BaseException) -> Kind | None:
@@ -143,6 +118,6 @@ def _is_full(error: BaseException) -> bool:
 
 
 def _status(error: BaseException) -> str:
-    # TensorStore's text; TensorFlow need not be installed, so its classes are known by name. XLA uses
-    # the same words for devices, in errors that are no ValueErrors.
+    # TensorStore's text; TensorFlow need not be installed, so its classes are known by name. XLA
+    # uses the same words for devices, in errors that are no ValueErrors.
     return str(error) if isinstance(error, ValueError) else type(error).__name__

@@ -74,12 +74,12 @@ def parse_line(line: bytes, where: str) -> dict[str, Any]:
 
 
 def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {twice!r} occurs twice")
-    return found
+    return fields
 
 
 def _no_constant(name: str) -> float:

@@ -1,10 +1,11 @@
 """One writer at a time: a lease on a folder, kept in a small file that names its holder.
 
-The file is created only where there is none (an atomic conditional write, on a disk as in a bucket),
-rewritten every few seconds while it is held, and removed at the end. A killed holder cannot remove it,
-so the next writer takes it over: at once if the holder was a process of this machine and is dead,
-otherwise when the file has not changed for a whole lease by the clock of the waiting process. So no two
-clocks have to agree, and a host that comes back under another name waits for a bounded time.
+The file is created only where there is none (an atomic conditional write, on a disk as in a
+bucket), rewritten every few seconds while it is held, and removed at the end. A killed holder
+cannot remove it, so the next writer takes it over: at once if the holder was a process of this
+machine and is dead, otherwise when the file has not changed for the lease time on the clock of the
+waiting process. So no two clocks have to agree, and a host that returns under another name waits
+for a bounded time.
 """
 
 import contextlib
@@ -47,7 +48,8 @@ def try_lock(path: pathlib.Path) -> int | None:
     Raises:
       LockUnsupported: the file system has no locks.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    # Opening a pipe would block.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -115,7 +117,7 @@ class _Holder:
         except PermissionError:
             pass
         state, start = _process_state(self.pid)
-        # A killed process stays in the table as a zombie until its parent asks for its exit code.
+        # A killed process stays in the table as a zombie until its parent reads its exit code.
         if state in ("Z", "X"):
             return True
         return None not in (start, self.process_start) and start != self.process_start
@@ -197,8 +199,8 @@ class WriterLock:
         """Call it before writing anything that another writer could damage.
 
         Raises:
-          ValueError: another writer took the lock over, because this process hung or could not reach
-            the folder for longer than its lease.
+          ValueError: another writer took the lock over, because this process hung or could not
+            reach the folder for longer than its lease.
         """
         if time.monotonic() - self._renewed_at > self._lease:
             self._renew()
@@ -262,7 +264,7 @@ class WriterLock:
 
     @staticmethod
     def _parse(result: Any) -> tuple[_Holder | None, str]:
-        """The holder, or None and what is wrong with the file."""
+        """The holder, or None and the problem with the file."""
         try:
             return _Holder.parse(bytes(result.value)), ""
         except (ValueError, RecursionError) as error:

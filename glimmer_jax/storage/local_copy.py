@@ -3,9 +3,10 @@
     ~/.cache/glimmer_jax/fetched/<SHA-256 of the URL>/<generation>-<bytes>/<file>
     ~/.cache/glimmer_jax/fetched/<SHA-256 of the manifest>/<file>
 
-The names identify the content, so that the copy of a replaced file is never used for the new one. Copies
-are complete or absent, and processes of one machine share them. The environment variable GLIMMER_CACHE
-replaces `~/.cache/glimmer_jax`. Copies are never evicted automatically; delete them while no job runs.
+The names identify the content, so that the copy of a replaced file is never used for the new one.
+Copies are complete or absent, and processes of one machine share them. The environment variable
+GLIMMER_CACHE replaces `~/.cache/glimmer_jax`. Copies are never evicted automatically; delete them
+while no job runs.
 """
 
 import collections
@@ -78,7 +79,8 @@ def fetch_folder(name: str, path: Any, manifest: str, files: Sequence[str]) -> P
       files: files to copy with it.
 
     Raises:
-      ValueError: the folder is missing, a file does not match the manifest, or the disk is too small.
+      ValueError: the folder is missing, a file does not match the manifest, or the disk is too
+        small.
       StorageError: the bucket did not answer, or denied access.
     """
     if not in_bucket(path):
@@ -173,7 +175,7 @@ def _copy(name: str, kvstore: ts.KvStore, wanted: Wanted, target: Path, locked: 
         if (got := digest.hexdigest()) != sha256:
             partial.unlink()
             raise ValueError(
-                f"{name}: {kvstore.url}{file} is damaged: wanted sha256 {sha256}, got {got}. Copy the "
+                f"{name}: {kvstore.url}{file} is damaged: expected sha256 {sha256}, got {got}. Copy the "
                 "folder into the bucket again."
             )
         os.replace(partial, target / file)

@@ -52,6 +52,7 @@ class Factors:
 
     @property
     def factored(self) -> bool:
+        """Whether the second moment is factored."""
         return bool(self.rows)
 
 

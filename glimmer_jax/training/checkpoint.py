@@ -11,8 +11,9 @@ A run's folder holds one folder for each step:
     <directory>/deleted/<step>        an empty file that marks a step whose deletion has begun
 
 Only one writer at a time may open the folder: hold the run's lock (`lease.WriterLock`) meanwhile.
-Saving copies the arrays to the host and returns. A thread waits for the files, writes the checksums,
-and deletes steps that are no longer kept. Arrays carry no mesh: a step restores bit-exactly onto any.
+Saving copies the arrays to the host and returns. A thread waits for the files, writes the
+checksums, and deletes steps that are no longer kept. Arrays carry no mesh: a step restores
+bit-exactly onto any.
 """
 
 import concurrent.futures
@@ -75,9 +76,9 @@ class Checkpoints:
     ):
         """Opens or creates the folder.
 
-        Unfinished and damaged steps are moved aside, each with a warning. The newest step is verified
-        completely. Of older steps only the metadata is verified, because it decides which step is the
-        best and which are deleted.
+        Unfinished and damaged steps are moved aside, each with a warning. The newest step is
+        verified completely. For older steps only the metadata is verified, because it decides which
+        step is the best and which are deleted.
 
         Args:
           directory: of this run's checkpoints.
@@ -104,7 +105,8 @@ class Checkpoints:
         )
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
-        # One entry for each kept step, including the one being saved. Used by the caller's thread only.
+        # One entry for each kept step, including the one being saved. Used by the caller's thread
+        # only.
         self._scores: dict[int, float | None] = {
             step: self._score(self.metadata(step)["dev_metrics"])
             for step in list_steps(self.directory)
@@ -183,7 +185,8 @@ class Checkpoints:
     def add_dev_metrics(self, step: int, dev_metrics: dict[str, float]) -> None:
         """Adds dev metrics to a finished step that was saved without them.
 
-        If the process is killed meanwhile, the step is damaged and the run resumes from the previous one.
+        If the process is killed meanwhile, the step is damaged and the run resumes from the
+        previous one.
         """
         self.wait()
         self._scores[step] = self._score(dev_metrics)
@@ -310,7 +313,8 @@ class Checkpoints:
     def _move_unfinished(self) -> None:
         steps = list_steps(self.directory)
         unfinished = [step for step in steps if not has_sidecar(self.directory / str(step))]
-        # A step is started only when the previous one is finished, so that a kill leaves at most one.
+        # A step is started only when the previous one is finished, so that a kill leaves at most
+        # one.
         if len(unfinished) > 1 and unfinished == steps:
             raise ValueError(
                 f"{self.directory}: steps {unfinished} have no checksums.json. A killed writer leaves "

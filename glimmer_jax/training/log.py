@@ -254,6 +254,7 @@ class MetricWriter:
         self._copy()
 
     def close(self) -> None:
+        """Closes all files."""
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._file is not None:

@@ -1,7 +1,7 @@
 """Arrays in files, opened as TensorStores that read only what is asked of them.
 
-A TensorStore can be transposed, stacked and sliced before anything is read, so that a device's share
-of a parameter is all that is ever read. Three layouts are opened:
+A TensorStore can be transposed, stacked and sliced before anything is read, so that a device's
+share of a parameter is all that is ever read. Three layouts are opened:
 
 * a run of bytes in a file, as in safetensors and in Flax's msgpack (`open_bytes`);
 * a zarr array in a folder of its own, as in T5X checkpoints (`open_zarr`);
@@ -40,6 +40,7 @@ class ByteRange(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -75,7 +76,8 @@ def exists(kvstore: ts.KvStore, file: str) -> bool:
 def open_bytes(kvstore: ts.KvStore, location: ByteRange) -> ts.TensorStore:
     """The array at a location, in its own dtype. Nothing is read yet.
 
-    On a local disk, reading a slice reads little more than the slice. In a bucket, whole rows are read.
+    On a local disk, reading a slice reads little more than the slice. In a bucket, full rows are
+    read.
 
     Raises:
       InvalidWeights: the file ends before the array does. In a bucket this is raised by the read.
@@ -207,8 +209,8 @@ def wait_for(path: Any, file: str, futures: Mapping[str, ts.Future]) -> dict[str
 def open_orbax(kvstore: ts.KvStore, prefix: tuple[str, ...] = ()) -> dict[str, ts.TensorStore]:
     """The arrays below `prefix`, by path (`encoder/layers_0/mlp/wo/kernel`).
 
-    `ocp.StandardRestore` needs a target of the saved shapes. Public weights are restacked and cut on
-    the way, so their arrays are opened one by one, as the zarr arrays they are.
+    `ocp.StandardRestore` needs a target of the saved shapes. Public weights are restacked and cut
+    on the way, so their arrays are opened one by one, as the zarr arrays they are.
 
     Args:
       kvstore: the folder with Orbax's `_METADATA`.

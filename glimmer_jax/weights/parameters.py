@@ -1,5 +1,6 @@
 """Parameters from a file for a given model: checked, recut and placed on devices."""
 
+import logging
 from typing import Any
 
 import flax.traverse_util
@@ -15,6 +16,8 @@ from glimmer_jax.weights import lazy_arrays, t5_names
 from glimmer_jax.weights.file_errors import check_finite
 from glimmer_jax.weights.load import Loaded
 from glimmer_jax.weights.load import load as load_weights
+
+_logger = logging.getLogger(__name__)
 
 
 def load(path: Any, model: GlimmerModel, vocabulary_fingerprint: str) -> dict[str, Any]:
@@ -36,7 +39,7 @@ def fit(
 ) -> dict[str, Any]:
     """The parameters that were opened at `path` for `model`; see `load`."""
     if jax.process_index() == 0:
-        print(f"Parameters: {loaded.what}.", flush=True)
+        _logger.info("Parameters: %s.", loaded.what)
     theirs = loaded.vocabulary_fingerprint
     if theirs is not None and theirs != vocabulary_fingerprint:
         raise ValueError(

@@ -36,7 +36,7 @@ def test_every_codec_reader_and_state_has_a_figure(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_job_is_held_against_its_encoder(tmp_path):
+def test_the_job_is_compared_with_its_encoder(tmp_path):
     out = tmp_path / "out.json"
     small = "--codecs int8 --size tiny --passages 6 --shard_passages 4 --rows 2 --rounds 1"
     memory_speed.main([*small.split(), "--folder", str(tmp_path), "--json", str(out)])

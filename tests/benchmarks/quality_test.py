@@ -63,7 +63,7 @@ def data(tmp_path):
     return tmp_path
 
 
-def test_fast_modes_are_held_against_float32(data, tmp_path, capsys):
+def test_fast_modes_are_compared_with_float32(data, tmp_path, capsys):
     out = tmp_path / "out.json"
     checkpoint = shipped.CHECKPOINTS / "pydocs_glimmer.safetensors"
     fast_modes.main(
@@ -80,7 +80,7 @@ def test_fast_modes_are_held_against_float32(data, tmp_path, capsys):
     assert "n = 9 questions" in capsys.readouterr().out
 
 
-def test_codecs_are_held_against_bf16(data, tmp_path):
+def test_codecs_are_compared_with_bf16(data, tmp_path):
     out = tmp_path / "out.json"
     codec_quality.main(["--json", str(out), "--data", str(data), "--codecs", "bf16,int8"])
     plain, small = json.loads(out.read_text())

@@ -1,4 +1,4 @@
-"""The whole script at a tiny size: processes, a real store, timing, JSON and tables."""
+"""The complete script at a tiny size: processes, a real store, timing, JSON and tables."""
 
 import contextlib
 import json
@@ -138,22 +138,22 @@ def test_tables_compare_with_pytorch_at_the_same_number_of_passages():
     assert cells[5:9] == ["8.00", "4.00", "0.10", "0.50"]
 
 
-def test_more_passages_kept_than_read_are_refused():
+def test_more_passages_kept_than_read_are_rejected():
     with pytest.raises(ValueError, match="--kept.* 3"):
         Setting(passages=(3,), kept=5)
 
 
-def test_an_unknown_size_is_refused():
+def test_an_unknown_size_is_rejected():
     with pytest.raises(ValueError, match="size.*base, tiny.*huge"):
         Setting(size="huge")
 
 
-def test_no_passages_are_refused():
+def test_no_passages_are_rejected():
     with pytest.raises(ValueError, match="at least 1"):
         Setting(passages=())
 
 
-def test_a_process_that_dies_is_named():
+def test_a_process_that_dies_is_reported():
     broken = Setting("tiny", question=1, passage=1, answer=1, passages=(5,), kept=5, threads=1)
     with pytest.raises(RuntimeError, match="nonsense.*float32.*1"):
         timing.Worker("nonsense", "float32", broken)

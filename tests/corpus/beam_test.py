@@ -27,7 +27,7 @@ def corpus(tmp_path):
     return find_files(f"{tmp_path}/*.json")
 
 
-def test_beam_that_is_not_installed_is_named(corpus, tmp_path, monkeypatch):
+def test_a_missing_beam_is_reported(corpus, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     with pytest.raises(ValueError, match=r"needs Apache Beam: pip install 'glimmer-jax\[beam\]'"):
         beam.write_passages(corpus, str(tmp_path / "out"), Reading("kilt", 5))

@@ -47,7 +47,7 @@ def test_paths_of_buckets_go_through_epath(tmp_path, monkeypatch):
 
 
 @pytest.mark.fault
-def test_files_that_are_not_there_are_named(tmp_path):
+def test_missing_files_are_reported(tmp_path):
     with pytest.raises(ValueError, match="CORPUS: .*absent does not exist"):
         files.find_files(f"{tmp_path}/absent")
     with pytest.raises(ValueError, match=r"CORPUS: no file matches .*\*\.jsonl"):
@@ -64,7 +64,7 @@ def test_pipes_and_devices_are_rejected_without_blocking(tmp_path):
 
 
 @pytest.mark.fault
-def test_missing_shards_are_named(tmp_path):
+def test_missing_shards_are_reported(tmp_path):
     for index in (0, 2, 4):
         (tmp_path / f"c-{index:05d}-of-00005.jsonl").write_text("")
     with pytest.raises(ValueError, match="2 of 5 shards are missing.*c-00001-of-00005.jsonl"):

@@ -72,7 +72,7 @@ def test_the_head_line_of_dprs_file_holds_nothing():
         ("kilt", '{"id": 7, "title": "", "text": ""}', "page's id in `wikipedia_id`, got None"),
     ],
 )
-def test_what_is_wrong_with_a_line_is_said(format, line, message):
+def test_the_problem_of_a_line_is_reported(format, line, message):
     with pytest.raises(ValueError, match=f"^(?=.*{message})(expected|`[a-z]+` must|not)"):
         record(format, line)
 
@@ -133,7 +133,7 @@ def test_parquet_gives_what_json_lines_give(tmp_path):
 
 
 @pytest.mark.fault
-def test_a_damaged_parquet_file_is_named(tmp_path):
+def test_a_damaged_parquet_file_is_reported(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "a.parquet"
@@ -149,7 +149,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
         list(read_passages([str(path)], Reading("parquet")))
 
 
-def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+def test_parquet_without_pyarrow_reports_the_pip_command(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=r"needs pyarrow: pip install 'glimmer-jax\[parquet\]'"):

@@ -72,6 +72,6 @@ def test_a_page_without_text_has_no_passage(text):
         ({"text": ["one", None]}, "list of strings in `text`, got "),
     ],
 )
-def test_what_a_page_lacks_is_named(change, message):
+def test_missing_fields_of_a_page_are_reported(change, message):
     with pytest.raises(ValueError, match=message):
         check_page({**PAGE, **change})

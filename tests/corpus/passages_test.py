@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import json
 import os
@@ -52,7 +53,7 @@ def test_what_was_written_is_read(folder):
     assert passages.manifest["num_truncated"] == 2 and passages.manifest["source"] == "three lines"
 
 
-def test_what_reads_every_byte_says_so(folder, caplog):
+def test_verifying_every_byte_is_logged(folder, caplog):
     passages = Passages.open(folder)
     assert not caplog.records
     with caplog.at_level("INFO", "glimmer_jax.corpus.passages"):
@@ -69,7 +70,7 @@ def test_absent_passages_are_all_padding(folder):
     assert passages.lengths(rows)[1, 0] == 0
 
 
-def test_unknown_ids_are_named(folder):
+def test_unknown_ids_are_reported(folder):
     with pytest.raises(ValueError, match="2 passage ids are not in .*: 4, 99.*--run_mode=retrieve"):
         Passages.open(folder).rows([3, 99, 4, 99])
     with pytest.raises(ValueError, match="0 to 2, got 3"):
@@ -83,12 +84,12 @@ def test_tokens_take_two_bytes_where_they_can(tmp_path):
     assert np.load(tmp_path / "large" / "tokens.npy").dtype == np.int32
 
 
-def test_another_vocabulary_is_refused_with_both_named(folder):
+def test_another_vocabulary_is_rejected_with_both_fingerprints(folder):
     with pytest.raises(ValueError, match="sha256:one, the model's is sha256:two"):
         Passages.open(folder, "sha256:two")
 
 
-def test_missing_unfinished_and_foreign_folders_are_refused(folder, tmp_path):
+def test_missing_unfinished_and_foreign_folders_are_rejected(folder, tmp_path):
     with pytest.raises(ValueError, match="PASSAGES_DIR: no folder .*absent"):
         Passages.open(tmp_path / "absent")
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -128,13 +129,13 @@ def test_damage_is_found(folder):
         ({"max_length": 1}, "MAX_PASSAGE_TOKENS must be at least 2"),
     ],
 )
-def test_a_bad_corpus_leaves_nothing_behind(tmp_path, settings, message):
+def test_an_invalid_corpus_leaves_no_files(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         write(tmp_path / "passages", **settings)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_is_replaced_only_when_asked(folder):
+def test_a_folder_is_replaced_only_with_overwrite(folder):
     with pytest.raises(ValueError, match="exists already"):
         write(folder)
     write(folder, RECORDS[:1], overwrite=True)
@@ -143,7 +144,7 @@ def test_a_folder_is_replaced_only_when_asked(folder):
 
 
 @pytest.mark.fault
-def test_what_a_writer_moved_aside_and_never_replaced_gets_its_name_back(folder):
+def test_a_backup_that_was_never_replaced_is_restored(folder):
     aside = folder.parent / f".{folder.name}.writing-1-old"
     for start in (lambda: Passages.open(folder).verify(), lambda: write(folder, overwrite=True)):
         # Of a writer that is dead: what it was writing is locked by nobody.
@@ -163,6 +164,20 @@ def test_what_a_writer_moved_aside_and_never_replaced_gets_its_name_back(folder)
     finally:
         os.close(descriptor)
     assert len(Passages.open(folder)) == len(RECORDS)
+
+
+@pytest.mark.fault
+def test_without_file_locks_a_backup_is_restored_and_no_folder_removed(folder, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    working = folder.parent / f".{folder.name}.writing-1"
+    working.mkdir()
+    os.replace(folder, working.with_name(f"{working.name}-old"))
+    assert len(Passages.open(folder)) == len(RECORDS)
+    write(folder, RECORDS[:1], overwrite=True)
+    assert len(Passages.open(folder)) == 1 and working.is_dir()
 
 
 def test_files_are_on_disk_before_the_folder_has_its_name(tmp_path, monkeypatch):
@@ -207,7 +222,7 @@ def test_what_killed_writers_left_goes_and_what_others_write_stays(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
-    # Of files smaller than a block, the buffer that is hashed would grow.
+    # With files smaller than a block, the hashed buffer would grow.
     monkeypatch.setattr(checked_file, "BLOCK_BYTES", 2**13)
 
     def write_many(count):
@@ -219,7 +234,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
         return peak
 
     few, many = write_many(500), write_many(5000)
-    # Of each passage its id alone, at the end, to see whether any is given twice.
+    # Only the ids of passages, at the end, to detect repeated ones.
     assert many - few < 4500 * 8
 
 
@@ -243,7 +258,7 @@ def test_two_ids_with_one_number_are_rejected(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_memory_in_place_of_a_passages_folder_is_named(folder):
+def test_a_memory_as_passages_folder_is_reported(folder):
     (folder / "manifest.json").write_text('{"format_version": 3, "shards": []}')
     with pytest.raises(ValueError, match="PASSAGES_DIR: .* is a memory or an index"):
         Passages.open(folder)

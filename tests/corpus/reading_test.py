@@ -44,7 +44,7 @@ def read(path, data, reading=SKIP, report=None):
         (b'{"wikipedia_id": "' + b"2" * 300 + b'"}', "the line is longer than 200 bytes"),
     ],
 )
-def test_a_bad_line_is_named_or_skipped(tmp_path, monkeypatch, line, message):
+def test_an_invalid_line_is_reported_or_skipped(tmp_path, monkeypatch, line, message):
     monkeypatch.setattr(lines, "MAX_LINE", 200)
     data = GOOD + b"\r\n" + line + b"\r\n" + kilt(page(3, "three"))
     place = f"a.json:3: byte {len(GOOD) + 2}: "
@@ -56,7 +56,7 @@ def test_a_bad_line_is_named_or_skipped(tmp_path, monkeypatch, line, message):
     assert place in report.summary() and "1 invalid lines skipped" in report.summary()
 
 
-def test_more_bad_lines_than_allowed_end_the_reading(tmp_path):
+def test_more_invalid_lines_than_allowed_stop_reading(tmp_path):
     data = (GOOD + b"bad\n") * 4
     with pytest.raises(
         ValueError,
@@ -81,7 +81,7 @@ def test_empty_pages_and_long_passages_are_counted(tmp_path):
 
 
 @pytest.mark.fault
-def test_ids_given_twice_are_found_across_files(tmp_path):
+def test_repeated_ids_are_detected_across_files(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(GOOD)
     with pytest.raises(ValueError, match="b:1: byte 0: the page '1' occurs more than once"):

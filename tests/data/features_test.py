@@ -52,8 +52,9 @@ def test_inline_passages_need_no_corpus():
     assert got["passage_tokens"].tolist() == [[4, 1, 0, 0, 0], [0, 0, 0, 0, 0]]
 
 
-def test_a_saved_iterator_goes_on_where_it_was(tmp_path):
-    # T5X saves its data with a checkpoint, and tensorflow refuses to save what has a state in Python.
+def test_a_saved_iterator_resumes_at_its_position(tmp_path):
+    # T5X saves its data with a checkpoint, and TensorFlow cannot save an iterator with state in
+    # Python.
     ds = TokensConverter(LENGTHS, Corpus())(examples(6), {}).shuffle(3, seed=0)
     iterator = iter(ds)
     next(iterator)
@@ -65,6 +66,6 @@ def test_a_saved_iterator_goes_on_where_it_was(tmp_path):
     assert len(rest) == 5
 
 
-def test_ids_without_a_corpus_are_refused():
-    with pytest.raises(ValueError, match="name their passages by id: set PASSAGES_DIR"):
+def test_ids_without_a_corpus_are_rejected():
+    with pytest.raises(ValueError, match="PASSAGES_DIR is not set"):
         TokensConverter(LENGTHS, None)(examples(), {})

@@ -90,7 +90,7 @@ def trained(commands):
     return [one for one in commands.ran if one[0] == "train"]
 
 
-def test_the_start_learns_exercises_alone(commands):
+def test_the_start_learns_only_exercises(commands):
     make("--models=start")
     for _, gin_file, macros in trained(commands):
         assert gin_file == "pydocs_start_train"
@@ -98,7 +98,7 @@ def test_the_start_learns_exercises_alone(commands):
         assert "DATA_DIR" not in macros
 
 
-def test_no_stage_of_a_model_reads_the_stream_of_another_and_seeds_share_none(commands):
+def test_stages_and_seeds_have_disjoint_streams(commands):
     make()
     streams = {
         macros["MODEL_DIR"].name: macros["RANDOM_SEED"] for _, _, macros in trained(commands)
@@ -114,7 +114,7 @@ def test_no_stage_of_a_model_reads_the_stream_of_another_and_seeds_share_none(co
     assert not others & set(streams.values())
 
 
-def test_a_killed_recipe_resumes_and_a_finished_one_trains_nothing(commands):
+def test_a_killed_training_resumes_and_a_finished_one_trains_nothing(commands):
     commands.fail_at = 7
     with pytest.raises(SystemExit) as stopped:
         make()
@@ -129,24 +129,24 @@ def test_a_killed_recipe_resumes_and_a_finished_one_trains_nothing(commands):
     assert commands.runs() == []
 
 
-def test_another_seed_or_beginning_in_the_same_folder_is_an_error(commands):
+def test_a_folder_of_another_seed_or_initialisation_is_rejected(commands):
     make("--models=start")
     for flags in (["--seed=1"], ["--initial=out"]):
-        with pytest.raises(SystemExit, match="--output: runs holds the runs of .*another folder"):
+        with pytest.raises(SystemExit, match="--output: runs .*another folder"):
             make(*flags)
 
 
-def test_the_first_stage_is_tried_again_until_a_model_chooses(commands):
+def test_the_first_stage_is_retried_until_a_model_chooses(commands):
     commands.first_tokens = {"start_start1_0": 0.69, "start_start1_1": 0.6}
     make("--models=start")
     assert commands.runs() == [*(f"start_start1_{i}" for i in range(3)), "start_start2"]
     assert trained(commands)[-1][2]["INITIAL_CHECKPOINT_PATH"] == Path("runs/start_start1_2")
-    commands.first_tokens = {f"start_start1_{i}": 0.69 for i in range(train_pydocs.TRIES)}
+    commands.first_tokens = {f"start_start1_{i}": 0.69 for i in range(train_pydocs.MAX_ATTEMPTS)}
     with pytest.raises(SystemExit, match=r"None of 5 attempts .* 0\.35 nats.*--seed"):
         train_pydocs.main(["--output=others", "--export=out", "--models=start"])
 
 
-def test_models_can_begin_with_given_files(commands):
+def test_models_can_start_from_files_of_initial(commands):
     with pytest.raises(
         SystemExit, match=r"out/pydocs_start\.safetensors: expected.*--models=start"
     ):
@@ -170,7 +170,7 @@ def configured(mode, gin_file, macros):
     return gin.get_bindings(function)
 
 
-def test_every_command_of_the_recipe_is_a_valid_configuration(commands):
+def test_every_command_of_the_training_is_a_valid_configuration(commands):
     make()
     seen = {}
     for mode, gin_file, macros in commands.ran:
@@ -182,7 +182,7 @@ def test_every_command_of_the_recipe_is_a_valid_configuration(commands):
     assert [seen[f"glimmer_{name}"].num_kept for name in ("read", "choose", "ten")] == [1, 3, 3]
 
 
-def test_the_start_can_be_cut_anywhere_after_training(commands):
+def test_the_start_can_be_recut_anywhere_after_training(commands):
     make("--models=start")
     exported = configured("export", *commands.ran[-1][1:])["model"]
     start = configured(*trained(commands)[-1])["model"]
@@ -190,7 +190,7 @@ def test_the_start_can_be_cut_anywhere_after_training(commands):
     assert start.config == dataclasses.replace(exported.config, t5=undropped)
     assert start.config.share_position_table
     shapes, _ = start.abstract_variables()
-    # As training leaves them: no two tensors are equal.
+    # Like trained parameters, no two tensors are equal.
     count = iter(range(10**6))
     params = jax.tree.map(lambda leaf: jax.numpy.full(leaf.shape, float(next(count))), shapes)
     for alpha in (0.15, 0.3, 0.6, 0.86):

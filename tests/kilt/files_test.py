@@ -23,7 +23,7 @@ from tests import mini_kilt
         ("nq-dev-kilt.jsonl.gz", "nq-dev.jsonl"),
     ],
 )
-def test_published_names_say_task_and_split(path, name):
+def test_published_names_determine_task_and_split(path, name):
     assert files.task_file(path) == name
 
 
@@ -57,7 +57,7 @@ def test_parquet_parts_are_one_file_in_order(tmp_path):
         files.find_files(f"{tmp_path}/*/*.parquet")
 
 
-def test_files_that_cannot_be_told_apart_are_refused(tmp_path):
+def test_two_files_of_one_split_are_rejected(tmp_path):
     touch(tmp_path, "nq-dev-kilt.jsonl", "nq-dev.jsonl")
     with pytest.raises(ValueError, match=r"nq-dev\.jsonl are both nq-dev.jsonl. Keep one"):
         files.find_files(f"{tmp_path}/*.jsonl")
@@ -112,6 +112,6 @@ def test_a_mention_at_an_end_gets_the_other_sides_words():
     assert files.shorten("a b [START_ENT] M c", 3) == "b [START_ENT] M"
 
 
-def test_dialogues_keep_their_end_and_questions_stay_whole():
+def test_dialogues_keep_their_end_and_questions_all_words():
     assert files.shorten("one two\nthree four", 2, dialogue=True) == "three four"
     assert files.shorten("one two\nthree four", 2) == "one two\nthree four"

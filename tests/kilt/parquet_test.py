@@ -47,7 +47,7 @@ def test_the_hubs_tables_read_as_kilts_lines(tmp_path, task):
         assert examples.provenance(got) == wanted
 
 
-def test_files_of_another_kind_are_refused(tmp_path):
+def test_files_of_another_kind_are_rejected(tmp_path):
     with pytest.raises(ValueError, match="No file: .*absent.parquet"):
         list(read_parquet(tmp_path / "absent.parquet"))
     (tmp_path / "text.parquet").write_text("{}")
@@ -60,7 +60,7 @@ def test_files_of_another_kind_are_refused(tmp_path):
         list(read_parquet(tmp_path / "other.parquet"))
 
 
-def test_damage_inside_a_file_is_named(tmp_path):
+def test_damage_inside_a_file_is_reported(tmp_path):
     path = tmp_path / "dev.parquet"
     table = pyarrow.table({"id": ["a" * 999, "b"], "input": ["x" * 999, "y"], "output": [[], []]})
     parquet.write_table(table, path, compression="zstd")
@@ -71,7 +71,7 @@ def test_damage_inside_a_file_is_named(tmp_path):
         list(read_parquet(path))
 
 
-def test_pyarrow_is_asked_for_where_it_is_needed(monkeypatch):
+def test_a_missing_pyarrow_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match="x.parquet: Parquet needs pyarrow"):
         list(read_parquet("x.parquet"))

@@ -35,7 +35,7 @@ def test_the_hubs_tables_have_them_too(tmp_path):
     assert files.read_questions(str(tmp_path / "*.parquet")) == {"tc_1": "Who?"}
 
 
-def test_other_files_are_refused(tmp_path):
+def test_other_files_are_rejected(tmp_path):
     with pytest.raises(ValueError, match="TRIVIAQA: no file matches"):
         files.read_questions(str(tmp_path / "*.json"))
     write(tmp_path / "a.json", tc_1="Who?")

@@ -1,6 +1,6 @@
 """Every target's plan, word for word as `--dry_run` prints it, for one code and one command.
 
-After a wanted change, look at the printed difference and rewrite the goldens:
+After an intended change, check the printed difference and rewrite the goldens:
 
     GLIMMER_REWRITE_GOLDENS=1 python -m pytest tests/launch/goldens_test.py
 """
@@ -147,12 +147,12 @@ BAD = [
 
 
 @pytest.mark.parametrize(("options", "message"), BAD)
-def test_what_does_not_fit_is_refused(options, message, monkeypatch):
+def test_invalid_values_are_rejected(options, message, monkeypatch):
     with pytest.raises(ValueError, match=message):
         plan(options, monkeypatch)
 
 
-def test_output_on_a_machine_that_is_deleted_is_refused(monkeypatch):
+def test_local_output_on_a_deleted_machine_is_rejected(monkeypatch):
     flags = ["--run_mode=eval", "--gin.EVAL_OUTPUT_DIR='runs/x'"]
     for name in ("tpu_vm", "queued_resource", "jobset"):
         with pytest.raises(ValueError, match="EVAL_OUTPUT_DIR='runs/x' would be deleted"):
@@ -160,7 +160,7 @@ def test_output_on_a_machine_that_is_deleted_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("bindings", [[], ["--gin.MODEL_DIR=%HERE"]])
-def test_output_that_only_a_gin_file_names_is_refused(monkeypatch, bindings):
+def test_output_set_only_in_a_gin_file_is_rejected(monkeypatch, bindings):
     flags = ["--run_mode=train", "--gin_file=mine.gin", *bindings]
     for name in ("tpu_vm", "queued_resource", "jobset"):
         with pytest.raises(ValueError, match=r"Add --gin\.MODEL_DIR=\"'gs://BUCKET/RUN'\""):
@@ -168,7 +168,7 @@ def test_output_that_only_a_gin_file_names_is_refused(monkeypatch, bindings):
     plan(OPTIONS["local"], monkeypatch, flags)
 
 
-def test_where_nothing_is_written_no_bucket_is_asked_for(monkeypatch):
+def test_modes_without_output_need_no_bucket(monkeypatch):
     for name in ("tpu_vm", "queued_resource", "jobset"):
         plan(OPTIONS[name], monkeypatch, ["--run_mode=eval", "--gin.EVAL_OUTPUT_DIR=None"])
 
@@ -188,7 +188,7 @@ def test_the_work_of_one_process_is_not_started_in_many(mode, monkeypatch):
     ("slices", "bindings", "wanted"),
     [(2, [], 2), (2, ["--gin.MESH_SLICE=1"], 2), (1, ["--gin.MESH_SLICE=2"], 1)],
 )
-def test_slices_that_the_mesh_does_not_have_are_refused(monkeypatch, slices, bindings, wanted):
+def test_a_mesh_with_another_number_of_slices_is_rejected(monkeypatch, slices, bindings, wanted):
     options = f"{OPTIONS['jobset']} --slices={slices}"
     args = command_line.parser().parse_args(options.split())
     message = rf"--slices={slices} needs .* Add --gin\.MESH_SLICE={wanted}\."
@@ -282,12 +282,12 @@ def slurm_life(folder, codes, seconds=0):
         ("42 137 1", 137, True),
     ],
 )
-def test_slurm_starts_again_what_saved_or_was_killed(tmp_path, codes, code, requeued):
+def test_slurm_requeues_preempted_and_killed_jobs(tmp_path, codes, code, requeued):
     assert slurm_life(tmp_path, codes) == (code, "requeue 7\n" if requeued else "")
 
 
 @pytest.mark.parametrize(("code", "seconds"), [(42, 0), (137, 0), (137, 10 * slurm.SHORT)])
-def test_slurm_gives_up_after_many_cut_short_lives_in_a_row(tmp_path, monkeypatch, code, seconds):
+def test_slurm_gives_up_after_consecutive_short_attempts(tmp_path, monkeypatch, code, seconds):
     monkeypatch.setattr(slurm, "RESTARTS", 2)
     again = "requeue 7\n"
     for _ in range(2):
@@ -314,7 +314,7 @@ def test_a_process_under_slurm_has_its_time_to_save(tmp_path):
         assert process.wait(30) == 42
 
 
-def test_the_others_of_a_job_live_until_jax_has_missed_one():
+def test_other_processes_run_until_jax_detects_the_dead_one():
     silence = inspect.signature(distributed.join).parameters["silence"].default
     assert silence + 50 < processes.GRACE
     text = slurm.script(slurm.Slurm("run1"), FLAGS, "/", "python", "code")

@@ -1,4 +1,4 @@
-"""A TPU's whole life through the real runner: create, preempt, create again, delete. No cloud."""
+"""The lifecycle of TPU machines with the real runner: create, preempt, recreate, delete. No cloud."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def verbs(gcloud):
 
 
 def looks(gcloud):
-    """How often the state was asked for."""
+    """Number of state queries."""
     return sum(line.split()[3] == "describe" for line in (gcloud / "log").read_text().splitlines())
 
 
@@ -73,7 +73,7 @@ def test_the_job_waits_until_the_machines_are_ready(gcloud):
     assert int((gcloud / "n").read_text()) == 4
 
 
-def test_preempted_machines_are_made_again(gcloud):
+def test_preempted_machines_are_recreated(gcloud):
     life(gcloud, 1, PREEMPTED)
     assert go() == 0
     assert verbs(gcloud) == ONE_LIFE * 2
@@ -85,7 +85,7 @@ def test_a_job_that_saved_and_stopped_is_started_on_new_plan(gcloud, monkeypatch
     assert verbs(gcloud) == ONE_LIFE * 2
 
 
-def test_machines_lost_while_waiting_or_shipping_are_made_again(gcloud):
+def test_machines_lost_while_waiting_or_shipping_are_recreated(gcloud):
     life(gcloud, 1, "state=SUSPENDED")
     life(  # FAILED after it was ready
         gcloud,
@@ -189,7 +189,7 @@ def test_bad_input_and_crashes_are_not_repeated(gcloud, monkeypatch, code):
     assert verbs(gcloud) == ONE_LIFE
 
 
-def test_a_worker_that_refuses_the_first_connection_is_asked_again(gcloud):
+def test_a_rejected_first_connection_is_retried(gcloud):
     life(gcloud, 1, '[ "$verb" = scp ] && [ ! -e once ] && touch once && exit 255')
     assert go() == 0
     assert verbs(gcloud) == ["create", "scp", *ONE_LIFE[1:]]
@@ -202,7 +202,7 @@ def test_where_there_is_no_room_gclouds_exit_code_is_passed_on(gcloud):
 
 
 @pytest.mark.parametrize("target", ["tpu_vm", "queued_resource"])
-def test_the_machines_of_another_run_are_left_alone(gcloud, capfd, target):
+def test_the_machines_of_another_run_are_kept(gcloud, capfd, target):
     (gcloud / "taken").write_text("READY\n")
     assert go(target) == 2
     assert [line.split()[3] for line in (gcloud / "log").read_text().splitlines()] == ["describe"]
@@ -220,7 +220,7 @@ def test_the_machines_of_another_run_are_left_alone(gcloud, capfd, target):
         "There was a problem refreshing your current auth tokens: ('invalid_grant')",
     ],
 )
-def test_where_gcloud_does_not_say_that_the_name_is_free_nothing_is_done(gcloud, capfd, reason):
+def test_nothing_is_created_if_gcloud_cannot_check_the_name(gcloud, capfd, reason):
     (gcloud / "refused").write_text(reason)
     assert go() == 2
     assert [line.split()[3] for line in (gcloud / "log").read_text().splitlines()] == ["describe"]
@@ -238,13 +238,13 @@ def test_machines_that_are_not_found_are_lost_at_the_first_answer(gcloud, monkey
     assert verbs(gcloud) == ONE_LIFE * 2
 
 
-def test_a_state_that_is_not_set_yet_is_asked_for_again(gcloud):
+def test_an_unset_state_is_queried_again(gcloud):
     life(gcloud, 1, '[ "$verb" = describe ] && [ ! -e asked ] && touch asked && state=')
     assert go("queued_resource") == 0
     assert verbs(gcloud) == ONE_LIFE
 
 
-def test_machines_that_could_not_be_deleted_are_named(gcloud, capfd):
+def test_machines_that_could_not_be_deleted_are_reported(gcloud, capfd):
     life(gcloud, 1, PREEMPTED)
     life(gcloud, 1, '[ "$verb" = delete ] && exit 1')
     assert go() == 255
@@ -259,7 +259,7 @@ def test_a_finished_job_whose_machines_stay_has_failed(gcloud):
     assert go() == 1
 
 
-def test_a_delete_that_fails_is_tried_again(gcloud, capfd):
+def test_a_failed_delete_is_retried(gcloud, capfd):
     life(gcloud, 1, '[ "$verb" = delete ] && [ ! -e once ] && touch once && exit 1')
     assert go() == 0
     assert verbs(gcloud) == [*ONE_LIFE, "delete"]
@@ -304,7 +304,7 @@ def test_what_ends_the_launcher_deletes_the_machines(gcloud, monkeypatch, during
     assert looks(gcloud) == (1 if during == "create" else 2)
 
 
-def test_without_gcloud_the_message_says_so(gcloud, monkeypatch, capfd):
+def test_a_missing_gcloud_is_reported(gcloud, monkeypatch, capfd):
     (gcloud / "bin" / "gcloud").unlink()
     git = pathlib.Path(shutil.which("git")).resolve()
     (gcloud / "bin" / "git").symlink_to(git)

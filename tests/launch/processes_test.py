@@ -43,7 +43,7 @@ def alive(pid):
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    # A process that nobody has asked for its exit code is dead all the same.
+    # A zombie, whose exit code nobody has read, is dead.
     return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
 
 
@@ -105,7 +105,7 @@ def test_an_answer_is_what_was_printed_and_complaints_are_shown(capfd):
     assert capfd.readouterr().err == "old\nno\n"
 
 
-def test_what_a_command_complains_of_is_shown_at_once_and_heard(capfd):
+def test_stderr_is_shown_immediately_and_returned(capfd):
     assert run_showing_errors(sh("echo no >&2; exit 3"), Interrupts()) == Answer(3, "", "no")
     assert capfd.readouterr().err == "no\n"
     code = (
@@ -132,7 +132,7 @@ def test_a_silent_command_is_ended_with_what_it_started(tmp_path):
     assert not alive(int((tmp_path / "pid").read_text()))
 
 
-def test_a_command_is_tried_again_until_it_succeeds(tmp_path, capfd):
+def test_a_command_is_retried_until_it_succeeds(tmp_path, capfd):
     second = sh(f"test -e {tmp_path}/x || {{ touch {tmp_path}/x; exit 7; }}")
     assert run_again(second, Interrupts(), attempts=3, pause=0.01) == 0
     assert "exit code 7, retrying: sh -c" in capfd.readouterr().out
@@ -140,7 +140,7 @@ def test_a_command_is_tried_again_until_it_succeeds(tmp_path, capfd):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_signals_are_passed_on_and_the_job_says_how_it_ended(tmp_path, number):
+def test_signals_are_forwarded_and_the_exit_code_is_reported(tmp_path, number):
     command = "trap 'exit 42' TERM; echo $$ > {}; while :; do sleep 0.05; done"
     paths = [tmp_path / name for name in ("a", "b")]
     with start("-c", DRIVER, *(command.format(path) for path in paths)) as driver:
@@ -150,7 +150,7 @@ def test_signals_are_passed_on_and_the_job_says_how_it_ended(tmp_path, number):
     assert not any(alive(int(path.read_text())) for path in paths)
 
 
-def test_a_terminal_that_ends_is_one_signal_however_often_it_says_so(tmp_path):
+def test_a_closed_terminal_counts_as_one_signal(tmp_path):
     command = (
         f"trap 'touch {tmp_path}/heard; sleep 1; exit 42' TERM; touch {tmp_path}/up; "
         "while :; do sleep 0.05; done"
@@ -233,7 +233,7 @@ def test_two_jax_processes_add_up_and_stop_at_the_same_step(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     "victim", [2, pytest.param(0, marks=pytest.mark.slow)], ids=["any", "first"]
 )
-def test_a_process_that_hangs_ends_the_job_and_is_named(tmp_path, capfd, victim):
+def test_a_hanging_process_ends_the_job_and_is_reported(tmp_path, capfd, victim):
     with start("-c", DRIVER, *joined(4, tmp_path, 200, 6)) as driver:
         reports = [tmp_path / str(process) for process in range(4)]
         wait_for(lambda: all(path.exists() or driver.poll() for path in reports), 400)
@@ -241,7 +241,7 @@ def test_a_process_that_hangs_ends_the_job_and_is_named(tmp_path, capfd, victim)
         os.kill(pids[victim], signal.SIGSTOP)
         stopped = time.monotonic()
         assert driver.wait(180) == 42
-    # JAX's patience, a while to abort, and the launcher's for the one that stands still.
+    # JAX's timeout, the time to abort, and the launcher's grace for the hanging process.
     assert time.monotonic() - stopped < 60
     assert f"glimmer: Process {victim} of the job no longer answers" in capfd.readouterr().err
     assert not any(alive(pid) for pid in pids)
@@ -282,7 +282,7 @@ def test_four_processes_train_as_one_and_go_on_after_one_was_stopped(tmp_path, m
         assert driver.wait(400) == 0
     both = [logged(folder) for folder in (whole, stopped)]
     assert [[line["step"] for line in lines] for lines in both] == [list(range(1, steps + 1))] * 2
-    # Of dropout too; sums over devices are another library's, in another order.
+    # Also with dropout; another library sums over devices in another order.
     want, got = ([line["train/loss"] for line in lines] for lines in both)
     assert want[-1] < 0.9 * want[0]
     np.testing.assert_allclose(got, want, rtol=1e-4)
@@ -317,7 +317,7 @@ def test_sigterm_to_one_process_saves_the_same_step_in_all(tmp_path, monkeypatch
 
 @pytest.mark.fault
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_other_soon_and_is_named(tmp_path, capfd, victim):
+def test_a_killed_process_ends_the_other_and_is_reported(tmp_path, capfd, victim):
     commands, reports = joined(2, tmp_path, 200, 6), [tmp_path / "0", tmp_path / "1"]
     with start("-c", DRIVER, commands[0]) as first, start("-c", DRIVER, commands[1]) as second:
         drivers = (first, second)

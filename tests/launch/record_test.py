@@ -113,7 +113,7 @@ def test_a_record_that_was_cut_short_is_kept_and_bars_no_launch(tmp_path, capfd)
         assert text in [path.read_text() for path in run.glob("launch.damaged.*.json")]
 
 
-def test_a_record_appears_whole(tmp_path, monkeypatch):
+def test_a_record_is_written_atomically(tmp_path, monkeypatch):
     flags = ["--run_mode=train", f"--gin.MODEL_DIR={str(tmp_path / 'run')!r}"]
 
     def fail(*_):
@@ -125,7 +125,7 @@ def test_a_record_appears_whole(tmp_path, monkeypatch):
     assert not list((tmp_path / "run").iterdir())
 
 
-def test_local_records_are_readable_by_their_owner_alone(tmp_path):
+def test_local_records_are_readable_only_by_their_owner(tmp_path):
     run = tmp_path / "run"
     flags = ["--run_mode=train", f"--gin.MODEL_DIR={str(run)!r}"]
     for _ in range(2):

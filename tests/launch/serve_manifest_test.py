@@ -16,7 +16,7 @@ def test_kubernetes_takes_every_document():
         validate(document, "1.33", strict=True)
 
 
-def test_probes_ask_the_paths_that_the_server_has():
+def test_probes_use_paths_that_the_server_has():
     assert CONTAINER["readinessProbe"]["httpGet"]["path"] == "/readyz"
     assert CONTAINER["startupProbe"]["httpGet"]["path"] == "/readyz"
     assert CONTAINER["livenessProbe"]["httpGet"]["path"] == "/healthz"

@@ -1,8 +1,8 @@
-"""A TPU API for tests: nodes and queued resources as the real one has them, in Google's messages.
+"""A TPU API for tests: nodes and queued resources like the real ones, in Google's messages.
 
-Google's client reaches it by gRPC, and gcloud itself by REST. What a life of machines looks like is
-written down before it: the states to be seen, one after the other, of which the last stays. A file
-`state` in the folder holds those from then on, for a job that wants its machines to be preempted.
+Google's client reaches it by gRPC, and gcloud itself by REST. A test lists the states of the
+machines in advance; each query returns the next one, and the last one repeats. A job preempts its
+own machines by writing further states to the file `state` in the folder.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ class Refused(Exception):
 
 
 class Api:
-    """Nodes and queued resources, and all that was asked for."""
+    """Nodes and queued resources, and all requests."""
 
     def __init__(self, folder):
         self.folder = folder

@@ -45,7 +45,7 @@ NODE = {
     "UNHIDING": "waiting",
     "DELETING": "gone",
     "STOPPING": "gone",
-    "STOPPED": "gone",  # by a person, who does not want it to run
+    "STOPPED": "gone",  # stopped by a user
     "PREEMPTED": "gone",
     "TERMINATED": "gone",
     "HIDING": "gone",
@@ -127,12 +127,12 @@ def test_every_state_of_the_api_is_ready_waiting_or_gone(make, wanted, enums):
     assert plan.ready == next(name for name, means in wanted.items() if means == "ready")
     assert set(plan.waiting) == {name for name, means in wanted.items() if means == "waiting"}
     for enum in enums:
-        # A state that is not set is printed as nothing, and asked for again.
+        # An unset state is printed as an empty line, and queried again.
         assert {state.name for state in enum} == {*wanted, "STATE_UNSPECIFIED"}
 
 
 @both_doors
-def test_a_node_is_made_used_and_deleted(api, through, gcloud):
+def test_a_node_is_created_used_and_deleted(api, through, gcloud):
     assert go("tpu_vm", "--spot") == 0
     assert lives(api) == ["GetNode", *ONE_LIFE["tpu_vm"]]
     [made] = creations(api)
@@ -169,7 +169,7 @@ def test_a_queued_resource_is_waited_for_used_and_deleted(api, through, gcloud):
         ("queued_resource", "ACTIVE ACTIVE ACTIVE SUSPENDING"),
     ],
 )
-def test_preempted_machines_are_made_again(api, through, monkeypatch, target, state):
+def test_preempted_machines_are_recreated(api, through, monkeypatch, target, state):
     monkeypatch.setenv("JOB", LOST.format(state))
     assert go(target) == 0
     create, look, delete = ONE_LIFE[target]
@@ -178,7 +178,7 @@ def test_preempted_machines_are_made_again(api, through, monkeypatch, target, st
 
 
 @by_client
-def test_a_request_that_was_suspended_in_the_queue_is_made_again(api, through):
+def test_a_request_suspended_in_the_queue_is_repeated(api, through):
     api.lives = [["ACCEPTED", "SUSPENDED"], ["WAITING_FOR_RESOURCES", "SUSPENDING"], ["ACTIVE"]]
     assert go("queued_resource") == 0
     assert lives(api) == ["GetQueuedResource", *ONE_LIFE["queued_resource"] * 3]
@@ -186,7 +186,7 @@ def test_a_request_that_was_suspended_in_the_queue_is_made_again(api, through):
 
 
 @both_doors
-def test_a_request_that_failed_in_the_queue_says_why_and_is_not_made_again(api, through, capfd):
+def test_a_request_failed_in_the_queue_is_explained_not_repeated(api, through, capfd):
     api.lives = [["ACCEPTED", "FAILED"]]
     assert go("queued_resource") == 2
     assert lives(api) == ["GetQueuedResource", *ONE_LIFE["queued_resource"]]
@@ -225,7 +225,7 @@ def test_where_the_name_is_not_known_to_be_free_nothing_is_made(api, through, ca
 
 @both_doors
 @pytest.mark.parametrize("target", ONE_LIFE)
-def test_machines_that_another_launcher_made_after_our_look_are_left_alone(
+def test_machines_created_by_another_launcher_meanwhile_are_kept(
     api, through, monkeypatch, capfd, target
 ):
     method, look, _ = ONE_LIFE[target]

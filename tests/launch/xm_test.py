@@ -142,7 +142,7 @@ def wait_for(condition):
         time.sleep(0.05)
 
 
-def test_without_xmanager_the_message_says_what_to_install(monkeypatch):
+def test_a_missing_xmanager_is_reported_with_the_pip_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "xmanager", None)
     wanted = r"needs XManager, but .*pip install -c constraints\.txt '\.\[xm\]'"
     with pytest.raises(ValueError, match=wanted):

@@ -103,7 +103,7 @@ def test_passages_in_a_bucket_are_fetched_in_blocks(bucket, tmp_path, monkeypatc
 
 @pytest.mark.fault
 @pytest.mark.parametrize("kind", FAULTS)
-def test_a_bucket_that_stumbles_is_asked_again(tiny, bucket, kind):
+def test_transient_bucket_errors_are_retried(tiny, bucket, kind):
     def stumble():
         with bucket.lock:
             bucket.faults.extend(FAULTS[kind])
@@ -139,11 +139,12 @@ print(folder.read_file(kvstore, "a"), os.environ["TENSORSTORE_CURL_LOW_SPEED_LIM
 
 
 @pytest.mark.fault
-def test_a_bucket_that_takes_a_request_and_never_answers_is_asked_again(bucket):
+def test_a_request_that_the_bucket_never_answers_is_retried(bucket):
     with bucket.lock:
         bucket.faults.extend(["stall"] * 2)
         bucket.hit = 0
-    # A process of its own, as nothing was set outside: the variables are read with the first request.
+    # A process of its own, as nothing was set outside: the variables are read with the first
+    # request.
     bare = {k: v for k, v in os.environ.items() if "CURL_LOW_SPEED" not in k}
     done = subprocess.run(
         [sys.executable, "-c", STALLED], env=bare, capture_output=True, text=True, timeout=60

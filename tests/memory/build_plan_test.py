@@ -38,7 +38,7 @@ def test_builders_at_the_same_time(tiny, tiny_store, tmp_path, folder_bytes, mon
     assert folder_bytes(path) == folder_bytes(tiny_store)
 
 
-def test_the_first_builder_waits_for_the_others_and_goes_on_later(tiny, tmp_path):
+def test_the_first_builder_waits_for_the_others_and_resumes(tiny, tmp_path):
     path = tmp_path / "s"
     with pytest.raises(
         StopRequested, match="2 shards of other builders are missing, the first 000001"
@@ -77,14 +77,14 @@ def test_builders_of_another_number_are_rejected_while_one_lives(tiny, tmp_path,
         with pytest.raises(ValueError, match=f"is being written by process {os.getpid()} on"):
             tiny.build_tiny(path, builders=Builders(*second, wait_seconds=0.0))
         assert not list(path.glob("shards/*"))
-    # When they are gone, any number may go on.
+    # Once they are gone, any number of builders may resume.
     for index in reversed(range(second[1])):
         tiny.build_tiny(path, builders=Builders(index, second[1]))
     assert MemoryStore.open(path).manifest.num_passages == 23
 
 
 @pytest.mark.fault
-def test_what_dead_builders_of_another_number_left_is_in_nobodys_way(
+def test_shards_of_dead_builders_do_not_block_another_count(
     tiny, tiny_store, tmp_path, folder_bytes
 ):
     path = tmp_path / "s"
@@ -104,7 +104,7 @@ with Builders(1, 2).lock(folder.open_folder({str(path)!r}), "build.lock"):
 
 @pytest.mark.fault
 @pytest.mark.parametrize("job", ["build", "append", "withdraw"])
-def test_who_has_lost_the_lock_writes_nothing_more(tiny, tmp_path, monkeypatch, job):
+def test_a_builder_that_lost_its_lock_writes_nothing(tiny, tmp_path, monkeypatch, job):
     path, whole = tmp_path / "s", tiny.TinyPassages()
     if job != "build":
         tiny.build_tiny(path, tiny.part(range(9)))

@@ -43,7 +43,7 @@ def _run_and_die(path, die_at):
         ("after:manifest.json", 4),
     ],
 )
-def test_build_killed_and_started_again_equals_an_uninterrupted_one(
+def test_a_killed_and_resumed_build_equals_an_uninterrupted_one(
     tiny, tiny_store, tmp_path, folder_bytes, die_at, finished
 ):
     path = tmp_path / "store"
@@ -59,7 +59,7 @@ def test_build_killed_and_started_again_equals_an_uninterrupted_one(
 
 @pytest.mark.fault
 @pytest.mark.parametrize("die_at", ["rename:versions/000001.json", "after:versions/000001.json"])
-def test_append_killed_and_started_again_equals_an_uninterrupted_one(
+def test_a_killed_and_resumed_append_equals_an_uninterrupted_one(
     tiny, tmp_path, folder_bytes, die_at
 ):
     for name in ("killed", "whole"):
@@ -88,7 +88,7 @@ def test_a_build_polls_the_stop_signal(tiny, tmp_path):
         tiny.build_tiny(tmp_path / "s")
 
 
-def test_finished_build_run_again_changes_nothing(tiny, copied_store, folder_bytes):
+def test_rerunning_a_finished_build_changes_nothing(tiny, copied_store, folder_bytes):
     before = folder_bytes(copied_store)
     report = tiny.build_tiny(copied_store)
     assert (report.built, report.skipped) == (0, 4)
@@ -108,7 +108,7 @@ def test_a_finished_build_on_read_only_storage_succeeds(tiny, copied_store, monk
 
 @pytest.mark.fault
 @pytest.mark.parametrize("damage", ["folder", "truncated", "file"])
-def test_damaged_shard_is_rebuilt_alone_with_the_same_bytes(
+def test_only_the_damaged_shard_is_rebuilt_with_the_same_bytes(
     tiny, tiny_store, copied_store, folder_bytes, damage
 ):
     data = copied_store / "shards" / "000001" / "states" / "c" / "0" / "0"
@@ -179,7 +179,7 @@ def test_other_program_is_accepted_with_a_flag_and_recorded(tiny, copied_store):
 
 
 @pytest.mark.fault
-def test_a_second_writer_is_rejected_and_the_holder_is_named(tiny, tmp_path):
+def test_a_second_writer_is_rejected_and_the_holder_is_reported(tiny, tmp_path):
     path = tmp_path / "store"
 
     def encode(tokens):

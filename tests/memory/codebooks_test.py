@@ -34,7 +34,7 @@ def _correlated(rows=3000, emb_dim=16):
     return (rng.normal(size=(rows, emb_dim)) @ mixing + 1).astype(np.float32)
 
 
-def test_learnt_codebooks_are_those_of_lloyd_and_do_not_depend_on_the_mesh():
+def test_learned_codebooks_equal_lloyds_on_every_mesh():
     states = _correlated(500)
     books = codebooks.learn(SMALL, states, _mesh(1), iterations=4)
     assert {k: v.shape for k, v in books.items()} == SMALL.codebook_specs(16)
@@ -61,7 +61,7 @@ def test_learnt_codebooks_are_those_of_lloyd_and_do_not_depend_on_the_mesh():
         np.testing.assert_allclose(many[name], value, rtol=1e-3, atol=1e-3)
 
 
-def test_the_basis_is_orthogonal_and_gives_every_subspace_as_much_to_say():
+def test_the_basis_is_orthogonal_and_balances_subspace_variance():
     covariance = np.cov(_correlated().T)
     basis = codebooks.even_basis(covariance, 8).astype(np.float64)
     np.testing.assert_allclose(basis.T @ basis, np.eye(16), atol=1e-5)
@@ -207,7 +207,7 @@ def test_the_model_reads_codes_as_it_reads_tokens():
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_only_centroids_are_trained_and_only_if_asked(train):
+def test_only_centroids_are_trained_and_only_if_enabled(train):
     model, params = _params(dataclasses.replace(PQ, train_codebooks=train))
     batch = {"passage_tokens": np.arange(2, 17, dtype=np.int32).reshape(1, 3, 5)}
 

@@ -1,4 +1,4 @@
-"""A memory's whole life by the command line, on a tiny checkpoint and the built-in vocabulary."""
+"""All memory commands on the command line, with a tiny checkpoint and the built-in vocabulary."""
 
 import dataclasses
 import json
@@ -186,7 +186,7 @@ def test_a_memory_is_built_appended_repaired_withdrawn_and_merged(
     capsys.readouterr()
     for action, wrong, message in (
         ("withdraw", {"IDS": 3}, 'IDS must be list, got 3. Set for example --gin.IDS="[0, 1]"'),
-        ("withdraw", {"IDS": []}, "This mode needs IDS"),
+        ("withdraw", {"IDS": []}, "This mode requires IDS"),
         ("withdraw", {"IDS": [-1]}, "IDS: `id` must be from 0 to 2**63 - 1, got -1"),
         ("withdraw", {"IDS": [0, 2**63]}, "got 9223372036854775808"),
         (

@@ -36,7 +36,7 @@ def test_append_adds_what_is_new_and_readers_keep_their_version(tiny, tmp_path):
     after.check_passages("sha256:p2")
     _, lengths = _memory(after, whole.ids)
     np.testing.assert_array_equal(lengths, whole.lengths(range(23)))
-    # The reader that was there first, and one that asks for that version, see what was.
+    # The first reader, and one that opens that version, see the old passages.
     for store in (before, MemoryStore.open(path, version=1)):
         assert len(store) == 9
         for a, b in zip(_memory(store, whole.ids[:9]), seen, strict=True):
@@ -50,7 +50,7 @@ def test_append_adds_what_is_new_and_readers_keep_their_version(tiny, tmp_path):
 
 
 @pytest.mark.fault
-def test_append_that_was_stopped_goes_on(tiny, tmp_path):
+def test_a_stopped_append_resumes(tiny, tmp_path):
     path, whole = tmp_path / "s", tiny.TinyPassages()
     tiny.build_tiny(path, tiny.part(range(9)))
     STOP.request()
@@ -149,7 +149,7 @@ def test_shards_of_a_stopped_append_do_not_block_other_passages(tiny, tmp_path):
 
 
 @pytest.mark.fault
-def test_a_damaged_manifest_of_a_changed_store_is_not_written_anew(tiny, tmp_path):
+def test_a_damaged_manifest_of_an_edited_store_is_not_rewritten(tiny, tmp_path):
     path, whole = tmp_path / "s", tiny.TinyPassages()
     tiny.build_tiny(path, tiny.part(range(9)))
     edit.withdraw(path, whole.ids[[3]].tolist())
@@ -175,7 +175,7 @@ def test_a_damaged_manifest_of_a_changed_store_is_not_written_anew(tiny, tmp_pat
 
 
 @pytest.mark.fault
-def test_a_changed_store_without_its_manifest_is_not_built_anew(tiny, tmp_path):
+def test_an_edited_store_without_its_manifest_is_not_rebuilt(tiny, tmp_path):
     path, whole = tmp_path / "s", tiny.TinyPassages()
     tiny.build_tiny(path)
     edit.withdraw(path, whole.ids[[3]].tolist())
@@ -237,7 +237,7 @@ def test_withdrawing_everything_leaves_an_empty_store(tiny, copied_store):
 
 
 @pytest.mark.fault
-def test_merge_equals_the_parts_and_can_be_run_again(tiny, tmp_path, folder_bytes):
+def test_merge_equals_the_parts_and_can_be_rerun(tiny, tmp_path, folder_bytes):
     whole = tiny.TinyPassages()
     for name, rows in (("a", range(12)), ("b", range(12, 23))):
         tiny.build_tiny(tmp_path / name, tiny.part(rows), passages_fingerprint=name)
@@ -262,7 +262,7 @@ def test_merge_equals_the_parts_and_can_be_run_again(tiny, tmp_path, folder_byte
 
 @pytest.mark.fault
 @pytest.mark.fault
-def test_a_damaged_manifest_of_a_merged_store_is_not_built_anew(tiny, tmp_path, folder_bytes):
+def test_a_merged_store_with_a_damaged_manifest_is_not_rebuilt(tiny, tmp_path, folder_bytes):
     parts = [tmp_path / "a", tmp_path / "b"]
     for path, rows in zip(parts, (range(12), range(12, 23)), strict=True):
         tiny.build_tiny(path, tiny.part(rows))
@@ -326,7 +326,7 @@ def test_repair_rebuilds_damaged_shards_with_the_bytes_they_had(
     assert repair() == []
 
 
-def test_repair_stops_when_asked_and_says_how_far_it_is(
+def test_repair_stops_on_request_and_reports_progress(
     tiny, copied_store, folder_bytes, monkeypatch, caplog
 ):
     (copied_store / "shards" / "000002" / "shard.json").unlink()
@@ -421,7 +421,7 @@ def test_repair_that_was_stopped_has_removed_nothing(tiny, tmp_path, folder_byte
 
 @pytest.mark.fault
 @pytest.mark.parametrize("damage", ["key", "digit", "cut"])
-def test_a_damaged_record_is_built_again_and_not_believed(
+def test_a_shard_with_a_damaged_record_is_rebuilt(
     tiny, tiny_store, copied_store, folder_bytes, damage
 ):
     (copied_store / manifest.MANIFEST).unlink()
@@ -486,7 +486,7 @@ def test_a_passage_is_found_by_id_and_by_title(tiny, copied_store):
 
 
 @pytest.mark.parametrize("codec", ["bf16", "int8"])
-def test_a_plan_says_what_a_build_will_take(tiny, tmp_path, codec):
+def test_a_plan_estimates_the_cost_of_a_build(tiny, tmp_path, codec):
     passages = tiny.TinyPassages(count=200)
     made = tiny.build_tiny(
         tmp_path / "s",

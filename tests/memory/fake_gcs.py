@@ -1,8 +1,8 @@
 """A bucket on loopback: what TensorStore's gcs driver asks of Cloud Storage, kept in a dictionary.
 
-Objects with generations, conditional writes and deletes, ranges, and listing in pages; nothing else. It
-can be told to answer the next requests badly: with a status, by closing the connection before or after it
-has done what was asked, or late.
+Objects with generations, conditional writes and deletes, ranges, and listing in pages; nothing
+else. It can be told to answer the next requests badly: with a status, by closing the connection
+before or after it has done what was asked, or late.
 """
 
 import http.server
@@ -106,7 +106,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self._answer(204)
 
     def _begin(self) -> tuple[str, dict[str, str] | None]:
-        """The object asked for ("" for the bucket) and the query; None where a fault befell it."""
+        """The requested object ("" for the bucket) and the query; None after an injected fault."""
         url = urllib.parse.urlsplit(self.path)
         query = dict(urllib.parse.parse_qsl(url.query))
         with self.gcs.lock:

@@ -49,7 +49,7 @@ def test_killed_at_a_random_moment_it_ends_with_the_same_bytes(
     assert folder_bytes(path) == folder_bytes(tiny_store)
 
 
-def test_a_full_disk_is_named_and_the_build_goes_on_with_more_room(
+def test_a_full_disk_is_reported_and_the_build_resumes_with_space(
     tiny, tiny_store, tmp_path, folder_bytes
 ):
     path = tmp_path / "s"
@@ -62,7 +62,7 @@ def test_a_full_disk_is_named_and_the_build_goes_on_with_more_room(
     assert folder_bytes(path) == folder_bytes(tiny_store)
 
 
-def test_stray_files_are_nobodys(tiny, copied_store, tiny_store):
+def test_stray_files_are_ignored(tiny, copied_store, tiny_store):
     (copied_store / "notes.txt").write_text("mine")
     (copied_store / "shards" / "000001" / "states" / "c" / "9").mkdir(parents=True)
     (copied_store / "shards" / "000001" / "states" / "c" / "9" / "0").write_bytes(b"x" * 99)

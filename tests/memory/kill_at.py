@@ -1,7 +1,8 @@
-"""Death at a system call: the kernel kills this process as it asks for one, before that is done.
+"""Kills at a system call: the kernel kills this process when it makes one, before it is executed.
 
-What writes files is not Python, so no patch could stand between its write, its fsync and its rename.
-The kernel's own filter can: as `kill -9`, it cannot be caught and leaves no time to tidy up.
+What writes files is not Python, so no patch could stand between its write, its fsync and its
+rename. The kernel's own filter can: as `kill -9`, it cannot be caught and leaves no time to tidy
+up.
 """
 
 import ctypes

@@ -114,6 +114,6 @@ def test_the_documented_commands_run_as_they_stand(tiny_store, tmp_path, monkeyp
         ),
     ],
 )
-def test_missing_settings_of_an_action_are_named(capsys, action, files, macros, message):
+def test_missing_settings_of_an_action_are_reported(capsys, action, files, macros, message):
     assert run(action, *files, **macros) == 2
     assert message in capsys.readouterr().err

@@ -64,7 +64,7 @@ def passages(tmp_path_factory):
     return Passages.open(path)
 
 
-def _recipe(model, params, passages, mesh):
+def _encoder(model, params, passages, mesh):
     return MemoryEncoder(
         encoding.bind_encoder(model.memory_states, params, mesh, model.config.memory_codec),
         Identity(
@@ -87,9 +87,9 @@ def test_bytes_of_the_model_do_not_depend_on_the_mesh(
         count = math.prod(sizes.values())
         mesh = partitioning.make_mesh(partitioning.MeshConfig(**sizes), jax.devices()[:count])
         placed = jax.device_put(params, partitioning.shardings(names, mesh))
-        recipe = _recipe(model, placed, passages, mesh)
+        encoder = _encoder(model, placed, passages, mesh)
         build.build_memory(
-            recipe,
+            encoder,
             passages,
             tmp_path / name,
             passages_fingerprint="sha256:p",
@@ -112,7 +112,7 @@ def test_memory_from_the_store_equals_memory_computed_now(model, params, passage
     mesh = partitioning.make_mesh(partitioning.MeshConfig(data=1), jax.devices()[:1])
     fingerprint = encoder_fingerprint(params, model.config)
     build.build_memory(
-        _recipe(model, params, passages, mesh),
+        _encoder(model, params, passages, mesh),
         passages,
         tmp_path / "m",
         passages_fingerprint="sha256:p",

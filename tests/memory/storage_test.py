@@ -47,7 +47,7 @@ def served(copied_store):
 
 @pytest.mark.fault
 @pytest.mark.parametrize("status", [400, 401, 403, 429, 503])
-def test_a_refusing_server_is_no_damage(served, status):
+def test_a_failing_server_is_not_reported_as_damage(served, status):
     spec, server = served
     store = MemoryStore.open(spec, cache_bytes=0)
     server.status = status
@@ -81,7 +81,7 @@ def test_only_codes_about_bytes_are_damage(code):
 
 
 @pytest.mark.fault
-def test_a_disk_that_refuses_to_be_written_is_named(tmp_path):
+def test_a_disk_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "s").write_text("a file where a folder should be")
     with pytest.raises(OSError, match="s/shards/0/x could not be .* permissions and free space"):
         folder.write_file(folder.open_folder(tmp_path), "s/shards/0/x", b"1")

@@ -57,7 +57,7 @@ def test_round_trip_keeps_every_bit_of_bfloat16(tiny, tmp_path):
         np.testing.assert_array_equal(arrays["states"][row, :n].view(np.uint16), wanted)
 
 
-def test_unknown_ids_are_named_or_masked(tiny, tiny_store):
+def test_unknown_ids_are_reported_or_masked(tiny, tiny_store):
     passages, store = tiny.TinyPassages(), MemoryStore.open(tiny_store)
     ids = passages.ids[[[3, 22], [0, 3]]]
     np.testing.assert_array_equal(store.rows(ids), [[3, 22], [0, 3]])
@@ -115,7 +115,7 @@ def test_inspect_summarises_the_store(tiny_store):
 
 
 @pytest.mark.fault
-def test_another_encoder_or_vocabulary_is_rejected_and_both_are_named(tiny_store):
+def test_another_encoder_or_vocabulary_is_rejected_with_both_names(tiny_store):
     MemoryStore.open(tiny_store, "sha256:e1", "sha256:v1")
     with pytest.raises(ValueError, match="encoder sha256:e1, .*encoder is sha256:x"):
         MemoryStore.open(tiny_store, "sha256:x")
@@ -123,13 +123,13 @@ def test_another_encoder_or_vocabulary_is_rejected_and_both_are_named(tiny_store
         MemoryStore.open(tiny_store, None, "sha256:y")
 
 
-def test_another_codec_is_rejected_and_memory_codec_is_named(tiny_store):
+def test_another_codec_is_rejected_and_memory_codec_reported(tiny_store):
     MemoryStore.open(tiny_store, codec="bf16")
     with pytest.raises(ValueError, match="MEMORY_CODEC is 'int8'.*'bf16'"):
         MemoryStore.open(tiny_store, codec="int8")
 
 
-def test_other_passages_are_rejected_and_both_are_named(tiny_store):
+def test_other_passages_are_rejected_with_both_fingerprints(tiny_store):
     store = MemoryStore.open(tiny_store)
     store.check_passages("sha256:p1")
     with pytest.raises(ValueError, match="sha256:p1.*sha256:p2"):

@@ -32,16 +32,16 @@ def test_recall_counts_the_first_passages():
     gold = [[False, True], [True, False], [], [False, False]]
     assert qa.recall_at(gold, 1) == {"recall_at_1": 0.25}
     assert qa.recall_at(gold, 2) == {"recall_at_2": 0.5}
-    with pytest.raises(ValueError, match="at 1 or more, got 0"):
+    with pytest.raises(ValueError, match="at least 1, got 0"):
         qa.recall_at(gold, 0)
 
 
 def test_numbers_of_targets_and_predictions_must_agree():
-    with pytest.raises(ValueError, match="as many predictions as targets, got 1 and 2"):
+    with pytest.raises(ValueError, match="1 predictions and 2 targets"):
         qa.exact_match(["a", "b"], ["a"])
 
 
-def test_the_interval_of_a_mean_is_that_of_the_normal_law():
+def test_the_interval_of_a_mean_matches_the_normal_approximation():
     scores = np.random.default_rng(1).random(2000) < 0.3
     found = qa.bootstrap(scores)
     half = 1.96 * scores.std() / np.sqrt(2000)
@@ -70,14 +70,14 @@ def test_pairing_narrows_the_interval():
     assert same["low"] == same["high"] == 0.0
 
 
-def test_bad_scores_are_refused():
-    with pytest.raises(ValueError, match="one or more, got shape"):
+def test_invalid_scores_are_rejected():
+    with pytest.raises(ValueError, match=r"scores.*n >= 1, got \(0,\)"):
         qa.bootstrap([])
     with pytest.raises(ValueError, match="between 0 and 1, got 95"):
         qa.bootstrap([1.0], level=95)
-    with pytest.raises(ValueError, match="Wanted 2 groups, one a score, got 1"):
+    with pytest.raises(ValueError, match="groups.*2, got 1"):
         qa.bootstrap([1.0, 0.0], groups=["p"])
-    with pytest.raises(ValueError, match="on the same questions, got shapes"):
+    with pytest.raises(ValueError, match=r"same questions, got shapes \(1,\) and \(2,\)"):
         qa.paired_bootstrap([1.0], [1.0, 0.0])
 
 
@@ -110,14 +110,14 @@ def test_a_prediction_file_is_scored_by_id(tmp_path):
     assert found["f1"]["n"] == 2
 
 
-def test_incomplete_and_malformed_predictions_are_refused(tmp_path):
+def test_incomplete_and_malformed_predictions_are_rejected(tmp_path):
     questions = write(tmp_path / "q", question("a", "x", 1), question("b", "y", 2))
-    with pytest.raises(ValueError, match="1 questions have no prediction, the first is 'b'"):
+    with pytest.raises(ValueError, match="PREDICTIONS: 1 questions .*'b'"):
         qa.score_file(write(tmp_path / "p", {"id": "a", "prediction": ""}), questions)
-    with pytest.raises(ValueError, match="p:2: wanted a string `id` not given before, got 'a'"):
+    with pytest.raises(ValueError, match="p:2: expected a new string `id`, got 'a'"):
         qa.score_file(write(tmp_path / "p", *[{"id": "a", "prediction": ""}] * 2), questions)
-    with pytest.raises(ValueError, match="Prediction 'a' has no answer"):
+    with pytest.raises(ValueError, match="PREDICTIONS: 'a' has no answer"):
         qa.score_file(write(tmp_path / "p", {"id": "a"}, {"id": "b"}), questions)
     blind = write(tmp_path / "blind", {"id": "a", "input": "?"})
-    with pytest.raises(ValueError, match="no answers to score against"):
+    with pytest.raises(ValueError, match="QUESTIONS: .*blind has no answers"):
         qa.score_file(write(tmp_path / "p", {"id": "a", "prediction": ""}), blind)

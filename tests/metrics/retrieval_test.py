@@ -26,15 +26,15 @@ def test_scores_of_pages_equal_the_official_ones(tmp_path):
     guesses = []
     for example, pages in zip(examples(), PAGES, strict=True):
         scores.add(example, pages)
-        found = [{"wikipedia_id": page} for page in pages]
-        guesses.append({"id": example["id"], "output": [{"provenance": found}]})
+        places = [{"wikipedia_id": page} for page in pages]
+        guesses.append({"id": example["id"], "output": [{"provenance": places}]})
     for name, rows in (("gold", list(examples())), ("guess", guesses)):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     official = kilt_scores(tmp_path / "gold", tmp_path / "guess", [1, 2, 3])["retrieval"]
-    wanted = {name: official[name] for name in ("Rprec", "recall@2", "recall@3")}
-    assert scores.pages() == {"questions": 2, **wanted}
-    # Half of the first question's pages, and the second question's page one place too late.
-    assert wanted == {"Rprec": 0.25, "recall@2": 1.0, "recall@3": 1.0}
+    expected = {name: official[name] for name in ("Rprec", "recall@2", "recall@3")}
+    assert scores.pages() == {"questions": 2, **expected}
+    # Half of the first question's pages, and the second question's page at rank 2.
+    assert expected == {"Rprec": 0.25, "recall@2": 1.0, "recall@3": 1.0}
 
 
 def test_passages_count_by_their_marks():
@@ -49,5 +49,5 @@ def test_questions_without_gold_do_not_count():
     scores = RetrievalScores((1,))
     scores.add({"id": "t", "retrieved": []}, [])
     assert scores.passages() == scores.pages() == {}
-    with pytest.raises(ValueError, match=r"Example 't': wanted a string `answer`"):
+    with pytest.raises(ValueError, match="Example 't': expected a string `answer`"):
         scores.add({"id": "t", "output": [{"answer": 3}], "retrieved": []}, [])

@@ -5,7 +5,7 @@ import pytest
 
 from glimmer_jax.metrics.kilt import common_words, rouge_l
 
-# [prediction, target, score], the scores computed with rouge 1.0.1; ours never rewrites them.
+# [prediction, target, score], with scores computed by rouge 1.0.1; no test rewrites them.
 PAIRS = json.loads((pathlib.Path(__file__).parent / "goldens" / "rouge_l.json").read_text("utf-8"))
 
 
@@ -14,7 +14,7 @@ def test_scores_are_those_of_the_rouge_package(prediction, target, score):
     assert rouge_l(prediction, target) == score
 
 
-def test_of_equally_long_subsequences_the_one_that_ends_first_is_taken():
+def test_ties_are_broken_by_the_subsequence_that_ends_first():
     assert common_words(["a", "b"], ["b", "a"]) == {"b"}
     assert common_words(["b", "a"], ["a", "b"]) == {"a"}
 

@@ -1,4 +1,4 @@
-"""Choosing passages before the last reranking layer is whole: the same answers for less."""
+"""Choosing passages before the last reranking layer is complete: the same answers at lower cost."""
 
 import dataclasses
 
@@ -48,7 +48,8 @@ def test_choosing_equals_reranking_and_selecting(name):
         jax.jit(lambda b, m=method: Glimmer(config).apply(variables, b, method=m))(batch)
         for method in (whole, chosen)
     )
-    # The scores differ between passages, and absent passages have none: there is something to choose.
+    # The scores differ between passages, and absent passages have none: there is something to
+    # choose.
     finite = np.isfinite(expected[3])
     assert not finite.all() and np.std(expected[3][finite]) > 0.1
     np.testing.assert_array_equal(got[1], expected[1])
@@ -110,6 +111,6 @@ def test_passages_read_in_chunks_give_the_same_answers(chunk):
     np.testing.assert_allclose(aux["scores"], expected["scores"], rtol=1e-5, atol=1e-5)
 
 
-def test_a_chunk_of_no_passages_is_refused():
+def test_a_chunk_of_no_passages_is_rejected():
     with pytest.raises(ValueError, match="read_chunk.* got 0"):
         dataclasses.replace(tiny.LUMEN, read_chunk=0)

@@ -54,7 +54,7 @@ def test_scanned_layers_equal_looped_ones():
     loss, grad = tiny.loss_and_grad(looped, tiny.LIGHT_LOSS)(unstack_layers(params), batch)
     tiny.assert_trees_close(loss, want[0], rtol=1e-5)
     tiny.assert_trees_close(stack_layers(grad), want[1], rtol=1e-4, atol=1e-5)
-    # The looped model asks for exactly the parameters that the scanned one has.
+    # The unrolled model has exactly the parameters of the scanned one.
     shapes = jax.eval_shape(unstack_layers, tiny.abstract(tiny.GLIMMER)[0])
     assert jax.tree.map(lambda x: x.shape, shapes) == jax.tree.map(
         lambda x: x.shape, tiny.abstract(looped)[0]

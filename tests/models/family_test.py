@@ -71,7 +71,7 @@ CUTS = [(m, r) for m in range(5) for r in range(5 - m)]
 
 
 @pytest.mark.parametrize("m, r", CUTS)
-def test_memory_then_live_encoder_over_one_sequence_is_the_uncut_encoder(uncut_params, m, r):
+def test_memory_and_live_encoder_on_one_sequence_equal_the_full_encoder(uncut_params, m, r):
     config = dataclasses.replace(UNCUT, memory_layers=m, rerank_layers=r)
     tokens = np.random.default_rng(0).integers(2, tiny.V, (2, 9))
 
@@ -156,7 +156,7 @@ def test_no_gradient_goes_through_the_choice():
     assert not np.asarray(grad).any()
 
 
-def test_keeping_more_passages_than_there_are_is_refused():
+def test_keeping_more_passages_than_there_are_is_rejected():
     live = Live(np.zeros((1, 3, 2, 4)), np.ones((1, 3, 2), bool), np.zeros((1, 3)))
     with pytest.raises(ValueError, match="num_kept=5 .* 3 .*TASK_FEATURE_LENGTHS"):
         select(live, 5)
@@ -170,7 +170,7 @@ def test_the_main_setting_cuts_each_size_as_the_paper_does(layers, cut):
     assert (m, r, layers - m - r) == cut
 
 
-def test_extreme_proportions_are_whole_stacks():
+def test_extreme_proportions_use_all_layers_in_one_stack():
     assert memory_layers(12, 1.0) == 0 and memory_layers(12, 0.0) == 12
     assert rerank_layers(12, 1 / 3, 0.0) == 0 and rerank_layers(12, 1 / 3, 1.0) == 4
     assert rerank_layers(12, 0.0, 0.5) == 0
@@ -183,7 +183,7 @@ def test_extreme_proportions_are_whole_stacks():
         (rerank_layers, (12, 0.5, -1), r"beta.*\[0, 1\], got -1"),
     ],
 )
-def test_proportions_outside_their_range_are_refused(function, args, match):
+def test_proportions_outside_their_range_are_rejected(function, args, match):
     with pytest.raises(ValueError, match=match):
         function(*args)
 
@@ -201,7 +201,7 @@ def test_proportions_outside_their_range_are_refused(function, args, match):
         (dict(memory_layers=2, memory_codec="zip"), r"memory_codec.*bf16.*zip"),
     ],
 )
-def test_settings_that_contradict_themselves_are_refused(kwargs, match):
+def test_contradictory_settings_are_rejected(kwargs, match):
     with pytest.raises(ValueError, match=match):
         GlimmerConfig(tiny.T5, **kwargs)
 
@@ -220,7 +220,7 @@ def test_settings_that_contradict_themselves_are_refused(kwargs, match):
         (dict(mlp_activations=()), "mlp_activations.*relu"),
     ],
 )
-def test_sizes_and_numerics_outside_their_range_are_refused(kwargs, match):
+def test_sizes_and_numerics_outside_their_range_are_rejected(kwargs, match):
     with pytest.raises(ValueError, match=match):
         dataclasses.replace(tiny.T5, **kwargs)
 

@@ -1,4 +1,4 @@
-"""FiDO's decoder: sparse cross-attention and few key heads, scanned and looped, cached and whole."""
+"""FiDO's decoder: sparse cross-attention and few key heads, scanned and unrolled, cached and full."""
 
 import dataclasses
 
@@ -128,7 +128,7 @@ def test_conversions_that_need_new_parameters_are_rejected(change, message):
         (dict(decoder_num_heads=0), "decoder_num_heads.* got 0"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(change, message):
+def test_incompatible_settings_are_rejected(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(T5, **change)
 

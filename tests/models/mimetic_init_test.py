@@ -64,7 +64,7 @@ def test_what_is_attended_to_is_the_output_that_is_likeliest():
     np.testing.assert_array_equal(np.argmax(logits, -1), np.arange(len(embedding)))
 
 
-def test_two_heads_prefer_the_neighbours_and_the_last_one_what_is_far_back():
+def test_two_heads_attend_to_neighbours_and_the_last_far_back():
     config = SETTINGS["glimmer"]
     before, after = fresh(config), mimetic_init(fresh(config), T5)
     for stack in ("memory_encoder", "live_encoder"):
@@ -76,7 +76,7 @@ def test_two_heads_prefer_the_neighbours_and_the_last_one_what_is_far_back():
         ]
 
 
-def test_all_heads_of_the_decoder_but_the_last_look_at_the_tokens_before():
+def test_all_decoder_heads_but_the_last_attend_to_previous_tokens():
     config = SETTINGS["glimmer"]
     before, after = fresh(config), mimetic_init(fresh(config), T5)
     tables = [p["decoder"]["relpos_bias"]["rel_embedding"] for p in (before, after)]
@@ -104,6 +104,6 @@ def test_scanned_layers_start_as_looped_ones():
     )
 
 
-def test_two_heads_are_refused():
+def test_two_heads_are_rejected():
     with pytest.raises(ValueError, match="num_heads >= 3.*relpos_buckets >= 8.*got 2 and 32"):
         mimetic_init({}, dataclasses.replace(T5, num_heads=2))

@@ -130,7 +130,7 @@ def test_score_batch_is_the_log_probability_of_the_target():
     np.testing.assert_array_equal(aux["kept_passages"], kept)
 
 
-def test_dropout_is_drawn_from_the_given_stream_alone():
+def test_dropout_uses_only_the_given_rng_stream():
     config = dataclasses.replace(tiny.FID, t5=dataclasses.replace(tiny.T5, dropout_rate=0.3))
     model, batch = tiny.model(config, tiny.LIGHT_LOSS), tiny.batch()
     params = tiny.params(config)

@@ -6,8 +6,9 @@ For the plain decoder and FiDO's, scanned and looped, greedy, with beams and wit
 * are computed before the token loop, and not again in it;
 * are never there for each beam.
 
-Both are read, because each hides something: XLA merges what is computed twice and moves out of a loop
-what does not change in it, on which nobody should rely, and it may copy what the trace holds once.
+Both are read, because each hides something: XLA merges what is computed twice and moves out of a
+loop what does not change in it, on which nobody should rely, and it may copy what the trace holds
+once.
 
 Sizes are chosen so that the number of an array's elements tells what it is: only keys and values
 of the passages, and what is made of them, are multiples of `once`.
@@ -138,7 +139,7 @@ CASES = [
 
 @pytest.mark.parametrize("source, search", CASES)
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_keys_and_values_of_passages_exist_once_and_before_the_token_loop(source, decoder, search):
+def test_passage_keys_and_values_are_computed_once_before_the_loop(source, decoder, search):
     t5 = DECODERS[decoder]
     attending = sum(t5.attends(i) for i in range(t5.num_decoder_layers))
     assert attending == (2 if "fido" in decoder else 4)

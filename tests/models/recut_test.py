@@ -1,4 +1,4 @@
-"""Recut moves layers, keeps the function, and refuses what would change it."""
+"""Recut moves layers, keeps the function, and rejects cuts that would change it."""
 
 import dataclasses
 
@@ -80,7 +80,7 @@ def test_a_trained_question_encoder_moves_along(fid):
     tiny.assert_trees_equal(moved["token_embedder"], params["token_embedder"])
 
 
-def test_layers_that_would_change_their_position_table_are_refused():
+def test_layers_that_would_change_their_position_table_are_rejected():
     params = tiny.params(KEEPS_ALL)  # with two different tables
     with pytest.raises(ValueError, match="memory_layers=2 .* 0.*position tables.*differ"):
         recut(params, KEEPS_ALL, tiny.FID)
@@ -105,14 +105,14 @@ def test_layers_that_would_change_their_position_table_are_refused():
         ),
     ],
 )
-def test_copies_that_have_been_trained_apart_are_not_merged(fid, part, target, match):
+def test_copies_with_different_values_are_not_merged(fid, part, target, match):
     params = recut(fid, tiny.FID, FROZEN_LUMEN)
     params[part] = nudged(params[part])
     with pytest.raises(ValueError, match=match):
         recut(params, FROZEN_LUMEN, target)
 
 
-def test_another_size_is_refused(fid):
+def test_another_size_is_rejected(fid):
     wide = dataclasses.replace(tiny.FID, t5=dataclasses.replace(tiny.T5, mlp_dim=64))
     with pytest.raises(ValueError, match="mlp_dim=32 .*mlp_dim=64"):
         recut(fid, tiny.FID, wide)

@@ -1,6 +1,6 @@
 """The parameter tree of every size as a golden: names, shapes, dtypes and axes; nothing is computed.
 
-After a wanted change, look at the printed difference and rewrite the goldens:
+After an intended change, check the printed difference and rewrite the goldens:
 
     GLIMMER_REWRITE_GOLDENS=1 python -m pytest tests/models/sizes_test.py
 """

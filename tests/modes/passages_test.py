@@ -113,7 +113,7 @@ def test_bad_input_leaves_nothing_behind(capsys, macros, message):
     assert [path.name for path in pathlib.Path().iterdir()] == ["bad"]
 
 
-def test_bad_lines_are_skipped_when_asked(capsys):
+def test_invalid_lines_are_skipped_on_request(capsys):
     write("bad", json.dumps(PAGES[0]).encode() + b"\n{")
     macros = {"CORPUS": "bad", "CORPUS_FORMAT": "kilt", "PASSAGE_WORDS": 200, "ON_ERROR": "skip"}
     assert run("runs/passages", PASSAGES_DIR="p", **macros) == 0
@@ -161,7 +161,7 @@ def test_unknown_tokens_are_counted_and_many_get_a_warning(capsys, caplog):
     assert "tokens of many are unknown to t5.model" in record.getMessage()
 
 
-def test_a_vocabulary_of_other_special_ids_is_rejected_before_the_corpus(capsys):
+def test_a_vocabulary_with_other_special_ids_is_rejected_early(capsys):
     sentencepiece_model("own.model")
     write("bad", b"{")
     assert run("runs/passages", CORPUS="bad", PASSAGES_DIR="p", VOCABULARY="own.model") == 2

@@ -134,14 +134,15 @@ def test_kilts_published_files_are_taken_as_they_are(work, tmp_path, retriever):
     corpus_check.check(tmp_path / "out", Passages.open(work / "passages"))
 
 
-def test_every_part_of_the_work_asks_whether_the_job_is_to_stop(work, tmp_path, monkeypatch):
+def test_every_stage_of_retrieval_polls_the_stop_signal(work, tmp_path, monkeypatch):
     asked = collections.Counter()
     monkeypatch.setattr(
         STOP, "poll_together", lambda: asked.update([sys._getframe(1).f_globals["__name__"]])
     )
     retrieve(**settings(work, tmp_path, retriever="hybrid"))
-    # Each question; each batch of questions and each block of the index, for either file. Before that
-    # the passages, read for the split and for either index of BM25, and the block held on the devices.
+    # Each question; each batch of questions and each block of the index, for either file. Before
+    # that the passages, read for the split and for either index of BM25, and the block held on the
+    # devices.
     retrieval = "glimmer_jax.retrieval"
     assert asked == {
         f"{retrieval}.bm25": 8,
@@ -191,7 +192,7 @@ def test_from_disk_and_on_the_devices_the_files_are_the_same_bytes(work, tmp_pat
     assert made[0] == made[1]
 
 
-def test_the_command_makes_the_index_and_refuses_that_of_another_encoder(work, tmp_path, capsys):
+def test_the_command_builds_the_index_and_rejects_another_encoder(work, tmp_path, capsys):
     values = {
         "PASSAGES_DIR": str(work / "passages"),
         "QUESTIONS": str(work / "questions" / "*-test.jsonl"),
@@ -250,7 +251,7 @@ def test_settings_are_checked(work, tmp_path, changes, message):
         retrieve(**{**settings(work, tmp_path), **changes})
 
 
-def test_questions_are_not_written_over_and_bad_lines_are_found_first(work, tmp_path):
+def test_questions_are_not_overwritten_and_lines_are_checked_first(work, tmp_path):
     with pytest.raises(ValueError, match="DATA_DIR: .* holds the QUESTIONS themselves"):
         retrieve(**settings(work, work / "questions"))
     (tmp_path / "questions").mkdir()
@@ -263,7 +264,7 @@ def test_questions_are_not_written_over_and_bad_lines_are_found_first(work, tmp_
     assert not (tmp_path / "index").exists()
 
 
-def test_complete_files_are_kept_and_others_replaced_only_when_asked(work, tmp_path, capsys):
+def test_complete_files_are_kept_others_need_overwrite(work, tmp_path, capsys):
     report = retrieve(**settings(work, tmp_path))
     (tmp_path / "task-train.jsonl").unlink()
     before = (tmp_path / "task-test.jsonl").stat().st_mtime_ns

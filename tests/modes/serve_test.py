@@ -87,7 +87,7 @@ def test_the_command_answers_and_drains_at_sigterm(corpus):  # noqa: F811
         ("--gin.HOST='192.0.2.1'", ("HOST", "192.0.2.1")),
     ],
 )
-def test_settings_at_fault_end_before_the_model_is_loaded(corpus, binding, facts):  # noqa: F811
+def test_invalid_settings_raise_before_the_model_is_loaded(corpus, binding, facts):  # noqa: F811
     with serving(corpus, binding) as (process, lines):
         assert process.wait(120) == 2
     text = "".join(lines)

@@ -55,7 +55,7 @@ def test_a_query_that_sees_no_key_gets_zeros_and_a_finite_gradient():
         assert not np.asarray(grad[0]).any()
 
 
-def test_masked_keys_are_not_seen_whatever_they_hold():
+def test_masked_keys_do_not_affect_the_output():
     query, key, value, mask, bias = arrays()
     mask[..., -1] = False
     before = attend(query, key, value, mask, bias)

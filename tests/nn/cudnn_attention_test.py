@@ -15,7 +15,7 @@ from glimmer_jax.nn.attention import Attention, attend
 from tests.models import tiny
 
 B, K, H, C = 2, 3, 4, 16
-# Of what bfloat16 rounds: logits of up to 20, and weights.
+# Tolerances for bfloat16 rounding of logits up to 20 and of weights.
 CLOSE = dict(atol=0.06, rtol=0.03)
 
 
@@ -101,7 +101,7 @@ def test_dropout_equals_that_of_the_plain_path(monkeypatch):
     assert np.abs(outs[0] - outs[1]).max() > 0.2
 
 
-def test_a_whole_model_gives_the_same_loss_and_gradients(monkeypatch):
+def test_a_complete_model_gives_the_same_loss_and_gradients(monkeypatch):
     monkeypatch.setitem(attention.FUSED, "cudnn", fused)
     t5 = dataclasses.replace(tiny.T5, head_dim=8, dtype="bfloat16")
     losses, norms = [], []
@@ -122,7 +122,7 @@ def test_a_whole_model_gives_the_same_loss_and_gradients(monkeypatch):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """Lets programs for CUDA be lowered, which needs no GPU, where JAX asks for one's cuDNN."""
+    """Allows lowering programs for CUDA without a GPU, although JAX queries the GPU's cuDNN."""
     cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91002)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

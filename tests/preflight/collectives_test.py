@@ -95,15 +95,15 @@ def test_parameters_are_gathered_per_use_and_gradients_summed_once():
     gathered = chosen(within, ("fsdp",), "all-gather")
     # Forward and backward.
     assert gathered == collections.Counter(2 * (layers["encoder"] + layers["decoder"]))
-    # Together with that of the position bias, [H, N, N] or [H, T, T] of one layer. A CPU program has
-    # no reduce-scatter.
+    # Together with that of the position bias, [H, N, N] or [H, T, T] of one layer. A CPU program
+    # has no reduce-scatter.
     heads = tiny.T5.num_heads // MODEL
     bias = {"encoder": heads * N * N * 4, "decoder": heads * T * T * 4}
     summed = chosen(within, ("fsdp",), "all-reduce")
     assert summed == collections.Counter(sum(layers[stack]) + bias[stack] for stack in layers)
 
 
-def test_tensor_parallelism_sums_at_the_ends_of_attention_and_feed_forward():
+def test_tensor_parallelism_reduces_after_attention_and_mlp():
     within, _, _ = compiled(DEPTHS[0])
     row = BATCH // FSDP * tiny.T5.emb_dim * 4
     states, targets = K * N * row, T * row

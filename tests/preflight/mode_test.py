@@ -39,7 +39,7 @@ def preflight(tmp_path, *flags):
 
 
 @needs_compiler
-def test_a_training_step_is_compiled_for_a_slice_that_is_not_there(tmp_path, capfd):
+def test_a_training_step_compiles_without_the_target_slice(tmp_path, capfd):
     run = ("--gin_file=gin/runs/finetune.gin", "--gin.BATCH_SIZE=8")
     code, report = preflight(tmp_path, "--topology=v5e:2x2", *run)
     assert code == 0 and report["fits"] is True
@@ -56,7 +56,7 @@ def test_a_training_step_is_compiled_for_a_slice_that_is_not_there(tmp_path, cap
     said = capfd.readouterr()
     assert "train on v5e:2x2: fits." in said.out
     assert "run it with: --gin.MESH_DATA=1 --gin.MESH_FSDP=4\n" in said.out
-    # Of a machine without a TPU nobody wants to be told.
+    # libtpu's warning about a machine without a TPU is irrelevant.
     assert "TPU" not in said.err
 
 
@@ -73,7 +73,7 @@ def test_other_slices_have_a_compiler_too(tmp_path, capfd, topology, slices, chi
     assert (report["slices"], report["chips"]) == (slices, chips)
     assert report["mesh"]["fsdp"] * slices == devices
     assert report["bytes_per_chip"]["total"] < report["hbm_bytes_per_chip"]
-    # Each slice has whole parameters, so that gradients cross the network between them.
+    # Each slice has all parameters, so that gradients cross the network between them.
     assert (report["bytes_between_slices"] > 0) == (slices > 1)
     assert ("not included" in capfd.readouterr().out) == (slices > 1)
 
@@ -90,8 +90,9 @@ def test_answers_from_memory_count_the_table(tmp_path):
     assert code == 0 and report["mesh"]["passages"] == report["mesh"]["data"] == 2
     # Whole pages, and two numbers of each passage.
     assert 0.99 * room < report["bytes_per_chip"]["memory_table"] <= room
-    # Two questions of 4 passages of 16 tokens, 64 channels of 2 bytes, on four chips. Pages travel once,
-    # with room for twice as many, and a fourth is there already; then they are laid as the batch lies.
+    # Two questions of 4 passages of 16 tokens, 64 channels of 2 bytes, on four chips. Pages travel
+    # once, with room for twice as many, and a fourth is there already; then they are laid as the
+    # batch lies.
     wanted = 2 * 4 * 16 * 64 * 2 // 4
     sent = {
         kind: one["bytes"] - without["collectives"].get(kind, {"bytes": 0})["bytes"]
@@ -109,25 +110,25 @@ def test_answers_from_memory_count_the_table(tmp_path):
         (["--gin_file=gin/runs/finetune.gin", "--gin.X=1"], "X is set, but nothing uses it"),
     ],
 )
-def test_what_cannot_be_asked_is_one_line(tmp_path, flags, message, capfd):
+def test_invalid_requests_are_reported_in_one_line(tmp_path, flags, message, capfd):
     code, report = preflight(tmp_path, *flags)
     assert code == 2 and report is None
     assert message in capfd.readouterr().err
 
 
-def test_a_job_without_a_program_of_its_own_is_named(capfd):
+def test_a_job_without_a_program_is_reported(capfd):
     score = ["--gin_file=gin/runs/score.gin", "--gin.PREDICTIONS='p'", "--gin.QUESTIONS='q'"]
     assert command_line.main(["--run_mode=preflight", "--topology=v5e:2x2", *score]) == 2
     assert "configure none of train, build_memory, eval, infer" in capfd.readouterr().err
 
 
-def test_without_the_compiler_the_way_out_is_named(tmp_path, capfd, monkeypatch):
+def test_a_missing_compiler_is_reported_with_the_remedy(tmp_path, capfd, monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     run = ["--gin_file=gin/runs/finetune.gin", "--topology=v5p:2x2x1"]
     assert preflight(tmp_path, *run)[0] == 2
     assert "pip install -c constraints.txt -e '.[preflight]'" in capfd.readouterr().err
 
 
-def test_topologies_are_preflights_alone():
+def test_topologies_are_for_preflight_only():
     with pytest.raises(SystemExit):
         command_line.parse_flags(["--run_mode=train", "--topology=v5p:2x2x1"])

@@ -81,7 +81,8 @@ def test_flops_of_an_answer_are_those_of_the_papers_and_attentions_own():
         papers = 2 * 8 * cost.total
         # The papers leave out attention's own products, the output layer and the score.
         assert papers < flops[config] < 2 * papers
-    # Of its last reranking layer, which the papers count whole, GLIMMER computes the scored token.
+    # GLIMMER computes only the scored token of its last reranking layer; the papers count all
+    # tokens.
     assert flops[tiny.GLIMMER] < flops[tiny.LUMEN] < flops[tiny.FID]
 
 
@@ -109,8 +110,8 @@ def test_bytes_on_a_device_are_those_of_the_arrays(job):
         lowered = program.function.lower(*program.arguments)
         compiled = lowered.compile(compiler_options=tiny.QUICK)
     counted, seen = sum(given.values()), compiled.memory_analysis().argument_size_in_bytes
-    # Arguments that a program does not look at are left out by the compiler: targets, when answering,
-    # and all but the memory encoder, when building.
+    # Arguments that a program does not look at are left out by the compiler: targets, when
+    # answering, and all but the memory encoder, when building.
     assert seen - 64 <= counted and (job == "build_memory" or counted < 1.02 * seen)
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(tiny.params(tiny.GLIMMER)))
     assert (
@@ -150,7 +151,7 @@ def test_answering_without_a_mesh_never_shards_over_fsdp(job):
     assert mesh_for(job, table, 8, 2 * size) == MeshConfig(data=4, model=2)
 
 
-def test_a_mesh_that_was_chosen_is_given_as_flags_of_the_job():
+def test_a_chosen_mesh_is_printed_as_flags_of_the_job():
     two = {**SETTINGS, "mesh": MeshConfig(slice=2)}
     for job, settings, count, flags in (
         ("train", SETTINGS, 8, {"MESH_DATA": 1, "MESH_FSDP": 8}),
@@ -207,7 +208,7 @@ def test_nearest_settings_start_with_remat_and_end_with_model_axis():
     }
 
 
-def test_the_compilers_refusal_says_how_much_it_would_need():
+def test_out_of_memory_errors_report_the_required_bytes():
     message = (
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
         "hbm. Used 41.50G of 15.75G hbm. Exceeded hbm capacity by 25.75G."

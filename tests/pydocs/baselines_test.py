@@ -1,4 +1,4 @@
-"""Rules without a model, on passages small enough to see what each must answer."""
+"""Rule-based baselines on a few small passages."""
 
 import pytest
 
@@ -16,7 +16,7 @@ PASSAGES = [
 ]
 
 
-def test_the_retriever_answers_with_its_first_title():
+def test_first_title_is_that_of_the_best_passage():
     assert baselines.first_title("anything", PASSAGES) == "os.join"
     assert baselines.first_title("anything", []) == ""
 
@@ -25,21 +25,21 @@ def test_the_retriever_answers_with_its_first_title():
     "question, title",
     [
         ("write object", "json.dump"),
-        ("the one", "json.dump"),  # closer together there than in the first passage
+        ("the one", "json.dump"),  # a shorter span than in the first passage
         ("words after other", "os.join"),
-        ("other words", "os.join"),  # in this order nowhere: the first passage
+        ("other words", "os.join"),  # no passage has this order: the first passage
     ],
 )
 def test_words_match_in_order_and_close_together(question, title):
     assert baselines.word_match(question, PASSAGES) == title
 
 
-def test_random_parameters_are_of_their_signature_and_drawn_by_the_question():
+def test_random_parameters_are_of_the_signature_seeded_by_question():
     questions = [f"question {i}" for i in range(40)]
-    first = [baselines.random_parameter(one, PASSAGES) for one in questions]
-    gold = [baselines.random_of_gold(one, PASSAGES) for one in questions]
+    first = [baselines.random_parameter(question, PASSAGES) for question in questions]
+    gold = [baselines.random_of_gold(question, PASSAGES) for question in questions]
     assert set(first) == {"a", "sep"} and set(gold) == {"obj", "fp", "indent"}
-    assert first == [baselines.random_parameter(one, PASSAGES) for one in questions]
+    assert first == [baselines.random_parameter(question, PASSAGES) for question in questions]
     assert baselines.random_of_gold("question", PASSAGES[:2]) == ""
     assert baselines.random_parameter("question", PASSAGES[1:2]) == ""
 
@@ -54,7 +54,7 @@ def test_random_parameters_are_of_their_signature_and_drawn_by_the_question():
         ("os.split [SEP] first parameter", ""),
     ],
 )
-def test_the_slot_rule_reads_the_signature_of_the_page_in_question(question, answer):
+def test_the_slot_rule_reads_the_signature_of_the_named_page(question, answer):
     assert baselines.slot_rule(question, PASSAGES) == answer
 
 
@@ -69,13 +69,13 @@ def test_the_slot_rule_reads_the_signature_of_the_page_in_question(question, ans
         ("os.join: Write one object.", False),
     ],
 )
-def test_the_claim_rule_compares_with_signature_or_docstring(claim, truth):
+def test_the_claim_rule_reads_the_signature_or_the_docstring(claim, truth):
     answer = "SUPPORTS" if truth else "REFUTES"
     assert baselines.claim_rule(claim, PASSAGES) == answer
     assert baselines.always_supports(claim, PASSAGES) == "SUPPORTS"
 
 
-def test_scores_are_one_a_question_with_the_retrievers_recall():
+def test_scores_has_one_value_per_question_and_the_retrievers_recall():
     assert tuple(baselines.BASELINES) == TASKS
     records = dict(enumerate(PASSAGES))
     lines = [
@@ -93,5 +93,5 @@ def test_scores_are_one_a_question_with_the_retrievers_recall():
         "recall_at_1": [0.0, 0.0],
         "recall_at_10": [1.0, 1.0],
     }
-    with pytest.raises(ValueError, match="Question 'q0' has passage 2, .* none of the 2 records"):
+    with pytest.raises(ValueError, match="'q0' has passage 2, .* the 2 records"):
         baselines.scores("which_function", lines, {0: PASSAGES[0], 1: PASSAGES[1]})

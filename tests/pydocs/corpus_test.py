@@ -13,7 +13,7 @@ def records():
 
 def test_there_are_thousands_of_short_passages(records):
     assert len(records) > 4000
-    # Words are never cut, so a single long one may stand alone.
+    # Words are never split, so a single long word may exceed the limit.
     assert max(len(r["text"]) for r in records if " " in r["text"]) <= corpus.MAX_CHARACTERS
     assert all(record["text"] == " ".join(record["text"].split()) for record in records)
 
@@ -24,7 +24,7 @@ def test_ids_are_unique_stable_and_fit_an_int64(records):
     assert corpus.passage_id("json.dumps", 0) == 188702015237344324
 
 
-def test_signatures_stand_first_and_without_self(records):
+def test_passages_start_with_the_signature_without_self(records):
     by_key = {(record["page"], record["chunk"]): record for record in records}
     dumps = by_key["json.dumps", 0]
     assert dumps["text"].startswith("dumps(obj, *, skipkeys=False, ensure_ascii=True,")
@@ -41,12 +41,12 @@ def test_one_docstring_has_one_page():
     assert "os.path.join" in names and "posixpath.join" not in names
 
 
-def test_modules_are_split_whole_and_for_good(records):
+def test_a_module_belongs_to_one_fixed_split(records):
     splits = {}
     for record in records:
         splits.setdefault(record["module"].split(".")[0], set()).add(record["split"])
-    assert all(len(found) == 1 for found in splits.values())
-    # A change here moves held-out modules into training of checkpoints already shipped.
+    assert all(len(module_splits) == 1 for module_splits in splits.values())
+    # A change here would move held-out modules into the training data of the shipped checkpoints.
     fixed = {"json": "train", "logging": "train", "argparse": "dev", "xml": "dev"}
     fixed |= {"topics": "train", "builtins": "train", "decimal": "train"}
     assert {name: corpus.split_of(name) for name in fixed} == fixed
@@ -55,17 +55,17 @@ def test_modules_are_split_whole_and_for_good(records):
     assert 0.6 < share["train"] < 0.8 and share["dev"] > 0.04 and share["test"] > 0.12
 
 
-def test_training_text_is_of_training_modules_alone():
+def test_training_text_is_from_training_modules_only():
     assert {record["split"] for record in corpus.train_texts()} == {"train"}
 
 
-def test_reading_leaves_no_traces_here():
+def test_collecting_objects_imports_no_module_in_this_process():
     before = set(sys.modules)
     assert objects.documented_objects()
     assert not {"turtle", "asyncio.events", "nntplib", "cgitb"} & (set(sys.modules) - before)
 
 
-def test_a_failed_reading_says_so(monkeypatch):
+def test_a_failed_collection_reports_the_error_of_its_process(monkeypatch):
     monkeypatch.setattr(objects, "__file__", "/absent.py")
     with pytest.raises(RuntimeError, match=r"absent\.py failed: .*absent"):
         objects.documented_objects()
@@ -79,19 +79,21 @@ def test_defaults_that_differ_between_machines_are_elided():
     assert spelled(object()) == "..." and spelled("/usr/lib") == "..." and spelled(int) == "int"
 
 
-def test_sentences_leave_sessions_and_borders_out():
+def test_sentences_omit_interpreter_sessions_and_borders():
     doc = "Adds two\nnumbers. Returns int.\n\n>>> add(1, 2)\n3\n\nTitle\n=====\n\n+----+\nOne | two.\n"
     assert corpus.sentences(doc) == ["Adds two numbers.", "Returns int.", "Title", "One two."]
 
 
-def test_chunks_keep_sentences_whole_and_within_bounds():
-    found = ["aa bb c", "dd e", "f g h i j kk l mm"]
-    assert corpus.chunk(found, 4, 10) == ((), ("aa bb c",), ("dd e",), ("f g h i j",), ("kk l mm",))
-    assert corpus.chunk(found[:2], 0, 12) == (("aa bb c", "dd e"),)
-    assert corpus.chunk(found[:1], 2, 10) == (("aa bb c",),)
+def test_chunks_keep_sentences_intact_and_within_the_limit():
+    texts = ["aa bb c", "dd e", "f g h i j kk l mm"]
+    assert corpus.pack(texts, 4, 10) == ((), ("aa bb c",), ("dd e",), ("f g h i j",), ("kk l mm",))
+    assert corpus.pack(texts[:2], 0, 12) == (("aa bb c", "dd e"),)
+    assert corpus.pack(texts[:1], 2, 10) == (("aa bb c",),)
 
 
-def test_the_written_corpus_is_the_corpus(tmp_path, monkeypatch, records, pydocs_examples):
+def test_write_corpus_writes_all_records_and_questions(
+    tmp_path, monkeypatch, records, pydocs_examples
+):
     monkeypatch.setattr("glimmer_jax.pydocs.questions.all_tasks", lambda: pydocs_examples)
     counts = corpus_files.write_corpus(tmp_path)
     assert [record for _, record in read_json_lines(tmp_path / "corpus.jsonl")] == records

@@ -10,7 +10,7 @@ PAGES = {page.name: page for page in corpus.pages()}
 
 
 def every(examples, task):
-    return [(split, one) for split in corpus.SPLITS for one in examples[task, split]]
+    return [(split, example) for split in corpus.SPLITS for example in examples[task, split]]
 
 
 def where(example):
@@ -19,13 +19,13 @@ def where(example):
     return PAGES[provenance["title"]], provenance["start_paragraph_id"]
 
 
-def test_there_are_thousands_of_questions_in_kilts_form(pydocs_examples):
-    assert sum(len(found) for (_, s), found in pydocs_examples.items() if s == "test") > 4000
-    for (_, split), found in pydocs_examples.items():
-        assert len({example["id"] for example in found}) == len(found)
-        assert len({example["input"] for example in found}) == len(found)
-        assert not any(check_example(example) for example in found)
-        assert all(where(example)[0].split == split for example in found)
+def test_there_are_thousands_of_questions_in_kilts_format(pydocs_examples):
+    assert sum(len(rows) for (_, s), rows in pydocs_examples.items() if s == "test") > 4000
+    for (_, split), rows in pydocs_examples.items():
+        assert len({example["id"] for example in rows}) == len(rows)
+        assert len({example["input"] for example in rows}) == len(rows)
+        assert not any(check_example(example) for example in rows)
+        assert all(where(example)[0].split == split for example in rows)
 
 
 def test_a_clause_is_an_ordered_part_of_its_passage_without_the_name(pydocs_examples):
@@ -40,7 +40,7 @@ def test_a_clause_is_an_ordered_part_of_its_passage_without_the_name(pydocs_exam
         assert not any(part in clauses.name_parts(w) for w in words for part in parts)
 
 
-def test_a_clause_stands_in_one_passage_alone(pydocs_examples):
+def test_a_clause_occurs_in_exactly_one_passage(pydocs_examples):
     index = clauses.ClauseIndex(tuple(PAGES.values()))
     for example in pydocs_examples["which_function", "test"]:
         page, chunk = where(example)
@@ -49,12 +49,12 @@ def test_a_clause_stands_in_one_passage_alone(pydocs_examples):
 
 
 def test_questions_of_a_page_do_not_depend_on_other_pages_order():
-    some = tuple(page for page in PAGES.values() if page.documented.module == "json")
-    index = clauses.ClauseIndex(some)
-    turned = clauses.ClauseIndex(some[::-1])
-    for page in some:
+    pages = tuple(page for page in PAGES.values() if page.documented.module == "json")
+    index = clauses.ClauseIndex(pages)
+    reversed_index = clauses.ClauseIndex(pages[::-1])
+    for page in pages:
         first = clauses.common_clauses(page, index, 4, 3)
-        assert first == clauses.common_clauses(page, turned, 4, 3)
+        assert first == clauses.common_clauses(page, reversed_index, 4, 3)
 
 
 def test_slots_are_filled_from_the_first_passage(pydocs_examples):
@@ -65,8 +65,9 @@ def test_slots_are_filled_from_the_first_passage(pydocs_examples):
         assert name == page.name and chunk == 0 and answer in page.text(0)
         if relation.startswith("default of "):
             assert f"{relation.removeprefix('default of ')}={answer}" in page.text(0)
-    found = Counter(one["output"][0]["answer"] for _, one in every(pydocs_examples, "slot_filling"))
-    assert found.most_common(1)[0][1] < 0.15 * found.total()
+    examples = every(pydocs_examples, "slot_filling")
+    counts = Counter(example["output"][0]["answer"] for _, example in examples)
+    assert counts.most_common(1)[0][1] < 0.15 * counts.total()
 
 
 def test_claims_are_balanced_in_every_split_and_every_detail(pydocs_examples):
@@ -75,7 +76,7 @@ def test_claims_are_balanced_in_every_split_and_every_detail(pydocs_examples):
             one["output"][0]["answer"] for one in pydocs_examples["fact_verification", split]
         )
         assert answers["SUPPORTS"] == answers["REFUTES"] > 100
-    # No artefact of the string: each subject, each relation, each detail is as often true as false.
+    # Each subject, relation and detail is equally often true and false, so none reveals the answer.
     for cut in (lambda text: text.rsplit(" is ", 1)[0], lambda text: text.rsplit(" is ", 1)[-1]):
         balance = defaultdict(int)
         for _, one in every(pydocs_examples, "fact_verification"):
@@ -100,7 +101,7 @@ def test_true_claims_on_defaults_are_true_and_false_ones_false(pydocs_examples):
 
 
 @pytest.mark.parametrize(
-    "word, told",
+    "word, expected",
     [
         ("dump", True),
         ("dumps", True),
@@ -111,8 +112,8 @@ def test_true_claims_on_defaults_are_true_and_false_ones_false(pydocs_examples):
         ("obj", False),
     ],
 )
-def test_words_that_tell_the_name_are_known(word, told):
-    assert clauses.betrays(word, clauses.name_parts("json.dumps")) is told
+def test_words_that_reveal_the_name_are_detected(word, expected):
+    assert clauses.reveals(word, clauses.name_parts("json.dumps")) is expected
 
 
 def test_name_parts_split_dots_underscores_and_capitals():
@@ -125,7 +126,7 @@ def page_of(name, parameters, signature):
     return corpus.Page(documented, "train", (("Doc.",),))
 
 
-def test_facts_say_what_the_signature_says():
+def test_facts_are_defaults_and_order_of_the_parameters():
     parameters = (("a", None), ("b", "None"), ("c", "''"), ("d", "2"))
     page = page_of("m.f", parameters, "f(a, b=None, *, c='', d=2)")
     assert {(fact.relation, fact.value) for fact in signatures.facts(page)} == {
@@ -138,7 +139,7 @@ def test_facts_say_what_the_signature_says():
     }
 
 
-def test_facts_cut_from_a_long_signature_are_not_asked():
+def test_facts_omitted_from_a_long_signature_are_not_used():
     parameters = tuple((f"p{i}", str(i)) for i in range(40))
     signature = f"f({', '.join(f'{name}={value}' for name, value in parameters)})"
     page = page_of("m.f", parameters, signature)
@@ -148,7 +149,7 @@ def test_facts_cut_from_a_long_signature_are_not_asked():
     assert not any("p30" in fact.relation for fact in signatures.facts(page))
 
 
-def test_signatures_as_text_say_the_facts_of_their_pages():
+def test_signatures_parsed_from_text_have_the_facts_of_their_pages():
     for page in PAGES.values():
         assert signatures.signature_in(f"{page.signature} Does (it).") == page.signature
         shown = signatures.shown_parameters(page.signature)
@@ -156,7 +157,7 @@ def test_signatures_as_text_say_the_facts_of_their_pages():
             assert signatures.value_of(fact.relation, shown) == fact.value
 
 
-def test_signatures_end_at_their_own_bracket():
+def test_signatures_end_at_their_matching_bracket():
     signature = r"f(a=(), *, b=')', c='\'(', **d)"
     assert signatures.signature_in(signature + " Calls g(x).") == signature
     shown = [("a", "()"), ("b", "')'"), ("c", r"'\'('")]
@@ -169,7 +170,7 @@ def test_signatures_end_at_their_own_bracket():
     assert signatures.value_of("default of x", shown) is None
 
 
-def test_questions_on_signatures_are_told_apart_from_their_wording():
+def test_wording_separates_names_and_values_from_fixed_text():
     claim = "The default of indent in json.dumps is None."
     assert signatures.parse_claim(claim) == ("default of indent", "json.dumps", "None")
     first = "The first parameter in json.dumps is obj."

@@ -1,4 +1,4 @@
-"""Reading exercises: answers stand in the passage, nothing depends on anything but the index."""
+"""Reading exercises: answers are in the gold passage, and an example depends only on its index."""
 
 import dataclasses
 
@@ -34,42 +34,42 @@ def gold(example):
 
 
 def test_the_gold_passage_has_the_title_and_the_clause():
-    made = exercises()
+    generator = exercises()
     for index in range(20):
-        example = made.example(index)
+        example = generator.example(index)
         assert example["gold_passages"].count(1) == 1
         assert gold(example).startswith(f"title: {text(example['targets'])} context: ")
         clause = text(example["inputs"]).removeprefix("question: ")
         assert clause in gold(example)
 
 
-def test_missing_spans_put_back_give_a_clause_of_the_gold_passage():
-    made = exercises(spans=1.0)
+def test_restoring_missing_spans_gives_a_clause_of_the_gold_passage():
+    generator = exercises(spans=1.0)
     for index in range(20):
-        example = made.example(index)
-        whole = text(example["inputs"]).removeprefix("question: ")
+        example = generator.example(index)
+        clause = text(example["inputs"]).removeprefix("question: ")
         answers = text(example["targets"]).split("<extra_id_")[1:]
         assert answers
         for answer in answers:
             number, _, words = answer.partition("> ")
-            whole = whole.replace(f"<extra_id_{number}>", words.strip())
-        assert whole in gold(example)
+            clause = clause.replace(f"<extra_id_{number}>", words.strip())
+        assert clause in gold(example)
 
 
-def test_titles_are_real_where_they_are_not_made_up():
+def test_titles_are_real_without_synthetic_titles():
     real = {record["title"] for record in RECORDS}
-    assert {text(exercises(made_up_titles=0.0).example(i)["targets"]) for i in range(9)} <= real
+    assert {text(exercises(synthetic_titles=0.0).example(i)["targets"]) for i in range(9)} <= real
     assert not {text(exercises().example(i)["targets"]) for i in range(9)} & real
 
 
-def test_siblings_are_of_the_same_module():
-    made = exercises(made_up_titles=0.0, siblings=1.0)
+def test_siblings_are_from_the_same_module():
+    generator = exercises(synthetic_titles=0.0, siblings=1.0)
     for index in range(9):
-        titles = [text(ids).split()[1] for ids in made.example(index)["passages"]]
+        titles = [text(ids).split()[1] for ids in generator.example(index)["passages"]]
         assert len({title.split(".")[0] for title in titles}) == 1
 
 
-def test_an_example_depends_on_its_index_alone():
+def test_an_example_depends_only_on_its_index():
     one, other = exercises(dropped=0.3), exercises(dropped=0.3)
     other.example(0)
     assert one.example(7) == other.example(7)
@@ -77,10 +77,10 @@ def test_an_example_depends_on_its_index_alone():
 
 
 def test_blocks_hold_the_examples_padded():
-    made = exercises()
-    (first, second) = blocks(made, 3, 8, size=4)
+    generator = exercises()
+    (first, second) = blocks(generator, 3, 8, size=4)
     assert [len(block["inputs"]) for block in (first, second)] == [4, 1]
-    example = made.example(4)
+    example = generator.example(4)
     np.testing.assert_array_equal(
         [row[row > 0].tolist() for row in first["passages"][1]][2], example["passages"][2]
     )
@@ -92,22 +92,24 @@ def test_blocks_hold_the_examples_padded():
     "change, message",
     [
         (dict(passages=0), "passages must be at least 1"),
-        (dict(clause_words=(5, 4)), r"clause_words must be \(least, most\)"),
-        (dict(dropped=1.5), "dropped is a share between 0 and 1"),
+        (dict(clause_words=(5, 4)), r"clause_words must be .*got \(5, 4\)"),
+        (dict(dropped=1.5), "dropped must be from 0 to 1, got 1.5"),
     ],
 )
-def test_bad_stages_are_refused(change, message):
+def test_invalid_stages_are_rejected(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(STAGE, **change)
 
 
-def test_text_too_short_for_a_clause_is_refused():
-    with pytest.raises(ValueError, match="0 passages have 32 words.*an exercise takes 3"):
+def test_text_too_short_for_a_clause_is_rejected():
+    with pytest.raises(ValueError, match="3 passages of at least 32 words.* 0 "):
         exercises(clause_words=(30, 30))
 
 
-def test_the_passage_in_question_is_never_among_the_others():
-    made = exercises(siblings=1.0, passages=5)
+def test_the_passages_of_an_example_are_distinct():
+    generator = exercises(siblings=1.0, passages=5)
     for index in range(30):
-        titles = {text(ids).partition(" context: ")[2] for ids in made.example(index)["passages"]}
+        titles = {
+            text(ids).partition(" context: ")[2] for ids in generator.example(index)["passages"]
+        }
         assert len(titles) == 5

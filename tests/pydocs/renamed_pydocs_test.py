@@ -1,4 +1,4 @@
-"""Renaming on the built-in corpus: what decides an answer survives it, and no claim changes truth."""
+"""Renaming on the built-in corpus preserves what decides an answer and the truth of claims."""
 
 import random
 from collections import Counter
@@ -17,22 +17,22 @@ COUNTS = [pytest.param(400, id="400"), pytest.param(5000, id="5000", marks=pytes
 
 @pytest.fixture(scope="module")
 def renamed(pydocs_examples):
-    """task -> its renamed questions, the gold passage and others of the training modules retrieved."""
+    """task -> renamed questions whose retrieved passages are the gold one and random training ones."""
     records = {record["id"]: record for record in corpus.train_texts()}
     others = sorted(records)
     draw = random.Random(0)
-    found = {}
+    by_task = {}
     for task in TASKS:
         lines = []
         for example in pydocs_examples[task, "train"]:
             (provenance,) = example["output"][0]["provenance"]
             gold = corpus.passage_id(provenance["title"], provenance["start_paragraph_id"])
-            ids = [one for one in draw.sample(others, PASSAGES) if one != gold][: PASSAGES - 1]
+            ids = [i for i in draw.sample(others, PASSAGES) if i != gold][: PASSAGES - 1]
             ids.insert(draw.randrange(3), gold)
-            retrieved = [{"id": one, "gold": one == gold} for one in ids]
+            retrieved = [{"id": i, "gold": i == gold} for i in ids]
             lines.append({**example, "retrieved": retrieved})
-        found[task] = RenamedQuestions({task: lines}, records, PASSAGES, VOCABULARY)
-    return found
+        by_task[task] = RenamedQuestions({task: lines}, records, PASSAGES, VOCABULARY)
+    return by_task
 
 
 def read(example):
@@ -43,7 +43,7 @@ def read(example):
     return question, VOCABULARY.decode(example["targets"]), title, text
 
 
-def told(text):
+def parameters(text):
     """The signature's parameters."""
     return signatures.shown_parameters(signatures.signature_in(text))
 
@@ -63,7 +63,7 @@ def test_slots_keep_their_parameter_and_their_answer(renamed, count):
         question, answer, title, text = read(renamed["slot_filling"].example(index))
         name, relation = question.split(" [SEP] ")
         assert name == title
-        assert signatures.value_of(relation, told(text)) == answer, (question, text)
+        assert signatures.value_of(relation, parameters(text)) == answer, (question, text)
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -75,7 +75,7 @@ def test_true_claims_stay_true_and_false_ones_false(renamed, count):
         if claim is not None:
             relation, name, value = claim
             assert name == title
-            truth = signatures.value_of(relation, told(text)) == value
+            truth = signatures.value_of(relation, parameters(text)) == value
         else:
             words = clauses.clean_words(question.removeprefix(f"{title}:"))
             truth = set(words) <= set(clauses.clean_words(text))
@@ -90,14 +90,14 @@ def test_names_parameters_and_defaults_do_not_repeat(renamed):
         assert len(set(questions)) > 0.99 * len(questions)
 
 
-def test_made_up_parameters_do_not_betray_the_gold_passage_nor_the_truth(renamed, pydocs_examples):
+def test_synthetic_parameters_reveal_neither_gold_passage_nor_truth(renamed, pydocs_examples):
     real = {name for page in corpus.pages() for name, _ in page.documented.parameters}
     gold, others, values = Counter(), Counter(), {"SUPPORTS": Counter(), "REFUTES": Counter()}
     for index in range(400):
         example = renamed["fact_verification"].example(index)
         for ids, is_gold in zip(example["passages"], example["gold_passages"], strict=True):
             text = VOCABULARY.decode(ids).partition(" context: ")[2]
-            (gold if is_gold else others).update(name in real for name, _ in told(text))
+            (gold if is_gold else others).update(name in real for name, _ in parameters(text))
         question, answer, _, _ = read(example)
         claim = signatures.parse_claim(question)
         if claim is not None and not claim[0].startswith("default"):

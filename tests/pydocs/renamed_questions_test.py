@@ -1,4 +1,4 @@
-"""Renamed questions: the same facts under names that nobody can know by heart."""
+"""Renamed questions: the same facts under names that a model cannot have memorised."""
 
 import pytest
 
@@ -34,10 +34,10 @@ def read(example):
 
 
 def test_the_answer_is_the_new_title_of_the_gold_passage():
-    made = questions(which=[line("text number zero", "os.path.join", "os.path.join")])
+    renamed = questions(which=[line("text number zero", "os.path.join", "os.path.join")])
     seen = set()
     for index in range(20):
-        question, answer, texts, title, text = read(made.example(index))
+        question, answer, texts, title, text = read(renamed.example(index))
         assert question == "text number zero" and answer == title
         assert text == f"{title.rpartition('.')[2]}(a, b=None) Text number 0."
         assert len({one.partition(" context: ")[0] for one in texts}) == 4
@@ -45,43 +45,43 @@ def test_the_answer_is_the_new_title_of_the_gold_passage():
     assert len(seen) > 10
 
 
-def test_answers_begin_with_pieces_that_no_title_has():
-    made = questions(which=[line("text number zero", "os.path.join", "os.path.join")])
-    first = {VOCABULARY.encode(read(made.example(index))[1])[1] for index in range(200)}
+def test_answers_start_with_pieces_that_no_title_has():
+    renamed = questions(which=[line("text number zero", "os.path.join", "os.path.join")])
+    first = {VOCABULARY.encode(read(renamed.example(index))[1])[1] for index in range(200)}
     own = {VOCABULARY.encode(name)[1] for name in NAMES}
     assert len(first - own) > 50
 
 
-def test_a_text_speaks_of_its_own_title_still():
+def test_a_text_mentions_its_own_new_title():
     records = {**RECORDS, 0: {"title": "os.path.join", "text": "join(a) Use join, not joined."}}
     asked = [line("text", "os.path.join", "os.path.join")]
-    made = RenamedQuestions({"which": asked}, records, 4, VOCABULARY, seed=1)
+    renamed = RenamedQuestions({"which": asked}, records, 4, VOCABULARY, seed=1)
     for index in range(10):
-        _, _, _, title, text = read(made.example(index))
+        _, _, _, title, text = read(renamed.example(index))
         new = title.rpartition(".")[2]
         assert text == f"{new}(a) Use {new}, not joined."
 
 
 def test_siblings_stay_siblings():
-    made = questions(which=[line("text", "os.path.join", "os.path.join")])
+    renamed = questions(which=[line("text", "os.path.join", "os.path.join")])
     for index in range(10):
-        _, _, texts, title, _ = read(made.example(index))
+        _, _, texts, title, _ = read(renamed.example(index))
         prefix = title.rpartition(".")[0]
         assert sum(text.startswith(f"title: {prefix}.") for text in texts) == 2
 
 
-def test_questions_about_a_name_ask_for_the_new_one():
+def test_questions_that_name_a_page_use_its_new_name():
     asked = line("json.dumps [SEP] default of b", "None", "json.dumps")
     for index in range(10):
         question, answer, _, title, _ = read(questions(slots=[asked]).example(index))
         assert question == f"{title} [SEP] default of b" and answer == "None"
 
 
-def test_parts_may_repeat_within_a_title_but_no_two_titles_are_one():
-    made = questions(which=[line("text", "os.path.join", "os.path.join")])
+def test_parts_may_repeat_within_a_title_but_titles_are_distinct():
+    renamed = questions(which=[line("text", "os.path.join", "os.path.join")])
     repeated = 0
     for index in range(100):
-        _, _, texts, title, _ = read(made.example(index))
+        _, _, texts, title, _ = read(renamed.example(index))
         assert len({text.partition(" context: ")[0] for text in texts}) == 4
         parts = title.lower().split(".")
         repeated += len(set(parts)) < len(parts)
@@ -90,38 +90,36 @@ def test_parts_may_repeat_within_a_title_but_no_two_titles_are_one():
 
 @pytest.mark.parametrize("about", NAMES)
 def test_the_gold_passage_is_among_the_first_three(about):
-    made = questions(which=[line("text", about, about)])
-    places = [made.example(index)["gold_passages"].index(1) for index in range(30)]
-    # Where the retriever had it, or anywhere among the first three in place of the fourth.
+    renamed = questions(which=[line("text", about, about)])
+    places = [renamed.example(index)["gold_passages"].index(1) for index in range(30)]
+    # At its rank, or swapped from rank 4 to a random one of the first three.
     assert set(places) == ({NAMES.index(about)} if about != NAMES[3] else {0, 1, 2})
 
 
-def test_answers_that_no_passage_tells_are_not_asked():
-    told, untold = line("told", "json.dumps", "json.dumps"), line("untold", "json", "json")
-    made = questions(which=[told, untold])
-    assert {read(made.example(index))[0] for index in range(20)} == {"told"}
+def test_questions_without_a_gold_passage_are_dropped():
+    with_gold, without = line("kept", "json.dumps", "json.dumps"), line("dropped", "json", "json")
+    renamed = questions(which=[with_gold, without])
+    assert {read(renamed.example(index))[0] for index in range(20)} == {"kept"}
     with pytest.raises(ValueError, match="4 retrieved passages with a gold one among them"):
-        questions(which=[untold])
+        questions(which=[without])
 
 
-def test_examples_depend_on_seed_and_index_alone():
+def test_examples_depend_only_on_seed_and_index():
     asked = [line(f"text {i}", "json.dumps", "json.dumps") for i in range(5)]
     first, again = questions(which=asked), questions(which=asked)
     assert [first.example(i) for i in range(8)] == [again.example(i) for i in (range(8))]
     assert first.example(0) != first.example(1)
 
 
-def test_too_few_passages_are_refused():
+def test_too_few_passages_are_rejected():
     with pytest.raises(ValueError, match="No example of which has 5 retrieved passages"):
         questions(passages=5, which=[line("text", "json.dumps", "json.dumps")])
 
 
-def test_questions_of_another_corpus_are_refused():
+def test_questions_of_another_corpus_are_rejected():
     asked = line("text", "json.dumps", "json.dumps")
     asked["retrieved"][1]["id"] = 99
-    with pytest.raises(
-        ValueError, match="name passage 99, which this Python's documentation does not"
-    ):
+    with pytest.raises(ValueError, match="DATA_DIR: .* passage 99, .*run_mode=retrieve"):
         questions(which=[asked])
 
 
@@ -136,13 +134,14 @@ def test_one_mapping_serves_question_answer_and_passages():
     }
     asked = [line("json.dumps [SEP] default of split", "8192", "json.dumps")]
     asked.append(line("The first parameter in json.dumps is b.", "REFUTES", "json.dumps"))
-    made = RenamedQuestions({"slots": asked}, records, 4, VOCABULARY, seed=1)
+    renamed = RenamedQuestions({"slots": asked}, records, 4, VOCABULARY, seed=1)
     for index in range(40):
-        question, answer, _, title, text = read(made.example(index))
+        question, answer, _, title, text = read(renamed.example(index))
         first = text.partition("(")[2].partition(",")[0]
         assert f"Writes {first}, in " in text and first != "obj"
         if answer == "REFUTES":
-            # A parameter of no passage is made up as well, or it would betray the false claim.
+            # A parameter of no passage is renamed as well; otherwise it would reveal the false
+            # claim.
             value = question.removeprefix(f"The first parameter in {title} is ").removesuffix(".")
             assert value not in ("b", first)
         else:
@@ -156,32 +155,32 @@ def test_the_wording_of_a_question_is_never_renamed():
     asked = [line("The first parameter in first.parameter is a.", "SUPPORTS", "first.parameter")]
     for one in asked:
         one["retrieved"] = [{"id": i, "gold": i == 2} for i in range(4)]
-    made = RenamedQuestions({"claims": asked}, records, 4, VOCABULARY, seed=1)
+    renamed = RenamedQuestions({"claims": asked}, records, 4, VOCABULARY, seed=1)
     for index in range(20):
-        question, _, _, title, _ = read(made.example(index))
+        question, _, _, title, _ = read(renamed.example(index))
         assert question.startswith(f"The first parameter in {title} is ")
 
 
 @pytest.mark.parametrize("about", NAMES)
-def test_the_gold_passage_alone_can_be_given(about):
+def test_num_kept_1_keeps_only_the_gold_passage(about):
     asked = {"which": [line("text", about, about)]}
-    made = RenamedQuestions(asked, RECORDS, 4, VOCABULARY, given=1)
+    renamed = RenamedQuestions(asked, RECORDS, 4, VOCABULARY, num_kept=1)
     for index in range(10):
-        example = made.example(index)
+        example = renamed.example(index)
         assert example["gold_passages"] == [1] and len(example["passages"]) == 1
         _, answer, _, title, _ = read(example)
         assert answer == title
 
 
-def test_streams_and_seeds_give_other_examples():
+def test_different_streams_give_different_examples():
     asked = [line("text", "json.dumps", "json.dumps")]
-    made = questions(which=asked)
-    assert made.example(3, "train:0") == made.example(3, "train:0")
-    assert made.example(3, "train:0") != made.example(3, "train:1")
+    renamed = questions(which=asked)
+    assert renamed.example(3, "train:0") == renamed.example(3, "train:0")
+    assert renamed.example(3, "train:0") != renamed.example(3, "train:1")
 
 
-def test_a_question_whose_words_no_renaming_keeps_apart_is_an_error(monkeypatch):
+def test_a_question_whose_words_no_mapping_keeps_distinct_raises(monkeypatch):
     monkeypatch.setattr(renamed_questions, "ATTEMPTS", 2)
-    monkeypatch.setattr(renamed_questions, "made_up_name", lambda *_: "same")
-    with pytest.raises(ValueError, match="2 random renamings of the question 'text'"):
+    monkeypatch.setattr(renamed_questions, "synthetic_name", lambda *_: "same")
+    with pytest.raises(ValueError, match="2 random mappings .* question 'text'"):
         questions(which=[line("text", "json.dumps", "json.dumps")]).example(0)

@@ -70,7 +70,7 @@ def test_rows_are_those_of_the_folder_also_among_some_of_them(folder):
     assert [row for row, _ in found] == [3, 1]
 
 
-def test_a_split_without_passages_is_refused(folder):
+def test_a_split_without_passages_is_rejected(folder):
     passages = Passages.open(folder / "passages")
     np.testing.assert_array_equal(rows_of_split(passages, "train"), [0, 1])
     with pytest.raises(ValueError, match="No passage of .* belongs to the split 'dev'"):
@@ -97,7 +97,7 @@ def test_settings_are_checked(settings, message):
         Bm25Config(**settings)
 
 
-def test_wrong_input_is_refused(folder, monkeypatch):
+def test_invalid_input_is_rejected(folder, monkeypatch):
     with pytest.raises(ValueError, match="QUESTIONS: no file matches"):
         bm25.tune(folder / "passages", str(folder / "x*"))
     with pytest.raises(ValueError, match="No passage to index"):

@@ -40,7 +40,7 @@ def test_all_go_on_or_none(job):
         made()
 
 
-def test_who_is_stopped_waiting_tells_those_who_wait_no_more(job, tmp_path, monkeypatch):
+def test_a_stopped_process_stops_the_others(job, tmp_path, monkeypatch):
     told, made = job(asked_to_stop, others=False)
     with pytest.raises(StopRequested, match="shards of other builders are missing"):
         made()

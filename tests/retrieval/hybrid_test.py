@@ -56,7 +56,7 @@ def passages(tmp_path_factory):
     return tiny_gtr.write_corpus(tmp_path_factory.mktemp("corpus") / "passages")
 
 
-def test_each_retriever_gives_more_than_is_asked_for(passages):
+def test_each_retriever_searches_deeper_than_requested(passages):
     sparse, dense = Listed(passages, SPARSE), Listed(passages, DENSE)
     both = HybridRetriever(sparse, dense, 0.4)
     assert [[row for row, _ in found] for found in both.search(["a", "b"], 2)] == [[4, 7]] * 2
@@ -66,7 +66,7 @@ def test_each_retriever_gives_more_than_is_asked_for(passages):
     assert dense.asked[-1] == (1, 300)
 
 
-def test_tuning_asks_once_prints_every_weight_and_returns_the_best(passages, tmp_path, capsys):
+def test_tuning_searches_once_prints_all_weights_returns_the_best(passages, tmp_path, capsys):
     # The answer is row 7: page 3, chunk 1.
     provenance = [{"wikipedia_id": "p3", "start_paragraph_id": 1}]
     example = {"id": "1", "input": "q", "output": [{"answer": "", "provenance": provenance}]}
@@ -78,6 +78,6 @@ def test_tuning_asks_once_prints_every_weight_and_returns_the_best(passages, tmp
     assert shown.count("weight=") == 11 and "R@20" in shown
 
 
-def test_weights_out_of_range_are_refused(passages):
+def test_weights_out_of_range_are_rejected(passages):
     with pytest.raises(ValueError, match="DENSE_WEIGHT must be from 0 to 1, got 1.5"):
         HybridRetriever(Listed(passages, SPARSE), Listed(passages, DENSE), 1.5)

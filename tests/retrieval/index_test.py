@@ -117,7 +117,7 @@ def test_a_requested_stop_keeps_finished_shards(encoder, passages, tmp_path):
 
 def test_a_finished_index_is_opened_without_writing(copy, encoder, passages):
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
-    # Whatever the shard size that is asked for now.
+    # Independent of the shard size that is requested now.
     assert len(build_index(copy, passages, encoder, shard_passages=5)) == 11
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
 

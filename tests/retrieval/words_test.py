@@ -5,7 +5,7 @@ import pytest
 from glimmer_jax.retrieval.words import words
 
 
-def test_qualified_names_are_whole_and_in_parts():
+def test_qualified_names_are_indexed_complete_and_in_parts():
     assert words("Call os.path_of(x)!") == ["call", "os", "path", "of", "x", "os.path_of"]
 
 
@@ -32,5 +32,5 @@ def test_thai_words_that_differ_in_a_mark_share_nothing():
     assert not set(words("เสือ")) & set(words("เสื้อ"))
 
 
-def test_marks_and_punctuation_alone_are_no_words():
+def test_marks_and_punctuation_without_letters_are_no_words():
     assert words("!!! ??? \u0301") == []

@@ -26,12 +26,12 @@ def joined(monkeypatch):
     return calls
 
 
-def test_a_process_alone_joins_nothing(joined):
+def test_a_single_process_initialises_nothing(joined):
     join()
     assert joined == []
 
 
-def test_what_is_told_is_passed_on(joined):
+def test_explicit_settings_are_passed_to_jax(joined):
     join(False, "127.0.0.1:8476", 2, 0, timeout=7)
     assert joined == [(("127.0.0.1:8476", 2, 0), TIMES | {"initialization_timeout": 7})]
 
@@ -51,7 +51,7 @@ def test_the_rest_is_found_by_jax(joined):
         ((False, "h:1", 2, 2), r"--process_id must be from 0 to 1 \(--num_processes=2\), got 2"),
     ],
 )
-def test_what_does_not_fit_is_refused(joined, told, message):
+def test_invalid_values_are_rejected(joined, told, message):
     with pytest.raises(ValueError, match=message):
         join(*told)
     assert joined == []
@@ -85,7 +85,7 @@ multihost_utils.sync_global_devices("never")
 @pytest.mark.parametrize(
     ("who_fails", "seconds", "codes"), [(2, 60, [2, 2]), (1, 2, [42, 2])], ids=["all", "one"]
 )
-def test_who_fails_alone_ends_with_its_own_code_and_does_not_wait(who_fails, seconds, codes):
+def test_a_failing_process_exits_with_its_code_without_waiting(who_fails, seconds, codes):
     address = f"127.0.0.1:{free_port()}"
     with contextlib.ExitStack() as stack:
         processes = [

@@ -127,7 +127,7 @@ with STOP.grace(0.5):
     assert ended(body, signal.SIGTERM)[0] == 7
 
 
-def test_a_second_signal_ends_at_once_even_while_saving():
+def test_a_second_signal_exits_immediately_even_while_saving():
     body = "while not STOP.requested: time.sleep(0.01)\n" + NATIVE
     returned, errors = ended(body, signal.SIGTERM, signal.SIGTERM, pause=1.5)
     assert returned == 42 and "second signal" in errors

@@ -19,7 +19,7 @@ def test_the_next_item_is_computed_while_the_caller_works_on_this_one():
 
     for number, batch in enumerate(ReadAhead(read)(range(4))):
         assert batch == {"number": number}
-        # The caller works: it does not ask for the next one.
+        # The caller works and does not request the next item.
         assert begun[min(number + 1, 3)].wait(60)
 
 

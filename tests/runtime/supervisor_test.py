@@ -57,7 +57,7 @@ print(os.getpid(), flush=True)
         ),
     ],
 )
-def test_the_process_that_is_missed_is_named(words, expected):
+def test_the_missing_process_is_reported(words, expected):
     found = describe_abort("step 14  train\n" + words)
     assert found.startswith(expected) and "Run the same command again" in found
 
@@ -89,7 +89,7 @@ def test_the_parent_ends_as_its_child(end, code, said):
     assert (done.returncode, done.stderr) == (code, said)
 
 
-def test_an_abort_for_another_process_is_start_me_again():
+def test_an_abort_due_to_another_process_exits_with_the_retry_code():
     end = f"os.write(2, {(FATAL + SILENT).encode()!r}); os.abort()"
     script = SCRIPT.format(end=end)
     done = subprocess.run(

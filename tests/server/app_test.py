@@ -89,7 +89,7 @@ def test_texts_come_on_request(client):
         (413, {"questions": ["a"], "pad": "x" * 2000}, ("2000",)),
     ],
 )
-def test_a_bad_request_names_the_field_and_the_bound(client, status, fields, facts):
+def test_an_invalid_request_reports_the_field_and_the_bound(client, status, fields, facts):
     response = client.post("/v1/answers", content=json.dumps(fields))
     assert response.status_code == status
     error = response.json()["error"]
@@ -198,7 +198,7 @@ def test_paths_do_not_grow_the_metrics(client):
     assert "/nothing" not in client.get("/metrics").text
 
 
-def test_the_log_holds_no_question_unless_asked(engine, caplog):
+def test_the_log_contains_questions_only_if_enabled(engine, caplog):
     caplog.set_level("INFO", "glimmer_jax.server.app")
     for client, _ in serving(engine):
         ask(client, "secret question\nforged=line")

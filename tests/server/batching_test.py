@@ -61,7 +61,7 @@ def test_only_questions_with_one_key_share_a_batch():
     assert sorted(map(sorted, engine.batches)) == [["a", "c"], ["b"]]
 
 
-def test_a_question_at_fault_fails_alone():
+def test_an_invalid_question_does_not_fail_its_batch():
     async def work(batcher, engine):
         texts = ("a", "withdrawn", "b")
         return await asyncio.gather(

@@ -148,7 +148,7 @@ def test_a_token_can_be_typed(browser):
         page.close()
 
 
-def test_the_page_works_with_the_keyboard_alone(browser):
+def test_the_page_works_with_only_the_keyboard(browser):
     with serving() as url, opened(browser, url) as page:
         page.keyboard.press("Tab")
         page.keyboard.type("red thing")

@@ -75,7 +75,7 @@ def leaves(params):
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
 
 
-def test_kernels_of_single_tokens_are_stored_by_rows_in_the_product_dtype():
+def test_single_token_kernels_are_stored_by_row_in_the_product_dtype():
     found = leaves(prepared(model_of("operands"), 1)[1])
     own = tiny.params(param_layout.unrolled(model_of("operands"), "cpu").config)
     turned = found["decoder/layers_0/mlp/wi_0/rows"]
@@ -89,7 +89,7 @@ def test_kernels_of_single_tokens_are_stored_by_rows_in_the_product_dtype():
     assert found["live_encoder/live_a/layers_0/mlp/wi_0/kernel"].dtype == jnp.bfloat16
 
 
-def test_an_array_is_let_go_when_its_successor_is_there():
+def test_an_array_is_freed_once_its_replacement_exists():
     made, params = looped(model_of("operands"))
     given = jax.tree.map(jnp.asarray, params)
     kernel = weakref.ref(given["decoder"]["layers_0"]["mlp"]["wi_0"]["kernel"])
@@ -113,7 +113,7 @@ def test_what_is_not_rounded_in_the_model_is_not_rounded_here():
     assert tied["token_embedder/embedding"].dtype == jnp.float32
 
 
-def test_looped_parameters_are_left_alone():
+def test_unrolled_parameters_are_unchanged():
     t5 = dataclasses.replace(tiny.T5, scan_layers=False)
     model = GlimmerModel(dataclasses.replace(tiny.GLIMMER, t5=t5, read_chunk=3))
     params = {"a": 1}
@@ -121,6 +121,6 @@ def test_looped_parameters_are_left_alone():
     assert param_layout.unrolled(model, "cpu").config == model.config
 
 
-def test_passages_are_read_a_few_at_a_time_on_cpus_alone():
+def test_passages_are_encoded_in_chunks_only_on_cpus():
     for platform, chunk in (("cpu", param_layout.CPU_CHUNK), ("tpu", None)):
         assert param_layout.unrolled(model_of("float32"), platform).config.read_chunk == chunk

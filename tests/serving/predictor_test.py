@@ -155,7 +155,7 @@ def test_load_uses_the_model_that_the_checkpoint_records(corpus, tmp_path):
     assert [[one["kept"] for one in record["passages"]] for record in both] == [[True, True]] * 3
 
 
-def test_a_checkpoint_without_a_recorded_model_is_named(corpus, tmp_path):
+def test_a_checkpoint_without_a_recorded_model_is_reported(corpus, tmp_path):
     checkpoint = tmp_path / "some.safetensors"
     save_params_file(checkpoint, tiny.params(GLIMMER), {})
     with pytest.raises(

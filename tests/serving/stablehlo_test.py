@@ -73,7 +73,7 @@ def with_memory(params, batch):
     }
 
 
-def test_with_jax_alone_the_program_of_the_docs_answers_as_the_model(exported, tmp_path):
+def test_the_documented_program_needs_only_jax_and_equals_the_model(exported, tmp_path):
     folder, params = exported
     batches = {"five": tiny.batch(rows=5, gold=False), "two": tiny.batch(1, rows=2, gold=False)}
     inputs, outputs = tmp_path / "in.npz", tmp_path / "out.npz"
@@ -108,7 +108,7 @@ def test_with_jax_alone_the_program_of_the_docs_answers_as_the_model(exported, t
     assert len(found.files) == 8
 
 
-def test_the_manifest_says_what_a_program_takes_and_gives(exported):
+def test_the_manifest_describes_inputs_and_outputs(exported):
     folder, _ = exported
     manifest = json.loads((folder / "manifest.json").read_text())
     program = jax.export.deserialize(bytearray((folder / NAME).read_bytes()))
@@ -161,12 +161,12 @@ def test_from_tokens_and_with_draws_the_seed_is_an_argument(tmp_path):
         (dict(buckets=BUCKET), "BUCKETS is a list of TASK_FEATURE_LENGTHS"),
     ],
 )
-def test_settings_that_cannot_be_exported_are_refused(settings, match):
+def test_settings_that_cannot_be_exported_are_rejected(settings, match):
     with pytest.raises(ValueError, match=match):
         ProgramConfig(**{"buckets": [BUCKET], **settings})
 
 
-def test_a_folder_that_is_there_and_fid_from_memory_are_refused(tmp_path):
+def test_existing_folders_and_fid_from_memory_are_rejected(tmp_path):
     params = tiny.params(tiny.FID)
     with pytest.raises(ValueError, match="OUTPUT_PATH.*exists"):
         export_program(tmp_path, GlimmerModel(tiny.FID), params, ProgramConfig([BUCKET]), "v")

@@ -39,6 +39,6 @@ def test_every_question_of_a_batch_gets_them():
         (["yes", "no", "ye s"], "'yes' and 'ye s' of CANDIDATES have the same tokens"),
     ],
 )
-def test_candidates_that_cannot_be_chosen_are_named(candidates, match):
+def test_invalid_candidates_are_reported(candidates, match):
     with pytest.raises(ValueError, match=match):
         encode_candidates(candidates, VOCABULARY, 5)

@@ -1,4 +1,4 @@
-"""Which errors are temporary, which ask for a change, and which are bugs."""
+"""Errors are classified as temporary, invalid input, or bugs."""
 
 import errno
 import os
@@ -10,7 +10,6 @@ from glimmer_jax.storage.errors import (
     StorageError,
     classify_error,
     describe_error,
-    invalid_file,
     storage_error,
 )
 
@@ -80,12 +79,3 @@ def test_a_storage_error_is_described_by_its_own_words():
     error.__cause__ = cause
     assert classify_error(error) == "temporary"
     assert describe_error(error) == str(error) and "gs://b/m" in str(error)
-
-
-def test_a_library_error_about_a_file_names_the_file():
-    with pytest.raises(ValueError, match="x.npz is not a zip file.*bad magic.*again"):
-        with invalid_file("x.npz", "a zip file", KeyError, OSError):
-            raise KeyError("bad magic\nmore")
-    with pytest.raises(OSError, match="timed out"):
-        with invalid_file("x.npz", "a zip file", OSError):
-            raise OSError(errno.ETIMEDOUT, "timed out")

@@ -6,7 +6,7 @@ import pytest
 from glimmer_jax.storage.json_lines import parse_line, read_json_lines, write_json_lines
 
 
-def test_lines_are_split_at_newlines_alone(tmp_path):
+def test_lines_are_split_only_at_newlines(tmp_path):
     records = [{"text": "one\u2028two\x85three\x0bfour"}, {"text": "日本 🙂"}]
     assert write_json_lines(tmp_path / "a.jsonl", records) == 2
     assert [record for _, record in read_json_lines(tmp_path / "a.jsonl")] == records
@@ -31,7 +31,7 @@ def test_blank_lines_and_windows_ends_are_read(tmp_path):
         (b'{"a":' * 100_000, "nested too deeply"),
     ],
 )
-def test_bad_lines_are_refused_by_name(tmp_path, line, message):
+def test_invalid_lines_are_rejected_with_file_and_line(tmp_path, line, message):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"good": 1}\n' + line)
     with pytest.raises(ValueError, match=f"a.jsonl:2: .*{message}"):
@@ -46,7 +46,7 @@ def test_gzip_and_a_byte_order_mark_are_read(tmp_path):
         assert list(read_json_lines(tmp_path / name)) == [(1, {"a": 1})]
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="No file: .*pipe is not a regular file"):
         list(read_json_lines(tmp_path / "pipe"))
@@ -63,5 +63,5 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert [one.name for one in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_a_whole_surrogate_pair_is_a_character():
+def test_a_complete_surrogate_pair_is_a_character():
     assert parse_line(b'{"a": "\\ud83d\\ude42"}', "x:1") == {"a": "🙂"}

@@ -75,7 +75,7 @@ def test_a_living_holder_elsewhere_is_noticed_by_its_next_renewal(tmp_path, hold
 
 
 @pytest.mark.fault
-def test_a_killed_holder_is_replaced_at_once_here_and_elsewhere_in_time(
+def test_a_killed_holder_is_replaced_at_once_locally_else_after_a_lease(
     tmp_path, holder, monkeypatch
 ):
     os.kill(holder.pid, signal.SIGKILL)
@@ -93,7 +93,7 @@ def test_a_killed_holder_is_replaced_at_once_here_and_elsewhere_in_time(
         assert json.loads((tmp_path / NAME).read_text())["host"] == "elsewhere"
 
 
-def test_a_process_number_used_again_is_not_its_old_holder(tmp_path):
+def test_a_reused_process_id_is_not_the_old_holder(tmp_path):
     holder = {**lease._here(), "pid": os.getpid(), "process_start": "other boot 1", "since": "t"}
     (tmp_path / NAME).write_text(json.dumps(holder))
     with locked(tmp_path):
@@ -125,7 +125,7 @@ def test_a_file_that_is_no_lock_is_replaced_after_a_lease(tmp_path, caplog, text
     assert problem in caplog.text and "stale" in caplog.text
 
 
-def test_a_file_system_without_locks_is_told_from_a_lock_that_is_held(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_differs_from_a_held_lock(tmp_path, monkeypatch):
     descriptor = lease.try_lock(tmp_path)
     assert lease.try_lock(tmp_path) is None
     os.close(descriptor)

@@ -18,7 +18,7 @@ def path(tmp_path):
     return tmp_path / "a"
 
 
-def test_lines_end_at_newlines_alone_and_have_number_and_offset(path):
+def test_lines_end_only_at_newlines_and_have_number_and_offset(path):
     found = read(path)
     assert [line.number for line in found] == [1, 2, 3, 4]
     assert [line.offset for line in found] == [0, 4, 5, 20]
@@ -50,7 +50,7 @@ def test_gzip_is_recognised_by_its_bytes_and_counts_packed_bytes(tmp_path, path)
 
 @pytest.mark.fault
 @pytest.mark.parametrize("end", [-1, -8, -30])
-def test_a_truncated_gzip_file_is_named(tmp_path, end):
+def test_a_truncated_gzip_file_is_reported(tmp_path, end):
     packed = tmp_path / "b.gz"
     packed.write_bytes(gzip.compress(b"".join(b"line %d\n" % i for i in range(1000)))[:end])
     with pytest.raises(ValueError, match=r"b\.gz: the gzip data is damaged or truncated"):
@@ -58,7 +58,7 @@ def test_a_truncated_gzip_file_is_named(tmp_path, end):
 
 
 @pytest.mark.fault
-def test_a_damaged_gzip_file_is_named(tmp_path):
+def test_a_damaged_gzip_file_is_reported(tmp_path):
     data = bytearray(gzip.compress(b"".join(b"line %d\n" % i for i in range(1000))))
     data[len(data) // 2] ^= 255
     (tmp_path / "b.gz").write_bytes(data)
@@ -75,7 +75,7 @@ def test_utf16_is_rejected_by_name(tmp_path, encoding):
 
 
 @pytest.mark.fault
-def test_a_byte_order_mark_is_dropped_at_the_start_alone(tmp_path):
+def test_a_byte_order_mark_is_dropped_only_at_the_start(tmp_path):
     (tmp_path / "a").write_bytes(b"\xef\xbb\xbf{}\n\xef\xbb\xbf")
     assert [line.data for line in read(tmp_path / "a")] == [b"{}\n", b"\xef\xbb\xbf"]
 

@@ -44,7 +44,7 @@ def test_passages_in_a_bucket_are_copied_once_and_read_locally(bucket, cache, mo
     np.testing.assert_array_equal(here.tokens(rows, 30), there.tokens(rows, 30))
     here.verify()
     assert here.place == url
-    # What somebody has deleted is copied again, and nothing else.
+    # Only deleted files are copied again.
     (here.path / "tokens.npy").unlink()
     for name in set(FILES) - {"tokens.npy"}:
         (path / name).unlink()
@@ -56,7 +56,7 @@ def test_passages_in_a_bucket_are_copied_once_and_read_locally(bucket, cache, mo
         Passages.open(url, "g")
 
 
-def test_a_copy_that_was_cut_short_goes_on_with_whole_files(bucket, monkeypatch):
+def test_an_interrupted_copy_resumes_with_complete_files(bucket, monkeypatch):
     _, url = bucket
     asked = []
     read_range = folder.read_range
@@ -79,7 +79,7 @@ def test_a_changed_file_is_rejected(bucket, cache):
     data = bytearray((path / "tokens.npy").read_bytes())
     data[-1] ^= 1
     (path / "tokens.npy").write_bytes(data)
-    wanted = rf"PASSAGES_DIR: {url}/tokens\.npy is damaged: wanted sha256 .* Copy the folder into"
+    wanted = rf"PASSAGES_DIR: {url}/tokens\.npy is damaged: expected sha256 .*Copy the folder"
     with pytest.raises(ValueError, match=wanted):
         Passages.open(url)
     assert not list(cache.rglob("tokens.npy*"))
@@ -127,7 +127,7 @@ def test_a_disk_that_is_too_small_is_named_before_copying(bucket, cache, monkeyp
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "no json", '{"files": {"tokens.npy": {"bytes": 1}}}'])
-def test_a_manifest_that_says_nothing_is_named(bucket, text):
+def test_a_manifest_without_files_is_reported(bucket, text):
     path, url = bucket
     (path / MANIFEST).write_text(text)
     with pytest.raises(ValueError, match=r"manifest\.json.*tokens"):

@@ -118,7 +118,7 @@ def test_the_latest_and_the_best_are_kept(tmp_path, state):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4"]
 
 
-def test_a_flipped_bit_is_named(damaged):
+def test_a_flipped_bit_is_reported(damaged):
     victim = largest_file(damaged / "4" / "params")
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
@@ -127,7 +127,7 @@ def test_a_flipped_bit_is_named(damaged):
         load(damaged)
 
 
-def test_a_truncated_and_a_missing_file_are_named(damaged):
+def test_truncated_and_missing_files_are_reported(damaged):
     victim = largest_file(damaged / "4" / "training")
     victim.write_bytes(victim.read_bytes()[:-1])
     (damaged / "4" / "metadata" / "metadata").unlink()
@@ -194,7 +194,7 @@ def test_an_interrupted_deletion_is_completed_at_the_next_start(damaged, state, 
     assert not (damaged / "2").exists() and not (damaged / "deleted").exists()
 
 
-def test_a_copy_without_any_checksums_is_rejected_and_left_alone(damaged):
+def test_a_copy_without_checksums_is_rejected_and_kept(damaged):
     for step in ("2", "4"):
         (damaged / step / SIDECAR).unlink()
     with pytest.raises(ValueError, match=r"\[2, 4\].*checksums.json"):
@@ -255,7 +255,7 @@ def test_a_step_under_the_name_of_another_is_rejected(damaged, state, mesh):
         assert checkpoints.steps() == [2, 4]
 
 
-def test_arrays_of_another_model_are_named(saved, mesh):
+def test_arrays_of_another_model_are_reported(saved, mesh):
     shapes = jax.eval_shape(fresh)
     shapes["output"]["kernel"] = jax.ShapeDtypeStruct((16, 64), np.float32)
     target = abstract_state(OPTIMIZER, shapes, mesh)

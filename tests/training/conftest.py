@@ -1,4 +1,4 @@
-"""Runs of the same toy compile once: the loop jits anew each time, and XLA's cache remembers."""
+"""Runs of the same toy compile once: the loop jits each time, and XLA's compilation cache hits."""
 
 import jax
 import pytest

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import shutil
 
 import flax.serialization
@@ -168,19 +169,21 @@ def test_half_precision_and_equal_copies_of_the_embedding_are_read(folder, dtype
     tiny.assert_trees_close(params, want, rtol=1e-2)
 
 
-def test_a_t5_becomes_a_glimmer_with_two_tables_and_a_new_head(folder, capsys):
+def test_a_t5_becomes_a_glimmer_with_two_tables_and_a_new_head(folder, caplog, capsys):
+    caplog.set_level(logging.INFO)
     params = parameters.load(folder, GlimmerModel(tiny.GLIMMER), "v")
     want = tiny.params(tiny.FID)["live_encoder"]["relpos_bias"]
     for encoder in ("memory_encoder", "live_encoder"):
         tiny.assert_trees_equal(params[encoder]["relpos_bias"], want)
     assert (params["reranker"]["kernel"] == 1.0).all()
-    assert f"Parameters: a Hugging Face t5 in {folder}" in capsys.readouterr().out
+    assert f"Parameters: a Hugging Face t5 in {folder}" in caplog.text
+    assert capsys.readouterr().out == ""
     wide = dataclasses.replace(tiny.FID, t5=dataclasses.replace(tiny.T5, vocab_size=64))
     with pytest.raises(ValueError, match="vocab_size=32 .*vocab_size=64"):
         parameters.load(folder, GlimmerModel(wide), "v")
 
 
-def test_missing_extra_and_misshapen_parameters_are_all_named(folder, serve):
+def test_missing_extra_and_misshapen_parameters_are_all_reported(folder, serve):
     tensors = tensors_of(folder)
     del tensors["encoder.block.2.layer.0.SelfAttention.q.weight"]
     tensors["encoder.block.9.layer.0.layer_norm.weight"] = np.ones(16, np.float32)
@@ -260,7 +263,7 @@ def test_truncated_and_damaged_files_are_rejected(folder, form):
         load(folder)
 
 
-def test_tensors_of_integers_are_named(folder):
+def test_tensors_of_integers_are_reported(folder):
     rewrite(folder, {**tensors_of(folder), "extra": np.ones(3, np.int64)})
     with pytest.raises(ValueError, match="extra as I64.*float32, float16"):
         load(folder)
@@ -327,7 +330,7 @@ def test_a_missing_size_has_the_default_of_transformers(folder, name):
         load(folder)
 
 
-def test_a_parameter_that_is_not_finite_is_named(folder):
+def test_a_parameter_that_is_not_finite_is_reported(folder):
     tensors = tensors_of(folder)
     tensors["decoder.block.1.layer.2.DenseReluDense.wo.weight"][0, 0] = np.inf
     rewrite(folder, tensors)

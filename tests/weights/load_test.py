@@ -20,7 +20,7 @@ def test_a_pickled_file_is_rejected_by_its_name(tmp_path, ending):
 
 
 @pytest.mark.parametrize("name", ["flax_model.msgpack", "config.json", "checkpoint_7/checkpoint"])
-def test_a_single_file_of_a_folder_asks_for_the_folder(tmp_path, name, monkeypatch):
+def test_a_single_file_of_a_folder_is_rejected_in_favour_of_the_folder(tmp_path, name, monkeypatch):
     file = tmp_path / name
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(b"x")
@@ -33,7 +33,7 @@ def test_a_single_file_of_a_folder_asks_for_the_folder(tmp_path, name, monkeypat
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors"])
-def test_a_safetensors_file_of_hugging_face_asks_for_the_folder(tmp_path, name):
+def test_a_hugging_face_safetensors_file_needs_its_folder(tmp_path, name):
     (tmp_path / name).write_bytes(b"x")
     message = rf"\.json is missing.*Hugging Face.*folder, {re.escape(str(tmp_path))}\."
     with pytest.raises(ValueError, match=message):

@@ -112,7 +112,7 @@ def test_replicas_on_one_host_share_one_read(tmp_path):
     assert {shard.data.shape for shard in got.addressable_shards} == {(8, 4)}
 
 
-def test_parameters_that_contradict_their_configuration_are_named(tmp_path):
+def test_parameters_that_contradict_their_configuration_are_reported(tmp_path):
     params = tiny.params(tiny.FID)
     del params["decoder"]["decoder_norm"]
     params["extra"] = np.ones(3, np.float32)

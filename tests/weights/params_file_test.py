@@ -68,7 +68,7 @@ def test_a_damaged_params_file_is_rejected(tmp_path):
         save_params_file(tmp_path / "small.bin", {}, {})
 
 
-def test_a_parameter_that_is_not_finite_is_named(tmp_path):
+def test_a_parameter_that_is_not_finite_is_reported(tmp_path):
     path = tmp_path / "small.safetensors"
     with pytest.raises(ValueError, match="a/b.*2 numbers.*3"):
         save_params_file(path, {"a": {"b": np.array([1, np.nan, np.inf], np.float32)}}, {})

@@ -159,7 +159,7 @@ def test_pickled_weights_are_not_opened(folder):
         load_gtr(folder)
 
 
-def test_missing_files_are_named(folder):
+def test_missing_files_are_reported(folder):
     (folder / "spiece.model").unlink()
     with pytest.raises(ValueError, match="spiece.model.*T5's"):
         load_gtr(folder)

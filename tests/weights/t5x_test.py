@@ -79,7 +79,7 @@ def test_orbax_checkpoints_are_read_bit_exactly(tmp_path):
         load(tmp_path / "other")
 
 
-def test_missing_and_misshapen_parameters_are_named(tmp_path):
+def test_missing_and_misshapen_parameters_are_reported(tmp_path):
     flat = t5_names.flat_from(tiny.params(tiny.FID))
     del flat["decoder/layers_1/pre_mlp_layer_norm/scale"]
     flat["encoder/encoder_norm/scale"] = np.ones(8, np.float32)
@@ -90,7 +90,7 @@ def test_missing_and_misshapen_parameters_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["legacy", "Orbax"])
-def test_all_missing_arrays_are_named(tmp_path, form):
+def test_all_missing_arrays_are_reported(tmp_path, form):
     names = ["decoder/layers_1/mlp/wo/kernel", "token_embedder/embedding"]
     flat = t5_names.flat_from(tiny.params(tiny.FID))
     if form == "legacy":

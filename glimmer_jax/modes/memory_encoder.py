@@ -13,8 +13,8 @@ from glimmer_jax.partitioning import make_mesh
 from glimmer_jax.weights import parameters
 
 
-def make_recipe(config: EncoderConfig) -> tuple[MemoryEncoder, encoding.States]:
-    """The encode step of a checkpoint, and its float32 reference.
+def load_encoder(config: EncoderConfig) -> tuple[MemoryEncoder, encoding.States]:
+    """The encode step of a checkpoint, and a function that computes the float32 reference states.
 
     Raises:
       ValueError: a setting is missing, the checkpoint does not fit, or the model has no memory.
@@ -29,7 +29,7 @@ def make_recipe(config: EncoderConfig) -> tuple[MemoryEncoder, encoding.States]:
     host_params = parameters.load(config.checkpoint_path, model, vocabulary_fingerprint)
     params = parameters.place(host_params, model, devices)
     t5, codec = model.config.t5, model.config.memory_codec
-    recipe = MemoryEncoder(
+    encoder = MemoryEncoder(
         encoding.bind_encoder(model.memory_states, params, devices, codec),
         Identity(
             encoder_fingerprint=encoder_fingerprint(host_params, model.config),
@@ -49,7 +49,7 @@ def make_recipe(config: EncoderConfig) -> tuple[MemoryEncoder, encoding.States]:
         devices.size,
         params.get("memory_codebooks"),
     )
-    return recipe, encoding.bind_states(codec_error.exact_states(model), params, devices)
+    return encoder, encoding.bind_states(codec_error.exact_states(model), params, devices)
 
 
 def check_model(model: GlimmerModel) -> None:
@@ -64,10 +64,10 @@ def check_model(model: GlimmerModel) -> None:
 def open_corpus(config: EncoderConfig) -> Passages:
     """The passages to encode, with every checksum verified.
 
-    A memory of changed tokens could not be told from the right one later.
+    Damage must be detected here: a memory of damaged tokens looks like a valid one.
 
     Raises:
-      ValueError: PASSAGES_DIR is missing, damaged, or has another vocabulary.
+      ValueError: PASSAGES_DIR is missing or damaged, or has another vocabulary.
     """
     config.check_given()
     corpus = Passages.open(str(config.passages_dir), config.vocabulary.fingerprint)
