@@ -1,6 +1,7 @@
 """SIGTERM at random moments: a command ends with 42 and resumes, or with 0 and complete output."""
 
 import json
+import os
 import pathlib
 import random
 import signal
@@ -32,6 +33,19 @@ SIZES = {
 }
 LENGTHS = {"TASK_FEATURE_LENGTHS": {"inputs": 24, "targets": 16, "passages": (3, 16)}}
 GLIMMER = ("sizes/tiny", "models/glimmer")
+# The modes whose output each mode reads.
+INPUTS = {
+    "retrieve": ("passages",),
+    "train": ("passages", "retrieve"),
+    "build_memory": ("passages", "train"),
+    "codebooks": ("passages", "train"),
+    "export": ("train",),
+    "eval": ("passages", "retrieve", "train"),
+    "infer": ("passages", "retrieve", "train"),
+    "verify": ("build_memory",),
+}
+# One device: eight on two cores wait for each other.
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 pytestmark = [pytest.mark.fault]
 
 
@@ -45,9 +59,19 @@ class Commands:
 
     def __init__(self, folder):
         self.folder = folder
+        self.finished = set()
         self.data = {"PASSAGES_DIR": f"{folder}/passages", "DATA_DIR": f"{folder}/retrieved"}
         self.model = {"CHECKPOINT_PATH": f"{folder}/run", "PASSAGES_DIR": f"{folder}/passages"}
         self.passage_sizes = {"MAX_PASSAGE_TOKENS": 16, "BATCH_SIZE": 8, **SIZES}
+
+    def prepare(self, mode):
+        """Runs the modes that `mode` reads the output of, each once."""
+        for needed in INPUTS.get(mode, ()):
+            if needed not in self.finished:
+                self.prepare(needed)
+                code, output, _ = run(getattr(self, needed)(self.folder))
+                assert code == 0, output
+                self.finished.add(needed)
 
     def passages(self, out):
         corpus = {"CORPUS": f"{self.folder}/corpus.jsonl", "PASSAGES_DIR": f"{out}/passages"}
@@ -59,10 +83,17 @@ class Commands:
         return command("retrieve", "runs/retrieve", **places, **passages)
 
     def train(self, out):
-        settings = {"TRAIN_STEPS": 20, "BATCH_SIZE": 8, "EVAL_PERIOD": 10, "CHECKPOINT_EVERY": 5}
-        quiet = {"BEST_METRIC": None, "LOG_EVERY": 1, "MIXTURE_OR_TASK_NAME": "pydocs"}
+        # Other modes need a checkpoint only.
+        steps, eval_period = (1, 0) if out == self.folder else (20, 10)
+        settings = {"TRAIN_STEPS": steps, "EVAL_PERIOD": eval_period, "CHECKPOINT_EVERY": 5}
+        task = {
+            "MIXTURE_OR_TASK_NAME": "pydocs",
+            "BEST_METRIC": None,
+            "BATCH_SIZE": 8,
+            "LOG_EVERY": 1,
+        }
         sizes = {"EVALUATOR_NUM_EXAMPLES": 8, **SIZES, **LENGTHS}
-        macros = {**settings, **quiet, **sizes, **self.data, "MODEL_DIR": f"{out}/run"}
+        macros = {**settings, **task, **sizes, **self.data, "MODEL_DIR": f"{out}/run"}
         return command("train", "examples/pydocs_glimmer_train", **macros)
 
     def build_memory(self, out):
@@ -95,7 +126,7 @@ class Commands:
         return command("memory", "runs/memory", ACTION="verify", MEMORY_DIR=f"{self.folder}/memory")
 
 
-MODES = [name for name in vars(Commands) if not name.startswith("_")]
+MODES = ["passages", *INPUTS]
 # Files that hold times, or what is compared otherwise.
 VARYING = ("metrics.json", "metrics.jsonl", "events.out", "config.gin", "checkpoints", "dev")
 
@@ -105,6 +136,7 @@ def run(arguments, stop_after=None):
     with running(
         [sys.executable, "-m", "glimmer_jax.main", *arguments],
         cwd=ROOT,
+        env=ENVIRONMENT,
         stdout=-1,
         stderr=-2,
         text=True,
@@ -165,19 +197,16 @@ def commands(tmp_path_factory):
                 for i in range(16)
             )
             (folder / "questions" / f"{task}-{split}.jsonl").write_text(text)
-    made = Commands(folder)
-    for mode in ("passages", "retrieve", "train", "build_memory"):
-        code, output, _ = run(getattr(made, mode)(folder))
-        assert code == 0, output
-    return made
+    return Commands(folder)
 
 
 def check(commands, tmp_path, mode, moments):
     """Stops the mode `moments` times, at random; then it is run to its end each time."""
-    whole = tmp_path / "whole"
-    whole.mkdir()
+    commands.prepare(mode)
+    complete = tmp_path / "complete"
+    complete.mkdir()
     make = getattr(commands, mode)
-    code, output, seconds = run(make(whole))
+    code, output, seconds = run(make(complete))
     assert code == 0, output
     for moment in range(moments):
         out = tmp_path / str(moment)
@@ -186,16 +215,17 @@ def check(commands, tmp_path, mode, moments):
         after = random.uniform(0.0, 1.1 * seconds)
         code, output, _ = run(make(out), after)
         case = f"SIGTERM after {after:.3f} s of {seconds:.1f}, exit code {code}\n{output}"
-        assert code in (0, 42) and "Traceback" not in output, case
+        assert code in (0, 42), case
+        assert "Traceback" not in output and "Exception ignored" not in output, case
         if code == 42:
             assert "Run the same command again" in output or "saved" in output, case
             code, output, _ = run(make(out))
             assert code == 0, f"{case}\nresumed:\n{output}"
-        assert contents(out) == contents(whole), case
+        assert contents(out) == contents(complete), case
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("mode", ["passages", "train", "export"])
+@pytest.mark.parametrize("mode", ["passages", "train"])
 def test_a_command_stopped_once_resumes_or_is_complete(commands, tmp_path, mode):
     check(commands, tmp_path, mode, moments=1)
 
