@@ -5,6 +5,7 @@ the current folder carry over. Pages that continue the tutorial share its copy.
 """
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -188,3 +189,31 @@ def test_variables_and_the_folder_carry_over_until_the_next_page(tmp_path):
     )
     shell.new_page()
     assert shell.run("third", "sh", "echo ${model:-none} in $PWD") == f"none in {tmp_path}\n"
+
+
+def test_own_data_runs_with_few_steps(tmp_path):
+    copy_checkout(tmp_path)
+    shell = Shell(tmp_path)
+    for page, number, language, text in runnable(("docs/own_data",), slow=True):
+        shorter = re.sub(r"TRAIN_STEPS=\d+", "TRAIN_STEPS=2", text)
+        shell.run(f"{page}.md, block {number}", language, shorter)
+    metrics = json.loads((tmp_path / "runs" / "codes" / "eval" / "metrics.json").read_text())
+    assert 0 <= metrics["codes/exact_match"] <= 1 and 0 <= metrics["codes/recall_at_1"] <= 1
+    answers = (tmp_path / "runs" / "codes" / "answers" / "predictions-codes-test.jsonl").read_text()
+    assert json.loads(answers.splitlines()[0])["id"].startswith("errno/")
+
+
+def test_own_data_shows_the_task_module_of_its_example():
+    shown = next(text for page, _, _, _, text in BLOCKS if page == "docs/own_data")
+    assert (ROOT / "examples" / "own_data" / "codes.py").read_text().endswith(shown)
+
+
+@pytest.mark.skipif(
+    sys.version_info[:2] != (3, 11) or sys.platform != "linux",
+    reason="error numbers, statuses and names differ with version and platform",
+)
+def test_own_data_is_what_its_script_writes(tmp_path):
+    data = ROOT / "examples" / "own_data"
+    subprocess.run([sys.executable, data / "make_data.py", tmp_path], check=True)
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (data / path.name).read_bytes(), path.name

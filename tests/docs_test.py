@@ -86,7 +86,9 @@ def test_relative_links_and_anchors_exist(page):
 @pages
 def test_paths_and_modules_exist(page):
     text = read(page)
-    for path in re.findall(rf"(?<![\w/.$-])((?:{'|'.join(FOLDERS)})/[\w./-]*\w/?)", text):
+    for path in re.findall(
+        rf"(?<![\w/.$-])((?:{'|'.join(FOLDERS)})/[\w./-]*\w/?)(?![\w./-]*\*)", text
+    ):
         candidates = (ROOT / path, page.parent / path)
         assert any(candidate.exists() for candidate in candidates), path
     for module in re.findall(rf"python -m ((?:{'|'.join(FOLDERS)})[\w.]*\w)", text):
