@@ -144,6 +144,7 @@ def sessions(slow):
     ]
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("session", sessions(slow=False))
 def test_quick_blocks_run_as_they_stand(session, tmp_path):
     run_session(session, tmp_path, slow=False)
@@ -191,6 +192,7 @@ def test_variables_and_the_folder_carry_over_until_the_next_page(tmp_path):
     assert shell.run("third", "sh", "echo ${model:-none} in $PWD") == f"none in {tmp_path}\n"
 
 
+@pytest.mark.timeout(1200)
 def test_own_data_runs_with_few_steps(tmp_path):
     copy_checkout(tmp_path)
     shell = Shell(tmp_path)
