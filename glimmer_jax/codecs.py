@@ -2,7 +2,8 @@
 
 A codec maps token states `[..., D]` to a dictionary of arrays `[..., *trailing]`, and back. The
 store and the lookup move these arrays without interpreting them; only the model decodes. A smaller
-codec therefore shrinks the files, the network traffic and the table in device memory alike.
+codec therefore shrinks the files, the network traffic and the table in device memory alike. Models,
+memory and retrieval share this module.
 
     bf16    2 D bytes per token
     int8    about D bytes per token
@@ -11,6 +12,10 @@ codec therefore shrinks the files, the network traffic and the table in device m
             encoding takes 256 times as long as with `pq`
     f16     2 D bytes per token: vectors of a dense index; token states may exceed its range
     f32     for tests of exact equality, and as the baseline of error measurements
+
+To add a codec, write a class with the methods of `Codec` and add it to `_CODECS`. Store, table,
+model and plan read its arrays from `array_specs`. Only codebooks of `ProductQuantisation` can be
+learned and initialised (`memory.codebooks`, `models.codebooks`).
 """
 
 import dataclasses
@@ -66,6 +71,13 @@ def get(name: str) -> Codec:
     if name not in _CODECS:
         raise ValueError(f"memory_codec must be one of {sorted(_CODECS)}, got {name!r}.")
     return _CODECS[name]
+
+
+def _round(x: jax.Array, dtype: Any) -> jax.Array:
+    """`x` in a narrower float dtype."""
+    info = jnp.finfo(dtype)
+    # A compiler may remove a cast and its inverse; it keeps `reduce_precision`.
+    return jax.lax.reduce_precision(x, info.nexp, info.nmant).astype(dtype)
 
 
 def straight_through(codec: Codec, states: jax.Array, codebooks: Arrays | None = None) -> jax.Array:
@@ -166,12 +178,6 @@ class Int8(_WithoutCodebooks):
         return states.astype(dtype)
 
 
-def _round(x: jax.Array, dtype: Any) -> jax.Array:
-    kind = jnp.finfo(dtype)
-    # A compiler may remove a cast and its inverse; it keeps `reduce_precision`.
-    return jax.lax.reduce_precision(x, kind.nexp, kind.nmant).astype(dtype)
-
-
 @dataclasses.dataclass(frozen=True)
 class ProductQuantisation:
     """A code of `bits` bits for every `channels` channels.
@@ -208,8 +214,8 @@ class ProductQuantisation:
         return emb_dim // self.channels
 
     def array_specs(self, emb_dim: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        kind = np.dtype(np.uint8 if self.bits <= 8 else np.uint16)
-        return {"codes": ((self.num_subspaces(emb_dim),), kind)}
+        dtype = np.dtype(np.uint8 if self.bits <= 8 else np.uint16)
+        return {"codes": ((self.num_subspaces(emb_dim),), dtype)}
 
     def codebook_specs(self, emb_dim: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the float32 codebook arrays by name."""
@@ -237,8 +243,8 @@ class ProductQuantisation:
         parts_GNS = jnp.moveaxis(parts.reshape(-1, *parts.shape[-2:]), 1, 0)
         # One subspace at a time: the distances of all of them would not fit in memory.
         codes_GN = jax.lax.map(lambda pair: nearest(*pair), (parts_GNS, codebooks["centroids"]))
-        kind = self.array_specs(states.shape[-1])["codes"][1]
-        return {"codes": codes_GN.T.reshape(parts.shape[:-1]).astype(kind)}
+        _, dtype = self.array_specs(states.shape[-1])["codes"]
+        return {"codes": codes_GN.T.reshape(parts.shape[:-1]).astype(dtype)}
 
     def decode(self, arrays: Arrays, dtype: Any, codebooks: Arrays | None = None) -> jax.Array:
         assert codebooks is not None

@@ -116,6 +116,14 @@ def test_modes_and_actions_exist(page):
     assert actions <= {"plan", "inspect", "verify", "repair", "append", "withdraw", "merge"}
 
 
+def test_configuration_lists_every_mode():
+    row = re.search(
+        r"^\| `--run_mode` \|.*$", read(ROOT / "docs" / "configuration.md"), re.MULTILINE
+    )
+    modes = {*main.MODES, main.PREFLIGHT}
+    assert modes <= set(re.findall(r"`(\w+)`", row[0]))
+
+
 @pages
 def test_blocks_have_a_language_and_known_needs(page):
     opened = re.findall(r"^```(.*)$", read(page), re.MULTILINE)[::2]

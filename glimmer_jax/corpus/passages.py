@@ -173,7 +173,7 @@ class Passages:
         rows = self.rows(numbers)
         if not self.manifest["num_string_ids"]:
             return [int(number) for number in numbers]
-        return [self.text(int(row))["id"] for row in rows]
+        return [self.record(int(row))["id"] for row in rows]
 
     def _rows(self, numbers: np.ndarray, names: Any) -> np.ndarray:
         places = np.minimum(np.searchsorted(self._sorted_ids, numbers), len(self) - 1)
@@ -234,7 +234,7 @@ class Passages:
             )
         return tokens.reshape(*rows.shape, length)
 
-    def text(self, row: int) -> dict[str, Any]:
+    def record(self, row: int) -> dict[str, Any]:
         """The record of one row. Raises ValueError for a row out of range."""
         if not 0 <= row < len(self):
             raise ValueError(f"Rows of {self.path} are 0 to {len(self) - 1}, got {row}.")

@@ -1,15 +1,23 @@
-"""Gold passages: those that the provenance of a question's answers names.
+"""Gold passages: those that a question's provenance names.
 
-A passage is gold where its page, and where both sides give them its paragraphs, agree with an entry
-of provenance. Ids decide the page where both sides have one, titles otherwise:
+Retrieval marks the passages of a task file with `is_gold` (`retrieval.retriever`), and the marks
+become the feature `gold_passages` (`data.preprocessors`). The texts of passages and answers play no
+part.
 
-    passage has                 entry has                   compared
-    page                        wikipedia_id                the ids
-    title                       title                       the titles, if not both ids
-    neither page nor title      wikipedia_id                the passage's own id, or its document's
+A passage is gold if an entry of the provenance of any answer names its page and its paragraphs. The
+first row that applies decides the page; if none does, the entry names another:
 
-Names are compared in Unicode's normal form NFC, since composed and decomposed letters look the
-same. Null, "" and KILT's paragraph -1 (evidence not found in its page) equal absent.
+    passage has     entry has       compared
+    page            wikipedia_id    the ids
+    title           title           the titles
+    no page         wikipedia_id    the entry's id with the passage's document, or else its id
+
+Paragraphs are compared if both sides have them, and must overlap. Those of an entry reach from
+`start_paragraph_id` to `end_paragraph_id`; a passage has its first and last one in `paragraphs`, or
+a single one in `chunk` (`corpus.formats`).
+
+Null, "" and KILT's paragraph -1 (evidence not found in its page) equal absent. Names are compared
+in Unicode's normal form NFC, since composed and decomposed letters look the same.
 """
 
 import collections
@@ -22,7 +30,7 @@ Place = Mapping[str, Any]
 
 
 def is_gold(record: Record, provenance: Sequence[Place]) -> bool:
-    """Whether an entry of provenance names the passage's page and one of its paragraphs."""
+    """Whether an entry of provenance names the passage: its page, and its paragraphs if known."""
     return any(
         _names_page(place, record) and _names_paragraph(place, record) for place in provenance
     )

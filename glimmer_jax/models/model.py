@@ -12,7 +12,7 @@ A batch holds numpy or jax arrays:
     decoder_input_tokens   int32 [B, T]     targets shifted right, 0 first
     decoder_target_tokens  int32 [B, T]
     decoder_loss_weights   float32 [B, T]   0 for padding
-    gold_passages          int32 [B, K]     optional, nonzero for passages that contain the answer
+    gold_passages          int32 [B, K]     optional, nonzero for gold passages (`kilt.gold`)
     candidate_tokens       int32 [B, N, T]  optional, answers to choose from in prediction: end token
                                             included, then 0; all 0 for absent candidates
 """

@@ -26,11 +26,13 @@ from glimmer_jax.nn.layers import (
 from glimmer_jax.nn.relative_position import RelativePositionBias
 from glimmer_jax.partitioning import constrain
 
+# Values that a layer keeps for its backward pass, in addition to its input; others are recomputed.
+# From the least recomputation to the most: `preflight.nearest` proposes the policies in this order.
 REMAT_POLICIES = {
-    # Keep the layer's input, recompute everything else.
-    "full": None,
-    # Keep the results of projections, recompute everything else.
+    "none": jax.checkpoint_policies.everything_saveable,
+    # The results of projections.
     "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
@@ -59,7 +61,7 @@ class T5Config:
     dtype: str = "float32"  # of activations and matrix products; parameters are always float32
     matmul_dtype: str | None = None  # of projections' operands; results keep `dtype`
     scan_layers: bool = True
-    remat_policy: str = "none"  # none, minimal or full
+    remat_policy: str = "none"  # one of REMAT_POLICIES
     attention: str = "plain"  # of the encoder: plain, or a fused kernel: cudnn, tpu
     relpos_buckets: int = 32
     relpos_max_distance: int = 128
@@ -81,9 +83,9 @@ class T5Config:
             raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}.")
         if self.matmul_dtype not in (None, "bfloat16"):
             raise ValueError(f"matmul_dtype must be None or 'bfloat16', got {self.matmul_dtype!r}.")
-        if self.remat_policy not in ("none", *REMAT_POLICIES):
+        if self.remat_policy not in REMAT_POLICIES:
             raise ValueError(
-                f"remat_policy must be one of none, {', '.join(REMAT_POLICIES)}; "
+                f"remat_policy must be one of {', '.join(REMAT_POLICIES)}; "
                 f"got {self.remat_policy!r}."
             )
         if self.attention not in ("plain", *FUSED):
@@ -217,7 +219,7 @@ def rematted(layer_cls: Any, config: T5Config) -> Any:
     return nn.remat(
         layer_cls,
         policy=REMAT_POLICIES[config.remat_policy],
-        # Inside a scan the compiler cannot merge the two computations.
+        # Inside a scan the compiler cannot merge the recomputation with the forward pass.
         prevent_cse=not config.scan_layers,
     )
 

@@ -6,12 +6,12 @@ from typing import Any
 
 from glimmer_jax import axes
 from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.models.t5 import REMAT_POLICIES
 from glimmer_jax.partitioning import MeshConfig, parts
 from glimmer_jax.preflight.programs import Settings
 
 # Gin macros with their values, and the settings they result in.
 Change = tuple[dict[str, Any], dict[str, Any]]
-_POLICIES = ("none", "minimal", "full")
 
 
 def changes(job: str, settings: Settings, mesh: MeshConfig, devices: int) -> Iterator[Change]:
@@ -68,7 +68,8 @@ def _training(settings: Settings, mesh: MeshConfig) -> Iterator[Change]:
 
     rows = settings["batch_size"] // parts(mesh.sizes(), axes.BATCH)
     smaller = [n for n in range(loop.num_microbatches + 1, rows + 1) if rows % n == 0]
-    policies = _POLICIES[_POLICIES.index(now) + 1 :]
+    policies = list(REMAT_POLICIES)
+    policies = policies[policies.index(now) + 1 :]
     for policy in policies:
         yield change(policy, loop.num_microbatches, mesh, {})
     last = policies[-1] if policies else now

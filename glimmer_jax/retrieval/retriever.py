@@ -33,7 +33,7 @@ class Retriever(abc.ABC):
 
     def __init__(self, passages: Passages):
         self.passages = passages
-        self.record = functools.lru_cache(_RECORDS)(passages.text)
+        self.record = functools.lru_cache(_RECORDS)(passages.record)
 
     @abc.abstractmethod
     def search(self, questions: Sequence[str], k: int) -> Results:

@@ -233,7 +233,7 @@ class Predictor:
 
     def first_title(self) -> str:
         """The title of the corpus' first passage."""
-        return str(self._corpus().text(0)["title"])
+        return str(self._corpus().record(0)["title"])
 
     def encode_candidates(self, candidates: Sequence[str]) -> np.ndarray:
         """int32 `[N, T]`; raises ValueError as `answer`."""

@@ -68,7 +68,7 @@ def record(
     # Passages missing from the memory were not read and are left out.
     order = np.argsort(-scores, kind="stable")[: np.isfinite(scores).sum()]
     rows = passages.rows(np.asarray(ids, np.int64))
-    records = {place: passages.text(int(rows[place])) for place in order.tolist()}
+    records = {place: passages.record(int(rows[place])) for place in order.tolist()}
     # A passage without a page is its own page.
     pages = {
         str(passage.get("page", passage.get("document", passage["id"]))): passage["title"]

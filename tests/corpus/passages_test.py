@@ -42,7 +42,7 @@ def test_what_was_written_is_read(folder):
     assert passages.ids.tolist() == [record["id"] for record in RECORDS]
     assert list(passages.records()) == RECORDS
     assert list(passages.records(1, 2)) == RECORDS[1:2]
-    assert [passages.text(row) for row in range(3)] == RECORDS
+    assert [passages.record(row) for row in range(3)] == RECORDS
     wanted = [encode(passage_text(r["title"], r["text"]))[:19] + [1] for r in RECORDS]
     rows = passages.rows([41, 3])
     assert rows.dtype == np.int32 and rows.tolist() == [2, 1]
@@ -74,7 +74,7 @@ def test_unknown_ids_are_reported(folder):
     with pytest.raises(ValueError, match="2 passage ids are not in .*: 4, 99.*--run_mode=retrieve"):
         Passages.open(folder).rows([3, 99, 4, 99])
     with pytest.raises(ValueError, match="0 to 2, got 3"):
-        Passages.open(folder).text(3)
+        Passages.open(folder).record(3)
 
 
 def test_tokens_take_two_bytes_where_they_can(tmp_path):
