@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 
-def glimmer(mode: str, gin_file: str, *, devices: int | None = None, **macros: Any) -> None:
-    """Prints and runs `glimmer --run_mode=<mode>` with a gin file and macros.
+def glimmer(mode: str, *gin_files: str, devices: int | None = None, **macros: Any) -> None:
+    """Prints and runs `glimmer --run_mode=<mode>` with gin files and macros.
 
     Args:
       mode: run mode.
-      gin_file: name of a file in gin/examples, without suffix.
+      gin_files: names below gin/, without suffix.
       devices: number of virtual CPU devices; None is one per core, at most two.
-      macros: override those of the gin file.
+      macros: override those of the gin files.
 
     Raises:
       SystemExit: the command failed; with its exit code.
     """
-    command = ["--run_mode=" + mode, f"--gin_file=gin/examples/{gin_file}.gin"]
+    command = ["--run_mode=" + mode, *(f"--gin_file=gin/{file}.gin" for file in gin_files)]
     for name, value in macros.items():
         value = str(value) if isinstance(value, Path) else value
         command.append(f"--gin.{name}={value!r}")

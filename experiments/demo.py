@@ -29,8 +29,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--no_browser", action="store_true")
     args = parser.parse_args(argv)
     if not Path("data/pydocs/passages").is_dir():
-        glimmer("passages", "pydocs_passages")
-    glimmer("build_memory", "pydocs_glimmer_memory", CHECKPOINT_PATH=CHECKPOINT, MEMORY_DIR=MEMORY)
+        glimmer("passages", "examples/pydocs_passages")
+    glimmer(
+        "build_memory",
+        "runs/build_memory",
+        CHECKPOINT_PATH=CHECKPOINT,
+        PASSAGES_DIR="data/pydocs/passages",
+        MEMORY_DIR=MEMORY,
+    )
     url = f"http://127.0.0.1:{args.port}/"
     if not args.no_browser:
         threading.Thread(target=_open_when_ready, args=(url,), daemon=True).start()
@@ -38,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with contextlib.suppress(KeyboardInterrupt):  # the server receives it too, and drains
         glimmer(
             "serve",
-            "pydocs_glimmer_serve",
+            "examples/pydocs_glimmer_serve",
             CHECKPOINT_PATH=CHECKPOINT,
             MEMORY_DIR=MEMORY,
             PORT=args.port,

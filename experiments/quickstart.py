@@ -29,6 +29,8 @@ from glimmer_jax.storage.json_lines import read_json_lines, write_json_lines
 
 MODELS = ("fid", "lumen", "glimmer")
 NUM_ANSWERS = 4
+# GLIMMER trains with three kept passages and answers with one, as the shipped model does.
+KEPT = {"NUM_KEPT": 1}
 # Initial parameters of each model; glimmer_jax/checkpoints/README.md describes their training.
 SHIPPED = {name: CHECKPOINTS / f"pydocs_{name}.safetensors" for name in MODELS}
 
@@ -47,14 +49,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     glimmer(
         "passages",
-        "pydocs_passages",
+        "examples/pydocs_passages",
         CORPUS_DIR=data / "corpus",
         PASSAGES_DIR=data / "passages",
         OVERWRITE=True,
     )
     glimmer(
         "retrieve",
-        "pydocs_retrieve",
+        "examples/pydocs_retrieve",
         QUESTIONS=f"{data}/corpus/questions/*.jsonl",
         PASSAGES_DIR=data / "passages",
         DATA_DIR=data / "retrieved",
@@ -64,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tuned = runs / f"glimmer_{args.train_steps}"
     glimmer(
         "train",
-        "pydocs_glimmer_train",
+        "examples/pydocs_glimmer_train",
         MODEL_DIR=tuned,
         INITIAL_CHECKPOINT_PATH=SHIPPED["glimmer"],
         TRAIN_STEPS=args.train_steps,
@@ -80,16 +82,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, memory in memories.items():
         glimmer(
             "build_memory",
-            f"pydocs_{name}_memory",
+            "runs/build_memory",
             CHECKPOINT_PATH=weights[name],
             PASSAGES_DIR=data / "passages",
             MEMORY_DIR=memory,
         )
     for name in MODELS:
-        memory_macros = {"MEMORY_DIR": memories[name]} if name in memories else {}
+        memory_macros: dict[str, Any] = {"MEMORY_DIR": memories[name]} if name in memories else {}
+        memory_macros |= KEPT if name == "glimmer" else {}
         glimmer(
             "eval",
-            f"pydocs_{name}_eval",
+            "examples/pydocs_eval",
             CHECKPOINT_PATH=weights[name],
             EVALUATOR_NUM_EXAMPLES=args.num_examples,
             EVAL_OUTPUT_DIR=runs / f"{name}_eval",
@@ -116,12 +119,13 @@ def _answer_a_few(data: Path, runs: Path, checkpoint: Path, memory: Path) -> Non
     write_json_lines(runs / "questions.jsonl", questions)
     glimmer(
         "infer",
-        "pydocs_glimmer_infer",
+        "examples/pydocs_infer",
         CHECKPOINT_PATH=checkpoint,
         PASSAGES_DIR=data / "passages",
         MEMORY_DIR=memory,
         QUESTIONS=runs / "questions.jsonl",
         INFER_OUTPUT_DIR=runs / "answers",
+        **KEPT,
     )
     answers = {
         line["id"]: line

@@ -118,12 +118,18 @@ MODEL_STAGES = (
 # and LUMEN have them on GLIMMER's reranking layers, and drop the scoring head at the end. LUMEN's
 # memory encoder is that of the start, frozen.
 CUTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "glimmer": ("pydocs_glimmer_train", {}),
+    "glimmer": ("examples/pydocs_glimmer_train", {}),
     "lumen": (
-        "pydocs_glimmer_train",
+        "examples/pydocs_glimmer_train",
         {"NUM_KEPT": None, "FREEZE_MEMORY": True, "SHARE_QUESTION_ENCODER": False},
     ),
-    "fid": ("pydocs_start_train", {"ALPHA": 1.0, "BETA": 0.857, "MIMETIC_INIT": False}),
+    "fid": ("examples/pydocs_start_train", {"ALPHA": 1.0, "BETA": 0.857, "MIMETIC_INIT": False}),
+}
+# The cut in which each model answers.
+USED: dict[str, dict[str, Any]] = {
+    "glimmer": {"ALPHA": 0.43, "BETA": 0.67, "NUM_KEPT": 1},
+    "lumen": {"ALPHA": 0.43},
+    "fid": {},
 }
 # GLIMMER keeps one passage when it answers. During training it keeps up to three, because it cannot
 # learn an answer that is in no kept passage.
@@ -151,8 +157,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--models must be among {START}, {', '.join(CUTS)}, got {', '.join(unknown)}."
         )
     if not Path("data/pydocs/retrieved").is_dir():
-        glimmer("passages", "pydocs_passages", OVERWRITE=True)
-        glimmer("retrieve", "pydocs_retrieve")
+        glimmer("passages", "examples/pydocs_passages", OVERWRITE=True)
+        glimmer("retrieve", "examples/pydocs_retrieve")
     training = Training(args.seed, args.output, args.export, args.initial)
     if START in selected:
         training.start()
@@ -244,7 +250,7 @@ class Training:
             # With two devices no run has learned to choose, possibly by chance.
             settings = {**stage.settings, "MIMETIC_INIT": True, "devices": 1}
             seed = self._stream(stage, attempt)
-            self._train(run.name, "pydocs_start_train", stage, seed, settings)
+            self._train(run.name, "examples/pydocs_start_train", stage, seed, settings)
             loss = metrics(run)[-1]["train/first_token"]
             self._note(run.name, chooses=loss < MAX_CHOICE_LOSS)
             if loss < MAX_CHOICE_LOSS:
@@ -258,7 +264,7 @@ class Training:
     def _next(self, previous: Path, stage: Stage) -> Path:
         run = self._output / f"{START}_{stage.name}"
         settings = {**stage.settings, "INITIAL_CHECKPOINT_PATH": previous}
-        self._train(run.name, "pydocs_start_train", stage, self._stream(stage), settings)
+        self._train(run.name, "examples/pydocs_start_train", stage, self._stream(stage), settings)
         return run
 
     def _train(
@@ -281,7 +287,10 @@ class Training:
         output = self._output / f"{run.name}_{short}"
         glimmer(
             "eval",
-            f"pydocs_{model}_eval",
+            "examples/pydocs_eval",
+            "sizes/tiny",
+            f"models/{model}",
+            **USED[model],
             CHECKPOINT_PATH=run,
             MIXTURE_OR_TASK_SPLIT=split,
             EVAL_OUTPUT_DIR=output,
@@ -302,7 +311,10 @@ class Training:
     def _save(self, model: str, run: Path) -> None:
         path = self._export / f"pydocs_{model}.safetensors"
         self._export.mkdir(parents=True, exist_ok=True)
-        glimmer("export", f"pydocs_{model}_export", CHECKPOINT_PATH=run, OUTPUT_PATH=path)
+        # The start is exported as it was trained.
+        files = () if model == START else ("sizes/tiny", f"models/{model}")
+        cut = USED.get(model, {})
+        glimmer("export", "runs/export", *files, **cut, CHECKPOINT_PATH=run, OUTPUT_PATH=path)
 
 
 def metrics(run: Path) -> list[dict[str, float]]:

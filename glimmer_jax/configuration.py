@@ -28,6 +28,16 @@ except ModuleNotFoundError as error:
 
 from glimmer_jax import shipped
 
+# Values of macros that a file uses and nothing binds, where the parameter may be None: the mode takes
+# what the checkpoint records. A binding in a run file would replace that of a model's file before it.
+FROM_CHECKPOINT = {
+    "MODEL": "None",
+    "NUM_KEPT": "'checkpoint'",
+    "MEMORY_CODEC": "None",
+    "TASK_FEATURE_LENGTHS": "None",
+    "MAX_PASSAGE_TOKENS": "None",
+    "VOCABULARY": "None",
+}
 # Earlier macro names -> their present ones, which are T5X's.
 RENAMED = {
     "BEAMS": "BEAM_SIZE",
@@ -77,7 +87,7 @@ def parse(
       gin_files: paths, looked up below the shipped root, the current folder and `search_paths`.
       bindings: such as `TRAIN_STEPS = 10`.
       search_paths: folders.
-      unbound: macro -> value, for used macros that nothing else binds.
+      unbound: macro -> value, for used macros that nothing else binds, before `FROM_CHECKPOINT`.
 
     Raises:
       ConfigError: a file is missing or malformed, or macros and bindings do not fit together.
@@ -94,9 +104,10 @@ def parse(
                 gin.parse_config_file(str(Path(path).absolute()) if path[:2] == "./" else path)
         for binding in bindings:
             _parse_binding(binding)
-        missing = [name for name in missing_macros() if name in (unbound or {})]
+        values = {name: FROM_CHECKPOINT[name] for name in _optional_macros()} | dict(unbound or {})
+        missing = [name for name in missing_macros() if name in values]
         with _errors_of_gin():
-            gin.parse_config([f"{name} = {(unbound or {})[name]}" for name in missing])
+            gin.parse_config([f"{name} = {values[name]}" for name in missing])
         check_macros()
         with _errors_of_gin():
             check_types()
@@ -209,6 +220,22 @@ def _macros() -> tuple[set[str], set[str]]:
     macro = gin.get_configurable("gin.macro")
     used = {ref.config_key[0] for ref in gin_config.iterate_references(_bindings(), to=macro)}
     return used, {scope for scope, selector in _bindings() if selector == "gin.macro"}
+
+
+def _optional_macros() -> set[str]:
+    """Macros of `FROM_CHECKPOINT` that nothing binds, and whose parameters may all be None."""
+    used, bound = _macros()
+    optional = set(FROM_CHECKPOINT) & (used - bound)
+    for (_, selector), parameters in _bindings().items():
+        for parameter, value in parameters.items():
+            if not isinstance(value, gin_config.ConfigurableReference):
+                continue
+            hint = _annotations(gin.get_configurable(selector)).get(parameter)
+            if value.config_key[1:] == ("gin.macro",) and types.NoneType not in typing.get_args(
+                hint
+            ):
+                optional.discard(value.config_key[0])
+    return optional
 
 
 def _unused(name: str, used: set[str]) -> str:

@@ -17,8 +17,9 @@ from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.models.glimmer import Batch
 from glimmer_jax.models.model import GlimmerModel, Params
 from glimmer_jax.modes import checks
+from glimmer_jax.modes.checkpoint import find_vocabulary
 from glimmer_jax.partitioning import AXIS_RULES, MeshConfig, make_mesh, spec
-from glimmer_jax.vocabulary import PYDOCS_MODEL, Vocabulary
+from glimmer_jax.vocabulary import Vocabulary
 
 
 class T5XModel:
@@ -31,6 +32,9 @@ class T5XModel:
         passages_dir: str | None = None,
         optimizer_def: Any = None,
         vocabulary: Vocabulary | str | None = None,
+        allow_unused_embeddings: bool = False,
+        mixture_or_task_name: str | None = None,
+        mixture_or_task_module: str | None = None,
         data_dir: str | None = None,
         min_bleu_score: float | None = None,
         label_smoothing: float = 0.0,
@@ -43,8 +47,11 @@ class T5XModel:
           task_feature_lengths: `{"inputs": Q, "targets": T, "passages": (K, P)}`.
           passages_dir: passages folder for tasks with `passage_ids`.
           optimizer_def: a `t5x.optimizers.OptimizerDef`; None for eval and infer.
-          vocabulary: of tasks and passages, or the path of its SentencePiece model; None for the
-            built-in one.
+          vocabulary: of tasks and passages, or the path of its SentencePiece model.
+          allow_unused_embeddings: accept a vocabulary that does not fill the embedding.
+          mixture_or_task_name: whose vocabulary is compared with `vocabulary`; T5X compares it for
+            models of its own base class only. None compares nothing.
+          mixture_or_task_module: imported first; registers the tasks.
           data_dir: folder of the retrieved files, for tasks that read them.
           min_bleu_score: training answers with a lower `bleu_score` are left out.
           label_smoothing: T5X's macro; only 0 is supported.
@@ -66,19 +73,25 @@ class T5XModel:
                 "mean per target token. Remove it, and scale LEARNING_RATE instead."
             )
         if vocabulary is None or isinstance(vocabulary, str):
-            vocabulary = Vocabulary(vocabulary or PYDOCS_MODEL)
+            vocabulary = find_vocabulary(vocabulary)
         if not hasattr(vocabulary, "fingerprint"):
             raise ValueError(
                 f"VOCABULARY must be the path of a SentencePiece model, got {vocabulary!r}. Set for "
                 "example --gin.VOCABULARY=\"'t5/spiece.model'\"."
             )
-        if data_dir is not None or min_bleu_score is not None:
+        if not {mixture_or_task_name, data_dir, min_bleu_score} <= {None}:
             from glimmer_jax.data import retrieved_tasks
 
             retrieved_tasks.configure(data_dir, min_bleu_score, vocabulary)
         self._model = model
         self._lengths = checks.lengths_for(model.config, task_feature_lengths)
-        checks.vocabulary_fits(model, vocabulary)
+        checks.vocabulary_fits(model, vocabulary, allow_unused=allow_unused_embeddings)
+        if mixture_or_task_name is not None:
+            # seqio and tensorflow take seconds to import.
+            from glimmer_jax.data import pipeline
+
+            pipeline.import_tasks(mixture_or_task_module)
+            pipeline.check_vocabulary(mixture_or_task_name, vocabulary)
         self._vocabulary = vocabulary
         self._passages = None
         if passages_dir is not None:

@@ -36,6 +36,7 @@ def passage_text(title: str, text: str) -> str:
     return f"title: {title} context: {text}"
 
 
+BUILT_IN = "pydocs"  # the name of the built-in vocabulary, in place of a path
 PYDOCS_MODEL = Path(__file__).parent / "pydocs" / "vocabulary.model"
 EXTRA_IDS = 100
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
@@ -46,21 +47,20 @@ class Vocabulary:
     """A SentencePiece model file with sentinels: text to ids and back.
 
     Attributes:
-      path: the SentencePiece model file, for a bucket's its local copy; None for the built-in one.
+      path: the SentencePiece model file, for a bucket's its local copy; `pydocs` for the built-in one.
       extra_ids: number of sentinels, on top of the pieces unless the file has its own.
     """
 
-    path: str | Path = PYDOCS_MODEL
+    path: str | Path = BUILT_IN
     extra_ids: int = EXTRA_IDS
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "path", local_copy.fetch_file("VOCABULARY", self.path or PYDOCS_MODEL)
-        )
+        path = PYDOCS_MODEL if self.path in (BUILT_IN, None) else self.path
+        object.__setattr__(self, "path", local_copy.fetch_file("VOCABULARY", path))
         if not Path(self.path).is_file():
             raise ValueError(
-                f"VOCABULARY: no file {self.path}. Give the path of a SentencePiece model, or None for "
-                "the built-in one."
+                f"VOCABULARY: no file {self.path}. Give the path of a SentencePiece model, or "
+                f"{BUILT_IN!r} for that of the built-in corpus."
             )
         if self.extra_ids < 0:
             raise ValueError(f"extra_ids must be at least 0, got {self.extra_ids}.")

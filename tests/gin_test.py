@@ -32,7 +32,10 @@ TASK = [
 ]
 # Run file -> mode, and what it requires.
 RUNS = {
-    "passages": ("passages", ["CORPUS = 'pydocs'", "PASSAGES_DIR = 'p'"]),
+    "passages": (
+        "passages",
+        ["CORPUS = 'pydocs'", "PASSAGES_DIR = 'p'", "VOCABULARY = 'pydocs'"],
+    ),
     "retrieve": ("retrieve", ["PASSAGES_DIR = 'p'", "QUESTIONS = 'q'", "DATA_DIR = 'd'"]),
     "finetune": ("train", [MODEL_DIR, *TASK, "TRAIN_STEPS = 5", "PASSAGES_DIR = 'p'"]),
     "pretrain": ("train", [MODEL_DIR, *TASK, "TRAIN_STEPS = 5", "PASSAGES_DIR = 'p'"]),
@@ -42,8 +45,8 @@ RUNS = {
     ),
     "build_memory": ("build_memory", [CHECKPOINT, "PASSAGES_DIR = 'p'", "MEMORY_DIR = 'm'"]),
     "memory": ("memory", ["ACTION = 'inspect'", "MEMORY_DIR = 'm'"]),
-    "eval": ("eval", [CHECKPOINT, *TASK]),
-    "infer": ("infer", [CHECKPOINT, TASK[2], "PASSAGES_DIR = 'p'"]),
+    "eval": ("eval", [CHECKPOINT, *TASK[:2]]),
+    "infer": ("infer", [CHECKPOINT, "PASSAGES_DIR = 'p'"]),
     "serve": ("serve", [CHECKPOINT, TASK[2], "PASSAGES_DIR = 'p'"]),
     "score": ("score", ["PREDICTIONS = 'p'", "QUESTIONS = 'q'"]),
     "export": ("export", [CHECKPOINT, "OUTPUT_PATH = 'o.safetensors'"]),
@@ -61,11 +64,9 @@ EXAMPLE_RUNS = {
     "passages": ("passages", []),
     "retrieve": ("retrieve", []),
     "train": ("train", [MODEL_DIR, "TRAIN_STEPS = 5"]),
-    "memory": ("build_memory", [CHECKPOINT, "MEMORY_DIR = 'm'"]),
     "eval": ("eval", [CHECKPOINT]),
     "infer": ("infer", [CHECKPOINT]),
     "serve": ("serve", [CHECKPOINT]),
-    "export": ("export", [CHECKPOINT, "OUTPUT_PATH = 'o.safetensors'"]),
 }
 
 
@@ -109,11 +110,19 @@ def test_files_document_what_they_provide_and_require(path):
 @pytest.mark.parametrize("run", RUNS)
 def test_runs_parse_and_finalise(run):
     mode, required = RUNS[run]
-    files = [f"gin/runs/{run}.gin"]
-    if mode in ("train", "codebooks", "build_memory", "eval", "infer", "serve", "export"):
-        files = ["gin/sizes/small.gin", "gin/models/glimmer.gin", *files]
-    configuration.parse(files, required)
-    assert arguments(mode)
+    model = ["gin/sizes/small.gin", "gin/models/glimmer.gin"]
+    configuration.parse(
+        [*(model if mode in ("train", "serve") else ()), f"gin/runs/{run}.gin"], required
+    )
+    bound = arguments(mode)
+    assert bound
+    if mode in ("codebooks", "build_memory", "eval", "infer", "export"):
+        # A model that is given counts, whatever the order of the files.
+        assert bound["model"] is None
+        for files in ([*model, f"gin/runs/{run}.gin"], [f"gin/runs/{run}.gin", *model]):
+            configuration.parse(files, required)
+            given = arguments(mode)["model"]
+            assert isinstance(given, GlimmerModel) and given.config.num_kept == 25
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -156,7 +165,7 @@ def test_examples_require_only_their_documented_macros(path):
     mode, required = EXAMPLE_RUNS[path.stem.split("_")[-1]]
     configuration.parse([f"gin/examples/{path.name}"], required)
     bound = arguments(mode)
-    if "model" in bound:
+    if bound.get("model") is not None:
         assert parameter_count(bound["model"]) < 5e6
 
 
@@ -167,6 +176,14 @@ def test_macros_select_search_sampling_or_candidates():
     bound = arguments("eval")
     assert bound["model"].decode == DecodeConfig(temperature=0.7, top_k=5, top_p=0.9)
     assert bound["candidates"] == ["yes", "no"]
+
+
+def test_changes_of_the_checkpoints_model_need_no_model():
+    changes = ["NUM_KEPT = None", "MEMORY_CODEC = 'int8'", "BEAM_SIZE = 4", "VOCABULARY = 'v'"]
+    configuration.parse(["gin/runs/eval.gin"], [*RUNS["eval"][1], *changes])
+    bound = arguments("eval")
+    assert (bound["num_kept"], bound["memory_codec"], bound["vocabulary"]) == (None, "int8", "v")
+    assert bound["decode"].beams == 4
 
 
 def test_memory_takes_a_model_after_its_own_file():
@@ -266,8 +283,8 @@ def test_private_names_are_those_of_the_pinned_gin():
 def test_macros_without_value_are_reported():
     with pytest.raises(ValueError, match=r"No value for QUESTIONS.*--gin\.QUESTIONS="):
         configuration.parse(["gin/runs/score.gin"], ["PREDICTIONS = 'p'"])
-    with pytest.raises(ValueError, match="No value for MODEL"):
-        configuration.parse(["gin/runs/export.gin"], RUNS["export"][1])
+    with pytest.raises(ValueError, match="No value for.* TASK_FEATURE_LENGTHS,"):
+        configuration.parse(["gin/sizes/tiny.gin", "gin/models/fid.gin", "gin/runs/finetune.gin"])
 
 
 @pytest.mark.parametrize(

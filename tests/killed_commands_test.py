@@ -107,20 +107,19 @@ def test_a_killed_memory_build_resumes_and_ends_byte_equal(left_alone, tmp_path)
     lines = [{"id": i, "title": f"t{i}", "text": f"passage {i} " * (i % 7)} for i in range(400)]
     corpus.write_text("".join(json.dumps(line) + "\n" for line in lines))
     cutting = {"CORPUS": str(corpus), "PASSAGES_DIR": passages, "MAX_PASSAGE_TOKENS": 16}
+    cutting["VOCABULARY"] = "pydocs"
     assert command_line.main(arguments("passages", "runs/passages", **cutting)) == 0
 
     def building(memory):
         return arguments(
             "build_memory",
-            "examples/pydocs_glimmer_memory",
+            "runs/build_memory",
             CHECKPOINT_PATH=str(left_alone),
             PASSAGES_DIR=passages,
             MEMORY_DIR=str(memory),
             MAX_PASSAGE_TOKENS=16,
             BATCH_SIZE=1,
             SHARD_PASSAGES=8,
-            SHARE_POSITION_TABLE=True,
-            **SIZES,
         )
 
     killed, whole = tmp_path / "killed", tmp_path / "whole"

@@ -57,7 +57,7 @@ def mini(tmp_path_factory):
 
 def cut(corpus, passages, **macros):
     given = {"CORPUS": str(corpus), "CORPUS_FORMAT": "kilt", "PASSAGES_DIR": str(passages)}
-    given["PASSAGE_WORDS"] = mini_kilt.PASSAGE_WORDS
+    given |= {"PASSAGE_WORDS": mini_kilt.PASSAGE_WORDS, "VOCABULARY": "pydocs"}
     return run("passages", "runs/passages", **given, **macros)
 
 

@@ -17,8 +17,10 @@ from glimmer_jax import shipped
 from glimmer_jax.pydocs.questions import TASKS
 from glimmer_jax.runtime.preemption import STOP
 from glimmer_jax.storage.errors import storage_error
+from glimmer_jax.vocabulary import PYDOCS_MODEL
 
 ROOT = pathlib.Path(shipped.root())
+SHIPPED = str(shipped.CHECKPOINTS / "pydocs_glimmer.safetensors")
 ABLATIONS = sorted(path.stem for path in (ROOT / "gin" / "ablations").glob("*.gin"))
 
 # The examples at a size that compiles in seconds.
@@ -42,9 +44,10 @@ def clear():
 def run(mode, *files, **macros):
     arguments = [f"--run_mode={mode}", *(f"--gin_file=gin/{file}.gin" for file in files)]
     arguments += [f"--gin.{name}={value!r}" for name, value in macros.items()]
-    if not {"runs/passages", "runs/retrieve", "runs/score"} & set(files):
+    # The other modes take sizes, lengths and vocabulary from the checkpoint.
+    if mode == "train" or "sizes/tiny" in files:
         arguments += TINY
-    if mode in ("train", "eval", "infer"):
+    if mode == "train":
         arguments = [*arguments[:2], LENGTHS, *arguments[2:]]
     return command_line.main(arguments)
 
@@ -78,6 +81,7 @@ def work(tmp_path_factory):
             CORPUS=corpus_path,
             PASSAGES_DIR=passages,
             MAX_PASSAGE_TOKENS=16,
+            VOCABULARY="pydocs",
         )
         == 0
     )
@@ -124,6 +128,7 @@ def test_training_leaves_checkpoints_config_and_metrics(trained):
     assert (trained / "checkpoints" / "5" / "checksums.json").is_file()
     assert "TRAIN_STEPS = 5" in (trained / "config.gin").read_text()
     assert len(losses(trained)) >= 5
+    assert (trained / "spiece.model").read_bytes() == PYDOCS_MODEL.read_bytes()
 
 
 @pytest.mark.parametrize("form", ["huggingface", "t5x"])
@@ -148,10 +153,9 @@ def test_all_modes_after_training(work, trained, capsys):
     assert (
         run(
             "build_memory",
-            "examples/pydocs_glimmer_memory",
+            "runs/build_memory",
             **shared,
             MEMORY_DIR=memory,
-            MAX_PASSAGE_TOKENS=16,
             BATCH_SIZE=2,
         )
         == 0
@@ -165,17 +169,21 @@ def test_all_modes_after_training(work, trained, capsys):
             "CANDIDATES": ["red", "blue"],
             **extra,
         }
-        files = ("examples/pydocs_glimmer_eval",)
+        files = ("examples/pydocs_eval",)
         assert run("eval", *files, **shared, DATA_DIR=data(work)["DATA_DIR"], **evaluated) == 0
         lines = (out / "predictions-pydocs_which_function.jsonl").read_text().splitlines()
         answers[name] = [json.loads(line) for line in lines]
         metrics = json.loads((out / "metrics.json").read_text())
         assert metrics["tflop_per_question"] > 0
+        assert metrics["pydocs_which_function/n"] == 10
+        assert 0 < metrics["pydocs_which_function/retriever_recall_at_1"] <= 1
         assert ("seconds_waiting_for_memory" in metrics) == (name == "memory")
     assert len(answers["tokens"]) == 10
     for one, other in zip(answers["tokens"], answers["memory"], strict=True):
         assert one["score"] == pytest.approx(other["score"], abs=1e-3)
         assert one["prediction"] in ("red", "blue")
+        assert one["answers"] == [one["question"].removesuffix(" thing")]
+        assert set(one["passage_titles"]) >= set(one["answers"])
 
     questions = str(work / "retrieved" / "which_function-test.jsonl")
     predictions = str(work / "answers" / "predictions-which_function-test.jsonl")
@@ -183,8 +191,9 @@ def test_all_modes_after_training(work, trained, capsys):
         "QUESTIONS": questions,
         "INFER_OUTPUT_DIR": str(work / "answers"),
         "MEMORY_DIR": memory,
+        "NUM_KEPT": 1,
     }
-    assert run("infer", "examples/pydocs_glimmer_infer", **shared, **infer) == 0
+    assert run("infer", "examples/pydocs_infer", **shared, **infer) == 0
     record = json.loads(pathlib.Path(predictions).read_text().splitlines()[0])
     assert {one["title"] for one in record["passages"]} >= {"red"}
     assert sum(one["kept"] for one in record["passages"]) == 1
@@ -213,7 +222,7 @@ def test_a_question_at_the_prompt(work, trained, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", iter_lines("blue thing\n\n"))
     shared = {"CHECKPOINT_PATH": str(trained), "PASSAGES_DIR": data(work)["PASSAGES_DIR"]}
     candidates = {"CANDIDATES": ["none of these", "nor this"]}
-    assert run("infer", "examples/pydocs_glimmer_infer", **shared, **candidates) == 0
+    assert run("infer", "examples/pydocs_infer", **shared, **candidates) == 0
     shown = capsys.readouterr().out
     assert "log-likelihood" in shown
     assert shown.splitlines()[-4].split("    ")[0] in candidates["CANDIDATES"]
@@ -245,12 +254,18 @@ def test_every_ablation_trains_for_five_steps(work, tmp_path, ablation):
         (
             "passages",
             ["runs/passages"],
-            {"CORPUS": "none.jsonl", "PASSAGES_DIR": "p"},
+            {"CORPUS": "none.jsonl", "PASSAGES_DIR": "p", "VOCABULARY": "pydocs"},
             "none.jsonl",
         ),
         (
+            "passages",
+            ["runs/passages"],
+            {"CORPUS": "none.jsonl", "PASSAGES_DIR": "p"},
+            "VOCABULARY is required",
+        ),
+        (
             "eval",
-            ["examples/pydocs_fid_eval"],
+            ["examples/pydocs_eval"],
             {"CHECKPOINT_PATH": "none", "PASSAGES_DIR": None},
             "There is nothing to read: set PASSAGES_DIR",
         ),
@@ -258,12 +273,12 @@ def test_every_ablation_trains_for_five_steps(work, tmp_path, ablation):
             "export",
             ["sizes/tiny", "models/fid", "runs/export"],
             {"CHECKPOINT_PATH": "none", "OUTPUT_PATH": "o.safetensors"},
-            "none is not a checkpoint",
+            "CHECKPOINT_PATH: there is no checkpoint none",
         ),
         (
             "infer",
-            ["examples/pydocs_glimmer_infer"],
-            {"CHECKPOINT_PATH": "c", "PASSAGES_DIR": "none"},
+            ["examples/pydocs_infer"],
+            {"CHECKPOINT_PATH": SHIPPED, "PASSAGES_DIR": "none"},
             "PASSAGES_DIR: no folder none",
         ),
         (
@@ -283,6 +298,18 @@ def test_every_ablation_trains_for_five_steps(work, tmp_path, ablation):
             ["examples/pydocs_glimmer_train"],
             {"MODEL_DIR": "m", "TRAIN_STEPS": 5, "VOCAB_SIZE": 64},
             "Raise VOCAB_SIZE",
+        ),
+        (
+            "train",
+            ["examples/pydocs_glimmer_train"],
+            {"MODEL_DIR": "m", "TRAIN_STEPS": 5, "VOCAB_SIZE": 32128},
+            "2048 ids, which fill 2048 rows, but the model's embedding has 32128",
+        ),
+        (
+            "train",
+            ["examples/pydocs_glimmer_train"],
+            {"MODEL_DIR": "m", "TRAIN_STEPS": 5, "VOCABULARY": None},
+            "VOCABULARY is required",
         ),
         (
             "train",
@@ -321,8 +348,8 @@ def test_bad_input_ends_with_one_line(tmp_path, monkeypatch, capfd, mode, files,
 
 def test_an_unknown_task_is_reported_before_data_is_read(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    macros = {"CHECKPOINT_PATH": "none", "PASSAGES_DIR": "none", "MIXTURE_OR_TASK_NAME": "pydoc"}
-    assert run("eval", "examples/pydocs_fid_eval", **macros) == 2
+    macros = {"CHECKPOINT_PATH": SHIPPED, "PASSAGES_DIR": "none", "MIXTURE_OR_TASK_NAME": "pydoc"}
+    assert run("eval", "examples/pydocs_eval", **macros) == 2
     error = capfd.readouterr().err.splitlines()[-1]
     assert "'pydoc'" in error and "MIXTURE_OR_TASK_NAME" in error
 

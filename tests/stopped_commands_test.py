@@ -112,15 +112,13 @@ class Commands:
         return command("export", *GLIMMER, "runs/export", **places, **SIZES)
 
     def eval(self, out):
-        macros = {**self.model, **self.data, **SIZES, **LENGTHS, "EVAL_OUTPUT_DIR": f"{out}/eval"}
-        return command("eval", "examples/pydocs_glimmer_eval", BATCH_SIZE=8, **macros)
+        macros = {**self.model, **self.data, "EVAL_OUTPUT_DIR": f"{out}/eval"}
+        return command("eval", "examples/pydocs_eval", BATCH_SIZE=8, **macros)
 
     def infer(self, out):
         questions = f"{self.folder}/questions/which_function-test.jsonl"
-        macros = {**self.model, **SIZES, **LENGTHS, "QUESTIONS": questions}
-        return command(
-            "infer", "examples/pydocs_glimmer_infer", INFER_OUTPUT_DIR=f"{out}/infer", **macros
-        )
+        macros = {**self.model, "QUESTIONS": questions}
+        return command("infer", "examples/pydocs_infer", INFER_OUTPUT_DIR=f"{out}/infer", **macros)
 
     def verify(self, out):
         return command("memory", "runs/memory", ACTION="verify", MEMORY_DIR=f"{self.folder}/memory")

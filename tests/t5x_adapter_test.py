@@ -138,11 +138,29 @@ def test_data_dir_configures_the_retrieved_tasks():
     retrieved_tasks.configure()
 
 
+def test_a_task_with_another_vocabulary_is_rejected():
+    pytest.importorskip("seqio")
+    from glimmer_jax.data import generated_tasks, retrieved_tasks
+    from glimmer_jax.vocabulary import Vocabulary as SentencePiece
+
+    # T5X compares vocabularies for models of its own base class only.
+    generated_tasks.register("with_pydocs", lambda: None, SentencePiece("pydocs"))
+    task = {"mixture_or_task_name": "with_pydocs"}
+    with pytest.raises(ValueError, match="VOCABULARY.* v,.*with_pydocs"):
+        T5XModel(GlimmerModel(tiny.GLIMMER), LENGTHS, vocabulary=Vocabulary(), **task)
+    config = dataclasses.replace(tiny.T5, vocab_size=2048)
+    model = GlimmerModel(dataclasses.replace(tiny.GLIMMER, t5=config))
+    T5XModel(model, LENGTHS, vocabulary="pydocs", **task)
+    retrieved_tasks.configure()
+
+
 def test_settings_that_do_not_fit_are_rejected_before_t5x_starts():
     model = GlimmerModel(tiny.GLIMMER)
     with pytest.raises(ValueError, match="keeps 2 passages"):
         T5XModel(model, {**LENGTHS, "passages": (1, 6)}, vocabulary=Vocabulary())
     with pytest.raises(ValueError, match="2048 .*32 .*VOCAB_SIZE"):
+        T5XModel(model, LENGTHS, vocabulary="pydocs")
+    with pytest.raises(ValueError, match="VOCABULARY is required"):
         T5XModel(model, LENGTHS)
     with pytest.raises(ValueError, match="PASSAGES_DIR: no folder nowhere"):
         T5XModel(model, LENGTHS, passages_dir="nowhere", vocabulary=Vocabulary())

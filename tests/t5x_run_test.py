@@ -52,6 +52,7 @@ t5.T5Config:
     mlp_activations = ("gelu", "linear")
 """
 SETTINGS = {
+    "VOCABULARY": "pydocs",
     "NUM_ENCODER_LAYERS": 3,
     "MATMUL_DTYPE": None,
     "MIXTURE_OR_TASK_NAME": "pydocs",

@@ -252,8 +252,12 @@ def test_fit_is_checked_before_training(data_dir):
         fit(TASK, "validation", {**LENGTHS, "targets": 1})
     with pytest.raises(ValueError, match="PASSAGES_DIR and MEMORY_DIR"):
         fit(TASK, "validation", LENGTHS, has_passages=False)
-    with pytest.raises(ValueError, match="VOCABULARY: the inputs of "):
+    with pytest.raises(ValueError, match="VOCABULARY.*inputs of which_test"):
         fit(TASK, "validation", LENGTHS, vocabulary=Vocabulary(extra_ids=3))
+    # A copy of the file is the same vocabulary.
+    copy = data_dir.parent / "copy.model"
+    copy.write_bytes(Vocabulary().path.read_bytes())
+    assert fit(TASK, "validation", LENGTHS, vocabulary=Vocabulary(copy))["examples"] == 5
 
 
 def test_truncated_evaluation_data_is_counted_and_logged_as_a_warning(data_dir, caplog):
@@ -373,3 +377,46 @@ def test_evaluation_calls_plain_functions_on_batches(data_dir, passages, tmp_pat
     assert [one["id"] for one in run.examples()[TASK]] == [f"q{i}".encode() for i in range(5)]
     with pytest.raises(ValueError, match="has both metrics and a split 'other'"):
         evaluation.Evaluation(TASK, "other", LENGTHS, 4)
+
+
+def test_the_retriever_is_evaluated_on_the_same_questions(data_dir, passages, caplog):
+    run = evaluation.Evaluation(TASK, "validation", LENGTHS, 4)
+    # The gold passage is the second of three.
+    assert run.retriever() == {f"{TASK}/n": 5, f"{TASK}/retriever_recall_at_1": 0.0}
+    titles = passages.titles([10 + i for i in range(4)])
+    lines = [{**line(i), "output": [{"answer": titles[i % 4].upper()}]} for i in range(4)]
+    for example in lines[:3]:
+        example["retrieved"][0]["gold"] = True
+    write_lines(data_dir, [*lines, line(7)], "dev")
+    run = evaluation.Evaluation(TASK, "validation", LENGTHS, 4)
+    metrics = run.retriever(passages)
+    assert metrics == {
+        f"{TASK}/n": 5,
+        f"{TASK}/retriever_recall_at_1": 0.6,
+        f"{TASK}/retriever_exact_match": 0.8,
+    }
+    caplog.clear()
+    evaluation.warn_of_reranking({**metrics, f"{TASK}/recall_at_1": 0.6})
+    assert not caplog.records
+    evaluation.warn_of_reranking({**metrics, f"{TASK}/recall_at_1": 0.4})
+    assert (
+        f"{TASK}: the reranker's recall at 1 is 0.400, below the retriever's 0.600" in caplog.text
+    )
+
+
+def test_predictions_hold_question_gold_answers_and_titles(data_dir, passages):
+    run = evaluation.Evaluation(TASK, "validation", LENGTHS, 4, passages=passages)
+
+    def predict(batch):
+        rows = len(batch["question_tokens"])
+        aux = {"passage_scores": np.tile(np.float32([1, 3, 2]), (rows, 1))}
+        aux["kept_passages"] = np.ones((rows, 1), np.int32)
+        aux["first"] = np.ones(rows)
+        return np.tile(np.int32([1]), (rows, 1)), aux
+
+    run.run(predict)
+    first = run.predictions(passages)[TASK][0]
+    assert (first["question"], first["answers"]) == ("words 0", ["json.dumps", "dumps"])
+    assert first["passage_ids"] == [11, 12, 10]
+    assert first["passage_titles"] == passages.titles([11, 12, 10])
+    assert "passage_titles" not in run.predictions()[TASK][0]

@@ -1,5 +1,6 @@
 """Runs seqio.Evaluator with plain functions over numpy batches."""
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,9 @@ from glimmer_jax.axes import check_lengths
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.data.features import GlimmerFeatureConverter
 from glimmer_jax.data.pipeline import attach, fill, find_mixture_or_task
+from glimmer_jax.metrics import qa
+
+logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
 # numpy batch -> int32 tokens [B, T], and per-row arrays {name: [B, ...]} (may be empty).
@@ -37,6 +41,24 @@ def reranked_recall(
         "recall_at_1": float(np.take_along_axis(gold, best, 1).mean()),
         "recall_kept": float(np.take_along_axis(gold, kept, 1).any(1).mean()),
     }
+
+
+def warn_of_reranking(metrics: Mapping[str, float]) -> None:
+    """Logs a warning for each task whose reranker puts a gold passage first less often than retrieval.
+
+    Args:
+      metrics: of `Evaluation.run` and `Evaluation.retriever`.
+    """
+    for name, recall in metrics.items():
+        task, _, metric = name.rpartition("/")
+        retrieved = metrics.get(f"{task}/retriever_recall_at_1")
+        if metric == "recall_at_1" and retrieved is not None and recall < retrieved:
+            logger.warning(
+                "%s: the reranker's recall at 1 is %.3f, below the retriever's %.3f on the same "
+                "questions. Train longer, or with SUPERVISED_WEIGHT where gold passages are known; until "
+                "then raise NUM_KEPT.",
+                task, recall, retrieved,
+            )  # fmt: skip
 
 
 class Evaluation:
@@ -110,6 +132,33 @@ class Evaluation:
         cached = self._evaluator.cached_task_datasets
         return {name: list(ds.as_numpy_iterator()) for name, ds in cached.items()}
 
+    def retriever(self, passages: Passages | None = None) -> dict[str, float]:
+        """Metrics of the retriever on the same questions, as a baseline: `{"task/metric": value}`.
+
+        `n`, the number of questions; `retriever_recall_at_1`, how often its first passage is gold; and
+        `retriever_exact_match`, that of the first passage's title as the answer.
+
+        Args:
+          passages: the corpus; None leaves out exact match.
+        """
+        metrics: dict[str, float] = {}
+        for task, examples in self.examples().items():
+            metrics[f"{task}/n"] = len(examples)
+            fields = examples[0].keys() if examples else ()
+            if "gold_passages" in fields:
+                gold = [(example["gold_passages"][:1] > 0).any() for example in examples]
+                metrics[f"{task}/retriever_recall_at_1"] = float(np.mean(gold))
+            if passages is not None and {"passage_ids", "answers"} <= set(fields):
+                matches = [
+                    any(
+                        qa.match_of(_texts(example["answers"]), title)
+                        for title in passages.titles(example["passage_ids"][:1])
+                    )
+                    for example in examples
+                ]
+                metrics[f"{task}/retriever_exact_match"] = float(np.mean(matches))
+        return metrics
+
     def run(
         self,
         predict: Predict,
@@ -164,8 +213,10 @@ class Evaluation:
     def predictions(self, passages: Passages | None = None) -> dict[str, list[dict[str, Any]]]:
         """Predictions of the last `run`: for each task, one record per example, in order.
 
-        `{"id", "prediction", "score", "passage_ids", "passage_scores", "kept_passage_ids"}`, with
-        passages sorted by score, best first. Fields that `predict` did not return are left out.
+        `{"id", "question", "answers", "prediction", "score", "passage_ids", "passage_titles",
+        "passage_scores", "kept_passage_ids"}`, passages by score, best first; `answers` are the gold
+        ones. Fields that the example or the function does not have are left out, and so are titles
+        without `passages`.
         """
         records = {}
         for task in self._evaluator.eval_tasks:
@@ -211,7 +262,12 @@ def _record(
     aux: Mapping[str, np.ndarray],
     passages: Passages | None,
 ) -> dict[str, Any]:
-    record: dict[str, Any] = {"id": example["id"].decode("utf-8"), "prediction": prediction}
+    record: dict[str, Any] = {"id": example["id"].decode("utf-8")}
+    if "question" in example:
+        record["question"] = example["question"].decode("utf-8")
+    if "answers" in example:
+        record["answers"] = _texts(example["answers"])
+    record["prediction"] = prediction
     if "scores" in aux:
         record["score"] = float(aux["scores"])
     if "passage_scores" in aux:
@@ -221,10 +277,16 @@ def _record(
         order = np.argsort(-scores, kind="stable")[: np.isfinite(scores).sum()]
         names = np.array(ids.tolist() if passages is None else passages.external_ids(ids), object)
         record["passage_ids"] = names[order].tolist()
+        if passages is not None:
+            record["passage_titles"] = passages.titles(ids[order])
         record["passage_scores"] = [round(float(score), 4) for score in scores[order]]
         kept = aux["kept_passages"]
         record["kept_passage_ids"] = names[kept[np.isin(kept, order)]].tolist()
     return record
+
+
+def _texts(values: Any) -> list[str]:
+    return [value.decode("utf-8") for value in values]
 
 
 def _same_length(tokens: Any) -> list[np.ndarray]:

@@ -139,6 +139,26 @@ def attach(batch: Batch, passages: Passages | None, length: int) -> Batch:
     return {**batch, "passage_tokens": passages.tokens(rows, length)}
 
 
+def check_vocabulary(mixture_or_task_name: str, vocabulary: Vocabulary) -> None:
+    """Raises ValueError for a task with another vocabulary than that of model and passages."""
+    for task in seqio.get_subtasks(find_mixture_or_task(mixture_or_task_name)):
+        for feature in ("inputs", "targets"):
+            registered = task.output_features[feature].vocabulary
+            if not _same_vocabulary(registered, vocabulary.seqio()):
+                raise ValueError(
+                    f"VOCABULARY: model and passages have {vocabulary.path}, but the {feature} of "
+                    f"{task.name} have {registered}. Register the task with that vocabulary, or set "
+                    "VOCABULARY to the task's."
+                )
+
+
+def _same_vocabulary(a: Any, b: Any) -> bool:
+    """Whether two of seqio's vocabularies have the same ids; seqio itself compares paths."""
+    if not all(isinstance(x, seqio.SentencePieceVocabulary) for x in (a, b)):
+        return bool(a == b)
+    return bool(a.extra_ids == b.extra_ids and a.sp_model == b.sp_model)
+
+
 def check_fit(
     mixture_or_task_name: str,
     split: str,
@@ -180,15 +200,8 @@ def check_fit(
     counts = dict.fromkeys(
         ("examples", "questions_cut", "answers_cut", "passages_cut", "without_gold"), 0
     )
+    check_vocabulary(mixture_or_task_name, vocabulary)
     for task in seqio.get_subtasks(find_mixture_or_task(mixture_or_task_name)):
-        for feature in ("inputs", "targets"):
-            if task.output_features[feature].vocabulary != vocabulary.seqio():
-                raise ValueError(
-                    f"VOCABULARY: the {feature} of {task.name} have the vocabulary "
-                    f"{task.output_features[feature].vocabulary}, but model and passages have "
-                    f"{vocabulary.path}. Register the task with the latter, or set VOCABULARY to the "
-                    "former."
-                )
         if "passage_ids" in task.output_features and not has_passages:
             raise ValueError(
                 f"PASSAGES_DIR and MEMORY_DIR are not set, but the examples of {task.name} name their "

@@ -9,7 +9,7 @@ from glimmer_jax.memory.fingerprint import passages_fingerprint
 from glimmer_jax.models.cost import question_cost
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
-from glimmer_jax.modes.memory_encoder import check_model, load_encoder, open_corpus
+from glimmer_jax.modes.memory_encoder import load_encoder, open_corpus
 from glimmer_jax.modes.settings import EncoderConfig
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 
@@ -34,11 +34,9 @@ def build_memory(
     """
     encoder.check_given()
     checks.required(MEMORY_DIR=memory_dir)
-    model = encoder.model
-    assert model is not None
-    check_model(model)
-    corpus = open_corpus(encoder)
-    memory_encoder, reference = load_encoder(encoder)
+    trained, corpus = open_corpus(encoder)
+    model = trained.model
+    memory_encoder, reference = load_encoder(encoder, trained, corpus)
     report = build.build_memory(
         memory_encoder,
         corpus,
@@ -59,7 +57,7 @@ def build_memory(
         f"{memory_dir}: {manifest.num_passages} passages, {manifest.num_tokens} tokens, "
         f"{manifest.num_bytes / 2**20:.1f} MiB; {report.built} shards built, {report.skipped} found; "
         f"{report.passages_per_s:.1f} passages/s ({report.fraction_of_peak:.0%} of the matmul bound), "
-        f"{manifest.truncated} cut at {encoder.max_length} tokens."
+        f"{manifest.truncated} cut at {memory_encoder.identity.max_length} tokens."
     )
     if manifest.codec_error is not None:
         print(f"Error of {model.config.memory_codec} against float32: {manifest.codec_error}")

@@ -91,13 +91,36 @@ def lengths_for(config: GlimmerConfig, lengths: Any) -> Lengths:
     return checked
 
 
-def vocabulary_fits(model: GlimmerModel, vocabulary: Vocabulary) -> None:
-    """Raises ValueError for ids outside the embedding, or another end token than the model's."""
-    rows = model.config.t5.vocab_size
-    if vocabulary.vocab_size > rows:
+# T5's embeddings are padded to a multiple of this number of rows.
+_EMBEDDING_MULTIPLE = 128
+
+
+def vocabulary_fits(
+    model: GlimmerModel, vocabulary: Vocabulary, allow_unused: bool = False
+) -> None:
+    """Raises ValueError for a vocabulary that cannot be the model's.
+
+    Its ids must lie within the embedding and fill it up to the padding, and its end token must be the
+    model's.
+
+    Args:
+      model: the model.
+      vocabulary: of tasks and passages.
+      allow_unused: accept an embedding with more rows than the padded vocabulary.
+    """
+    rows, ids = model.config.t5.vocab_size, vocabulary.vocab_size
+    if ids > rows:
         raise ValueError(
-            f"VOCABULARY: {vocabulary.path} has {vocabulary.vocab_size} ids, but the model's embedding "
-            f"has {rows} rows. Raise VOCAB_SIZE or give the model's vocabulary."
+            f"VOCABULARY: {vocabulary.path} has {ids} ids, but the model's embedding has {rows} rows. "
+            "Raise VOCAB_SIZE or give the model's vocabulary."
+        )
+    padded = -(-ids // _EMBEDDING_MULTIPLE) * _EMBEDDING_MULTIPLE
+    if rows > padded and not allow_unused:
+        raise ValueError(
+            f"VOCABULARY: {vocabulary.path} has {ids} ids, which fill {padded} rows, but the model's "
+            f"embedding has {rows}. It is probably not the model's vocabulary: set VOCABULARY to the "
+            f"spiece.model of the checkpoint, or VOCAB_SIZE to {padded} for random parameters. If the "
+            "rows are meant to be unused, set ALLOW_UNUSED_EMBEDDINGS = True when training."
         )
     if vocabulary.eos_id != model.eos_id:
         raise ValueError(

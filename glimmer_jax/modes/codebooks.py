@@ -46,8 +46,8 @@ def learn_codebooks(
     encoder.check_given()
     checks.required(OUTPUT_PATH=output_path)
     params_file.check_name(output_path)
-    model, fingerprint = encoder.model, encoder.vocabulary.fingerprint
-    assert model is not None
+    trained = encoder.read()
+    model, fingerprint = trained.model, trained.vocabulary.fingerprint
     check_model(model)
     codec = codecs.get(model.config.memory_codec)
     if not isinstance(codec, ProductQuantisation):
@@ -68,7 +68,7 @@ def learn_codebooks(
         corpus,
         tokens=sample_tokens + min(sample_tokens, _TEST_TOKENS),
         rows=encoder.batch_size,
-        buckets=encoding.default_buckets(encoder.max_length),
+        buckets=encoding.default_buckets(encoder.passage_length(trained, corpus)),
         devices=devices.size,
         seed=seed,
     )
@@ -85,7 +85,8 @@ def learn_codebooks(
     error = codebooks.relative_error(codec, books, sample[num_training:])
     if jax.process_index() == 0:
         tree = {**host_params, "memory_codebooks": books}
-        params_file.save_params_file(output_path, tree, describe(model.config, fingerprint))
+        described = describe(model.config, fingerprint, trained.record.task_feature_lengths)
+        params_file.save_params_file(output_path, tree, described, trained.own_vocabulary())
         print(
             f"Wrote {output_path}: codebooks of {codec.name} from {num_training} tokens; relative error "
             f"{error:.4f} on {len(sample) - num_training} others."

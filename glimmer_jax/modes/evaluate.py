@@ -1,5 +1,6 @@
 """Mode `eval`: metrics of a checkpoint on held-out questions, passages from tokens or a memory."""
 
+import dataclasses
 import json
 import os
 import time
@@ -13,7 +14,7 @@ from glimmer_jax.axes import Lengths
 from glimmer_jax.models.cost import question_cost
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
-from glimmer_jax.modes.settings import CorpusConfig, DatasetConfig, ReaderConfig
+from glimmer_jax.modes.settings import AnsweringConfig, CorpusConfig, DatasetConfig
 from glimmer_jax.partitioning import make_mesh
 from glimmer_jax.runtime.progress import Progress
 from glimmer_jax.serving.predictor import Predictor, check_something_to_read
@@ -23,7 +24,7 @@ from glimmer_jax.storage.json_lines import write_json_lines
 
 
 def evaluate(
-    reader: ReaderConfig,
+    reader: AnsweringConfig,
     dataset: DatasetConfig,
     corpus: CorpusConfig,
     num_examples: int | None = None,
@@ -49,34 +50,37 @@ def evaluate(
         CHECKPOINT_PATH=reader.checkpoint_path, MIXTURE_OR_TASK_NAME=dataset.mixture_or_task_name
     )
     check_something_to_read(corpus.passages_dir, corpus.memory_dir)
-    lengths = checks.lengths_for(reader.model.config, dataset.task_feature_lengths)
-    checks.vocabulary_fits(reader.model, reader.vocabulary)
+    trained = reader.read(corpus.memory_dir)
+    model, vocabulary = trained.model, trained.vocabulary
+    feature_lengths = trained.feature_lengths(dataset.task_feature_lengths)
+    dataset = dataclasses.replace(dataset, task_feature_lengths=feature_lengths)
+    lengths = checks.lengths_for(model.config, feature_lengths)
     mesh = make_mesh(reader.mesh)
     checks.batch_size("BATCH_SIZE", dataset.batch_size, mesh)
     checks.passages_divide(lengths, mesh)
     candidates_NT = None
     if reader.candidates is not None:
-        candidates_NT = encode_candidates(reader.candidates, reader.vocabulary, lengths.target)
+        candidates_NT = encode_candidates(reader.candidates, vocabulary, lengths.target)
     if output_dir is not None and jax.process_index() == 0:
         # A folder that cannot be written must not be discovered after the evaluation.
         folder.make_folder(output_dir)
 
     # Task, passages and examples. seqio and tensorflow take seconds to import.
-    from glimmer_jax.data.evaluation import Evaluation
+    from glimmer_jax.data.evaluation import Evaluation, warn_of_reranking
     from glimmer_jax.metrics import qa
 
-    dataset.register(reader.vocabulary)
-    passages = checks.open_passages(corpus.passages_dir, dataset.data_dir, reader.vocabulary)
-    dataset.check_fit(reader.vocabulary, has_passages=True, num_examples=num_examples)
+    dataset.register(vocabulary)
+    passages = checks.open_passages(corpus.passages_dir, dataset.data_dir, vocabulary)
+    dataset.check_fit(vocabulary, has_passages=True, num_examples=num_examples)
 
     # The model.
     predictor = Predictor.load(
         reader.checkpoint_path,
         lengths,
-        model=reader.model,
+        model=model,
         passages_dir=passages,
         memory_dir=corpus.memory_dir,
-        vocabulary=reader.vocabulary,
+        vocabulary=vocabulary,
         mesh=reader.mesh,
         memory_bytes_per_device=corpus.memory_bytes_per_device,
         unknown_passages=corpus.unknown_passages,
@@ -86,7 +90,7 @@ def evaluate(
     evaluation = Evaluation(
         dataset.mixture_or_task_name,
         dataset.split,
-        dataset.task_feature_lengths,
+        feature_lengths,
         dataset.batch_size,
         passages=None if predictor.from_memory else predictor.passages,
         num_examples=num_examples,
@@ -96,7 +100,8 @@ def evaluate(
     # Answers and metrics.
     throughput = _Throughput(predictor, candidates_NT)
     metrics = qa.with_mean(evaluation.run(throughput.predict, prefetch=predictor.prefetch))
-    metrics["tflop_per_question"] = _tflop_per_question(reader.model, lengths)
+    metrics |= evaluation.retriever(predictor.passages)
+    metrics["tflop_per_question"] = _tflop_per_question(model, lengths)
     if throughput.answered:
         metrics["questions_per_second"] = throughput.rate
     if corpus.memory_dir is not None:
@@ -105,6 +110,7 @@ def evaluate(
         metrics["passages_not_in_memory"] = predictor.masked
     for name, value in sorted(metrics.items()):
         print(f"{name:48} {value:.4f}")
+    warn_of_reranking(metrics)
     if output_dir is not None and jax.process_index() == 0:
         for task, rows in evaluation.predictions(predictor.passages).items():
             write_json_lines(os.path.join(output_dir, f"predictions-{task}.jsonl"), rows)

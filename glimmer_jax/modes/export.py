@@ -4,8 +4,8 @@ from pathlib import Path
 
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
+from glimmer_jax.modes.checkpoint import CheckpointConfig
 from glimmer_jax.serving.stablehlo import ProgramConfig, export_program
-from glimmer_jax.vocabulary import Vocabulary
 from glimmer_jax.weights import huggingface, parameters, t5_names, t5x
 from glimmer_jax.weights.model_config import describe
 from glimmer_jax.weights.params_file import save_params_file
@@ -14,22 +14,19 @@ FORMATS = ("huggingface", "t5x", "t5x_adapter")
 
 
 def export(
-    model: GlimmerModel,
-    checkpoint_path: str,
+    checkpoint: CheckpointConfig,
     output_path: str,
     output_format: str = "huggingface",
-    vocabulary: Vocabulary = Vocabulary(),
     program: ProgramConfig | None = None,
 ) -> None:
     """Writes `NAME.safetensors` with its JSON, a float32 folder, or compiled programs.
 
     Args:
-      model: the exported model; a checkpoint of another cut is recut.
-      checkpoint_path: any path that `weights.load` reads.
+      checkpoint: any path that `weights.load` reads; with a model of another cut it is recut. The
+        files get a copy of its vocabulary.
       output_path: a file `NAME.safetensors`, or a folder, local or in a bucket.
       output_format: of a folder: `huggingface` or `t5x` (docs/weights.md), or `t5x_adapter`, from which
         T5X's trainer starts our models (docs/t5x.md).
-      vocabulary: that of the checkpoint; a Hugging Face folder gets a copy of it.
       program: lengths and platforms; writes the folder of `serving.stablehlo`, which answers questions
         with JAX alone.
 
@@ -37,23 +34,24 @@ def export(
       ValueError: the checkpoint is missing, damaged or not finite, does not fit the model or the
         vocabulary, or the format is unknown.
     """
-    checks.required(CHECKPOINT_PATH=checkpoint_path, OUTPUT_PATH=output_path)
+    checks.required(CHECKPOINT_PATH=checkpoint.checkpoint_path, OUTPUT_PATH=output_path)
     if output_format not in FORMATS:
         raise ValueError(
             f"OUTPUT_FORMAT must be one of {', '.join(FORMATS)}, got {output_format!r}."
         )
-    if program is not None:
-        for bucket in program.buckets:
-            checks.lengths_for(model.config, bucket)
-        checks.vocabulary_fits(model, vocabulary)
-    params = parameters.load(checkpoint_path, model, vocabulary.fingerprint)
-    config, described = model.config, describe(model.config, vocabulary.fingerprint)
+    trained = checkpoint.read()
+    model, vocabulary = trained.model, trained.vocabulary
+    for bucket in () if program is None else program.buckets:
+        checks.lengths_for(model.config, bucket)
+    params = parameters.load(checkpoint.checkpoint_path, model, vocabulary.fingerprint)
+    lengths = trained.record.task_feature_lengths
+    config, described = model.config, describe(model.config, vocabulary.fingerprint, lengths)
     if program is not None:
         params = parameters.read(params)
         export_program(output_path, model, params, program, vocabulary.fingerprint)
         content = "programs that need JAX alone"
     elif output_path.endswith(".safetensors"):
-        save_params_file(output_path, params, described)
+        save_params_file(output_path, params, described, trained.own_vocabulary())
         content = "a parameter file"
     elif output_format == "huggingface":
         sentencepiece_model = Path(vocabulary.path).read_bytes()

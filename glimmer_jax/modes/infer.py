@@ -12,7 +12,7 @@ import jax
 from glimmer_jax import axes, partitioning
 from glimmer_jax.kilt.examples import check_example
 from glimmer_jax.modes import checks
-from glimmer_jax.modes.settings import CorpusConfig, ReaderConfig
+from glimmer_jax.modes.settings import AnsweringConfig, CorpusConfig
 from glimmer_jax.partitioning import make_mesh
 from glimmer_jax.retrieval.bm25 import Bm25Config
 from glimmer_jax.runtime.preemption import STOP
@@ -24,8 +24,8 @@ Example = dict[str, Any]
 
 
 def infer(
-    reader: ReaderConfig,
-    task_feature_lengths: Mapping[str, Any],
+    reader: AnsweringConfig,
+    task_feature_lengths: Mapping[str, Any] | None,
     batch_size: int,
     corpus: CorpusConfig,
     questions: str | None = None,
@@ -39,7 +39,7 @@ def infer(
 
     Args:
       reader: the model and its checkpoint.
-      task_feature_lengths: `{"inputs": Q, "targets": T, "passages": (K, P)}`.
+      task_feature_lengths: `{"inputs": Q, "targets": T, "passages": (K, P)}`; None: the checkpoint's.
       batch_size: questions per batch, over all devices.
       corpus: titles, retrieval, and tokens if there is no memory.
       questions: JSON Lines of `{"id", "input"}`, optionally with `retrieved`; otherwise BM25 retrieves.
@@ -51,29 +51,30 @@ def infer(
       ValueError: settings, files or lengths that do not fit together.
     """
     checks.required(CHECKPOINT_PATH=reader.checkpoint_path, PASSAGES_DIR=corpus.passages_dir)
-    lengths = checks.lengths_for(reader.model.config, task_feature_lengths)
-    checks.vocabulary_fits(reader.model, reader.vocabulary)
+    trained = reader.read(corpus.memory_dir)
+    model, vocabulary = trained.model, trained.vocabulary
+    lengths = checks.lengths_for(model.config, trained.feature_lengths(task_feature_lengths))
     mesh = make_mesh(reader.mesh)
     checks.batch_size("BATCH_SIZE", batch_size, mesh)
     checks.passages_divide(lengths, mesh)
     if reader.candidates is not None:
-        encode_candidates(reader.candidates, reader.vocabulary, lengths.target)
+        encode_candidates(reader.candidates, vocabulary, lengths.target)
     examples: list[Example] | None = None
     if questions is not None:
         checks.required(INFER_OUTPUT_DIR=output_dir)
         examples = _read_questions(checks.existing_file("QUESTIONS", questions))
     else:
         batch_size = partitioning.parts(mesh.shape, axes.BATCH)  # one question at a time
-    passages = checks.open_passages(corpus.passages_dir, questions, reader.vocabulary)
+    passages = checks.open_passages(corpus.passages_dir, questions, vocabulary)
     if examples is not None and passages is not None:
         passages.rows_of([p["id"] for example in examples for p in example.get("retrieved", ())])
     predictor = Predictor.load(
         reader.checkpoint_path,
         lengths,
-        model=reader.model,
+        model=model,
         passages_dir=passages,
         memory_dir=corpus.memory_dir,
-        vocabulary=reader.vocabulary,
+        vocabulary=vocabulary,
         mesh=reader.mesh,
         memory_bytes_per_device=corpus.memory_bytes_per_device,
         unknown_passages=corpus.unknown_passages,

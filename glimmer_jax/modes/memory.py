@@ -18,7 +18,6 @@ from glimmer_jax.modes import checks
 from glimmer_jax.modes.memory_encoder import load_encoder, open_corpus
 from glimmer_jax.modes.settings import EncoderConfig
 from glimmer_jax.storage import folder
-from glimmer_jax.vocabulary import Vocabulary
 
 LAYOUT = Layout(shard_passages=1024, chunk_tokens=64)
 
@@ -45,7 +44,6 @@ def plan(
     passage_tokens: float = 200.0,
     layout: Layout = LAYOUT,
     device_tflops: float = 100.0,
-    vocabulary: Vocabulary = Vocabulary(),
 ) -> Any:
     """Size and cost of a memory that does not exist yet.
 
@@ -56,15 +54,18 @@ def plan(
       passage_tokens: see above.
       layout: of the shards.
       device_tflops: sustained rate of a device.
-      vocabulary: of the corpus.
 
     Raises:
       ValueError: there is no model, or no number of passages.
     """
-    model = _model("plan", model)
+    if model is None:
+        raise ValueError(
+            "--action=plan needs a model: give a size (gin/sizes) and the model (gin/models) with "
+            "--gin_file."
+        )
     count, tokens = num_passages or 0, passage_tokens
     if passages_dir is not None:
-        corpus = Passages.open(passages_dir, vocabulary.fingerprint)
+        corpus = Passages.open(passages_dir)
         count, tokens = len(corpus), corpus.manifest["num_tokens"] / len(corpus)
     return estimate.plan(
         model.config, passages=count, tokens=tokens, layout=layout, device_tflops=device_tflops
@@ -124,9 +125,8 @@ def repair(encoder: EncoderConfig, memory_dir: str | None) -> Any:
       ValueError: a setting is missing, or checkpoint and passages are not those of the store.
     """
     checks.required(MEMORY_DIR=memory_dir)
-    _model("repair", encoder.model)
-    corpus = open_corpus(encoder)
-    memory_encoder, _ = load_encoder(encoder)
+    trained, corpus = open_corpus(encoder)
+    memory_encoder, _ = load_encoder(encoder, trained, corpus)
     fingerprint = passages_fingerprint(corpus.manifest)
     path = str(memory_dir)
     return {
@@ -154,9 +154,8 @@ def append(
       ValueError: a setting is missing, or the checkpoint is not the store's.
     """
     checks.required(MEMORY_DIR=memory_dir)
-    _model("append", encoder.model)
-    corpus = open_corpus(encoder)
-    memory_encoder, _ = load_encoder(encoder)
+    trained, corpus = open_corpus(encoder)
+    memory_encoder, _ = load_encoder(encoder, trained, corpus)
     edit.append(
         memory_encoder,
         corpus,
@@ -202,15 +201,6 @@ def merge(memory_dir: str | None, parts: Sequence[str]) -> Any:
     checks.required(MEMORY_DIR=memory_dir)
     edit.merge(_checked_list("PARTS", parts, str), str(memory_dir))
     return inspect(memory_dir)
-
-
-def _model(action: str, model: GlimmerModel | None) -> GlimmerModel:
-    if model is None:
-        raise ValueError(
-            f"--action={action} needs a model: give gin/runs/memory.gin first, then a size "
-            "(gin/sizes) and the model (gin/models)."
-        )
-    return model
 
 
 def _checked_list(name: str, values: Any, kind: type | tuple[type, ...]) -> list[Any]:

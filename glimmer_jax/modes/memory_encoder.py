@@ -8,24 +8,24 @@ from glimmer_jax.memory.encoding import MemoryEncoder
 from glimmer_jax.memory.fingerprint import encoder_fingerprint
 from glimmer_jax.memory.manifest import EncodeProgram, Identity
 from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.modes.checkpoint import Trained
 from glimmer_jax.modes.settings import EncoderConfig
 from glimmer_jax.partitioning import make_mesh
 from glimmer_jax.weights import parameters
 
 
-def load_encoder(config: EncoderConfig) -> tuple[MemoryEncoder, encoding.States]:
+def load_encoder(
+    config: EncoderConfig, trained: Trained, corpus: Passages
+) -> tuple[MemoryEncoder, encoding.States]:
     """The encode step of a checkpoint, and a function that computes the float32 reference states.
 
     Raises:
-      ValueError: a setting is missing, the checkpoint does not fit, or the model has no memory.
+      ValueError: the checkpoint does not fit, or the model has no memory.
     """
-    config.check_given()
-    model = config.model
-    assert model is not None
-    check_model(model)
+    model, length = trained.model, config.passage_length(trained, corpus)
     # Each process encodes its own passages on its own devices.
     devices = make_mesh(config.mesh, jax.local_devices())
-    vocabulary_fingerprint = config.vocabulary.fingerprint
+    vocabulary_fingerprint = trained.vocabulary.fingerprint
     host_params = parameters.load(config.checkpoint_path, model, vocabulary_fingerprint)
     params = parameters.place(host_params, model, devices)
     t5, codec = model.config.t5, model.config.memory_codec
@@ -36,11 +36,11 @@ def load_encoder(config: EncoderConfig) -> tuple[MemoryEncoder, encoding.States]
             vocabulary_fingerprint=vocabulary_fingerprint,
             codec=codec,
             emb_dim=t5.emb_dim,
-            max_length=config.max_length,
+            max_length=length,
         ),
         EncodeProgram(
             rows=config.batch_size,
-            buckets=encoding.default_buckets(config.max_length),
+            buckets=encoding.default_buckets(length),
             dtype=t5.dtype,
             matmul_dtype=t5.matmul_dtype,
             backend=jax.default_backend() + ("" if t5.attention == "plain" else f"+{t5.attention}"),
@@ -61,15 +61,20 @@ def check_model(model: GlimmerModel) -> None:
         )
 
 
-def open_corpus(config: EncoderConfig) -> Passages:
-    """The passages to encode, with every checksum verified.
+def open_corpus(config: EncoderConfig) -> tuple[Trained, Passages]:
+    """The checkpoint's records and the passages to encode, with every checksum verified.
 
     Damage must be detected here: a memory of damaged tokens looks like a valid one.
 
     Raises:
-      ValueError: PASSAGES_DIR is missing or damaged, or has another vocabulary.
+      ValueError: a setting is missing, the model has no memory, or PASSAGES_DIR is missing, damaged, or
+        has another vocabulary.
     """
     config.check_given()
-    corpus = Passages.open(str(config.passages_dir), config.vocabulary.fingerprint)
+    if config.model is not None:
+        check_model(config.model)
+    trained = config.read()
+    check_model(trained.model)
+    corpus = Passages.open(str(config.passages_dir), trained.vocabulary.fingerprint)
     corpus.verify()
-    return corpus
+    return trained, corpus

@@ -10,7 +10,7 @@ from glimmer_jax.corpus.passages_writer import check_absent, write_passages
 from glimmer_jax.corpus.reading import Reading, read_passages
 from glimmer_jax.corpus.report import Report
 from glimmer_jax.modes import checks
-from glimmer_jax.vocabulary import Vocabulary
+from glimmer_jax.modes.checkpoint import find_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ def passages(
     corpus: str,
     passages_dir: str,
     max_length: int,
-    vocabulary: Vocabulary = Vocabulary(),
+    vocabulary: str | None = None,
     corpus_dir: str | None = None,
     overwrite: bool = False,
     reading: Reading = Reading(),
@@ -36,7 +36,7 @@ def passages(
         for the documentation of this Python.
       passages_dir: the folder to write.
       max_length: most tokens of a passage, end token included; longer ones are truncated and counted.
-      vocabulary: the model's.
+      vocabulary: `Vocabulary.path`, the model's.
       corpus_dir: where `pydocs` writes its corpus and `questions/<task>-<split>.jsonl`, and Beam its
         shards.
       overwrite: replace existing folders.
@@ -49,7 +49,8 @@ def passages(
     """
     checks.required(CORPUS=corpus, PASSAGES_DIR=passages_dir)
     check_absent(passages_dir, overwrite)
-    unk_id = vocabulary.unk_id  # An unfit vocabulary is rejected before the corpus is read.
+    text = find_vocabulary(vocabulary)
+    unk_id = text.unk_id  # An unfit vocabulary is rejected before the corpus is read.
     if corpus == BUILT_IN:
         checks.required(CORPUS_DIR=corpus_dir)
         from glimmer_jax.pydocs import corpus_files
@@ -70,11 +71,11 @@ def passages(
     manifest = write_passages(
         passages_dir,
         read_passages(paths, reading, report),
-        vocabulary.encode,
-        vocabulary.fingerprint,
+        text.encode,
+        text.fingerprint,
         max_length,
-        vocab_size=vocabulary.vocab_size,
-        eos_id=vocabulary.eos_id,
+        vocab_size=text.vocab_size,
+        eos_id=text.eos_id,
         unk_id=unk_id,
         source=Path(corpus).name,
         overwrite=overwrite,
@@ -88,5 +89,5 @@ def passages(
         logger.warning(
             "VOCABULARY: %.1f %% of the tokens of %s are unknown to %s. The model cannot read them; give "
             "a vocabulary that covers the corpus's language.",
-            100 * manifest["num_unknown"] / manifest["num_tokens"], passages_dir, vocabulary.path,
+            100 * manifest["num_unknown"] / manifest["num_tokens"], passages_dir, text.path,
         )  # fmt: skip

@@ -31,6 +31,7 @@ UNBOUND = {
     "MIXTURE_OR_TASK_MODULE": "None",
     "TASK_FEATURE_LENGTHS": "{'inputs': 48, 'targets': 32, 'passages': (40, 304)}",
     "TRAIN_STEPS": "1000",
+    "MAX_PASSAGE_TOKENS": "304",
     "PASSAGES_DIR": "None",
     "CHECKPOINT_PATH": "''",
     "MEMORY_DIR": "None",
@@ -56,6 +57,8 @@ def preflight(
     if json_path is not None and not Path(json_path).absolute().parent.is_dir():
         raise ValueError(f"--json={json_path}: its folder does not exist. Create it first.")
     settings = flatten(settings)
+    # There is no checkpoint to take it from.
+    checks.required(MODEL=settings["model"])
     slices = 1 if job == "build_memory" else max(settings["mesh"].slice, 1)
     place = chips.parse_topology(topology, slices)
     devices = chips.devices(place)

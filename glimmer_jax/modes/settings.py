@@ -4,8 +4,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from glimmer_jax.axes import check_lengths
+from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
+from glimmer_jax.modes.checkpoint import CheckpointConfig, Trained
 from glimmer_jax.partitioning import MeshConfig
 from glimmer_jax.vocabulary import Vocabulary
 
@@ -15,7 +18,8 @@ class DatasetConfig:
     """A seqio task or mixture, and how it becomes batches; T5X's `DatasetConfig`."""
 
     mixture_or_task_name: str  # registered with seqio
-    task_feature_lengths: Mapping[str, Any]  # {"inputs": Q, "targets": T, "passages": (K, P)}
+    # {"inputs": Q, "targets": T, "passages": (K, P)}; None: the checkpoint's.
+    task_feature_lengths: Mapping[str, Any] | None
     batch_size: int  # questions per batch, over all devices
     split: str = "train"
     mixture_or_task_module: str | None = None  # imported first; registers the tasks
@@ -24,6 +28,12 @@ class DatasetConfig:
     # Training answers with a lower `bleu_score` are left out; None is the tasks' default. A cache
     # was filtered when it was written.
     min_bleu_score: float | None = None
+
+    @property
+    def known_lengths(self) -> Mapping[str, Any]:
+        """`task_feature_lengths`, after the mode has replaced None."""
+        assert self.task_feature_lengths is not None
+        return self.task_feature_lengths
 
     def register(self, vocabulary: Vocabulary) -> None:
         """Configures the retrieved tasks and imports the module that registers them.
@@ -62,7 +72,7 @@ class DatasetConfig:
         counts = pipeline.check_fit(
             self.mixture_or_task_name,
             split,
-            self.task_feature_lengths,
+            self.known_lengths,
             vocabulary=vocabulary,
             has_passages=has_passages,
             use_cached=self.use_cached_tasks,
@@ -84,7 +94,7 @@ class CorpusConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ReaderConfig:
-    """A trained model that answers questions."""
+    """A trained model that answers questions, given with its vocabulary; see `AnsweringConfig`."""
 
     model: GlimmerModel
     checkpoint_path: str  # a run, one of its steps or a `.safetensors` file, of any cut
@@ -96,28 +106,40 @@ class ReaderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderConfig:
+class AnsweringConfig(CheckpointConfig):
+    """A trained model that answers questions, as its checkpoint records it."""
+
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    # The only answers allowed, for all questions; None generates answers.
+    candidates: Sequence[str] | None = None
+    seed: int = 0  # of sampled answers
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig(CheckpointConfig):
     """A trained memory encoder and the passages that it encodes."""
 
-    model: GlimmerModel | None  # LUMEN or GLIMMER
-    checkpoint_path: str | None  # a run, one of its steps or a `.safetensors` file
-    passages_dir: str | None  # written by mode `passages`
-    max_length: int = 304  # P, tokens per passage
+    passages_dir: str | None = None  # written by mode `passages`
+    max_length: int | None = None  # P, tokens per passage; None: the checkpoint's, or the passages'
     batch_size: int = 32  # passages per device
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    vocabulary: Vocabulary = dataclasses.field(default_factory=Vocabulary)
 
     def check_given(self) -> None:
         """Raises ValueError naming required settings that are missing."""
-        checks.required(
-            MODEL=self.model, CHECKPOINT_PATH=self.checkpoint_path, PASSAGES_DIR=self.passages_dir
-        )
+        checks.required(CHECKPOINT_PATH=self.checkpoint_path, PASSAGES_DIR=self.passages_dir)
+
+    def passage_length(self, trained: Trained, corpus: Passages) -> int:
+        """P: the setting, that of the checkpoint's training, or the longest that the corpus has."""
+        if self.max_length is not None:
+            return self.max_length
+        lengths = trained.record.task_feature_lengths
+        return corpus.max_length if lengths is None else check_lengths(lengths).passage
 
 
 def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
     """`{"model": ..., "batch_size": ...}`: the fields of all groups beside the other settings."""
     flat = dict(settings)
     for group in settings.values():
-        if isinstance(group, DatasetConfig | CorpusConfig | ReaderConfig | EncoderConfig):
+        if isinstance(group, DatasetConfig | CorpusConfig | ReaderConfig | CheckpointConfig):
             flat |= {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
     return flat

@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,6 +19,7 @@ from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.models.mimetic_init import mimetic_init
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
+from glimmer_jax.modes.checkpoint import find_vocabulary, is_recorded
 from glimmer_jax.modes.settings import CorpusConfig, DatasetConfig
 from glimmer_jax.partitioning import MeshConfig, check_divisible, make_mesh, own_rows
 from glimmer_jax.serving.step import Predict
@@ -26,7 +28,8 @@ from glimmer_jax.training import loop
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
 from glimmer_jax.training.state import TrainState
 from glimmer_jax.vocabulary import Vocabulary
-from glimmer_jax.weights import parameters
+from glimmer_jax.weights import huggingface, parameters
+from glimmer_jax.weights.load import read_record
 from glimmer_jax.weights.model_config import describe
 
 if TYPE_CHECKING:
@@ -50,6 +53,15 @@ class InitConfig:
     mimetic: bool = False  # random parameters are those of `models.mimetic_init`, not T5's
 
 
+@dataclasses.dataclass(frozen=True)
+class VocabularyConfig:
+    """The vocabulary of a run."""
+
+    path: str | None = None  # `Vocabulary.path`; None: the initial checkpoint's
+    # Accept an embedding with more rows than the vocabulary, padded to a multiple of 128, fills.
+    allow_unused_embeddings: bool = False
+
+
 def train(
     model: GlimmerModel,
     model_dir: str,
@@ -60,7 +72,7 @@ def train(
     init: InitConfig = InitConfig(),
     evaluation: EvalConfig = EvalConfig(),
     mesh: MeshConfig = MeshConfig(),
-    vocabulary: Vocabulary = Vocabulary(),
+    vocabulary_config: VocabularyConfig = VocabularyConfig(),
     operative_config: Callable[[], str] = str,
 ) -> None:
     """Trains until `loop_config.total_steps`; rerunning resumes from the newest checkpoint.
@@ -76,7 +88,7 @@ def train(
       init: where a new run starts.
       evaluation: the dev set.
       mesh: devices.
-      vocabulary: of tasks and passages.
+      vocabulary_config: of tasks and passages; that of the initial checkpoint if none is given.
       operative_config: returns the text of the operative configuration, saved with the checkpoints.
 
     Raises:
@@ -85,7 +97,6 @@ def train(
     # Settings, without reading anything.
     checks.required(MODEL_DIR=model_dir, MIXTURE_OR_TASK_NAME=dataset.mixture_or_task_name)
     lengths = checks.lengths_for(model.config, dataset.task_feature_lengths)
-    checks.vocabulary_fits(model, vocabulary)
     devices = make_mesh(mesh)
     eval_batch = evaluation.batch_size or dataset.batch_size
     checks.batch_size("BATCH_SIZE", dataset.batch_size, devices, loop_config.num_microbatches)
@@ -94,8 +105,7 @@ def train(
     check_divisible(shapes, names, devices)
     checks.passages_divide(lengths, devices)
     _check_memory(model, corpus, init)
-    if init.checkpoint_path is not None and _is_new(model_dir):
-        checks.existing_checkpoint("INITIAL_CHECKPOINT_PATH", init.checkpoint_path)
+    vocabulary = _open_vocabulary(vocabulary_config, model, init, model_dir)
 
     # Task, passages and examples. seqio and tensorflow take seconds to import.
     from glimmer_jax.data import pipeline
@@ -106,6 +116,7 @@ def train(
     if passages is not None:
         passages.warn_of_cuts(lengths.passage)
         fingerprint = passages_fingerprint(passages.manifest)
+    titles = passages
     if corpus.memory_dir is not None:
         passages = None
     has_passages = passages is not None or corpus.memory_dir is not None
@@ -125,7 +136,7 @@ def train(
         **describe(model.config, vocabulary.fingerprint),
         "mixture_or_task_name": dataset.mixture_or_task_name,
         "split": dataset.split,
-        "task_feature_lengths": dict(dataset.task_feature_lengths),
+        "task_feature_lengths": dict(dataset.known_lengths),
         "batch_size": dataset.batch_size,
         "min_bleu_score": dataset.min_bleu_score,
         "use_cached_tasks": dataset.use_cached_tasks,
@@ -155,11 +166,11 @@ def train(
             if fingerprint is not None:
                 store.check_passages(fingerprint)
             lookup = DiskLookup(store, lengths.passage)
-        _save_config(model_dir, config_text)
+        _save_config(model_dir, config_text, vocabulary)
         batches = pipeline.batches(
             dataset.mixture_or_task_name,
             dataset.split,
-            dataset.task_feature_lengths,
+            dataset.known_lengths,
             dataset.batch_size,
             seed=loop_config.seed,
             start_step=int(state.step),
@@ -169,8 +180,30 @@ def train(
         )
         if lookup is not None:
             batches = lookup.prefetch(batches)
-        evaluate = None if dev is None else _dev_metrics(dev, Predict(model, devices, lookup))
+        evaluate = None
+        if dev is not None:
+            retriever = dev.retriever(titles)
+            evaluate = _dev_metrics(dev, Predict(model, devices, lookup), retriever)
         run.train(state, batches, evaluate)
+
+
+def _open_vocabulary(
+    config: VocabularyConfig, model: GlimmerModel, init: InitConfig, model_dir: str
+) -> Vocabulary:
+    """The vocabulary given, or that of the initial checkpoint; checked against both."""
+    path, record = config.path, None
+    resumed = not _is_new(model_dir)
+    if resumed:
+        # A resumed run does not need its initial checkpoint any more.
+        path = path or os.path.join(folder.local_path(model_dir), huggingface.VOCABULARY)
+    elif init.checkpoint_path is not None:
+        checks.existing_checkpoint("INITIAL_CHECKPOINT_PATH", init.checkpoint_path)
+        record = read_record(init.checkpoint_path)
+    vocabulary = find_vocabulary(path, record, init.checkpoint_path)
+    # A resumed run was checked when it began.
+    own = resumed or is_recorded(vocabulary, record)
+    checks.vocabulary_fits(model, vocabulary, allow_unused=own or config.allow_unused_embeddings)
+    return vocabulary
 
 
 def _is_new(model_dir: str) -> bool:
@@ -213,7 +246,7 @@ def _open_dev(
     return Evaluation(
         dataset.mixture_or_task_name,
         evaluation.split,
-        dataset.task_feature_lengths,
+        dataset.known_lengths,
         evaluation.batch_size or dataset.batch_size,
         passages=passages,
         num_examples=evaluation.num_examples,
@@ -222,8 +255,11 @@ def _open_dev(
     )
 
 
-def _dev_metrics(dev: "Evaluation", predict: Predict) -> loop.Evaluate:
-    """`loop.Evaluate` over the dev set."""
+def _dev_metrics(
+    dev: "Evaluation", predict: Predict, retriever: Mapping[str, float]
+) -> loop.Evaluate:
+    """`loop.Evaluate` over the dev set, with the retriever's metrics as a baseline."""
+    from glimmer_jax.data.evaluation import warn_of_reranking
     from glimmer_jax.metrics import qa
 
     def evaluate(state: TrainState, poll: Callable[[], None]) -> dict[str, float]:
@@ -232,7 +268,10 @@ def _dev_metrics(dev: "Evaluation", predict: Predict) -> loop.Evaluate:
             return predict(state.params, batch)
 
         step = int(state.step)
-        return qa.with_mean(dev.run(answer, step=step, prefetch=predict.prefetch))
+        metrics = qa.with_mean(dev.run(answer, step=step, prefetch=predict.prefetch))
+        metrics |= retriever
+        warn_of_reranking(metrics)
+        return metrics
 
     return evaluate
 
@@ -280,6 +319,9 @@ def check_best_metric(
         )
 
 
-def _save_config(model_dir: str, text: str) -> None:
-    if jax.process_index() == 0 and text:
-        folder.write_file(folder.open_folder(model_dir), "config.gin", text.encode())
+def _save_config(model_dir: str, text: str, vocabulary: Vocabulary) -> None:
+    if jax.process_index() == 0:
+        store = folder.open_folder(model_dir)
+        folder.write_file(store, huggingface.VOCABULARY, Path(vocabulary.path).read_bytes())
+        if text:
+            folder.write_file(store, "config.gin", text.encode())

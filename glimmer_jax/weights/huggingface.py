@@ -35,7 +35,9 @@ def is_folder(kvstore: ts.KvStore) -> bool:
     return exists(kvstore, CONFIG)
 
 
-def load(path: Any, kvstore: ts.KvStore) -> tuple[dict[str, Any], GlimmerConfig, str | None, str]:
+def load(
+    path: Any, kvstore: ts.KvStore
+) -> tuple[dict[str, Any], GlimmerConfig, Mapping[str, Any], str]:
     """The parameters of a T5, or of a divided encoder that `save` has written.
 
     Args:
@@ -43,8 +45,8 @@ def load(path: Any, kvstore: ts.KvStore) -> tuple[dict[str, Any], GlimmerConfig,
       kvstore: the folder.
 
     Returns:
-      Parameters (TensorStores), their configuration, the fingerprint of their vocabulary if `save`
-      recorded it, and a description.
+      Parameters (TensorStores), their configuration, what `save` recorded besides (`describe`), and a
+      description.
 
     Raises:
       ValueError: another architecture, unreadable weights, or parameters that are missing, extra or
@@ -90,8 +92,7 @@ def load(path: Any, kvstore: ts.KvStore) -> tuple[dict[str, Any], GlimmerConfig,
     params = t5_names.tree_from(model, find)
     description = f"a Hugging Face {config['model_type']} in {path} ({tensors.files}): "
     description += t5_names.describe(params, model.t5)
-    fingerprint = settings.get("vocabulary_fingerprint")
-    return params, model, None if fingerprint is None else str(fingerprint), description
+    return params, model, settings, description
 
 
 def _is_tied(path: Any, config: Mapping[str, Any], stores: Mapping[str, ts.TensorStore]) -> bool:
@@ -134,7 +135,8 @@ def save(
     """
     settings = names.write_config(config.t5)
     if t5_names.is_t5(config):
-        settings |= {_SETTINGS: {"vocabulary_fingerprint": described["vocabulary_fingerprint"]}}
+        others = {name: value for name, value in described.items() if name != "model_config"}
+        settings |= {_SETTINGS: others}
     else:
         settings |= {"architectures": [], "model_type": _DIVIDED, _SETTINGS: dict(described)}
     kvstore = folder.open_folder(path)

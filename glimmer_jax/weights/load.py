@@ -2,26 +2,38 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.storage.folder import open_folder
 from glimmer_jax.weights import huggingface, params_file, steps, t5x
 from glimmer_jax.weights.huggingface_files import NO_PICKLES
+from glimmer_jax.weights.lazy_arrays import exists
 from glimmer_jax.weights.model_config import config_from
 
 _PICKLED = (".bin", ".pt", ".pth", ".pkl")
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
-    """Parameters, and what is known about them."""
+class Recorded:
+    """What a checkpoint records about itself."""
 
-    # Nested dict of float32 arrays: numpy arrays, or TensorStores that have read nothing yet.
-    params: dict[str, Any]
-    config: GlimmerConfig | None  # their configuration, if the file records it
-    vocabulary_fingerprint: str | None  # of the vocabulary they were trained with, if recorded
+    config: GlimmerConfig | None  # of the parameters, if recorded or evident from them
+    metadata: Mapping[str, Any]  # see `model_config.describe`; of a run's step also its settings
     what: str  # a description for messages
+    vocabulary_path: str | None  # a SentencePiece model that lies beside the parameters
+
+    @property
+    def vocabulary_fingerprint(self) -> str | None:
+        """Of the vocabulary that the parameters were trained with, if recorded."""
+        fingerprint = self.metadata.get("vocabulary_fingerprint")
+        return None if fingerprint is None else str(fingerprint)
+
+    @property
+    def task_feature_lengths(self) -> dict[str, Any] | None:
+        """`{"inputs": Q, "targets": T, "passages": (K, P)}` of the training, if recorded."""
+        return self.metadata.get("task_feature_lengths")
 
     def answering_config(self) -> GlimmerConfig:
         """The configuration for inference: that of the parameters, without dropout.
@@ -38,6 +50,14 @@ class Loaded:
         return dataclasses.replace(self.config, t5=t5)
 
 
+@dataclasses.dataclass(frozen=True)
+class Loaded(Recorded):
+    """Parameters, and what is known about them."""
+
+    # Nested dict of float32 arrays: numpy arrays, or TensorStores that have read nothing yet.
+    params: dict[str, Any]
+
+
 def load(path: Any) -> Loaded:
     """Opens or reads parameters; `parameters.place` transfers them to the devices.
 
@@ -50,22 +70,46 @@ def load(path: Any) -> Loaded:
       OSError: the storage failed or denied access.
       ValueError: none of these, a single file of a folder, damaged, or of another version.
     """
+    return _open(path, with_params=True)
+
+
+def read_record(path: Any) -> Recorded:
+    """What the checkpoint at `path` records. Reads no parameter of our own; see `load`."""
+    return _open(path, with_params=False)
+
+
+def _open(path: Any, with_params: bool) -> Loaded:
     text = os.fspath(path)
+    params: dict[str, Any] = {}
     if text.endswith(".safetensors"):
-        params, metadata = params_file.load_params_file(text)
+        if with_params:
+            params, metadata = params_file.load_params_file(text)
+        else:
+            metadata = params_file.read_config(text)
         what = f"{path}, a parameter file"
+        name = params_file.vocabulary_path(text)
+        beside = _existing(*os.path.split(os.fspath(name)))
     elif os.path.isfile(text):
         raise _not_the_folder(text)
     else:
         folder = open_folder(text)
         for public in (huggingface, t5x):
             if public.is_folder(folder):
-                return Loaded(*public.load(text, folder))
+                params, config, metadata, what = public.load(text, folder)
+                beside = _existing(text, huggingface.VOCABULARY)
+                return Loaded(config, metadata, what, beside, params)
         step = steps.find_step(text)
-        params, metadata = steps.restore_params(step.folder), steps.read_metadata(step.folder)
+        if with_params:
+            params = steps.restore_params(step.folder)
+        metadata = steps.read_metadata(step.folder)
         what = f"step {step.folder.name} of {step.folder.parent}, {step.why}"
-    config = config_from(metadata, path)
-    return Loaded(params, config, metadata.get("vocabulary_fingerprint"), what)
+        beside = _existing(steps.run_folder(step.folder), huggingface.VOCABULARY)
+    return Loaded(config_from(metadata, path), metadata, what, beside, params)
+
+
+def _existing(folder: Any, name: str) -> str | None:
+    place = os.fspath(folder) or "."
+    return os.path.join(place, name) if exists(open_folder(place), name) else None
 
 
 def _not_the_folder(file: str) -> ValueError:

@@ -15,16 +15,23 @@ from glimmer_jax.weights.file_errors import InvalidWeights, parsing
 _MAX_LAYERS, _MAX_SIZE = 512, 1 << 24
 
 
-def describe(config: GlimmerConfig, vocabulary_fingerprint: str) -> dict[str, Any]:
+def describe(
+    config: GlimmerConfig,
+    vocabulary_fingerprint: str,
+    task_feature_lengths: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """The JSON-able facts that every file of parameters carries.
 
     The implementation of attention is not one of them: parameters trained on a GPU are read on a CPU.
+    Lengths are left out if they are unknown.
     """
     settings = dataclasses.asdict(config)
     del settings["t5"]["attention"]
+    lengths = {} if task_feature_lengths is None else dict(task_feature_lengths)
     return {
         "model_config": settings,
         "vocabulary_fingerprint": vocabulary_fingerprint,
+        **({"task_feature_lengths": lengths} if lengths else {}),
     }
 
 

@@ -22,7 +22,9 @@ from glimmer_jax.weights.file_errors import InvalidWeights, check_finite, parsin
 from glimmer_jax.weights.lazy_arrays import read
 
 
-def save_params_file(path: Any, params: dict[str, Any], config: dict[str, Any]) -> None:
+def save_params_file(
+    path: Any, params: dict[str, Any], config: dict[str, Any], vocabulary: bytes | None = None
+) -> None:
     """Writes `path` (`NAME.safetensors`) and `NAME.json` beside it, locally or in a bucket.
 
     An existing pair stays until the new one is complete. The checksum in the JSON file detects a pair
@@ -32,6 +34,7 @@ def save_params_file(path: Any, params: dict[str, Any], config: dict[str, Any]) 
       path: ends in `.safetensors`.
       params: nested dict of float arrays.
       config: JSON-able facts: model configuration, vocabulary fingerprint, and so on.
+      vocabulary: the SentencePiece model, which is written as `NAME.spiece.model`.
 
     Raises:
       ValueError: the path has another ending, or a parameter is not finite.
@@ -43,6 +46,8 @@ def save_params_file(path: Any, params: dict[str, Any], config: dict[str, Any]) 
     content = {**config, "sha256": hashlib.sha256(data).hexdigest()}
     described = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
     files = {path: data, path.with_suffix(".json"): described}
+    if vocabulary is not None:
+        files = {vocabulary_path(path): vocabulary, **files}
     try:
         for file, content_bytes in files.items():
             _unfinished(file).write_bytes(content_bytes)
@@ -70,20 +75,12 @@ def load_params_file(path: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         not finite.
     """
     path = check_name(path)
-    config_path = path.with_suffix(".json")
-    for file in (path, config_path):
-        if not file.exists():
-            raise InvalidWeights(
-                f"{file} is missing; a parameter file needs both {path} and {config_path}. Copy both. "
-                f"For a model of Hugging Face give its folder, {path.parent}."
-            )
+    config = read_config(path)
     data = path.read_bytes()
-    with parsing(config_path, "JSON"):
-        config = parse_line(config_path.read_bytes(), str(config_path))
     if config.pop("sha256", None) != hashlib.sha256(data).hexdigest():
         raise InvalidWeights(
-            f"{path} is damaged, or is not the file that {config_path} describes (sha256 differs). "
-            "Copy both files again."
+            f"{path} is damaged, or is not the file that {path.with_suffix('.json')} describes (sha256 "
+            "differs). Copy both files again."
         )
     tensors = safetensors_file.read(str(path), data)
     flat = {
@@ -93,8 +90,31 @@ def load_params_file(path: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         return flax.traverse_util.unflatten_dict(flat, sep="/"), config
 
 
+def read_config(path: Any) -> dict[str, Any]:
+    """The JSON beside a parameter file, without reading the parameters.
+
+    Raises:
+      InvalidWeights: one of the two files is missing, or the JSON is malformed.
+    """
+    path = check_name(path)
+    config_path = path.with_suffix(".json")
+    for file in (path, config_path):
+        if not file.exists():
+            raise InvalidWeights(
+                f"{file} is missing; a parameter file needs both {path} and {config_path}. Copy both. "
+                f"For a model of Hugging Face give its folder, {path.parent}."
+            )
+    with parsing(config_path, "JSON"):
+        return parse_line(config_path.read_bytes(), str(config_path))
+
+
 def _unfinished(path: epath.Path) -> epath.Path:
     return path.with_name(f"{path.name}.unfinished-{os.getpid()}")
+
+
+def vocabulary_path(path: Any) -> epath.Path:
+    """The SentencePiece model of the parameter file `path`, which need not exist."""
+    return check_name(path).with_suffix(".spiece.model")
 
 
 def check_name(path: Any) -> epath.Path:

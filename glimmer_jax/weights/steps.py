@@ -76,6 +76,13 @@ def find_step(path: Any) -> Step:
     )
 
 
+def run_folder(step_folder: Any) -> epath.Path:
+    """The folder of the run that a step belongs to; the step's own if it stands alone."""
+    step_folder = epath.Path(step_folder)
+    checkpoints = step_folder.parent
+    return checkpoints.parent if checkpoints.name == "checkpoints" else step_folder
+
+
 def best_step(scores: Mapping[int, float | None], best_is_max: bool = True) -> int | None:
     """The step with the best score, the earliest of equals; None if no step has a score."""
     sign = 1 if best_is_max else -1

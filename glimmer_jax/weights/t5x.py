@@ -60,7 +60,7 @@ def is_folder(kvstore: ts.KvStore) -> bool:
 
 def load(
     path: Any, kvstore: ts.KvStore
-) -> tuple[dict[str, Any], GlimmerConfig | None, str | None, str]:
+) -> tuple[dict[str, Any], GlimmerConfig | None, Mapping[str, Any], str]:
     """The parameters of a checkpoint.
 
     Args:
@@ -68,8 +68,8 @@ def load(
       kvstore: the folder, local or a bucket.
 
     Returns:
-      Parameters (TensorStores), their configuration (None for the tree of one of our models), the
-      fingerprint of their vocabulary if `save` recorded it, and a description.
+      Parameters (TensorStores), their configuration (None for the tree of one of our models), what
+      `save` recorded besides (`describe`), and a description.
 
     Raises:
       InvalidWeights: the folder is not such a checkpoint, layers have different position tables, or
@@ -86,7 +86,7 @@ def load(
     if setting is None and any(name.startswith(_OURS) for name in arrays):
         ours = {name: t5_names.float32(array) for name, array in arrays.items()}
         params = flax.traverse_util.unflatten_dict(ours, sep="/")
-        return params, None, None, f"a T5X checkpoint of a glimmer_jax model in {path} ({form})"
+        return params, None, {}, f"a T5X checkpoint of a glimmer_jax model in {path} ({form})"
     scanned = any(name.startswith("encoder/encoder/") for name in arrays)
     if scanned:
         arrays = _unscan(path, arrays)
@@ -97,8 +97,7 @@ def load(
     params = t5_names.tree_from(config, arrays.__getitem__)
     description = f"a T5X checkpoint in {path} ({form}{', scanned' if scanned else ''}): "
     description += t5_names.describe(params, config.t5)
-    fingerprint = described.get("vocabulary_fingerprint")
-    return params, config, None if fingerprint is None else str(fingerprint), description
+    return params, config, described, description
 
 
 def save(

@@ -1,6 +1,5 @@
 """The recipe of the shipped checkpoints: its order, its seeds, its record, with training left out."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -24,10 +23,10 @@ class Commands:
         self.fail_at = None
         self.first_tokens = {}  # run -> loss of the first token
 
-    def __call__(self, mode, gin_file, *, devices=None, **macros):
+    def __call__(self, mode, *gin_files, devices=None, **macros):
         if len(self.ran) == self.fail_at:
             raise SystemExit(42)
-        self.ran.append((mode, gin_file, macros))
+        self.ran.append((mode, gin_files, macros))
         if mode == "train":
             run = macros["MODEL_DIR"]
             (run / "train").mkdir(parents=True, exist_ok=True)
@@ -92,8 +91,8 @@ def trained(commands):
 
 def test_the_start_learns_only_exercises(commands):
     make("--models=start")
-    for _, gin_file, macros in trained(commands):
-        assert gin_file == "pydocs_start_train"
+    for _, gin_files, macros in trained(commands):
+        assert gin_files == ("examples/pydocs_start_train",)
         assert macros.get("MIXTURE_OR_TASK_NAME", "pydocs_reading_1").startswith("pydocs_reading")
         assert "DATA_DIR" not in macros
 
@@ -160,11 +159,11 @@ def test_models_can_start_from_files_of_initial(commands):
         make("--models=typo")
 
 
-def configured(mode, gin_file, macros):
+def configured(mode, gin_files, macros):
     bindings = [
         f"{k} = {str(v)!r}" if isinstance(v, Path) else f"{k} = {v!r}" for k, v in macros.items()
     ]
-    configuration.parse([f"gin/examples/{gin_file}.gin"], bindings)
+    configuration.parse([f"gin/{file}.gin" for file in gin_files], bindings)
     function = _find(MODES[mode].function)
     configuration.configured(function)
     return gin.get_bindings(function)
@@ -173,8 +172,8 @@ def configured(mode, gin_file, macros):
 def test_every_command_of_the_training_is_a_valid_configuration(commands):
     make()
     seen = {}
-    for mode, gin_file, macros in commands.ran:
-        arguments = configured(mode, gin_file, macros)
+    for mode, gin_files, macros in commands.ran:
+        arguments = configured(mode, gin_files, macros)
         if mode == "train":
             seen[macros["MODEL_DIR"].name] = arguments["model"].config
     assert seen["lumen_read"].freeze_memory and not seen["glimmer_read"].freeze_memory
@@ -184,10 +183,9 @@ def test_every_command_of_the_training_is_a_valid_configuration(commands):
 
 def test_the_start_can_be_recut_anywhere_after_training(commands):
     make("--models=start")
-    exported = configured("export", *commands.ran[-1][1:])["model"]
+    # The export has no cut of its own.
+    assert commands.ran[-1][:2] == ("export", ("runs/export",))
     start = configured(*trained(commands)[-1])["model"]
-    undropped = dataclasses.replace(exported.config.t5, dropout_rate=0.0)
-    assert start.config == dataclasses.replace(exported.config, t5=undropped)
     assert start.config.share_position_table
     shapes, _ = start.abstract_variables()
     # Like trained parameters, no two tensors are equal.
@@ -196,7 +194,7 @@ def test_the_start_can_be_recut_anywhere_after_training(commands):
     for alpha in (0.15, 0.3, 0.6, 0.86):
         target = configured(
             "train",
-            "pydocs_glimmer_train",
+            ("examples/pydocs_glimmer_train",),
             {"MODEL_DIR": "m", "TRAIN_STEPS": 1, "ALPHA": alpha, "BETA": 0.5},
         )["model"]
         wanted, _ = target.abstract_variables()

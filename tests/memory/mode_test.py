@@ -102,7 +102,7 @@ def test_the_documented_commands_run_as_they_stand(tiny_store, tmp_path, monkeyp
     ("action", "files", "macros", "message"),
     [
         ("burn", (), {}, "ACTION must be one of plan, inspect, verify"),
-        ("plan", (), {}, "--action=plan needs a model: give gin/runs/memory.gin first"),
+        ("plan", (), {}, "--action=plan needs a model: give a size (gin/sizes)"),
         ("inspect", (), {}, "needs MEMORY_DIR"),
         ("withdraw", (), {"MEMORY_DIR": "m"}, "needs IDS"),
         ("merge", (), {"MEMORY_DIR": "m"}, "PARTS needs two or more stores"),

@@ -13,6 +13,7 @@ import sentencepiece
 from glimmer_jax import main as command_line
 from glimmer_jax import shipped
 from glimmer_jax.corpus.passages import Passages
+from glimmer_jax.vocabulary import PYDOCS_MODEL
 
 PAGES = [
     {
@@ -39,6 +40,7 @@ def folder(tmp_path, monkeypatch):
 
 def run(*files, **macros):
     flags = [f"--gin_file=gin/{file}.gin" for file in files]
+    macros = {"VOCABULARY": "pydocs", **macros}
     flags += [f"--gin.{name}={value!r}" for name, value in macros.items()]
     return command_line.main(["--run_mode=passages", *flags])
 
@@ -72,6 +74,7 @@ def test_the_documented_commands_run_as_they_stand():
 
     write("data/kilt/kilt_knowledgesource.json", json.dumps(PAGES[0]).encode())
     write("data/dpr/psgs_w100.tsv.gz", gzip.compress(DPR.encode()))
+    write("t5/spiece.model", PYDOCS_MODEL.read_bytes())
     pathlib.Path("corpus").mkdir()
     for name, number in (("a", 1), ("b", 2)):
         rows = {"id": [number], "title": ["t"], "text": ["word " * (100 * number)]}

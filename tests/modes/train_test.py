@@ -40,8 +40,8 @@ def test_a_run_from_memory_resumes_without_its_initial_checkpoint(work, tmp_path
     shared = {**ONE_TASK, "TRAIN_STEPS": 1}
     assert train(work, first, *lumen, **shared) == 0
     memory = {"MEMORY_DIR": str(tmp_path / "memory"), "PASSAGES_DIR": data(work)["PASSAGES_DIR"]}
-    built = {"CHECKPOINT_PATH": str(first), "MAX_PASSAGE_TOKENS": 16, "BATCH_SIZE": 2, **memory}
-    assert run("build_memory", "examples/pydocs_lumen_memory", **built) == 0
+    built = {"CHECKPOINT_PATH": str(first), "BATCH_SIZE": 2, **memory}
+    assert run("build_memory", "runs/build_memory", **built) == 0
     shared = {**ONE_TASK, **memory, "INITIAL_CHECKPOINT_PATH": str(first), "SCHEDULE": "constant"}
     assert train(work, tmp_path / "run", *lumen, **shared, TRAIN_STEPS=1) == 0
 

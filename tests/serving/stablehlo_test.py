@@ -1,12 +1,12 @@
 """The exported program: run where nothing but JAX is, it answers as the model does here."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
 import re
 import subprocess
 import sys
-import types
 
 import jax
 import jax.export
@@ -16,17 +16,21 @@ import pytest
 from glimmer_jax import shipped
 from glimmer_jax.axes import Lengths
 from glimmer_jax.models.model import DecodeConfig, GlimmerModel
+from glimmer_jax.modes.checkpoint import CheckpointConfig
 from glimmer_jax.modes.export import export
 from glimmer_jax.serving.stablehlo import ProgramConfig, export_program
+from glimmer_jax.vocabulary import Vocabulary
 from glimmer_jax.weights.load import load
 from glimmer_jax.weights.model_config import describe
 from glimmer_jax.weights.params_file import save_params_file
 from tests.models import tiny
 
-VOCABULARY = types.SimpleNamespace(fingerprint="v", vocab_size=tiny.V, eos_id=1, path="p")
+VOCABULARY = Vocabulary("pydocs")
+T5 = dataclasses.replace(tiny.GLIMMER.t5, vocab_size=VOCABULARY.vocab_size)
+CONFIG = dataclasses.replace(tiny.GLIMMER, t5=T5)
 BUCKET = {"inputs": tiny.Q, "targets": tiny.T, "passages": (tiny.K, tiny.P)}
 NAME = f"program-Q{tiny.Q}-T{tiny.T}-K{tiny.K}-P{tiny.P}.bin"
-GLIMMER = GlimmerModel(tiny.GLIMMER, decode=DecodeConfig(beams=2))
+GLIMMER = GlimmerModel(CONFIG, decode=DecodeConfig(beams=2))
 DOCS = pathlib.Path(shipped.root()) / "docs" / "serving.md"
 
 # JAX, what it needs itself, and flatbuffers for `jax.export`: neither this project nor flax.
@@ -55,10 +59,10 @@ def exported(tmp_path_factory):
     """(folder that the mode has written, parameters of its checkpoint)."""
     work = tmp_path_factory.mktemp("export")
     checkpoint = work / "glimmer.safetensors"
-    save_params_file(checkpoint, tiny.params(tiny.GLIMMER), describe(tiny.GLIMMER, "v"))
+    save_params_file(checkpoint, tiny.params(CONFIG), describe(CONFIG, VOCABULARY.fingerprint))
     config = ProgramConfig([BUCKET])
-    given = {"vocabulary": VOCABULARY, "program": config}
-    export(GLIMMER, str(checkpoint), str(work / "program"), **given)
+    given = CheckpointConfig(str(checkpoint), decode=GLIMMER.decode)
+    export(given, str(work / "program"), program=config)
     return work / "program", load(checkpoint).params
 
 
@@ -132,7 +136,8 @@ def test_the_manifest_describes_inputs_and_outputs(exported):
     # One by one: of the last reranking layer only what is needed is computed.
     names = [name for name in np.load(folder / "params.npz") if "layers" in name]
     assert names and all(re.search(r"layers_\d+/", name) for name in names)
-    assert manifest["decode"]["beams"] == 2 and manifest["vocabulary_fingerprint"] == "v"
+    assert manifest["decode"]["beams"] == 2
+    assert manifest["vocabulary_fingerprint"] == VOCABULARY.fingerprint
 
 
 def test_from_tokens_and_with_draws_the_seed_is_an_argument(tmp_path):
