@@ -193,6 +193,7 @@ def test_variables_and_the_folder_carry_over_until_the_next_page(tmp_path):
 
 
 @pytest.mark.timeout(1200)
+@pytest.mark.slow
 def test_own_data_runs_with_few_steps(tmp_path):
     copy_checkout(tmp_path)
     shell = Shell(tmp_path)
