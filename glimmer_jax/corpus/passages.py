@@ -177,7 +177,7 @@ class Passages:
 
     def titles(self, numbers: Any) -> list[str]:
         """Numbers [n] -> titles. Raises ValueError for numbers that are not in this folder."""
-        return [self.text(int(row))["title"] for row in self.rows(numbers)]
+        return [self.record(int(row))["title"] for row in self.rows(numbers)]
 
     def _rows(self, numbers: np.ndarray, names: Any) -> np.ndarray:
         places = np.minimum(np.searchsorted(self._sorted_ids, numbers), len(self) - 1)

@@ -99,44 +99,47 @@ def learn(
         )
     # NaN and infinity show in the sums; numpy would warn about infinities that cancel.
     with np.errstate(invalid="ignore"):
-        mean = sum(some.sum(0, dtype=np.float64) for some in _pieces(states_ND)) / count
+        mean = sum(piece.sum(0, dtype=np.float64) for piece in _pieces(states_ND)) / count
     if not np.isfinite(mean).all():
         raise ValueError(
             "The memory encoder gave NaN or infinity for passages of the sample. Check the checkpoint "
             "(did its training diverge?) and the activation dtype."
         )
-    size = np.sqrt(sum(np.square(some - mean).sum(0) for some in _pieces(states_ND)) / count)
+    variance = sum(np.square(piece - mean).sum(0) for piece in _pieces(states_ND)) / count
+    deviation = np.sqrt(variance)
     # A constant channel needs no code.
-    scale = np.where(size > 0, size, 1.0)
+    scale = np.where(deviation > 0, deviation, 1.0)
     books: Codebooks = {
         "mean": mean.astype(np.float32),
         "scale": scale.astype(np.float32),
         "basis": np.eye(emb_dim, dtype=np.float32),
     }
-    even_ND, weights = _spread(states_ND, books, mesh)
-    products = jax.jit(lambda x: jnp.matmul(x.T, x, precision="highest"))(even_ND)
+    scaled_ND, weights = _scaled_on_mesh(states_ND, books, mesh)
+    products = jax.jit(lambda x: jnp.matmul(x.T, x, precision="highest"))(scaled_ND)
     books["basis"] = even_basis(np.asarray(products, np.float64) / count, codec.channels)
 
     draw = np.random.default_rng(seed)
 
-    def drawn() -> np.ndarray:
-        some = states_ND[draw.permutation(count)[: codec.num_codes]]
-        turned = ((some - books["mean"]) / books["scale"]) @ books["basis"]
-        return turned.reshape(len(some), -1, codec.channels).swapaxes(0, 1).copy()
+    def draw_points() -> np.ndarray:
+        points_CD = states_ND[draw.permutation(count)[: codec.num_codes]]
+        rotated_CD = ((points_CD - books["mean"]) / books["scale"]) @ books["basis"]
+        return rotated_CD.reshape(len(points_CD), -1, codec.channels).swapaxes(0, 1).copy()
 
-    start, spare = drawn(), drawn()
-    centroids = _kmeans(even_ND, weights, books["basis"], start, spare, iterations, mesh)
+    start_GCS, spare_GCS = draw_points(), draw_points()
+    centroids = _kmeans(scaled_ND, weights, books["basis"], start_GCS, spare_GCS, iterations, mesh)
     return {"centroids": centroids, **books}
 
 
 def _pieces(states_ND: np.ndarray) -> Iterator[np.ndarray]:
-    """The states, `_ROWS` at a time; between two of them a job may be stopped."""
+    """The states, `_ROWS` at a time; a job may be stopped between two pieces."""
     for first in range(0, len(states_ND), _ROWS):
         STOP.poll_together()
         yield states_ND[first : first + _ROWS]
 
 
-def _spread(states_ND: np.ndarray, books: Codebooks, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
+def _scaled_on_mesh(
+    states_ND: np.ndarray, books: Codebooks, mesh: Mesh
+) -> tuple[jax.Array, jax.Array]:
     """Normalised states, distributed over all devices, and a weight for each.
 
     Padded to equal parts with states of weight 0. Built for one device after the other, so the host never
@@ -151,13 +154,13 @@ def _spread(states_ND: np.ndarray, books: Codebooks, mesh: Mesh) -> tuple[jax.Ar
         assert index is not None
         first = index[0].start or 0
         part = np.zeros((share, emb_dim), np.float32)
-        some = states_ND[first : first + share]
-        np.subtract(some, books["mean"], out=part[: len(some)])
-        part[: len(some)] /= books["scale"]
+        own_ND = states_ND[first : first + share]
+        np.subtract(own_ND, books["mean"], out=part[: len(own_ND)])
+        part[: len(own_ND)] /= books["scale"]
         parts.append(jax.device_put(part, device).block_until_ready())
-    even_ND = jax.make_array_from_single_device_arrays(shape, rows, parts)
+    scaled_ND = jax.make_array_from_single_device_arrays(shape, rows, parts)
     weights = jax.device_put((np.arange(shape[0]) < count).astype(np.float32), rows)
-    return even_ND, weights
+    return scaled_ND, weights
 
 
 def even_basis(covariance_DD: np.ndarray, channels: int) -> np.ndarray:
@@ -180,7 +183,7 @@ def even_basis(covariance_DD: np.ndarray, channels: int) -> np.ndarray:
 
 
 def _kmeans(
-    even_ND: jax.Array,
+    scaled_ND: jax.Array,
     weights_N: jax.Array,
     basis_DD: np.ndarray,
     start_GCS: np.ndarray,
@@ -188,20 +191,23 @@ def _kmeans(
     iterations: int,
     mesh: Mesh,
 ) -> np.ndarray:
-    """Lloyd's iterations in every subspace; a code without points is replaced by a spare point."""
+    """Lloyd's iterations in every subspace; a centroid without points is replaced by a spare point.
+
+    Letters: N points, D channels, G subspaces of S channels, C centroids of a subspace.
+    """
     num_codes, channels = start_GCS.shape[1:]
     axes = mesh.axis_names
-    rows, whole = PartitionSpec(axes), PartitionSpec()
-    spread = functools.partial(jax.shard_map, mesh=mesh)
+    rows, replicated = PartitionSpec(axes), PartitionSpec()
+    sharded = functools.partial(jax.shard_map, mesh=mesh)
 
     @jax.jit
-    @functools.partial(spread, in_specs=(rows, whole), out_specs=rows)
-    def turn(even_ND, basis_DS):
-        return jnp.matmul(even_ND, basis_DS, precision="highest")
+    @functools.partial(sharded, in_specs=(rows, replicated), out_specs=rows)
+    def rotate(scaled_ND, basis_DS):
+        return jnp.matmul(scaled_ND, basis_DS, precision="highest")
 
     @jax.jit
-    @functools.partial(spread, in_specs=(rows, rows, *(whole,) * 4), out_specs=whole)
-    def some(points_NS, weights_N, centroids_CS, spare_CS, first, last):
+    @functools.partial(sharded, in_specs=(rows, rows, *(replicated,) * 4), out_specs=replicated)
+    def lloyd(points_NS, weights_N, centroids_CS, spare_CS, first, last):
         def iterate(step, centroids_CS):
             codes_N = nearest(points_NS, centroids_CS)
             sums = jax.ops.segment_sum(points_NS * weights_N[:, None], codes_N, num_codes)
@@ -212,17 +218,17 @@ def _kmeans(
 
         return jax.lax.fori_loop(first, last, iterate, centroids_CS)
 
-    everywhere = NamedSharding(mesh, whole)
+    everywhere = NamedSharding(mesh, replicated)
     basis_GDS = basis_DD.reshape(len(basis_DD), -1, channels).swapaxes(0, 1)
     learnt_GCS = np.empty_like(start_GCS)
-    for group, given in enumerate(zip(basis_GDS, start_GCS, spare_GCS, strict=True)):
-        basis_DS, centroids_CS, spare_CS = jax.device_put(given, everywhere)
+    for group, inputs in enumerate(zip(basis_GDS, start_GCS, spare_GCS, strict=True)):
+        basis_DS, centroids_CS, spare_CS = jax.device_put(inputs, everywhere)
         # Rotated one subspace at a time: a device has room for only one copy of its part.
-        points_NS = turn(even_ND, basis_DS)
+        points_NS = rotate(scaled_ND, basis_DS)
         for first in range(0, iterations, _ITERATIONS):
             STOP.poll_together()
             steps = np.int32(first), np.int32(min(first + _ITERATIONS, iterations))
-            centroids_CS = some(points_NS, weights_N, centroids_CS, spare_CS, *steps)
+            centroids_CS = lloyd(points_NS, weights_N, centroids_CS, spare_CS, *steps)
             centroids_CS.block_until_ready()
         learnt_GCS[group] = centroids_CS
     return learnt_GCS
@@ -230,11 +236,10 @@ def _kmeans(
 
 def relative_error(codec: Codec, books: Codebooks | None, states_ND: np.ndarray) -> float:
     """Root mean square of the codec's error on these states, relative to that of the states."""
-    kept = jax.jit(lambda x, books: codec.decode(codec.encode(x, books), jnp.float32, books))
-    lost = whole = 0.0
+    stored = jax.jit(lambda x, books: codec.decode(codec.encode(x, books), jnp.float32, books))
+    square_error = square = 0.0
     for piece in _pieces(states_ND):
-        some = np.asarray(piece, np.float64)
-        back = np.asarray(kept(piece, books), np.float64)
-        lost += np.square(back - some).sum()
-        whole += np.square(some).sum()
-    return float(np.sqrt(lost / whole))
+        exact = np.asarray(piece, np.float64)
+        square_error += np.square(np.asarray(stored(piece, books), np.float64) - exact).sum()
+        square += np.square(exact).sum()
+    return float(np.sqrt(square_error / square))

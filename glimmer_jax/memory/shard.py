@@ -207,10 +207,10 @@ def write_arrays(
     files: dict[str, tuple[int, str]] = {}
     seals: dict[str, str] = {}
     pending = []
-    both: dict[str, np.ndarray] = {**small, **arrays}
+    contents: dict[str, np.ndarray] = {**small, **arrays}
     try:
         kvstore.delete_range(ts.KvStore.KeyRange()).result()
-        for name, values in both.items():
+        for name, values in contents.items():
             chunk_rows = len(values) if name in small else chunk_tokens
             format_ = ArrayFormat.of(values.shape, values.dtype, chunk_rows)
             for key, data in encode_array(np.ascontiguousarray(values), format_).items():
@@ -349,22 +349,22 @@ class ShardReader:
 
     def _bytes(self, file: str) -> bytes:
         try:
-            result = self._reads.pop(file, None) or self._kvstore.read(file)
-            found = result.result()
+            read = self._reads.pop(file, None) or self._kvstore.read(file)
+            result = read.result()
         except ValueError as error:
             raise storage_error(f"{self._kvstore.url}{file}", error) from error
-        if found.state == "missing":
+        if result.state == "missing":
             raise self._damaged(f"{file} is missing")
-        return bytes(found.value)
+        return bytes(result.value)
 
     def _read_range(self, file: str, start: int, count: int) -> bytes:
         try:
-            found = self._kvstore.read(file, byte_range=slice(start, start + count)).result()
+            result = self._kvstore.read(file, byte_range=slice(start, start + count)).result()
         except ValueError as error:
             raise self.error(error) from error
-        if found.state == "missing":
+        if result.state == "missing":
             raise self._damaged(f"{file} is missing")
-        return bytes(found.value)
+        return bytes(result.value)
 
     def _damaged(self, problem: str) -> DamagedStore:
         name = self.entry.name

@@ -253,39 +253,17 @@ class GlimmerModel:
 
         exists = _passage_exists(batch)
         if config.rerank_layers and loss_config.distillation_weight and live.scores.shape[1] > 1:
-            teacher = live
-            if loss_config.clean_teacher:
-                teacher = self.module.apply({"params": params}, batch, method="rerank")
-            useful = answer_log_likelihoods(
-                self.module,
-                params,
-                batch,
-                teacher,
-                chunk=loss_config.teacher_chunk,
-                mean=loss_config.mean_log_likelihood,
-            )
-            by_question = losses.distillation(
-                live.scores,
-                useful,
-                exists,
-                temperature=loss_config.temperature,
-                direction=loss_config.kl_direction,
-            )
-            distilled = _is_distilled(batch, exists)
-            distillation = jnp.sum(by_question * distilled)
+            distillation, count = self._distillation(params, batch, live, exists)
             loss += loss_config.distillation_weight * distillation / normalizers["questions"]
-            count = jnp.sum(distilled).astype(jnp.float32)
             metrics["distillation"] = (distillation, count)
 
         if "gold_passages" in batch:
             gold = (batch["gold_passages"] > 0) & exists
-            has_gold = jnp.any(gold, axis=-1)
-            num_gold = jnp.sum(has_gold).astype(jnp.float32)
-            first = jnp.argmax(live.scores, axis=-1)[:, None]
-            hit = jnp.take_along_axis(gold, first, axis=1)
-            metrics["recall_at_1"] = (jnp.sum(hit).astype(jnp.float32), num_gold)
-            hit = jnp.any(jnp.take_along_axis(gold, kept, axis=1), axis=1)
-            metrics["recall_kept"] = (jnp.sum(hit).astype(jnp.float32), num_gold)
+            num_gold = jnp.sum(jnp.any(gold, axis=-1)).astype(jnp.float32)
+            best = jnp.argmax(live.scores, axis=-1)[:, None]
+            for name, passages in (("recall_at_1", best), ("recall_kept", kept)):
+                hits = jnp.any(jnp.take_along_axis(gold, passages, axis=1), axis=1)
+                metrics[name] = (jnp.sum(hits).astype(jnp.float32), num_gold)
             if config.rerank_layers and loss_config.supervised_weight:
                 supervised = jnp.sum(
                     losses.supervised_rerank(
@@ -295,6 +273,29 @@ class GlimmerModel:
                 loss += loss_config.supervised_weight * supervised / normalizers["gold_questions"]
                 metrics["supervised_rerank"] = (supervised, num_gold)
         return loss, metrics
+
+    def _distillation(self, params, batch, live, exists):
+        """Perplexity distillation summed over the questions it applies to, and their number."""
+        teacher = live
+        if self.loss.clean_teacher:
+            teacher = self.module.apply({"params": params}, batch, method="rerank")
+        usefulness = answer_log_likelihoods(
+            self.module,
+            params,
+            batch,
+            teacher,
+            chunk=self.loss.teacher_chunk,
+            mean=self.loss.mean_log_likelihood,
+        )
+        by_question = losses.distillation(
+            live.scores,
+            usefulness,
+            exists,
+            temperature=self.loss.temperature,
+            direction=self.loss.kl_direction,
+        )
+        distilled = _is_distilled(batch, exists)
+        return jnp.sum(by_question * distilled), jnp.sum(distilled).astype(jnp.float32)
 
     def predict_batch(
         self, params: Params, batch: Batch, rng: jax.Array | None = None

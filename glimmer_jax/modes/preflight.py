@@ -177,7 +177,7 @@ def _report(
         "total": total,
     }
     peak = chip.peak_flops * place.chips
-    received = sum(one.bytes for one in compiled.traffic.values()) - compiled.between_slices
+    received = sum(traffic.bytes for traffic in compiled.traffic.values()) - compiled.between_slices
     network = received * chip.devices / chip.ici_bandwidth
     # Without overlap: the compiler estimates computation, but not collectives.
     seconds = compiled.cycles / chip.clock + network if compiled.cycles else None

@@ -129,13 +129,13 @@ def traffic(text: str, mesh: Mesh) -> tuple[dict[str, Traffic], int]:
     slices = index[mesh.axis_names.index("slice")]
     totals: dict[str, list[int]] = {}
     between = 0
-    for one in hlo.collectives(text):
-        moved = one.moved(mesh.size)
-        count, size = totals.get(one.kind, (0, 0))
-        totals[one.kind] = [count + one.times, size + moved]
-        between += moved if one.joins(slices) else 0
+    for collective in hlo.collectives(text):
+        moved = collective.moved(mesh.size)
+        count, size = totals.get(collective.kind, (0, 0))
+        totals[collective.kind] = [count + collective.times, size + moved]
+        between += moved if collective.joins(slices) else 0
     carried, size = hlo.from_other_slices(text)
     if carried:
         totals["through-hosts"] = [carried, size]
         between += size
-    return {kind: Traffic(*both) for kind, both in sorted(totals.items())}, between
+    return {kind: Traffic(*total) for kind, total in sorted(totals.items())}, between

@@ -168,7 +168,7 @@ def encode_candidates(candidates: Sequence[str], vocabulary: Vocabulary, length:
     Raises:
       ValueError: there are none, or one is empty, a duplicate, or longer than T.
     """
-    if isinstance(candidates, str) or not all(isinstance(one, str) for one in candidates):
+    if isinstance(candidates, str) or not all(isinstance(answer, str) for answer in candidates):
         raise ValueError(f'CANDIDATES is a list of answers, ["yes", "no"]; got {candidates!r}.')
     if not candidates:
         raise ValueError(

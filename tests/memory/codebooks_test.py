@@ -87,7 +87,7 @@ def test_outlier_channels_cost_the_others_nothing(outliers):
 
 
 def test_unsuitable_samples_are_rejected():
-    with pytest.raises(ValueError, match="16 codes .* this has 9. Raise SAMPLE_TOKENS"):
+    with pytest.raises(ValueError, match="16 codes .*9.*SAMPLE_TOKENS"):
         codebooks.learn(SMALL, np.zeros((9, 16), np.float32), _mesh(1))
     with pytest.raises(ValueError, match="NaN or infinity for passages of the sample"):
         codebooks.learn(SMALL, np.full((20, 16), np.nan, np.float32), _mesh(1))
@@ -249,7 +249,7 @@ def test_codebooks_go_with_their_layer_and_codec_only():
             ValueError, match="MEMORY_CODEC.*after layer .*none.*run_mode=codebooks"
         ):
             recut(without, plain, target)
-    with pytest.raises(ValueError, match="have those of 'pq' after layer 2"):
+    with pytest.raises(ValueError, match="'pq' after layer 2"):
         recut(params, PQ, dataclasses.replace(PQ, memory_layers=1))
     with pytest.raises(ValueError, match="train_codebooks needs memory with codebooks"):
         dataclasses.replace(plain, train_codebooks=True)
