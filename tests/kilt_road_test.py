@@ -8,6 +8,7 @@ import pytest
 
 from glimmer_jax import main as command_line
 from glimmer_jax.corpus.passages import Passages
+from glimmer_jax.shipped import CHECKPOINTS
 from glimmer_jax.storage.json_lines import read_json_lines
 from tests import mini_kilt
 
@@ -25,6 +26,8 @@ TINY = {
 GLIMMER = ("sizes/tiny", "models/glimmer")
 LENGTHS = {"inputs": 64, "targets": 32, "passages": (3, 32)}
 SIX = ("nq", "triviaqa", "hotpotqa", "fever", "structured_zeroshot", "trex")
+
+SHIPPED = str(CHECKPOINTS / "pydocs_glimmer.safetensors")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -111,6 +114,7 @@ def test_from_training_to_scores_of_a_submission(mini, tmp_path, capsys):
     training = {"MODEL_DIR": model_dir, "TRAIN_STEPS": 4, "BATCH_SIZE": 8, "LOG_EVERY": 1}
     training |= {"EVAL_PERIOD": 0, "BEST_METRIC": None, "SUPERVISED_WEIGHT": 1.0}
     sized = {**TINY, "TASK_FEATURE_LENGTHS": LENGTHS}
+    training["VOCABULARY"] = "pydocs"
     assert run("train", *GLIMMER, "runs/finetune", "data/kilt", **training, **data, **sized) == 0
     shared = {"CHECKPOINT_PATH": model_dir, "PASSAGES_DIR": data["PASSAGES_DIR"]}
     building = {**shared, "MEMORY_DIR": memory, "MAX_PASSAGE_TOKENS": 32, "BATCH_SIZE": 2}
@@ -199,12 +203,12 @@ def test_a_corpus_other_than_that_of_the_files_is_rejected(mini, tmp_path, capfd
     mini_kilt.write_lines(corpus, [{**one, "text": ["x"]} for one in mini_kilt.pages()])
     assert cut(corpus, other) == 0
     given = {"PASSAGES_DIR": other, "TASK_FEATURE_LENGTHS": LENGTHS, **TINY}
-    data_dir, checkpoint = str(mini / "retrieved"), str(tmp_path / "c")
-    evaluating = {"CHECKPOINT_PATH": checkpoint, "DATA_DIR": data_dir}
+    data_dir = str(mini / "retrieved")
+    evaluating = {"CHECKPOINT_PATH": SHIPPED, "DATA_DIR": data_dir}
     assert run("eval", *GLIMMER, "runs/eval", "data/kilt", **evaluating, **given) == 2
     assert "holds another corpus" in capfd.readouterr().err
     training = {"MODEL_DIR": str(tmp_path / "run"), "TRAIN_STEPS": 1, "BATCH_SIZE": 8}
-    training["DATA_DIR"] = data_dir
+    training |= {"DATA_DIR": data_dir, "VOCABULARY": "pydocs"}
     assert run("train", *GLIMMER, "runs/finetune", "data/kilt", **training, **given) == 2
     assert "holds another corpus" in capfd.readouterr().err
 
@@ -216,7 +220,7 @@ def test_missing_questions_and_labels_are_reported(mini, tmp_path, capfd):
     )
     assert retrieve(mini, "typo*", tmp_path / "out") == 2
     assert "QUESTIONS: no file matches" in capfd.readouterr().err
-    given = {"CHECKPOINT_PATH": "c", "PASSAGES_DIR": str(mini / "passages"), **TINY}
+    given = {"CHECKPOINT_PATH": SHIPPED, "PASSAGES_DIR": str(mini / "passages"), **TINY}
     twice = tmp_path / "twice.jsonl"
     text = (mini / "retrieved" / "nq-test.jsonl").read_text()
     twice.write_text(text + text)

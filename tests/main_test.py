@@ -144,7 +144,7 @@ def test_training_starts_from_what_export_has_written(work, trained, tmp_path, c
     shown = "".join(capfd.readouterr())
     found = {"huggingface": "a Hugging Face glimmer", "t5x": "a T5X checkpoint"}[form]
     assert f"Parameters: {found} in {exported}" in caplog.text
-    assert "from the given weights" in shown
+    assert "INITIAL_CHECKPOINT_PATH" in shown
 
 
 def test_all_modes_after_training(work, trained, capsys):

@@ -107,6 +107,8 @@ def write_passages(
             os.close(lock)
     # The new folder is in place, so what killed writers left behind is useless.
     for stale in target.parent.glob(f".{target.name}.writing-*"):
+        if not stale.is_dir():  # removing a pipe as a folder would block
+            continue
         # Without locks it is unknown whether a writer is running, so its folder stays.
         with contextlib.suppress(FileNotFoundError, LockUnsupported):
             if (stale_lock := try_lock(stale)) is not None:

@@ -179,7 +179,7 @@ def test_the_work_of_one_process_is_not_started_in_many(mode, monkeypatch):
     for name in ("local", "tpu_vm", "queued_resource", "jobset", "slurm"):
         if mode == "memory" and name in ("tpu_vm", "queued_resource"):
             continue  # a slice of one host is one process
-        with pytest.raises(ValueError, match=f"run_mode={mode} is the work of one process"):
+        with pytest.raises(ValueError, match=f"run_mode={mode} .*one process"):
             plan(OPTIONS[name], monkeypatch, flags)
     plan("local", monkeypatch, flags)
 

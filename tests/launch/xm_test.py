@@ -42,6 +42,7 @@ def home(tmp_path, monkeypatch):
 def command(*options):
     flags = ["--run_mode=passages", "--gin_file=gin/runs/passages.gin"]
     flags += ["--gin.CORPUS='corpus.jsonl'", "--gin.PASSAGES_DIR='passages'"]
+    flags += ["--gin.VOCABULARY='pydocs'"]
     return [sys.executable, "-m", "launch", "xm", *options, "local", "--", *flags]
 
 
@@ -77,7 +78,8 @@ def test_a_sweep_trains_each_unit_with_its_seed(home, monkeypatch):
     mini_kilt.write(home)
     passages = {"PASSAGES_DIR": "passages"}
     corpus = {"CORPUS": "kilt_knowledgesource.json", "CORPUS_FORMAT": "kilt"}
-    glimmer("passages", **corpus, **passages, PASSAGE_WORDS=mini_kilt.PASSAGE_WORDS)
+    words = {"PASSAGE_WORDS": mini_kilt.PASSAGE_WORDS, "VOCABULARY": "pydocs"}
+    glimmer("passages", **corpus, **passages, **words)
     retrieved = {**passages, "DATA_DIR": "retrieved"}
     asked = {"QUESTIONS": "questions/fever-*-kilt.jsonl", "QUESTION_WORDS": 12}
     glimmer("retrieve", **asked, **retrieved, NUM_PASSAGES=3)

@@ -33,15 +33,22 @@ MESHES = (
 class Sums:
     """A model whose answers are lengths, and whose scores are sums of states."""
 
-    def predict_batch_with_aux(self, params, batch, rng):
+    def read_batch(self, params, batch):
         states = batch["passage_memory"]["states"].astype(jnp.float32)
-        return batch["passage_lengths"], {"scores": jnp.sum(states, axis=(1, 2, 3))}
+        return states, batch["passage_lengths"], {}
+
+    def answer_batch(self, params, encoded, mask, *, length, rng, candidates):
+        return mask, {"scores": jnp.sum(encoded, axis=(1, 2, 3))}
 
 
 def batch(store):
     rows = np.array([[0, 22, -1, 4], [7, 7, 3, 3], [-1, -1, -1, -1], [21, 1, 13, 5]])
     ids = np.where(rows < 0, -1, store.ids[rows])
-    return {"question_tokens": np.ones((4, 2), np.int32), "passage_ids": ids}
+    return {
+        "question_tokens": np.ones((4, 2), np.int32),
+        "passage_ids": ids,
+        "decoder_input_tokens": np.zeros((4, 3), np.int32),
+    }
 
 
 def answers(store, home, mesh):

@@ -105,7 +105,7 @@ def test_the_dpr_example_keeps_dprs_ids():
         ({"CORPUS": "*.jsonl"}, r"no file matches *.jsonl"),
         ({"CORPUS": "bad", "CORPUS_FORMAT": "kilt", "PASSAGE_WORDS": 9}, "bad:2: byte "),
         ({"CORPUS": "bad", "CORPUS_FORMAT": "kilt"}, "PASSAGE_WORDS must be set"),
-        ({"CORPUS": "bad", "BEAM_OPTIONS": ""}, "needs CORPUS_DIR"),
+        ({"CORPUS": "bad", "BEAM_OPTIONS": ""}, "CORPUS_DIR"),
         ({"CORPUS": "bad", "PASSAGES_DIR": "."}, ". exists already"),
     ],
 )

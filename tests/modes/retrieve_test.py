@@ -181,18 +181,20 @@ def test_a_split_that_hides_nothing_needs_no_second_index(work, tmp_path, monkey
     assert [rows.tolist() for rows in asked] == [[0, 1, 2, 3]]
 
 
-def test_from_disk_and_on_the_devices_the_files_are_the_same_bytes(work, tmp_path, capsys):
+def test_from_disk_and_on_the_devices_the_files_are_the_same_bytes(work, tmp_path, caplog):
+    caplog.set_level("INFO")
     made = []
     for size, where in ((10**9, "on the devices"), (0, "from disk, in blocks")):
         given = settings(work, tmp_path / str(size), retriever="dense")
         config = DenseConfig(**{**vars(given["dense"]), "bytes_per_device": size})
         retrieve(**{**given, "dense": config})
         made.append((tmp_path / str(size) / "task-test.jsonl").read_bytes())
-        assert f"searched {where}" in capsys.readouterr().out
+        assert f"searched {where}" in caplog.text
     assert made[0] == made[1]
 
 
-def test_the_command_builds_the_index_and_rejects_another_encoder(work, tmp_path, capsys):
+def test_the_command_builds_the_index_and_rejects_another_encoder(work, tmp_path, capsys, caplog):
+    caplog.set_level("INFO")
     values = {
         "PASSAGES_DIR": str(work / "passages"),
         "QUESTIONS": str(work / "questions" / "*-test.jsonl"),
@@ -214,7 +216,7 @@ def test_the_command_builds_the_index_and_rejects_another_encoder(work, tmp_path
         return code, capsys.readouterr()
 
     code, shown = run(work / "gtr")
-    assert code == 0 and "a GTR in" in shown.out and "8 vectors of 48" in shown.out
+    assert code == 0 and "a GTR in" in caplog.text and "8 vectors of 48" in caplog.text
     code, shown = run(tiny_gtr.write(tmp_path / "other", seed=1))
     assert code == 2 and "INDEX_DIR" in shown.err and "encoder" in shown.err
     assert shown.err.count("sha256:") >= 2

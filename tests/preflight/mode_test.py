@@ -106,7 +106,7 @@ def test_answers_from_memory_count_the_table(tmp_path):
     ("flags", "message"),
     [
         (["--gin_file=gin/runs/finetune.gin"], "needs --topology, such as v5p:4x4x4"),
-        (["--gin_file=gin/runs/finetune.gin", "--topology=v5p:4"], "has 1 sides"),
+        (["--gin_file=gin/runs/finetune.gin", "--topology=v5p:4"], "3 sides, got 1"),
         (["--gin_file=gin/runs/finetune.gin", "--gin.X=1"], "X is set, but nothing uses it"),
     ],
 )

@@ -19,7 +19,11 @@ from tests.models import tiny
 T5 = dataclasses.replace(
     tiny.T5,
     vocab_size=Vocabulary().vocab_size,
+    # These sizes separate the texts of the tests by their random embeddings.
     emb_dim=64,
+    num_heads=2,
+    head_dim=8,
+    mlp_dim=24,
     num_encoder_layers=2,
     mlp_activations=("relu",),
     scan_layers=False,

@@ -31,7 +31,7 @@ def test_every_question_of_a_batch_gets_them():
 @pytest.mark.parametrize(
     "candidates, match",
     [
-        ([], "CANDIDATES is an empty list: give the answers"),
+        ([], "CANDIDATES is an empty list"),
         ("yes", r"CANDIDATES is a list of answers, .*got 'yes'"),
         ([1, 2], r"CANDIDATES is a list of answers, .*got \[1, 2\]"),
         (["yes", " "], "Candidate 1 of CANDIDATES, ' ', is empty"),

@@ -37,7 +37,7 @@ def test_passages_in_a_bucket_are_copied_once_and_read_locally(bucket, cache, mo
     monkeypatch.setattr(local_copy, "BLOCK_BYTES", 100)
     with caplog.at_level(logging.INFO, "glimmer_jax"):
         here = Passages.open(url, "f")
-    assert "PASSAGES_DIR: fetching 4.15e-06 GB" in caplog.text and str(cache) in caplog.text
+    assert "PASSAGES_DIR: fetching 4.17e-06 GB" in caplog.text and str(cache) in caplog.text
     assert list(here.records()) == RECORDS
     there = Passages.open(path)
     rows = np.arange(20)
@@ -121,7 +121,7 @@ def test_a_disk_that_is_too_small_is_named_before_copying(bucket, cache, monkeyp
     _, url = bucket
     usage = shutil.disk_usage(cache.parent.parent)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(ValueError, match=r"needs 4\.15e-06 GB .* 1e-06 GB left.*GLIMMER_CACHE"):
+    with pytest.raises(ValueError, match=r"needs 4\.17e-06 GB .* 1e-06 GB left.*GLIMMER_CACHE"):
         Passages.open(url)
     assert not list(cache.rglob("*.npy*"))
 
