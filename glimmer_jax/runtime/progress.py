@@ -39,7 +39,7 @@ class Progress:
 
         Args:
           name: what is worked on; begins every line.
-          total: units in all; None where nobody knows.
+          total: number of units, or None if unknown.
           unit: its plural; `bytes` are shown as GB and MB/s.
           done: units finished before, by an earlier run.
           details: further facts for a line, computed when one is due.
