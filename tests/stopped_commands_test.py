@@ -75,7 +75,9 @@ class Commands:
 
     def passages(self, out):
         corpus = {"CORPUS": f"{self.folder}/corpus.jsonl", "PASSAGES_DIR": f"{out}/passages"}
-        return command("passages", "runs/passages", **corpus, MAX_PASSAGE_TOKENS=16)
+        return command(
+            "passages", "runs/passages", **corpus, VOCABULARY="pydocs", MAX_PASSAGE_TOKENS=16
+        )
 
     def retrieve(self, out):
         places = {"QUESTIONS": f"{self.folder}/questions/*.jsonl", "DATA_DIR": f"{out}/retrieved"}
