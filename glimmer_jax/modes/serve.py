@@ -63,6 +63,6 @@ def serve(
         seed=reader.seed,
     )
     kept = dict.fromkeys((predictor.num_kept, *kept_choices))
-    answering = engine.PredictorEngine(predictor, tuple(kept))
+    answering = engine.PredictorEngine(predictor, tuple(kept), server.max_candidates)
     served = app.Server(answering, answering.limits(), server, token)
     run.run(served, listener, answering.warm_up, lambda: STOP.requested, server.drain_timeout)

@@ -19,6 +19,7 @@ class ServerConfig:
     cors_origins: tuple[str, ...] = ()
     max_batch_delay_ms: float = 5.0  # milliseconds that a question waits for others
     max_queue: int = 256  # questions
+    max_candidates: int = 2  # candidates of one request; their programs are compiled at the start
     request_timeout: float = 60.0  # seconds
     drain_timeout: float = 25.0  # seconds from the stop signal to the end
     log_json: bool = False
@@ -39,6 +40,8 @@ class ServerConfig:
             )
         if self.max_queue < 1:
             raise ValueError(f"MAX_QUEUE must be at least 1, got {self.max_queue}.")
+        if self.max_candidates < 0:
+            raise ValueError(f"MAX_CANDIDATES must be 0 or more, got {self.max_candidates}.")
         if isinstance(self.cors_origins, str):
             raise ValueError(
                 f"CORS_ORIGINS must be a list, such as ({self.cors_origins!r},), got a string."

@@ -14,8 +14,8 @@ from glimmer_jax.server.protocol import Limits, Question, RequestError
 from glimmer_jax.serving.predictor import Predictor, Prepared
 from glimmer_jax.serving.records import rank
 
-# Numbers of candidates that programs are compiled for; a request's are filled up to the next one.
-CANDIDATE_COUNTS = (2, 8, 64)
+# A request's candidates are filled up to the next of these counts, or to the maximum.
+CANDIDATE_COUNTS = (2, 8, 32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +44,13 @@ class PredictorEngine:
     Args:
       predictor: loaded, with a corpus.
       kept: values of m that are served; the first is the default. Must include the model's own.
+      max_candidates: largest number of candidates of a request; 0 for none.
     """
 
-    def __init__(self, predictor: Predictor, kept: Sequence[int] = ()):
+    def __init__(self, predictor: Predictor, kept: Sequence[int] = (), max_candidates: int = 2):
         self._kept = tuple(kept) or (predictor.num_kept,)
+        below = (count for count in CANDIDATE_COUNTS if count < max_candidates)
+        self._candidate_counts = (*below, max_candidates) if max_candidates else ()
         self._version = self._open(predictor)
         self._lock = threading.Lock()
 
@@ -67,18 +70,16 @@ class PredictorEngine:
         """The request limits that follow from the model; `changes` sets the others."""
         lengths = self._predictor.lengths
         kept = tuple(sorted(self._kept)) if self._predictor.reranks else ()
-        return Limits(passages=lengths.passages, kept=kept, **changes)
+        candidates = max(self._candidate_counts, default=0)
+        return Limits(passages=lengths.passages, kept=kept, candidates=candidates, **changes)
 
     def warm_up(self) -> None:
-        """Builds the retriever's index and compiles the programs.
-
-        Programs of candidates are compiled for two slots; larger ones are compiled at their first
-        use.
-        """
+        """Builds the retriever's index and compiles every program that a request can need."""
         _search_once(self._predictor)
         for predictor in self._version.by_kept.values():
             predictor.warm_up()
-        self._predictor.warm_up(["yes", "no"])
+            for count in self._candidate_counts:
+                predictor.warm_up(count)
 
     def describe(self) -> dict[str, Any]:
         """Versions of model and stores."""
@@ -104,7 +105,12 @@ class PredictorEngine:
 
     def key(self, question: Question) -> tuple[int, int]:
         """Questions with the same m and number of candidate slots share a program."""
-        return question.num_kept or self._kept[0], _slots(question.candidates)
+        return question.num_kept or self._kept[0], self._slots(question.candidates)
+
+    def _slots(self, candidates: Sequence[str] | None) -> int:
+        if candidates is None:
+            return 0
+        return next(count for count in self._candidate_counts if count >= len(candidates))
 
     def check(self, question: Question) -> None:
         """Raises RequestError (422) for candidates or passages that cannot be answered from."""
@@ -191,12 +197,6 @@ def _read(question: Question, kept: int) -> int | None:
         return question.num_passages
     # The model keeps every passage that it gets, so the retriever's choice stands.
     return min(kept, question.num_passages or kept)
-
-
-def _slots(candidates: Sequence[str] | None) -> int:
-    if candidates is None:
-        return 0
-    return next(count for count in CANDIDATE_COUNTS if count >= len(candidates))
 
 
 def _filled(predictor: Predictor, candidates: Sequence[str], slots: int) -> np.ndarray:

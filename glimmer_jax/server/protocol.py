@@ -22,7 +22,7 @@ class Limits:
     body_bytes: int = 1 << 20
     questions: int = 64  # questions per request
     characters: int = 20_000  # characters per question or candidate
-    candidates: int = 64  # candidates per request
+    candidates: int = 2  # candidates per request; 0 if none are accepted
     passages: int = 10  # K: passages per question
     kept: tuple[int, ...] = ()  # compiled values of m; empty for models that keep every passage
 
@@ -149,7 +149,9 @@ def _candidates(value: Any, limits: Limits) -> tuple[str, ...] | None:
         raise RequestError(422, f"candidates must be a non-empty list, got {_kind(value)}.")
     if len(value) > limits.candidates:
         raise RequestError(
-            422, f"candidates holds {len(value)} items; at most {limits.candidates} are accepted."
+            422,
+            f"candidates holds {len(value)} items; this server accepts at most {limits.candidates} "
+            "(MAX_CANDIDATES).",
         )
     return tuple(_text(f"candidates[{n}]", item, limits) for n, item in enumerate(value))
 

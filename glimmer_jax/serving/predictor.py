@@ -263,12 +263,14 @@ class Predictor:
         """Number of passages so far that were missing from the memory."""
         return 0 if self._lookup is None else self._lookup.masked
 
-    def warm_up(self, candidates: Sequence[str] | None = None) -> None:
+    def warm_up(self, num_candidates: int = 0) -> None:
         """Compiles the programs of all `batch_sizes`, or loads them from JAX's compilation cache.
 
-        With candidates, the programs for that number of candidates, whatever their text.
+        With `num_candidates`, the programs that choose among that many candidates.
         """
-        encoded = self._encoded(candidates)
+        encoded = None
+        if num_candidates:
+            encoded = np.zeros((num_candidates, self.lengths.target), np.int32)
         for size in self.batch_sizes:
             self.predict(add_candidates(self._batch([], [], size), encoded))
 

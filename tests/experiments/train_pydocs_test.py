@@ -79,6 +79,10 @@ def test_one_start_then_every_model_from_it(commands):
         last = record()["stages"][f"{model}_{stages[-1]}"]
         assert last["test"]["mean"] == 0.5 and last["dev"]["mean"] == 0.5
         assert last["seconds"] == 90
+    # An evaluation reads ten passages, whatever the stage has read.
+    assert {m["TASK_FEATURE_LENGTHS"]["passages"] for o, _, m in commands.ran if o == "eval"} == {
+        (10, 120)
+    }
     # Test is read once for each model, after everything else about it is decided.
     splits = [macros["MIXTURE_OR_TASK_SPLIT"] for mode, _, macros in commands.ran if mode == "eval"]
     assert splits.count("test") == len(train_pydocs.CUTS)

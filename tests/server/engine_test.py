@@ -103,6 +103,8 @@ def test_requests_that_cannot_be_answered_are_rejected(engine, settings, fact):
 def test_limits_follow_the_model(engine, predictor):
     limits = engine.limits(questions=3)
     assert (limits.passages, limits.kept, limits.questions) == (2, (1, 2), 3)
+    assert limits.candidates == 2
+    assert PredictorEngine(predictor, max_candidates=0).limits().candidates == 0
     with pytest.raises(ValueError, match=r"num_kept=3.*2"):
         predictor.keeping(3)
 
