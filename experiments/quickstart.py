@@ -27,12 +27,11 @@ from glimmer_jax.pydocs.questions import TASKS
 from glimmer_jax.shipped import CHECKPOINTS
 from glimmer_jax.storage.json_lines import read_json_lines, write_json_lines
 
-MODELS = ("fid", "lumen", "glimmer")
 NUM_ANSWERS = 4
 # GLIMMER trains with three kept passages and answers with one, as the shipped model does.
 KEPT = {"NUM_KEPT": 1}
 # Initial parameters of each model; glimmer_jax/checkpoints/README.md describes their training.
-SHIPPED = {name: CHECKPOINTS / f"pydocs_{name}.safetensors" for name in MODELS}
+SHIPPED = {name: CHECKPOINTS / f"pydocs_{name}.safetensors" for name in report.MODELS}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -87,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             PASSAGES_DIR=data / "passages",
             MEMORY_DIR=memory,
         )
-    for name in MODELS:
+    for name in report.MODELS:
         memory_macros: dict[str, Any] = {"MEMORY_DIR": memories[name]} if name in memories else {}
         memory_macros |= KEPT if name == "glimmer" else {}
         glimmer(
@@ -152,16 +151,16 @@ def collect(
       A dictionary with these keys:
 
       * `retriever` and each model: `exact_match` and `recall_at_1` on the which-function task, and
-        `tasks`; models also have `tflop_per_question` and `questions_per_second`.
+        `tasks`, where `low` and `high` are the 95 % bootstrap interval of exact match over pages;
+        models also have `tflop_per_question` and `questions_per_second`.
       * `baselines`: by task, exact match of each rule of `pydocs.baselines`, and the retriever's
         recall.
-      * `differences`: of exact match and recall on the which-function task, with paired 95 %
-        bootstrap intervals over pages.
+      * `differences`: of exact match and recall, with paired 95 % bootstrap intervals over pages.
     """
     rule_scores: dict[str, dict[str, float]] = {}
     systems: dict[str, Any] = {"retriever": {"tasks": {}}}
     rows: dict[tuple[str, str], Mapping[str, Any]] = {}
-    for name in MODELS:
+    for name in report.MODELS:
         metrics = json.loads((runs / f"{name}_eval" / "metrics.json").read_text(encoding="utf-8"))
         systems[name] = {
             "tflop_per_question": metrics["tflop_per_question"],
@@ -171,7 +170,7 @@ def collect(
     for task in TASKS:
         test_file = retrieved / f"{task}-test.jsonl"
         examples = {line["id"]: line for _, line in read_json_lines(test_file)}
-        for name in MODELS:
+        for name in report.MODELS:
             path = runs / f"{name}_eval" / f"predictions-pydocs_{task}.jsonl"
             predictions = [line for _, line in read_json_lines(path)]
             rows[name, task] = _scores(task, predictions, examples)
@@ -182,8 +181,14 @@ def collect(
         rules = baselines.scores(task, evaluated, records)
         rule_scores[task] = {name: sum(values) / len(values) for name, values in rules.items()}
     for (name, task), scores in rows.items():
-        means = {key: sum(v) / len(v) for key, v in scores.items() if key != "groups"}
-        systems[name]["tasks"][task] = {"n": len(scores["groups"]), **means}
+        match = qa.bootstrap(scores["exact_match"], groups=scores["groups"])
+        systems[name]["tasks"][task] = {
+            "n": match["n"],
+            "exact_match": match["mean"],
+            "low": match["low"],
+            "high": match["high"],
+            "recall_at_1": sum(scores["recall_at_1"]) / match["n"],
+        }
     for system in systems.values():
         main_task = system["tasks"]["which_function"]
         system["exact_match"], system["recall_at_1"] = (
@@ -220,19 +225,21 @@ def _scores(
 
 
 def _differences(rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, Any]:
-    pairs = (
-        ("glimmer", "retriever", "recall_at_1"),
-        ("glimmer", "retriever", "exact_match"),
-        ("glimmer", "fid", "exact_match"),
-        ("fid", "lumen", "exact_match"),
-    )
-    differences = {}
-    for a, b, metric in pairs:
-        left, right = rows[a, "which_function"], rows[b, "which_function"]
-        differences[f"{a} - {b}, {metric}"] = qa.paired_bootstrap(
-            left[metric], right[metric], groups=left["groups"]
+    pairs = [
+        ("glimmer", "retriever", "recall_at_1", "which_function"),
+        ("glimmer", "retriever", "exact_match", "which_function"),
+    ]
+    pairs += [
+        (a, b, "exact_match", task)
+        for a, b in (("glimmer", "fid"), ("fid", "lumen"))
+        for task in TASKS
+    ]
+    return {
+        f"{a} - {b}, {metric}, {task}": qa.paired_bootstrap(
+            rows[a, task][metric], rows[b, task][metric], groups=rows[a, task]["groups"]
         )
-    return differences
+        for a, b, metric, task in pairs
+    }
 
 
 if __name__ == "__main__":

@@ -4,15 +4,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+MODELS = ("fid", "lumen", "glimmer")
+LABELS = {"fid": "FiD", "lumen": "LUMEN", "glimmer": "GLIMMER"}
+
 
 def table(report: Mapping[str, Any]) -> str:
     """The report as text: a row per system, the rule-based baselines, and paired differences."""
     tasks = list(report["retriever"]["tasks"])
     head = ["", *(f"{task} EM" for task in tasks), "recall@1", "GFLOP/question", "questions/s"]
     lines = [head]
-    for name in ("retriever", "fid", "lumen", "glimmer"):
+    for name in ("retriever", *MODELS):
         system = report[name]
-        row = [name, *(f"{system['tasks'][task]['exact_match']:.3f}" for task in tasks)]
+        row = [name, *(_with_interval(system["tasks"][task]) for task in tasks)]
         row.append(f"{system['recall_at_1']:.3f}")
         if "tflop_per_question" in system:
             row += [f"{1000 * system['tflop_per_question']:.3f}"]
@@ -23,39 +26,52 @@ def table(report: Mapping[str, Any]) -> str:
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         for line in lines
     ]
+    text.append("\n± is half of a 95 % bootstrap interval over pages.")
     text.append("\nExact match of rule-based baselines, and the retriever's recall:")
     for task, rules in report["baselines"].items():
         text.append(f"  {task:18} " + "  ".join(f"{name} {v:.3f}" for name, v in rules.items()))
-    n = report["retriever"]["tasks"]["which_function"]["n"]
-    text.append(f"\nDifferences on which_function (n = {n}, paired 95 % intervals):")
+    sizes = ", ".join(
+        f"{result['n']} {task}" for task, result in report["retriever"]["tasks"].items()
+    )
+    text.append(f"\nDifferences with paired 95 % intervals; questions: {sizes}:")
     for name, row in report["differences"].items():
         text.append(
-            f"  {name:38} {row['difference']:+.3f}  [{row['low']:+.3f}, {row['high']:+.3f}]"
+            f"  {name:45} {row['difference']:+.3f}  [{row['low']:+.3f}, {row['high']:+.3f}]"
         )
     return "\n".join(text)
 
 
+def _with_interval(result: Mapping[str, Any]) -> str:
+    return f"{result['exact_match']:.3f} ±{(result['high'] - result['low']) / 2:.3f}"
+
+
 def plot(report: Mapping[str, Any], path: Path) -> None:
-    """Plots exact match over counted GFLOP per question, one point per model."""
+    """Plots exact match over counted GFLOP per question with 95 % intervals, one pane per task."""
     import matplotlib
 
     matplotlib.use("Agg")  # works without a display
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for name in ("fid", "lumen", "glimmer"):
-        cost = 1000 * report[name]["tflop_per_question"]
-        quality = 100 * report[name]["exact_match"]
-        axes.scatter([cost], [quality], s=60)
-        axes.annotate(name, (cost, quality), xytext=(6, 6), textcoords="offset points")
-    baseline = 100 * report["retriever"]["exact_match"]
-    axes.axhline(baseline, color="grey", linestyle="--", linewidth=1)
-    axes.annotate(
-        "BM25's first title", (0.02, baseline), xycoords=("axes fraction", "data"), va="bottom"
+    tasks = list(report["retriever"]["tasks"])
+    figure, panes = pyplot.subplots(
+        1, len(tasks), figsize=(3.2 * len(tasks), 3.6), sharey=True, layout="constrained"
     )
-    axes.set_xlim(left=0)
-    axes.set_xlabel("GFLOP per question (projections, counted)")
-    axes.set_ylabel("exact match, which function, %")
-    axes.set_title("Quality over compute on held-out modules")
+    for pane, task in zip(panes, tasks, strict=True):
+        for name in MODELS:
+            result = report[name]["tasks"][task]
+            match, low, high = (100 * result[key] for key in ("exact_match", "low", "high"))
+            cost = 1000 * report[name]["tflop_per_question"]
+            bars = [[match - low], [high - match]]
+            pane.errorbar([cost], [match], yerr=bars, fmt="o", capsize=3, label=LABELS[name])
+        baseline, value = next(iter(report["baselines"][task].items()))
+        pane.axhline(100 * value, color="grey", linestyle="--", linewidth=1)
+        pane.set_title(
+            f"{task.replace('_', ' ')}\n(dashed: {baseline.replace('_', ' ')})", fontsize=10
+        )
+        pane.set(xlabel="GFLOP per question", ylim=(0, 102))
+        pane.set_xlim(left=0)
+        pane.spines[["top", "right"]].set_visible(False)
+    panes[0].set_ylabel("exact match on held-out modules, %")
+    panes[-1].legend(loc="lower right", frameon=False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
