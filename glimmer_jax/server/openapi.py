@@ -72,13 +72,6 @@ def _schemas(limits: Limits) -> dict[str, Any]:
         },
     }
     shared: dict[str, Any] = {
-        "candidates": {
-            "type": "array",
-            "minItems": 1,
-            "maxItems": limits.candidates,
-            "items": text,
-            "description": "The only answers allowed; the most probable one is given.",
-        },
         "num_passages": {"type": "integer", "minimum": 1, "maximum": limits.passages},
         "rerank": {
             "type": "boolean",
@@ -87,6 +80,14 @@ def _schemas(limits: Limits) -> dict[str, Any]:
         },
         "include_text": {"type": "boolean", "default": False},
     }
+    if limits.candidates:
+        shared["candidates"] = {
+            "type": "array",
+            "minItems": 1,
+            "maxItems": limits.candidates,
+            "items": text,
+            "description": "The only answers allowed; the most probable one is given.",
+        }
     if limits.kept:
         shared["num_kept"] = {"type": "integer", "enum": list(limits.kept)}
     passage = {

@@ -1,5 +1,6 @@
 """The HTTP interface over an engine without a model."""
 
+import dataclasses
 import json
 import string
 
@@ -13,6 +14,7 @@ from starlette.testclient import TestClient
 
 from glimmer_jax.server.app import Server
 from glimmer_jax.server.config import TOKEN_VARIABLE, ServerConfig
+from glimmer_jax.server.openapi import openapi
 from glimmer_jax.server.protocol import Limits
 from tests.server.fake_engine import FakeEngine
 
@@ -233,6 +235,9 @@ def test_the_openapi_document_describes_the_routes(client):
     }
     request = document["components"]["schemas"]["Request"]["properties"]
     assert request["questions"]["maxItems"] == 4 and request["num_kept"]["enum"] == [1, 2]
+    assert request["candidates"]["maxItems"] == 3
+    none = openapi(dataclasses.replace(LIMITS, candidates=0), secured=False)
+    assert "candidates" not in none["components"]["schemas"]["Request"]["properties"]
     answers = document["paths"]["/v1/answers"]["post"]["responses"]
     assert {"200", "400", "413", "422", "429", "503"} <= set(answers)
 
