@@ -321,6 +321,8 @@ class Training:
         files = () if model == START else ("sizes/tiny", f"models/{model}")
         cut = USED.get(model, {})
         glimmer("export", "runs/export", *files, **cut, CHECKPOINT_PATH=run, OUTPUT_PATH=path)
+        # The package has the built-in vocabulary already.
+        path.with_suffix(".spiece.model").unlink(missing_ok=True)
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
