@@ -21,6 +21,7 @@ from typing import Any, Literal
 try:
     import gin
     from gin import config as gin_config
+    from gin import config_parser
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         "gin is not installed. Install it with: pip install gin-config", name=error.name
@@ -93,7 +94,7 @@ def parse(
       ConfigError: a file is missing or malformed, or macros and bindings do not fit together.
     """
     gin.clear_config()
-    _search_in([str(shipped.root()), "", *search_paths])
+    _search_in(_folders(search_paths))
     shipped.make_importable()
     # Gin logs an error for every folder that it searches in vain.
     search_noise = logging.getLogger()
@@ -101,7 +102,7 @@ def parse(
     try:
         for path in gin_files:
             with _errors_of_gin():
-                gin.parse_config_file(str(Path(path).absolute()) if path[:2] == "./" else path)
+                gin.parse_config_file(_absolute(path))
         for binding in bindings:
             _parse_binding(binding)
         values = {name: FROM_CHECKPOINT[name] for name in _optional_macros()} | dict(unbound or {})
@@ -114,6 +115,58 @@ def parse(
             gin.finalize()
     finally:
         search_noise.removeFilter(_is_not_search)
+
+
+def _folders(search_paths: Sequence[str]) -> list[str]:
+    """The folders in which files and includes are looked up, in order."""
+    return [str(shipped.root()), "", *search_paths]
+
+
+def _absolute(path: str) -> str:
+    """A path that begins with `./` as an absolute one, which is not looked up in folders."""
+    return str(Path(path).absolute()) if path[:2] == "./" else path
+
+
+def text_macros(
+    gin_files: Sequence[str], bindings: Sequence[str] = (), search_paths: Sequence[str] = ()
+) -> dict[str, str]:
+    """Macros whose value is text, without importing what the files configure.
+
+    The arguments are those of `parse`. Files that it would reject may give no macros.
+    """
+    macros: dict[str, str] = {}
+
+    def read(text: str) -> None:
+        for statement in config_parser.ConfigParser(text, _Unresolved()):
+            if isinstance(statement, config_parser.IncludeStatement):
+                read_file(statement.filename)
+            elif isinstance(statement, config_parser.BindingStatement) and not statement.arg_name:
+                macros.pop(statement.selector, None)
+                if isinstance(statement.value, str) and not statement.scope:
+                    macros[statement.selector] = statement.value
+
+    def read_file(path: str) -> None:
+        places = [Path(folder, path) for folder in _folders(search_paths)]
+        read(next(place for place in places if place.is_file()).read_text(encoding="utf-8"))
+
+    try:
+        for path in gin_files:
+            read_file(_absolute(path))
+        for binding in bindings:
+            read(binding)
+    except (SyntaxError, ValueError, OSError, StopIteration, RecursionError):
+        return {}
+    return macros
+
+
+class _Unresolved(config_parser.ParserDelegate):
+    """Leaves references and macros in values unresolved."""
+
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> object:
+        return object()
+
+    def macro(self, macro_name: str) -> object:
+        return object()
 
 
 @contextlib.contextmanager

@@ -237,6 +237,17 @@ def _preflight(flags: argparse.Namespace) -> Any:
     )
 
 
+def _check_early(flags: argparse.Namespace) -> None:
+    """Raises ValueError for settings that can be checked before imports of seconds."""
+    if flags.run_mode == PREFLIGHT or not flags.gin_file:
+        return
+    from glimmer_jax import configuration
+    from glimmer_jax.modes import early
+
+    search_paths = _paths(flags.gin_search_paths)
+    early.check(configuration.text_macros(flags.gin_file, flags.gin_bindings, search_paths))
+
+
 def _check_alone(mode: str) -> None:
     """Raises ValueError if many processes would run a single-process mode."""
     import jax
@@ -254,6 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     message: object
     with STOP.installed():
         try:
+            _check_early(flags)
             from glimmer_jax.runtime.distributed import join
 
             join(
@@ -289,6 +301,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _classify(error: Exception) -> tuple[object, int] | None:
     """The message for an error and the exit code; None for a bug."""
+    from glimmer_jax.modes.early import InvalidSetting
+
+    if isinstance(error, InvalidSetting):
+        return error, exit_codes.INVALID_INPUT
+    # These import JAX.
     from glimmer_jax.storage import errors
     from glimmer_jax.training.log import NonFiniteError
 
@@ -344,7 +361,7 @@ def run() -> None:
         )
         code = exit_codes.BUG
     STOP.finish(code)
-    if code:
+    if code and "jax" in sys.modules:
         from glimmer_jax.runtime.distributed import exit_after
 
         exit_after(code)

@@ -18,6 +18,21 @@ from glimmer_jax.data.retrieved_tasks import register
 from glimmer_jax.kilt.files import TASKS
 from glimmer_jax.metrics.kilt import task_metrics
 
+# What this module registers; read before seqio is imported.
+NAMES = (
+    "kilt_glimmer",
+    "kilt_aidayago2",
+    "kilt_cweb",
+    "kilt_eli5",
+    "kilt_fever",
+    "kilt_hotpotqa",
+    "kilt_nq",
+    "kilt_structured_zeroshot",
+    "kilt_trex",
+    "kilt_triviaqa",
+    "kilt_wned",
+    "kilt_wow",
+)
 GLIMMER = ("nq", "triviaqa", "hotpotqa", "fever", "structured_zeroshot", "trex")
 METRICS = {
     "question answering": ("exact_match", "f1"),

@@ -30,6 +30,18 @@ from glimmer_jax.pydocs import corpus
 from glimmer_jax.pydocs.renamed_questions import RenamedQuestions
 from glimmer_jax.vocabulary import Vocabulary
 
+# What this module registers; read before seqio is imported.
+NAMES = (
+    "pydocs",
+    "pydocs_fact_verification",
+    "pydocs_slot_filling",
+    "pydocs_which_function",
+    "pydocs_renamed",
+    "pydocs_renamed_gold",
+    "pydocs_fact_verification_renamed",
+    "pydocs_slot_filling_renamed",
+    "pydocs_which_function_renamed",
+)
 METRICS: dict[str, list[Callable[..., Any]]] = {
     "which_function": [qa.exact_match, qa.f1, reranked_recall],
     "slot_filling": [qa.accuracy, reranked_recall],

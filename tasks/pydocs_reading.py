@@ -15,6 +15,8 @@ from glimmer_jax.pydocs import corpus
 from glimmer_jax.pydocs.reading_exercises import Exercises, Stage
 from glimmer_jax.vocabulary import Vocabulary
 
+# What this module registers; read before seqio is imported.
+NAMES = ("pydocs_reading_1", "pydocs_reading_2")
 STAGES = {
     1: Stage(passages=2, passage_words=(10, 20), clause_words=(5, 9), spans=0.4),
     2: Stage(

@@ -266,7 +266,7 @@ def test_every_ablation_trains_for_five_steps(work, tmp_path, ablation):
         (
             "eval",
             ["examples/pydocs_eval"],
-            {"CHECKPOINT_PATH": "none", "PASSAGES_DIR": None},
+            {"CHECKPOINT_PATH": SHIPPED, "PASSAGES_DIR": None},
             "There is nothing to read: set PASSAGES_DIR",
         ),
         (
@@ -332,7 +332,7 @@ def test_every_ablation_trains_for_five_steps(work, tmp_path, ablation):
         (
             "build_memory",
             ["sizes/tiny", "models/fid", "runs/build_memory"],
-            {"CHECKPOINT_PATH": "c", "MEMORY_DIR": "m", "PASSAGES_DIR": "p"},
+            {"CHECKPOINT_PATH": SHIPPED, "MEMORY_DIR": "m", "PASSAGES_DIR": "p"},
             "memory_layers=0",
         ),
     ],

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from glimmer_jax.axes import Lengths, check_lengths
 from glimmer_jax.memory import versions
 from glimmer_jax.models.model import DecodeConfig, GlimmerModel
-from glimmer_jax.modes import checks
+from glimmer_jax.modes import checks, early
 from glimmer_jax.storage import folder
 from glimmer_jax.vocabulary import BUILT_IN, PYDOCS_MODEL, Vocabulary
 from glimmer_jax.weights.load import Recorded, read_record
@@ -45,7 +45,7 @@ class CheckpointConfig:
             model is not recorded.
         """
         checks.required(CHECKPOINT_PATH=self.checkpoint_path)
-        checks.existing_checkpoint("CHECKPOINT_PATH", str(self.checkpoint_path))
+        early.existing_checkpoint("CHECKPOINT_PATH", str(self.checkpoint_path))
         record = read_record(self.checkpoint_path)
         model, codec = self.model, self.memory_codec
         if model is None:

@@ -24,12 +24,6 @@ def required(**values: Any) -> None:
         )
 
 
-def existing_checkpoint(name: str, path: str) -> None:
-    """Raises ValueError where a local checkpoint is missing; buckets are checked when opened."""
-    if "://" not in str(path) and not Path(path).exists():
-        raise ValueError(f"{name}: there is no checkpoint {path}. Check the path.")
-
-
 def open_passages(
     passages_dir: str | None, data_dir: str | None, vocabulary: Vocabulary
 ) -> Passages | None:

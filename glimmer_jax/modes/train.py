@@ -18,7 +18,7 @@ from glimmer_jax.memory.lookup import DiskLookup
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.models.mimetic_init import mimetic_init
 from glimmer_jax.models.model import GlimmerModel
-from glimmer_jax.modes import checks
+from glimmer_jax.modes import checks, early
 from glimmer_jax.modes.checkpoint import find_vocabulary, is_recorded
 from glimmer_jax.modes.settings import CorpusConfig, DatasetConfig
 from glimmer_jax.partitioning import MeshConfig, check_divisible, make_mesh, own_rows
@@ -197,7 +197,7 @@ def _open_vocabulary(
         # A resumed run does not need its initial checkpoint any more.
         path = path or os.path.join(folder.local_path(model_dir), huggingface.VOCABULARY)
     elif init.checkpoint_path is not None:
-        checks.existing_checkpoint("INITIAL_CHECKPOINT_PATH", init.checkpoint_path)
+        early.existing_checkpoint("INITIAL_CHECKPOINT_PATH", init.checkpoint_path)
         record = read_record(init.checkpoint_path)
     vocabulary = find_vocabulary(path, record, init.checkpoint_path)
     # A resumed run was checked when it began.
