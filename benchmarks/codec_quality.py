@@ -72,7 +72,7 @@ def read_model(
     path: Any, codec_name: str, passages: Passages, sample_tokens: int
 ) -> tuple[GlimmerModel, Any, np.ndarray]:
     """The checkpoint's model with this codec, its parameters, and states of 16,384 tokens."""
-    vocabulary = Vocabulary()
+    vocabulary = Vocabulary("pydocs")
     loaded = load(path)
     own = loaded.answering_config()
 

@@ -59,7 +59,7 @@ def read_model(path: str, dtype: str) -> tuple[GlimmerModel, Any]:
     t5 = dataclasses.replace(config.t5, dtype="float32", matmul_dtype=operands)
     model = GlimmerModel(dataclasses.replace(config, t5=t5))
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    fitted = parameters.fit(loaded, path, model, Vocabulary().fingerprint)
+    fitted = parameters.fit(loaded, path, model, Vocabulary("pydocs").fingerprint)
     return model, parameters.place(fitted, model, mesh)
 
 

@@ -164,16 +164,18 @@ def sequential(gin_files: Sequence[str], bindings: Sequence[str], questions: Seq
     settings = serve_settings(gin_files, bindings)
     reader, corpus, size = settings["reader"], settings["corpus"], settings["batch_size"]
     smallest = partitioning.parts(make_mesh(reader.mesh).shape, axes.BATCH)
+    trained = reader.read(corpus.memory_dir)
+    lengths = trained.feature_lengths(settings["task_feature_lengths"])
     predictor = Predictor.load(
         reader.checkpoint_path,
-        checks.lengths_for(reader.model.config, settings["task_feature_lengths"]),
-        model=reader.model,
+        checks.lengths_for(trained.model.config, lengths),
+        model=trained.model,
         passages_dir=corpus.passages_dir,
         memory_dir=corpus.memory_dir,
-        vocabulary=reader.vocabulary,
+        vocabulary=trained.vocabulary,
         mesh=reader.mesh,
-        memory_bytes_per_device=corpus.memory_bytes_per_device,
-        bm25=settings["bm25"],
+        lookup=corpus.lookup,
+        retriever=settings["retriever"],
         batch_sizes=sorted({smallest, size}),
     )
     predictor.warm_up()

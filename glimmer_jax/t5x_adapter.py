@@ -17,9 +17,9 @@ from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.models.glimmer import Batch
 from glimmer_jax.models.model import GlimmerModel, Params
 from glimmer_jax.modes import checks
-from glimmer_jax.modes.checkpoint import find_vocabulary
 from glimmer_jax.partitioning import AXIS_RULES, MeshConfig, make_mesh, spec
 from glimmer_jax.vocabulary import Vocabulary
+from glimmer_jax.weights.find_vocabulary import check_vocabulary_fits, find_vocabulary
 
 
 class T5XModel:
@@ -85,7 +85,7 @@ class T5XModel:
             retrieved_tasks.configure(data_dir, min_bleu_score, vocabulary)
         self._model = model
         self._lengths = checks.lengths_for(model.config, task_feature_lengths)
-        checks.vocabulary_fits(model, vocabulary, allow_unused=allow_unused_embeddings)
+        check_vocabulary_fits(model, vocabulary, allow_unused=allow_unused_embeddings)
         if mixture_or_task_name is not None:
             # seqio and tensorflow take seconds to import.
             from glimmer_jax.data import pipeline

@@ -51,11 +51,11 @@ class Vocabulary:
       extra_ids: number of sentinels, on top of the pieces unless the file has its own.
     """
 
-    path: str | Path = BUILT_IN
+    path: str | Path
     extra_ids: int = EXTRA_IDS
 
     def __post_init__(self) -> None:
-        path = PYDOCS_MODEL if self.path in (BUILT_IN, None) else self.path
+        path = PYDOCS_MODEL if self.path == BUILT_IN else self.path
         object.__setattr__(self, "path", local_copy.fetch_file("VOCABULARY", path))
         if not Path(self.path).is_file():
             raise ValueError(

@@ -63,7 +63,7 @@ def _renamed(tasks: tuple[str, ...], num_kept: int | None = None) -> RenamedQues
     examples = {name: list(read_examples(retrieved_file(name, "train"))) for name in tasks}
     records = {record["id"]: record for record in corpus.train_texts()}
     return RenamedQuestions(
-        examples, records, RENAMED_PASSAGES, Vocabulary(), SHARES, num_kept=num_kept
+        examples, records, RENAMED_PASSAGES, Vocabulary("pydocs"), SHARES, num_kept=num_kept
     )
 
 

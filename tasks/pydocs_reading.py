@@ -32,7 +32,7 @@ STAGES = {
 
 
 def _exercises(number: int) -> Exercises:
-    return Exercises(corpus.train_texts(), STAGES[number], Vocabulary(), seed=number)
+    return Exercises(corpus.train_texts(), STAGES[number], Vocabulary("pydocs"), seed=number)
 
 
 for _number in STAGES:

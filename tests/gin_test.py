@@ -47,7 +47,7 @@ RUNS = {
     "memory": ("memory", ["ACTION = 'inspect'", "MEMORY_DIR = 'm'"]),
     "eval": ("eval", [CHECKPOINT, *TASK[:2]]),
     "infer": ("infer", [CHECKPOINT, "PASSAGES_DIR = 'p'"]),
-    "serve": ("serve", [CHECKPOINT, TASK[2], "PASSAGES_DIR = 'p'"]),
+    "serve": ("serve", [CHECKPOINT, "PASSAGES_DIR = 'p'"]),
     "score": ("score", ["PREDICTIONS = 'p'", "QUESTIONS = 'q'"]),
     "export": ("export", [CHECKPOINT, "OUTPUT_PATH = 'o.safetensors'"]),
     "export_program": (
@@ -111,12 +111,10 @@ def test_files_document_what_they_provide_and_require(path):
 def test_runs_parse_and_finalise(run):
     mode, required = RUNS[run]
     model = ["gin/sizes/small.gin", "gin/models/glimmer.gin"]
-    configuration.parse(
-        [*(model if mode in ("train", "serve") else ()), f"gin/runs/{run}.gin"], required
-    )
+    configuration.parse([*(model if mode == "train" else ()), f"gin/runs/{run}.gin"], required)
     bound = arguments(mode)
     assert bound
-    if mode in ("codebooks", "build_memory", "eval", "infer", "export"):
+    if mode in ("codebooks", "build_memory", "eval", "infer", "serve", "export"):
         # A model that is given counts, whatever the order of the files.
         assert bound["model"] is None
         for files in ([*model, f"gin/runs/{run}.gin"], [f"gin/runs/{run}.gin", *model]):

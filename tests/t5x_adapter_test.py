@@ -43,7 +43,7 @@ class Vocabulary:
 
 def adapter(config=tiny.GLIMMER):
     model = GlimmerModel(config, tiny.LIGHT_LOSS)
-    return T5XModel(model, LENGTHS, optimizer_def="adafactor", vocabulary=Vocabulary())
+    return T5XModel(model, LENGTHS, optimizer_def="adafactor", vocabulary=Vocabulary("pydocs"))
 
 
 @pytest.mark.parametrize("cls", [GlimmerModel, T5XModel])
@@ -124,7 +124,7 @@ def test_frozen_memory_has_zero_gradients_under_any_trainer():
     ],
 )
 def test_t5x_settings_without_counterpart_are_rejected(settings, facts):
-    given = {"vocabulary": Vocabulary(), **settings}
+    given = {"vocabulary": Vocabulary("pydocs"), **settings}
     with pytest.raises(ValueError, match=facts):
         T5XModel(GlimmerModel(tiny.GLIMMER), LENGTHS, **given)
 
@@ -133,7 +133,7 @@ def test_data_dir_configures_the_retrieved_tasks():
     pytest.importorskip("seqio")
     from glimmer_jax.data import retrieved_tasks
 
-    T5XModel(GlimmerModel(tiny.GLIMMER), LENGTHS, vocabulary=Vocabulary(), data_dir="d")
+    T5XModel(GlimmerModel(tiny.GLIMMER), LENGTHS, vocabulary=Vocabulary("pydocs"), data_dir="d")
     assert retrieved_tasks.settings().data_dir == "d"
     retrieved_tasks.configure()
 
@@ -147,7 +147,7 @@ def test_a_task_with_another_vocabulary_is_rejected():
     generated_tasks.register("with_pydocs", lambda: None, SentencePiece("pydocs"))
     task = {"mixture_or_task_name": "with_pydocs"}
     with pytest.raises(ValueError, match="VOCABULARY.* v,.*with_pydocs"):
-        T5XModel(GlimmerModel(tiny.GLIMMER), LENGTHS, vocabulary=Vocabulary(), **task)
+        T5XModel(GlimmerModel(tiny.GLIMMER), LENGTHS, vocabulary=Vocabulary("pydocs"), **task)
     config = dataclasses.replace(tiny.T5, vocab_size=2048)
     model = GlimmerModel(dataclasses.replace(tiny.GLIMMER, t5=config))
     T5XModel(model, LENGTHS, vocabulary="pydocs", **task)
@@ -157,13 +157,13 @@ def test_a_task_with_another_vocabulary_is_rejected():
 def test_settings_that_do_not_fit_are_rejected_before_t5x_starts():
     model = GlimmerModel(tiny.GLIMMER)
     with pytest.raises(ValueError, match="keeps 2 passages"):
-        T5XModel(model, {**LENGTHS, "passages": (1, 6)}, vocabulary=Vocabulary())
+        T5XModel(model, {**LENGTHS, "passages": (1, 6)}, vocabulary=Vocabulary("pydocs"))
     with pytest.raises(ValueError, match="2048 .*32 .*VOCAB_SIZE"):
         T5XModel(model, LENGTHS, vocabulary="pydocs")
     with pytest.raises(ValueError, match="VOCABULARY is required"):
         T5XModel(model, LENGTHS)
     with pytest.raises(ValueError, match="PASSAGES_DIR: no folder nowhere"):
-        T5XModel(model, LENGTHS, passages_dir="nowhere", vocabulary=Vocabulary())
+        T5XModel(model, LENGTHS, passages_dir="nowhere", vocabulary=Vocabulary("pydocs"))
 
 
 def test_the_contract_equals_that_of_t5x():

@@ -28,7 +28,7 @@ with warnings.catch_warnings():
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.modes import evaluate as evaluate_mode
 from glimmer_jax.modes.export import export
-from glimmer_jax.modes.settings import CorpusConfig, DatasetConfig, ReaderConfig
+from glimmer_jax.modes.settings import AnsweringConfig, CorpusConfig, DatasetConfig
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.serving import predictor
 from glimmer_jax.weights import t5_names
@@ -168,7 +168,7 @@ def test_train_resume_eval_and_infer_of_t5x_drive_our_models(work, tmp_path, mod
     checkpoint = str(tmp_path / "a" / "checkpoint_5")
     files = data(work)
     wanted = evaluate_mode.evaluate(
-        ReaderConfig(ours, checkpoint, MESHES[devices]),
+        AnsweringConfig(checkpoint, ours, vocabulary="pydocs", mesh=MESHES[devices]),
         DatasetConfig("pydocs", LENGTHS, 8, "test", "tasks.pydocs", files["DATA_DIR"]),
         CorpusConfig(files["PASSAGES_DIR"]),
         output_dir=str(tmp_path / "ours"),

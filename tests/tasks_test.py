@@ -1,10 +1,12 @@
 """seqio side: tasks over retrieved files, feature converter, batches, evaluation."""
 
 import functools
+import io
 import json
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.corpus.passages_writer import write_passages
@@ -14,6 +16,7 @@ import tensorflow as tf
 
 from glimmer_jax import axes as lengths_module
 from glimmer_jax.data import cache, evaluation, features, pipeline, preprocessors, retrieved_tasks
+from glimmer_jax.data.fit import check_fit
 from glimmer_jax.vocabulary import Vocabulary
 
 LENGTHS = {"inputs": 8, "targets": 6, "passages": (3, 12)}
@@ -68,7 +71,7 @@ def data_dir(tmp_path):
 
 @pytest.fixture(scope="module")
 def passages(tmp_path_factory):
-    vocabulary = Vocabulary()
+    vocabulary = Vocabulary("pydocs")
     folder = tmp_path_factory.mktemp("corpus") / "passages"
     records = [{"id": 10 + i, "title": f"t{i}", "text": "some text " * (i + 1)} for i in range(4)]
     write_passages(
@@ -197,7 +200,7 @@ def test_batches_are_deterministic_resumable_and_differ_per_epoch(data_dir, pass
     batch = whole[0]
     assert batch["passage_tokens"].shape == (4, 3, 12)
     np.testing.assert_array_equal(batch["passage_tokens"].any(-1), batch["passage_ids"] >= 0)
-    vocabulary = Vocabulary()
+    vocabulary = Vocabulary("pydocs")
     answers = {vocabulary.decode(row) for one in whole for row in one["decoder_target_tokens"]}
     assert answers == {"json.dumps", "dumps"}
     questions = {vocabulary.decode(row[row > 0]) for one in whole for row in one["question_tokens"]}
@@ -240,9 +243,9 @@ def test_bad_data_ends_before_anything_is_computed(data_dir, passages):
 
 
 def test_fit_is_checked_before_training(data_dir):
-    fit = functools.partial(pipeline.check_fit, vocabulary=Vocabulary(), has_passages=True)
+    fit = functools.partial(check_fit, vocabulary=Vocabulary("pydocs"), has_passages=True)
     counts = fit(TASK, "validation", LENGTHS)
-    assert counts.pop("examples") == 5 and len(counts) == 4 and not any(counts.values())
+    assert counts.pop("examples") == 5 and len(counts) == 5 and not any(counts.values())
     too_many = {**LENGTHS, "passages": (4, 12)}
     with pytest.raises(ValueError, match="has K=4 .* at most 3"):
         fit(TASK, "validation", too_many)
@@ -253,15 +256,15 @@ def test_fit_is_checked_before_training(data_dir):
     with pytest.raises(ValueError, match="PASSAGES_DIR and MEMORY_DIR"):
         fit(TASK, "validation", LENGTHS, has_passages=False)
     with pytest.raises(ValueError, match="VOCABULARY.*inputs of which_test"):
-        fit(TASK, "validation", LENGTHS, vocabulary=Vocabulary(extra_ids=3))
+        fit(TASK, "validation", LENGTHS, vocabulary=Vocabulary("pydocs", extra_ids=3))
     # A copy of the file is the same vocabulary.
     copy = data_dir.parent / "copy.model"
-    copy.write_bytes(Vocabulary().path.read_bytes())
+    copy.write_bytes(Vocabulary("pydocs").path.read_bytes())
     assert fit(TASK, "validation", LENGTHS, vocabulary=Vocabulary(copy))["examples"] == 5
 
 
 def test_truncated_evaluation_data_is_counted_and_logged_as_a_warning(data_dir, caplog):
-    fit = functools.partial(pipeline.check_fit, TASK, vocabulary=Vocabulary(), has_passages=True)
+    fit = functools.partial(check_fit, TASK, vocabulary=Vocabulary("pydocs"), has_passages=True)
     long = {**line(0), "input": " ".join("words" for _ in range(30))}
     for split, file in (("train", "train"), ("validation", "dev")):
         write_lines(data_dir, [*(line(i + 1) for i in range(20)), long], file)
@@ -277,12 +280,46 @@ def test_truncated_evaluation_data_is_counted_and_logged_as_a_warning(data_dir, 
         assert fit(split, LENGTHS, examples=20)["questions_cut"] == 0
 
 
+def test_unknown_tokens_are_counted_and_above_one_percent_a_warning(data_dir, caplog):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["question: words answer 0123456789"]),
+        model_writer=model,
+        model_type="char",
+        vocab_size=40,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    path = data_dir.parent / "characters.model"
+    path.write_bytes(model.getvalue())
+    vocabulary = Vocabulary(path)
+    retrieved_tasks.configure(data_dir, vocabulary=vocabulary)
+    retrieved_tasks.register("characters", "which", [])
+    lengths = {**LENGTHS, "inputs": 40, "targets": 20}
+    unknown = {**line(0), "input": "\u0939 word \u0939", "output": [{"answer": "\u0939"}]}
+    for count, warned in ((400, []), (5, ["questions", "answers"])):
+        caplog.clear()
+        write_lines(data_dir, [*(line(i + 1) for i in range(count)), unknown])
+        fit = check_fit("characters", "train", lengths, vocabulary=vocabulary, has_passages=True)
+        assert fit["unknown_tokens"] == 3
+        messages = [record.getMessage() for record in caplog.records]
+        assert len(messages) == len(warned)
+        for message, texts in zip(messages, warned, strict=True):
+            for fact in ("VOCABULARY", texts, "characters", "train", str(path)):
+                assert fact in message
+    seqio.TaskRegistry.remove("characters")
+
+
 def test_missing_splits_and_labels_are_reported(data_dir):
     write_lines(data_dir, [{**line(0), "output": []}], "test")
     with pytest.raises(ValueError, match="no test example .*run_mode=infer"):
-        pipeline.check_fit(TASK, "test", LENGTHS, vocabulary=Vocabulary(), has_passages=True)
+        check_fit(TASK, "test", LENGTHS, vocabulary=Vocabulary("pydocs"), has_passages=True)
     with pytest.raises(ValueError, match="no other examples, only train, validation, test"):
-        pipeline.check_fit(TASK, "other", LENGTHS, vocabulary=Vocabulary(), has_passages=True)
+        check_fit(TASK, "other", LENGTHS, vocabulary=Vocabulary("pydocs"), has_passages=True)
 
 
 def test_the_relevance_filter_is_a_setting_of_the_process(data_dir, caplog):
@@ -299,9 +336,9 @@ def test_the_relevance_filter_is_a_setting_of_the_process(data_dir, caplog):
 
 
 def test_tasks_are_registered_with_the_configured_vocabulary(tmp_path):
-    assert retrieved_tasks.settings().vocabulary == Vocabulary()
+    assert retrieved_tasks.settings().vocabulary == Vocabulary("pydocs")
     copy = tmp_path / "copy.model"
-    copy.write_bytes(Vocabulary().path.read_bytes())
+    copy.write_bytes(Vocabulary("pydocs").path.read_bytes())
     retrieved_tasks.configure(vocabulary=Vocabulary(copy))
     found = retrieved_tasks.register("with_copy", "which", [])
     retrieved_tasks.configure()
@@ -358,7 +395,7 @@ def test_kilts_tasks_have_their_sizes_splits_and_metrics():
 
 
 def test_evaluation_calls_plain_functions_on_batches(data_dir, passages, tmp_path):
-    vocabulary = Vocabulary()
+    vocabulary = Vocabulary("pydocs")
     run = evaluation.Evaluation(
         TASK, "validation", LENGTHS, 4, passages=passages, log_dir=str(tmp_path / "logs")
     )
@@ -404,7 +441,14 @@ def test_the_retriever_is_evaluated_on_the_same_questions(data_dir, passages, ca
     )
 
 
-def test_predictions_hold_question_gold_answers_and_titles(data_dir, passages):
+def equal_scores(batch):
+    rows, passages = batch["passage_ids"].shape
+    aux = {"passage_scores": np.zeros((rows, passages), np.float32), "first": np.ones(rows)}
+    aux["kept_passages"] = np.zeros((rows, 1), np.int32)
+    return np.ones((rows, 1), np.int32), aux
+
+
+def test_predictions_hold_question_gold_answers_and_titles(data_dir, passages, caplog):
     run = evaluation.Evaluation(TASK, "validation", LENGTHS, 4, passages=passages)
 
     def predict(batch):
@@ -419,4 +463,18 @@ def test_predictions_hold_question_gold_answers_and_titles(data_dir, passages):
     assert (first["question"], first["answers"]) == ("words 0", ["json.dumps", "dumps"])
     assert first["passage_ids"] == [11, 12, 10]
     assert first["passage_titles"] == passages.titles([11, 12, 10])
-    assert "passage_titles" not in run.predictions()[TASK][0]
+    assert "passage_titles" not in run.predictions()[TASK][0] and not caplog.records
+
+
+def test_string_ids_that_cannot_be_restored_are_a_warning(data_dir, tmp_path, caplog):
+    records = [{"id": f"doc-{i}", "title": "t", "text": "x"} for i in range(3)]
+    write_passages(tmp_path / "p", records, lambda text: [5], "f", 12, vocab_size=99)
+    retrieved = [{"id": record["id"]} for record in records]
+    write_lines(data_dir, [{**line(0), "retrieved": retrieved}], "dev")
+    run = evaluation.Evaluation(TASK, "validation", LENGTHS, 1)
+    run.run(equal_scores)
+    given = run.predictions(Passages.open(tmp_path / "p"))[TASK][0]
+    assert given["passage_ids"] == ["doc-0", "doc-1", "doc-2"] and not caplog.records
+    numbers = run.predictions()[TASK][0]["passage_ids"]
+    assert all(isinstance(number, int) for number in numbers)
+    assert "PASSAGES_DIR" in caplog.text and "MEMORY_DIR" in caplog.text

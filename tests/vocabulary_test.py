@@ -16,7 +16,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def vocabulary():
-    return Vocabulary()
+    return Vocabulary("pydocs")
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -8,9 +8,12 @@ hash. The writer of a passages folder rejects two ids with one number, so a numb
 
 import hashlib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 MAX_ID = 2**63 - 1
+# Of 1,000 hashes one is smaller. Integers that people give as ids are.
+_SMALLEST_HASH = 2**53
 # Neither "007" nor "٧" is how an integer is written.
 _INTEGER = re.compile(r"0|[1-9][0-9]{0,18}")
 
@@ -32,3 +35,20 @@ def id_number(external: Any) -> int:
     if not 0 <= external <= MAX_ID:
         raise ValueError(f"`id` must be from 0 to 2**63 - 1, got {str(external)[:80]}.")
     return external
+
+
+def is_hash(number: int) -> bool:
+    """Whether a number is, very probably, the hash of a string id, which it does not give back."""
+    return number >= _SMALLEST_HASH
+
+
+def describe_numbers(numbers: Iterable[int], limit: int = 5) -> str:
+    """Numbers for a message where the external ids are not at hand: `3, 7, … and 2 string ids`."""
+    numbers = [int(number) for number in numbers]
+    known = [str(number) for number in numbers if not is_hash(number)]
+    strings = len(numbers) - len(known)
+    shown = ", ".join(known[:limit]) + (", …" if len(known) > limit else "")
+    parts = [shown] if known else []
+    if strings:
+        parts.append(f"{strings} string id{'s' if strings > 1 else ''}")
+    return " and ".join(parts)

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from glimmer_jax.corpus.checked_file import CheckedArray, CheckedFile
-from glimmer_jax.corpus.ids import id_number
+from glimmer_jax.corpus.ids import describe_numbers, id_number
 from glimmer_jax.corpus.manifest import FILES, MANIFEST, read_manifest, token_dtype
 from glimmer_jax.storage import local_copy
 from glimmer_jax.storage.json_lines import parse_line
@@ -161,7 +161,7 @@ class Passages:
 
         Raises ValueError naming the ids that are not in this folder.
         """
-        return self._rows(np.asarray(numbers, np.int64), numbers)
+        return self._rows(np.asarray(numbers, np.int64))
 
     def rows_of(self, external_ids: Sequence[int | str]) -> np.ndarray:
         """External ids -> int32 rows [n]. Raises ValueError naming the ids not in this folder."""
@@ -179,13 +179,16 @@ class Passages:
         """Numbers [n] -> titles. Raises ValueError for numbers that are not in this folder."""
         return [self.record(int(row))["title"] for row in self.rows(numbers)]
 
-    def _rows(self, numbers: np.ndarray, names: Any) -> np.ndarray:
+    def _rows(self, numbers: np.ndarray, names: Sequence[int | str] | None = None) -> np.ndarray:
         places = np.minimum(np.searchsorted(self._sorted_ids, numbers), len(self) - 1)
         absent = numbers == -1
         unknown = (self._sorted_ids[places] != numbers) & ~absent
         if unknown.any():
-            missing = sorted({str(name) for name in np.array(names, object)[unknown]})
-            shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+            missing = np.unique(numbers[unknown])
+            shown = describe_numbers(missing)
+            if names is not None:
+                texts = sorted({str(name) for name in np.array(names, object)[unknown]})
+                shown = ", ".join(texts[:5]) + (", …" if len(texts) > 5 else "")
             raise ValueError(
                 f"{len(missing)} passage ids are not in {self.path}: {shown}. The examples were "
                 "retrieved from another corpus: rerun --run_mode=retrieve with this one."

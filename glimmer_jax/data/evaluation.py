@@ -10,6 +10,7 @@ import seqio
 from etils import epath
 
 from glimmer_jax.axes import check_lengths
+from glimmer_jax.corpus.ids import is_hash
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.data.features import GlimmerFeatureConverter
 from glimmer_jax.data.pipeline import attach, fill, find_mixture_or_task
@@ -216,7 +217,7 @@ class Evaluation:
         `{"id", "question", "answers", "prediction", "score", "passage_ids", "passage_titles",
         "passage_scores", "kept_passage_ids"}`, passages by score, best first; `answers` are the gold
         ones. Fields that the example or the function does not have are left out, and so are titles
-        without `passages`.
+        without `passages`. Then string ids cannot be restored, which is logged as a warning.
         """
         records = {}
         for task in self._evaluator.eval_tasks:
@@ -228,6 +229,17 @@ class Evaluation:
                 _record(example, vocabulary.decode([int(token) for token in tokens]), aux, passages)
                 for example, (tokens, aux) in zip(examples, outputs, strict=True)
             ]
+        numbers = (
+            number
+            for rows in records.values()
+            for record in rows
+            for number in record.get("passage_ids", ())
+        )
+        if passages is None and any(is_hash(number) for number in numbers):
+            logger.warning(
+                "PASSAGES_DIR is not set: passages with string ids appear in the predictions as numbers. "
+                "Set it, beside MEMORY_DIR, to the folder that the memory was built from."
+            )
         return records
 
     def _collect(

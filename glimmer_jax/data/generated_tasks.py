@@ -28,7 +28,7 @@ class Examples(Protocol):
 
 
 def register(
-    name: str, make: Callable[[], Examples], vocabulary: Vocabulary = Vocabulary()
+    name: str, make: Callable[[], Examples], vocabulary: Vocabulary = Vocabulary("pydocs")
 ) -> None:
     """Registers a seqio task with generated examples.
 

@@ -23,7 +23,7 @@ from glimmer_jax.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
-BUILT_IN = Vocabulary()
+BUILT_IN = Vocabulary("pydocs")
 # File names use dev, seqio uses validation.
 FILE_SPLITS = {"train": "train", "validation": "dev", "test": "test"}
 

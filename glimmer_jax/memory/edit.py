@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import tensorstore as ts
 
+from glimmer_jax.corpus.ids import describe_numbers
 from glimmer_jax.memory import build, build_plan, manifest, shard, versions
 from glimmer_jax.memory.build import BuildConfig, write_shards
 from glimmer_jax.memory.build_plan import FinishedShards
@@ -104,7 +105,7 @@ def append(
             ids = passages.ids[difference.changed]
             raise ValueError(
                 f"{len(ids)} passages of the memory store {path} have another text in the passages "
-                f"folder: {ids[:10].tolist()}. Set REPLACE=True to replace them, or use the passages "
+                f"folder: {describe_numbers(ids)}. Set REPLACE=True to replace them, or use the passages "
                 "folder that the memory was built from."
             )
         rows = np.concatenate([difference.new, difference.changed])
@@ -248,7 +249,7 @@ def _check_distinct_ids(stores: Sequence[MemoryStore]) -> None:
     if (counts > 1).any():
         raise ValueError(
             f"PARTS share {int((counts > 1).sum())} passage ids: "
-            f"{unique[counts > 1][:10].tolist()}. Withdraw them from all stores but one."
+            f"{describe_numbers(unique[counts > 1])}. Withdraw them from all stores but one."
         )
 
 

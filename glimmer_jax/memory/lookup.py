@@ -6,6 +6,7 @@ size alone.
 """
 
 import abc
+import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
@@ -20,6 +21,14 @@ from glimmer_jax.runtime.prefetch import ReadAhead
 
 Batch = dict[str, Any]
 Memory = tuple[dict[str, Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class LookupConfig:
+    """Where a memory is kept, and how ids that it lacks are treated."""
+
+    bytes_per_device: int = 0  # a memory that fits into this is kept on the devices
+    unknown: Literal["error", "mask"] = "error"  # raise, or treat as absent and count
 
 
 class Lookup(abc.ABC):
@@ -141,10 +150,9 @@ def open_lookup(
     store: MemoryStore,
     mesh: jax.sharding.Mesh,
     length: int,
-    bytes_per_device: int,
-    unknown: Literal["error", "mask"] = "error",
+    config: LookupConfig = LookupConfig(),
 ) -> Lookup:
     """A MeshLookup if the part of each device fits in `bytes_per_device`, otherwise a DiskLookup."""
-    if tables.bytes_per_device(store, mesh, tables.PAGE_TOKENS) <= bytes_per_device:
-        return MeshLookup(store, mesh, length, unknown)
-    return DiskLookup(store, length, unknown)
+    if tables.bytes_per_device(store, mesh, tables.PAGE_TOKENS) <= config.bytes_per_device:
+        return MeshLookup(store, mesh, length, config.unknown)
+    return DiskLookup(store, length, config.unknown)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from glimmer_jax.corpus.ids import is_hash
 from glimmer_jax.memory import build, build_plan, shard, versions
 from glimmer_jax.memory.build import write_shard
 from glimmer_jax.memory.encoding import MemoryEncoder, ShardEncoder
@@ -71,7 +72,8 @@ def find(store: MemoryStore, query: int | str) -> list[dict[str, Any]]:
     """Passages by id, or by title: equal titles or, if there are none, titles that contain the words.
 
     Returns:
-      `{"id", "title", "tokens", "row", "shard", "withdrawn"}` of each, in the order of rows.
+      `{"id", "title", "tokens", "row", "shard", "withdrawn"}` of each, in the order of rows. The store
+      does not hold string ids: for these `id` is None, and `number` stands for it in IDS.
 
     Raises:
       ValueError: there is no such passage.
@@ -87,8 +89,9 @@ def find(store: MemoryStore, query: int | str) -> list[dict[str, Any]]:
         titles = store.titles(entry)
         for row in rows.tolist():
             title = titles[row - entry.first_row]
+            number = int(store.ids[row])
             passage = {
-                "id": int(store.ids[row]),
+                **({"id": None, "number": number} if is_hash(number) else {"id": number}),
                 "title": title,
                 "tokens": int(store.lengths[row]),
                 "row": row,

@@ -12,6 +12,7 @@ import numpy as np
 import tensorstore as ts
 
 from glimmer_jax import codecs
+from glimmer_jax.corpus.ids import describe_numbers
 from glimmer_jax.memory import manifest, versions
 from glimmer_jax.memory.manifest import DamagedStore as DamagedStore
 from glimmer_jax.memory.manifest import Manifest, Record, Shard
@@ -166,7 +167,7 @@ class MemoryStore:
             raise ValueError(
                 f"{missing.size} passage ids are not in the memory store {self.path}"
                 f"{f' ({withdrawn} of them withdrawn)' if withdrawn else ''}: "
-                f"{missing[:10].tolist()}. The examples were retrieved from other passages: build "
+                f"{describe_numbers(missing)}. The examples were retrieved from other passages: build "
                 "the memory of those passages, retrieve again, or mask them with "
                 "UNKNOWN_PASSAGES = 'mask'."
             )

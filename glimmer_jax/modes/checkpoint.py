@@ -5,18 +5,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from glimmer_jax.axes import Lengths, check_lengths
-from glimmer_jax.memory import versions
 from glimmer_jax.models.model import DecodeConfig, GlimmerModel
 from glimmer_jax.modes import checks, early
-from glimmer_jax.storage import folder
-from glimmer_jax.vocabulary import BUILT_IN, PYDOCS_MODEL, Vocabulary
-from glimmer_jax.weights.load import Recorded, read_record
-
-_WHERE = (
-    "A T5 folder of Hugging Face holds spiece.model; T5X's public T5 uses "
-    "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model. "
-    f"{BUILT_IN!r} is the vocabulary of the built-in corpus."
-)
+from glimmer_jax.vocabulary import PYDOCS_MODEL, Vocabulary
+from glimmer_jax.weights.find_vocabulary import vocabulary_of
+from glimmer_jax.weights.load import Recorded, read_record, with_codec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,22 +40,17 @@ class CheckpointConfig:
         checks.required(CHECKPOINT_PATH=self.checkpoint_path)
         early.existing_checkpoint("CHECKPOINT_PATH", str(self.checkpoint_path))
         record = read_record(self.checkpoint_path)
-        model, codec = self.model, self.memory_codec
+        model = self.model
         if model is None:
-            model = GlimmerModel(record.answering_config(), decode=self.decode)
-            if codec is None and memory_dir is not None:
-                codec = versions.read_manifest(folder.open_folder(memory_dir)).identity.codec
-        changes: dict[str, Any] = {}
+            model = GlimmerModel(record.answering_config(memory_dir), decode=self.decode)
+        config = model.config
+        if self.memory_codec is not None:
+            config = with_codec(config, self.memory_codec)
         if self.num_kept != "checkpoint":
-            changes["num_kept"] = self.num_kept
-        if codec is not None and codec != model.config.memory_codec:
-            changes |= {"memory_codec": codec, "train_codebooks": False}
-        if changes:
-            config = dataclasses.replace(model.config, **changes)
+            config = dataclasses.replace(config, num_kept=self.num_kept)
+        if config != model.config:
             model = GlimmerModel(config, model.loss, model.decode, eos_id=model.eos_id)
-        vocabulary = find_vocabulary(self.vocabulary, record, str(self.checkpoint_path))
-        own = is_recorded(vocabulary, record)
-        checks.vocabulary_fits(model, vocabulary, allow_unused=own)
+        vocabulary = vocabulary_of(model, self.vocabulary, record, str(self.checkpoint_path))
         return Trained(model, vocabulary, record)
 
 
@@ -99,52 +87,3 @@ class Trained:
             "targets": checked.target,
             "passages": (checked.passages, checked.passage),
         }
-
-
-def find_vocabulary(
-    given: str | None, record: Recorded | None = None, checkpoint: str | None = None
-) -> Vocabulary:
-    """The vocabulary of the setting VOCABULARY, or that of a checkpoint.
-
-    Args:
-      given: VOCABULARY.
-      record: what the checkpoint records; None if there is none.
-      checkpoint: its path, for messages.
-
-    Raises:
-      ValueError: no vocabulary is known, or it is not the one that the checkpoint records.
-    """
-    fingerprint = None if record is None else record.vocabulary_fingerprint
-    if given is not None:
-        vocabulary = Vocabulary(given)
-    elif record is not None and record.vocabulary_path is not None:
-        vocabulary = Vocabulary(record.vocabulary_path)
-    elif fingerprint is not None and fingerprint == Vocabulary(BUILT_IN).fingerprint:
-        return Vocabulary(BUILT_IN)
-    else:
-        why = "no checkpoint provides one"
-        if record is not None:
-            why = f"the checkpoint {checkpoint} has no spiece.model"
-            if fingerprint is not None:
-                why += f" and was trained with {fingerprint}"
-        raise ValueError(
-            f"VOCABULARY is required: {why}. Set it to the model's SentencePiece file, such as "
-            f"--gin.VOCABULARY=\"'t5/spiece.model'\". {_WHERE}"
-        )
-    if fingerprint is not None and vocabulary.fingerprint != fingerprint:
-        raise ValueError(
-            f"VOCABULARY: {vocabulary.path} has the fingerprint {vocabulary.fingerprint}, but the "
-            f"checkpoint {checkpoint} was trained with {fingerprint}. Set VOCABULARY to the checkpoint's "
-            "vocabulary."
-        )
-    return vocabulary
-
-
-def is_recorded(vocabulary: Vocabulary, record: Recorded | None) -> bool:
-    """Whether a checkpoint's fingerprint or its own file determines the vocabulary."""
-    if record is None:
-        return False
-    if record.vocabulary_fingerprint is not None:
-        return record.vocabulary_fingerprint == vocabulary.fingerprint
-    beside = record.vocabulary_path
-    return beside is not None and Vocabulary(beside).fingerprint == vocabulary.fingerprint

@@ -9,7 +9,6 @@ from glimmer_jax import axes, partitioning
 from glimmer_jax.axes import Lengths, check_lengths
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.models.glimmer import GlimmerConfig
-from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.retrieval import corpus_check
 from glimmer_jax.storage import local_copy
 from glimmer_jax.vocabulary import Vocabulary
@@ -83,41 +82,3 @@ def lengths_for(config: GlimmerConfig, lengths: Any) -> Lengths:
             f"K={checked.passages}. Lower NUM_KEPT or raise K."
         )
     return checked
-
-
-# T5's embeddings are padded to a multiple of this number of rows.
-_EMBEDDING_MULTIPLE = 128
-
-
-def vocabulary_fits(
-    model: GlimmerModel, vocabulary: Vocabulary, allow_unused: bool = False
-) -> None:
-    """Raises ValueError for a vocabulary that cannot be the model's.
-
-    Its ids must lie within the embedding and fill it up to the padding, and its end token must be the
-    model's.
-
-    Args:
-      model: the model.
-      vocabulary: of tasks and passages.
-      allow_unused: accept an embedding with more rows than the padded vocabulary.
-    """
-    rows, ids = model.config.t5.vocab_size, vocabulary.vocab_size
-    if ids > rows:
-        raise ValueError(
-            f"VOCABULARY: {vocabulary.path} has {ids} ids, but the model's embedding has {rows} rows. "
-            "Raise VOCAB_SIZE or give the model's vocabulary."
-        )
-    padded = -(-ids // _EMBEDDING_MULTIPLE) * _EMBEDDING_MULTIPLE
-    if rows > padded and not allow_unused:
-        raise ValueError(
-            f"VOCABULARY: {vocabulary.path} has {ids} ids, which fill {padded} rows, but the model's "
-            f"embedding has {rows}. It is probably not the model's vocabulary: set VOCABULARY to the "
-            f"spiece.model of the checkpoint, or VOCAB_SIZE to {padded} for random parameters. If the "
-            "rows are meant to be unused, set ALLOW_UNUSED_EMBEDDINGS = True when training."
-        )
-    if vocabulary.eos_id != model.eos_id:
-        raise ValueError(
-            f"VOCABULARY: the end token of {vocabulary.path} is {vocabulary.eos_id}, but answers of "
-            f"this model end with {model.eos_id}. Give a vocabulary with T5's ids: padding 0, end 1."
-        )

@@ -17,7 +17,8 @@ from glimmer_jax.modes import checks
 from glimmer_jax.modes.settings import AnsweringConfig, CorpusConfig, DatasetConfig
 from glimmer_jax.partitioning import make_mesh
 from glimmer_jax.runtime.progress import Progress
-from glimmer_jax.serving.predictor import Predictor, check_something_to_read
+from glimmer_jax.serving.predictor import Predictor
+from glimmer_jax.serving.question_batch import check_something_to_read
 from glimmer_jax.serving.step import add_candidates, encode_candidates
 from glimmer_jax.storage import folder
 from glimmer_jax.storage.json_lines import write_json_lines
@@ -82,8 +83,7 @@ def evaluate(
         memory_dir=corpus.memory_dir,
         vocabulary=vocabulary,
         mesh=reader.mesh,
-        memory_bytes_per_device=corpus.memory_bytes_per_device,
-        unknown_passages=corpus.unknown_passages,
+        lookup=corpus.lookup,
         batch_sizes=(dataset.batch_size,),
         seed=reader.seed,
     )

@@ -14,7 +14,7 @@ from glimmer_jax.kilt.examples import check_example
 from glimmer_jax.modes import checks
 from glimmer_jax.modes.settings import AnsweringConfig, CorpusConfig
 from glimmer_jax.partitioning import make_mesh
-from glimmer_jax.retrieval.bm25 import Bm25Config
+from glimmer_jax.retrieval.config import RetrieverConfig
 from glimmer_jax.runtime.preemption import STOP
 from glimmer_jax.serving.predictor import Predictor
 from glimmer_jax.serving.step import encode_candidates
@@ -30,7 +30,7 @@ def infer(
     corpus: CorpusConfig,
     questions: str | None = None,
     output_dir: str | None = None,
-    bm25: Bm25Config = Bm25Config(),
+    retriever: RetrieverConfig = RetrieverConfig(),
 ) -> None:
     """Writes or prints answers with scores and passages; see `Predictor.answer`.
 
@@ -42,15 +42,16 @@ def infer(
       task_feature_lengths: `{"inputs": Q, "targets": T, "passages": (K, P)}`; None: the checkpoint's.
       batch_size: questions per batch, over all devices.
       corpus: titles, retrieval, and tokens if there is no memory.
-      questions: JSON Lines of `{"id", "input"}`, optionally with `retrieved`; otherwise BM25 retrieves.
+      questions: JSON Lines of `{"id", "input"}`, optionally with `retrieved`.
         None reads questions from the prompt, one per line.
       output_dir: gets `predictions-NAME.jsonl`, NAME that of `questions`; required with `questions`.
-      bm25: settings of the index.
+      retriever: of questions without `retrieved`.
 
     Raises:
       ValueError: settings, files or lengths that do not fit together.
     """
     checks.required(CHECKPOINT_PATH=reader.checkpoint_path, PASSAGES_DIR=corpus.passages_dir)
+    retriever.check()
     trained = reader.read(corpus.memory_dir)
     model, vocabulary = trained.model, trained.vocabulary
     lengths = checks.lengths_for(model.config, trained.feature_lengths(task_feature_lengths))
@@ -76,9 +77,8 @@ def infer(
         memory_dir=corpus.memory_dir,
         vocabulary=vocabulary,
         mesh=reader.mesh,
-        memory_bytes_per_device=corpus.memory_bytes_per_device,
-        unknown_passages=corpus.unknown_passages,
-        bm25=bm25,
+        lookup=corpus.lookup,
+        retriever=retriever,
         batch_sizes=(batch_size,),
         seed=reader.seed,
     )

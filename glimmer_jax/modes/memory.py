@@ -186,7 +186,7 @@ def withdraw(memory_dir: str | None, ids: Sequence[int | str]) -> Any:
         raise ValueError(
             f"IDS: {len(missing)} of {len(names)} passages are not in the memory {memory_dir}: "
             f"{', '.join(map(repr, missing[:3]))}. Give ids as the corpus has them; "
-            "--action=inspect --gin.PASSAGE=\"'a title'\" shows them."
+            "--action=inspect --gin.PASSAGE=\"'a title'\" shows them; IDS also takes its `number`."
         )
     edit.withdraw(str(memory_dir), numbers.tolist())
     return inspect(memory_dir)

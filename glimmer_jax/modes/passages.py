@@ -10,7 +10,7 @@ from glimmer_jax.corpus.passages_writer import check_absent, write_passages
 from glimmer_jax.corpus.reading import Reading, read_passages
 from glimmer_jax.corpus.report import Report
 from glimmer_jax.modes import checks
-from glimmer_jax.modes.checkpoint import find_vocabulary
+from glimmer_jax.weights.find_vocabulary import find_vocabulary
 
 logger = logging.getLogger(__name__)
 

@@ -26,9 +26,7 @@ from glimmer_jax.metrics.retrieval import KS, RetrievalScores, format_report
 from glimmer_jax.modes import checks
 from glimmer_jax.retrieval import corpus_check
 from glimmer_jax.retrieval import retriever as retrievers
-from glimmer_jax.retrieval.bm25 import Bm25Config, Bm25Retriever
-from glimmer_jax.retrieval.dense import DenseConfig, DenseRetriever
-from glimmer_jax.retrieval.hybrid import HybridRetriever, check_weight
+from glimmer_jax.retrieval.config import RetrieverConfig
 from glimmer_jax.retrieval.retriever import Retriever
 from glimmer_jax.runtime.progress import Progress
 from glimmer_jax.storage import local_copy
@@ -39,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 # Questions of this split see passages of this split alone, where passages have one.
 TRAIN = "train"
-RETRIEVERS = ("bm25", "dense", "hybrid")
 _PLACE = ("wikipedia_id", "title")
 _ABSENT, _COMPLETE, _OTHER = range(3)
 
@@ -51,10 +48,7 @@ def retrieve(
     questions: str,
     data_dir: str,
     num_passages: int,
-    retriever: str = "bm25",
-    bm25: Bm25Config = Bm25Config(),
-    dense: DenseConfig = DenseConfig(),
-    dense_weight: float = 0.5,
+    retriever: RetrieverConfig = RetrieverConfig(),
     triviaqa: str | None = None,
     question_words: int | None = None,
     overwrite: bool = False,
@@ -71,10 +65,7 @@ def retrieve(
       data_dir: where each `<task>-<split>.jsonl` (`kilt.files.task_file`) is written for tasks to
         read, with the note of `retrieval.corpus_check`.
       num_passages: K, passages per question.
-      retriever: `bm25`, `dense` or `hybrid`.
-      bm25: settings of BM25.
-      dense: encoder and index of dense retrieval.
-      dense_weight: of dense scores in `hybrid`, from 0 to 1.
+      retriever: BM25, dense retrieval or both.
       triviaqa: pattern of TriviaQA's own files, whose questions KILT's files name by id.
       question_words: most words of entity-linking and dialogue inputs, in the written files too;
         None keeps all.
@@ -91,11 +82,7 @@ def retrieve(
     checks.required(PASSAGES_DIR=passages_dir, QUESTIONS=questions, DATA_DIR=data_dir)
     if num_passages < 1:
         raise ValueError(f"NUM_PASSAGES must be 1 or more, got {num_passages}.")
-    if retriever not in RETRIEVERS:
-        raise ValueError(f"RETRIEVER must be one of {', '.join(RETRIEVERS)}, got {retriever!r}.")
-    if retriever == "hybrid":
-        check_weight(dense_weight)
-    bm25.check_stemmer()
+    retriever.check()
     by_task = files.find_files(questions)
     for paths in by_task.values():
         if not in_bucket(data_dir) and paths[0].resolve().parent == Path(data_dir).resolve():
@@ -108,13 +95,14 @@ def retrieve(
         name: sum(1 for _ in read_task(name, paths, by_id)) for name, paths in by_task.items()
     }
     passages = Passages.open(passages_dir)
+    method, dense = retriever.method, retriever.dense
     request = {
         "corpus": corpus_check.corpus_sha256(passages),
         "num_passages": num_passages,
-        "retriever": retriever,
-        "bm25": dataclasses.asdict(bm25) if retriever != "dense" else None,
-        "encoder": [dense.encoder_dir, dense.dtype] if retriever != "bm25" else None,
-        "dense_weight": dense_weight if retriever == "hybrid" else None,
+        "retriever": method,
+        "bm25": dataclasses.asdict(retriever.bm25) if method != "dense" else None,
+        "encoder": [dense.encoder_dir, dense.dtype] if method != "bm25" else None,
+        "dense_weight": retriever.dense_weight if method == "hybrid" else None,
         "question_words": question_words,
         "triviaqa": triviaqa,
     }
@@ -123,7 +111,7 @@ def retrieve(
         for name, paths in by_task.items()
     }
     complete = _complete_files(data_dir, requests, overwrite)
-    everything = _open(retriever, passages, bm25, dense, dense_weight)
+    everything = retriever.open(passages)
     training: Retriever | None = None
     ks = sorted({k for k in KS if k <= num_passages} | {num_passages})
     report: dict[str, Report] = {"passages": {}, "pages": {}}
@@ -209,17 +197,6 @@ def _warn_of_provenance(name: str, examples: Iterable[dict[str, Any]], passages:
             "entries: %s. Compare them with `page`, `title` or `id` of the corpus.",
             name, passages.place, shown,
         )  # fmt: skip
-
-
-def _open(
-    name: str, passages: Passages, bm25: Bm25Config, dense: DenseConfig, weight: float
-) -> Retriever:
-    if name == "bm25":
-        return Bm25Retriever(passages, bm25)
-    by_vectors = DenseRetriever.open(passages, dense)
-    if name == "dense":
-        return by_vectors
-    return HybridRetriever(Bm25Retriever(passages, bm25), by_vectors, weight)
 
 
 def _of_split(everything: Retriever, split: str) -> Retriever:

@@ -5,33 +5,33 @@ from typing import Any
 
 from glimmer_jax import axes, partitioning
 from glimmer_jax.modes import checks
-from glimmer_jax.modes.settings import CorpusConfig, ReaderConfig
+from glimmer_jax.modes.settings import AnsweringConfig, CorpusConfig
 from glimmer_jax.partitioning import make_mesh
-from glimmer_jax.retrieval.bm25 import Bm25Config
+from glimmer_jax.retrieval.config import RetrieverConfig
 from glimmer_jax.runtime.preemption import STOP
 from glimmer_jax.server.config import ServerConfig
 from glimmer_jax.serving.predictor import Predictor
 
 
 def serve(
-    reader: ReaderConfig,
-    task_feature_lengths: Mapping[str, Any],
+    reader: AnsweringConfig,
+    task_feature_lengths: Mapping[str, Any] | None,
     batch_size: int,
     corpus: CorpusConfig,
     server: ServerConfig = ServerConfig(),
     kept_choices: Sequence[int] = (),
-    bm25: Bm25Config = Bm25Config(),
+    retriever: RetrieverConfig = RetrieverConfig(),
 ) -> None:
     """Serves until SIGTERM or Ctrl-C, then answers the requests under way; see docs/serving.md.
 
     Args:
       reader: the model and its checkpoint.
-      task_feature_lengths: `{"inputs": Q, "targets": T, "passages": (K, P)}`.
+      task_feature_lengths: `{"inputs": Q, "targets": T, "passages": (K, P)}`; None: the checkpoint's.
       batch_size: largest number of questions per batch, over all devices.
       corpus: titles, texts, retrieval, and tokens if there is no memory.
       server: address, access and operation.
       kept_choices: further values of m that requests may choose; each is compiled at the start.
-      bm25: settings of the index.
+      retriever: of questions without `retrieved`.
 
     Raises:
       ValueError: settings or files that do not fit together, a missing library, or an address that
@@ -40,8 +40,10 @@ def serve(
     checks.required(CHECKPOINT_PATH=reader.checkpoint_path, PASSAGES_DIR=corpus.passages_dir)
     from glimmer_jax.server import app, engine, run
 
-    lengths = checks.lengths_for(reader.model.config, task_feature_lengths)
-    checks.vocabulary_fits(reader.model, reader.vocabulary)
+    retriever.check()
+    trained = reader.read(corpus.memory_dir)
+    model = trained.model
+    lengths = checks.lengths_for(model.config, trained.feature_lengths(task_feature_lengths))
     mesh = make_mesh(reader.mesh)
     checks.batch_size("BATCH_SIZE", batch_size, mesh)
     checks.passages_divide(lengths, mesh)
@@ -51,14 +53,13 @@ def serve(
     predictor = Predictor.load(
         reader.checkpoint_path,
         lengths,
-        model=reader.model,
+        model=model,
         passages_dir=corpus.passages_dir,
         memory_dir=corpus.memory_dir,
-        vocabulary=reader.vocabulary,
+        vocabulary=trained.vocabulary,
         mesh=reader.mesh,
-        memory_bytes_per_device=corpus.memory_bytes_per_device,
-        unknown_passages=corpus.unknown_passages,
-        bm25=bm25,
+        lookup=corpus.lookup,
+        retriever=retriever,
         batch_sizes=sorted({smallest, batch_size}),
         seed=reader.seed,
     )

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from glimmer_jax.axes import check_lengths
 from glimmer_jax.corpus.passages import Passages
-from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.memory.lookup import LookupConfig
 from glimmer_jax.modes import checks
 from glimmer_jax.modes.checkpoint import CheckpointConfig, Trained
 from glimmer_jax.partitioning import MeshConfig
@@ -64,12 +64,12 @@ class DatasetConfig:
           num_examples: examples per task; None for all.
 
         Raises:
-          ValueError: see `pipeline.check_fit`.
+          ValueError: see `data.fit.check_fit`.
         """
-        from glimmer_jax.data import pipeline
+        from glimmer_jax.data import fit
 
         split = split or self.split
-        counts = pipeline.check_fit(
+        counts = fit.check_fit(
             self.mixture_or_task_name,
             split,
             self.known_lengths,
@@ -91,18 +91,10 @@ class CorpusConfig:
     # Ids that are missing from the memory raise an error, or are masked and counted.
     unknown_passages: Literal["error", "mask"] = "error"
 
-
-@dataclasses.dataclass(frozen=True)
-class ReaderConfig:
-    """A trained model that answers questions, given with its vocabulary; see `AnsweringConfig`."""
-
-    model: GlimmerModel
-    checkpoint_path: str  # a run, one of its steps or a `.safetensors` file, of any cut
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    vocabulary: Vocabulary = dataclasses.field(default_factory=Vocabulary)
-    # The only answers allowed, for all questions; None generates answers.
-    candidates: Sequence[str] | None = None
-    seed: int = 0  # of sampled answers
+    @property
+    def lookup(self) -> LookupConfig:
+        """Settings of the memory's lookup."""
+        return LookupConfig(self.memory_bytes_per_device, self.unknown_passages)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +132,6 @@ def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
     """`{"model": ..., "batch_size": ...}`: the fields of all groups beside the other settings."""
     flat = dict(settings)
     for group in settings.values():
-        if isinstance(group, DatasetConfig | CorpusConfig | ReaderConfig | CheckpointConfig):
+        if isinstance(group, DatasetConfig | CorpusConfig | CheckpointConfig):
             flat |= {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
     return flat

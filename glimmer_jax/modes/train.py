@@ -19,7 +19,6 @@ from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.models.mimetic_init import mimetic_init
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks, early
-from glimmer_jax.modes.checkpoint import find_vocabulary, is_recorded
 from glimmer_jax.modes.settings import CorpusConfig, DatasetConfig
 from glimmer_jax.partitioning import MeshConfig, check_divisible, make_mesh, own_rows
 from glimmer_jax.serving.step import Predict
@@ -29,6 +28,11 @@ from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
 from glimmer_jax.training.state import TrainState
 from glimmer_jax.vocabulary import Vocabulary
 from glimmer_jax.weights import huggingface, parameters
+from glimmer_jax.weights.find_vocabulary import (
+    check_vocabulary_fits,
+    find_vocabulary,
+    is_recorded,
+)
 from glimmer_jax.weights.load import read_record
 from glimmer_jax.weights.model_config import describe
 
@@ -202,7 +206,7 @@ def _open_vocabulary(
     vocabulary = find_vocabulary(path, record, init.checkpoint_path)
     # A resumed run was checked when it began.
     own = resumed or is_recorded(vocabulary, record)
-    checks.vocabulary_fits(model, vocabulary, allow_unused=own or config.allow_unused_embeddings)
+    check_vocabulary_fits(model, vocabulary, allow_unused=own or config.allow_unused_embeddings)
     return vocabulary
 
 

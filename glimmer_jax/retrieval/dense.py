@@ -34,6 +34,16 @@ class DenseConfig:
     bytes_per_device: int = 8 * 2**30  # an index that fits stays on the devices
     shard_passages: int = SHARD_PASSAGES
 
+    def check_given(self) -> None:
+        """Raises ValueError naming settings that dense retrieval lacks."""
+        given = {"ENCODER_DIR": self.encoder_dir, "INDEX_DIR": self.index_dir}
+        missing = [name for name, value in given.items() if not value]
+        if missing:
+            raise ValueError(
+                f"Dense retrieval needs {' and '.join(missing)}. Set ENCODER_DIR to the folder of a "
+                "GTR and INDEX_DIR to a folder for its vectors, or RETRIEVER = 'bm25'."
+            )
+
 
 class DenseRetriever(Retriever):
     """Searches an index with the vectors of questions."""
@@ -60,12 +70,7 @@ class DenseRetriever(Retriever):
           ValueError: the encoder's folder holds no GTR, or the index does not fit (`build_index`).
           StopRequested: asked to stop; what is finished of the index is kept.
         """
-        missing = [name for name in ("encoder_dir", "index_dir") if not getattr(config, name)]
-        if missing:
-            raise ValueError(
-                f"Dense retrieval needs {' and '.join(missing)}. Set ENCODER_DIR to the folder of a "
-                "GTR and INDEX_DIR to a folder for its vectors, or RETRIEVER = 'bm25'."
-            )
+        config.check_given()
         own = make_mesh(MeshConfig(), jax.local_devices())
         encoder = TextEncoder.open(str(config.encoder_dir), own, config.batch_size, config.dtype)
         _logger.info("Encoder: %s.", encoder.loaded.what)

@@ -12,7 +12,7 @@ import copy
 import dataclasses
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -22,27 +22,21 @@ from glimmer_jax.axes import Lengths
 from glimmer_jax.corpus.ids import id_number
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.memory.fingerprint import encoder_fingerprint, passages_fingerprint
-from glimmer_jax.memory.lookup import Lookup, open_lookup
+from glimmer_jax.memory.lookup import Lookup, LookupConfig, open_lookup
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.partitioning import MeshConfig, make_mesh
-from glimmer_jax.retrieval.bm25 import Bm25, Bm25Config
+from glimmer_jax.retrieval.config import RetrieverConfig
+from glimmer_jax.retrieval.retriever import Retriever
 from glimmer_jax.runtime.preemption import STOP
 from glimmer_jax.serving import param_layout
+from glimmer_jax.serving.question_batch import Prepared, check_something_to_read, question_batch
 from glimmer_jax.serving.records import Example, check_questions, rank, record
 from glimmer_jax.serving.step import Batch, Predict, Reading, add_candidates, encode_candidates
-from glimmer_jax.vocabulary import Vocabulary, question_text
+from glimmer_jax.vocabulary import Vocabulary
 from glimmer_jax.weights import parameters
+from glimmer_jax.weights.find_vocabulary import vocabulary_of
 from glimmer_jax.weights.load import load
-
-
-def check_something_to_read(passages_dir: Any | None, memory_dir: Any | None) -> None:
-    """Raises ValueError if there are neither passages nor a memory."""
-    if passages_dir is None and memory_dir is None:
-        raise ValueError(
-            "There is nothing to read: set PASSAGES_DIR (passages are encoded for each question) "
-            "or MEMORY_DIR (written by --run_mode=build_memory)."
-        )
 
 
 class Predictor:
@@ -65,7 +59,7 @@ class Predictor:
         vocabulary: Vocabulary,
         passages: Passages | None,
         lookup: Lookup | None,
-        bm25: Bm25Config,
+        retriever: RetrieverConfig,
         batch_sizes: Sequence[int],
         seed: int,
     ):
@@ -81,8 +75,8 @@ class Predictor:
         self._vocabulary = vocabulary
         self._seed = seed
         self._predict = Predict(model, mesh, lookup, seed)
-        self._bm25 = bm25
-        self._index: Bm25 | None = None
+        self._retriever_config = retriever
+        self._retriever: Retriever | None = None  # opened at the first question that needs it
 
     @classmethod
     def load(
@@ -93,11 +87,10 @@ class Predictor:
         model: GlimmerModel | None = None,
         passages_dir: Any | None = None,
         memory_dir: Any | None = None,
-        vocabulary: Vocabulary = Vocabulary(),
+        vocabulary: Vocabulary | None = None,
         mesh: MeshConfig = MeshConfig(),
-        memory_bytes_per_device: int = 0,
-        unknown_passages: Literal["error", "mask"] = "error",
-        bm25: Bm25Config = Bm25Config(),
+        lookup: LookupConfig = LookupConfig(),
+        retriever: RetrieverConfig = RetrieverConfig(),
         batch_sizes: Sequence[int] = (8,),
         seed: int = 0,
     ) -> "Predictor":
@@ -112,19 +105,20 @@ class Predictor:
           passages_dir: the corpus, or its opened `Passages`; needed for retrieval, for titles, and
             for tokens if there is no memory.
           memory_dir: read passages as memory.
-          vocabulary: that of the model.
+          vocabulary: that of the model; None for the checkpoint's (`weights.find_vocabulary`).
           mesh: devices.
-          memory_bytes_per_device: a memory that fits into this is kept on the devices.
-          unknown_passages: ids missing from the memory raise an `error`, or are treated as absent
-            with `mask` (`masked` counts them).
-          bm25: settings of the index, which is built when a question first needs it.
+          lookup: where the memory is kept, and whether ids missing from it raise an error or are
+            masked (`masked` counts them).
+          retriever: of questions without `retrieved`; opened when a question first needs it.
           batch_sizes: numbers of questions per batch; one program is compiled for each.
           seed: of sampled answers (`DecodeConfig.temperature`).
 
         Raises:
-          ValueError: neither passages nor memory, no model given and none recorded in the checkpoint,
-            files that do not belong together, or batches that do not divide over the devices.
+          ValueError: neither passages nor memory, no model or vocabulary given and none recorded in
+            the checkpoint, files that do not belong together, or batches that do not divide over the
+            devices.
         """
+        retriever.check()
         check_something_to_read(passages_dir, memory_dir)
         devices = make_mesh(mesh)
         parts = partitioning.parts(devices.shape, axes.BATCH)
@@ -133,37 +127,35 @@ class Predictor:
                 f"batch_sizes={tuple(batch_sizes)} must be multiples of {parts}, the devices that a "
                 "batch is divided over (slice x data x fsdp)."
             )
+        loaded = load(checkpoint_path)
+        trained = model or GlimmerModel(loaded.answering_config(memory_dir))
+        vocabulary = vocabulary_of(trained, vocabulary, loaded, str(checkpoint_path))
         passages = passages_dir
         if passages is not None and not isinstance(passages, Passages):
             passages = Passages.open(passages, vocabulary.fingerprint)
         if passages is not None and memory_dir is None:
             passages.warn_of_cuts(lengths.passage)
-        loaded = load(checkpoint_path)
         platform = devices.devices.flat[0].platform
-        trained = model or GlimmerModel(loaded.answering_config())
         model = param_layout.unrolled(trained, platform)
         # A checkpoint that records its model is fitted to the serving layout at once. Any other one
         # must have the layout of the given model.
         target = trained if loaded.config is None else model
         host_params = parameters.fit(loaded, checkpoint_path, target, vocabulary.fingerprint)
         host_params = param_layout.unstack(target, host_params)
-        lookup = None
+        opened = None
         if memory_dir is not None:
             fingerprint = encoder_fingerprint(host_params, model.config)
             codec = model.config.memory_codec
             store = MemoryStore.open(memory_dir, fingerprint, vocabulary.fingerprint, codec=codec)
             if passages is not None:
                 store.check_passages(passages_fingerprint(passages.manifest))
-            lookup = open_lookup(
-                store, devices, lengths.passage, memory_bytes_per_device, unknown_passages
-            )
+            opened = open_lookup(store, devices, lengths.passage, lookup)
         params = parameters.place(host_params, model, devices)
         params = param_layout.lay_out(
             model, params, max(batch_sizes) * model.decode.beams, platform
         )
-        return cls(
-            model, params, devices, lengths, vocabulary, passages, lookup, bm25, batch_sizes, seed
-        )
+        readers = (model, params, devices, lengths, vocabulary)
+        return cls(*readers, passages, opened, retriever, batch_sizes, seed)
 
     @property
     def num_kept(self) -> int:
@@ -212,7 +204,7 @@ class Predictor:
         other.passages, other._lookup = passages, lookup
         if other.describe() == self.describe():
             return self
-        other._index = None
+        other._retriever = None
         other._predict = self._predict.over(lookup)
         return other
 
@@ -283,7 +275,7 @@ class Predictor:
 
         Args:
           questions: batched at the largest of `batch_sizes`; the remainder uses the smallest size
-            that fits. Passages are those in `retrieved`, `[{"id"}]`, or BM25's.
+            that fits. Passages are those in `retrieved`, `[{"id"}]`, or the retriever's.
           candidates: the only answers allowed; the one with the highest log-likelihood is returned.
 
         Returns:
@@ -306,7 +298,7 @@ class Predictor:
         """`answer` as an iterator; memory of the next batch is read while one is computed."""
         self._corpus()
         check_questions(questions)
-        encoded_NT = self._encoded(candidates)
+        encoded_NT = None if candidates is None else self.encode_candidates(candidates)
         under_way: deque[Prepared] = deque()
 
         def batches() -> Iterator[Batch]:
@@ -325,7 +317,7 @@ class Predictor:
 
     def prepare(
         self, questions: Sequence[Mapping[str, Any]], candidates: np.ndarray | None = None
-    ) -> "Prepared":
+    ) -> Prepared:
         """The batch of some questions: retrieval and tokens, without memory.
 
         Args:
@@ -346,8 +338,18 @@ class Predictor:
         return Prepared(questions, ids, batch)
 
     def retrieve(self, questions: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-        """Ids of at most K passages for each question: those of `retrieved`, or BM25's."""
-        return [self._passage_ids(question) for question in questions]
+        """Ids of at most K passages for each question: those of `retrieved`, or the retriever's."""
+        count, passages = self.lengths.passages, self._corpus()
+        asked = [question["input"] for question in questions if "retrieved" not in question]
+        if asked and self._retriever is None:
+            self._retriever = self._retriever_config.open(passages)
+        results = iter(self._retriever.search(asked, count) if self._retriever and asked else ())
+        return [
+            [id_number(passage["id"]) for passage in question["retrieved"][:count]]
+            if "retrieved" in question
+            else [int(passages.ids[row]) for row, _ in next(results)]
+            for question in questions
+        ]
 
     def load_memory(self, batch: Batch) -> Batch:
         """The batch with its passages' memory, where passages are read as memory."""
@@ -363,7 +365,7 @@ class Predictor:
 
     def records(
         self,
-        prepared: "Prepared",
+        prepared: Prepared,
         tokens: np.ndarray,
         aux: Mapping[str, np.ndarray],
         texts: bool = False,
@@ -379,11 +381,6 @@ class Predictor:
             text = self._vocabulary.decode(tokens[row])
             yield record(question, ids, text, aux, row, passages, texts)
 
-    def _encoded(self, candidates: Sequence[str] | None) -> np.ndarray | None:
-        if candidates is None:
-            return None
-        return self.encode_candidates(candidates)
-
     def _corpus(self) -> Passages:
         if self.passages is None:
             raise ValueError(
@@ -391,46 +388,12 @@ class Predictor:
             )
         return self.passages
 
-    def _passage_ids(self, question: Mapping[str, Any]) -> list[int]:
-        count = self.lengths.passages
-        if "retrieved" in question:
-            return [id_number(passage["id"]) for passage in question["retrieved"][:count]]
-        if self._index is None:
-            self._index = Bm25(self._corpus().records(), self._bm25)
-        hits = self._index.search([question["input"]], count)[0]
-        return [id_number(self._index.records[row]["id"]) for row, _ in hits]
-
     def _batch(
-        self,
-        questions: Sequence[str],
-        passage_ids: Sequence[Sequence[int]],
-        batch_size: int,
+        self, questions: Sequence[str], passage_ids: Sequence[Sequence[int]], size: int
     ) -> Batch:
-        """A batch without targets, padded with empty rows."""
-        lengths = self.lengths
-        tokens_BQ = np.zeros((batch_size, lengths.question), np.int32)
-        ids_BK = np.full((batch_size, lengths.passages), -1, np.int64)
-        for row, (question, ids) in enumerate(zip(questions, passage_ids, strict=True)):
-            tokens = self._vocabulary.encode(question_text(question))
-            self.truncated += len(tokens) > lengths.question
-            tokens = tokens[: lengths.question]
-            tokens_BQ[row, lengths.question - len(tokens) :] = tokens
-            ids_BK[row, : len(ids)] = ids
-        batch: Batch = {
-            "question_tokens": tokens_BQ,
-            "passage_ids": ids_BK,
-            "decoder_input_tokens": np.zeros((batch_size, lengths.target), np.int32),
-        }
-        if not self.from_memory:
-            passages = self._corpus()
-            batch["passage_tokens"] = passages.tokens(passages.rows(ids_BK), lengths.passage)
+        passages = None if self.from_memory else self._corpus()
+        batch, cut = question_batch(
+            questions, passage_ids, size, self.lengths, self._vocabulary, passages
+        )
+        self.truncated += cut
         return batch
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A batch of questions, ready for `Predictor.predict`."""
-
-    questions: Sequence[Mapping[str, Any]]
-    passage_ids: list[list[int]]  # in the retriever's order
-    batch: Batch

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from glimmer_jax.memory import versions
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.storage.folder import open_folder
 from glimmer_jax.weights import huggingface, params_file, steps, t5x
@@ -35,11 +36,14 @@ class Recorded:
         """`{"inputs": Q, "targets": T, "passages": (K, P)}` of the training, if recorded."""
         return self.metadata.get("task_feature_lengths")
 
-    def answering_config(self) -> GlimmerConfig:
+    def answering_config(self, memory_dir: Any | None = None) -> GlimmerConfig:
         """The configuration for inference: that of the parameters, without dropout.
 
+        Args:
+          memory_dir: a memory that the model reads, whose codec replaces that of the parameters.
+
         Raises:
-          ValueError: the file does not record a configuration.
+          ValueError: the file does not record a configuration, or there is no finished memory.
         """
         if self.config is None:
             raise ValueError(
@@ -47,7 +51,20 @@ class Recorded:
                 "trained as, or export it with one (--run_mode=export)."
             )
         t5 = dataclasses.replace(self.config.t5, dropout_rate=0.0)
-        return dataclasses.replace(self.config, t5=t5)
+        config = dataclasses.replace(self.config, t5=t5)
+        return config if memory_dir is None else with_codec(config, memory_codec(memory_dir))
+
+
+def memory_codec(memory_dir: Any) -> str:
+    """The codec of a finished memory. Raises ValueError if there is none."""
+    return versions.read_manifest(open_folder(memory_dir)).identity.codec
+
+
+def with_codec(config: GlimmerConfig, codec: str) -> GlimmerConfig:
+    """The configuration for memory of this codec, whose codebooks are not trained."""
+    if codec == config.memory_codec:
+        return config
+    return dataclasses.replace(config, memory_codec=codec, train_codebooks=False)
 
 
 @dataclasses.dataclass(frozen=True)

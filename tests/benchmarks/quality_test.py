@@ -19,7 +19,7 @@ COUNT = LENGTHS["passages"][0]
 
 @pytest.fixture
 def data(tmp_path):
-    vocabulary = Vocabulary()
+    vocabulary = Vocabulary("pydocs")
     records = [
         {
             "id": i,

@@ -8,6 +8,7 @@ import pytest
 seqio = pytest.importorskip("seqio")
 
 from glimmer_jax.data import generated_tasks, pipeline
+from glimmer_jax.data.fit import check_fit
 from glimmer_jax.pydocs.reading_exercises import Exercises, Stage
 from glimmer_jax.vocabulary import Vocabulary
 
@@ -23,7 +24,7 @@ STAGE = Stage(passages=2, passage_words=(4, 5), clause_words=(2, 3))
 def tasks():
     """Two generated tasks and their mixture."""
     for number in (1, 2):
-        make = functools.partial(Exercises, RECORDS, STAGE, Vocabulary(), seed=number)
+        make = functools.partial(Exercises, RECORDS, STAGE, Vocabulary("pydocs"), seed=number)
         generated_tasks.register(f"generated_{number}", make)
     seqio.MixtureRegistry.add("generated", ["generated_1", "generated_2"], default_rate=1.0)
     yield
@@ -83,8 +84,8 @@ def test_without_a_seed_it_is_seed_0():
 def test_cut_passages_of_examples_that_hold_them_are_counted(caplog):
     def cuts(split, length):
         fit = {**LENGTHS, "passages": (2, length)}
-        settings = dict(vocabulary=Vocabulary(), has_passages=False, examples=20)
-        return pipeline.check_fit("generated_1", split, fit, **settings)["passages_cut"]
+        settings = dict(vocabulary=Vocabulary("pydocs"), has_passages=False, examples=20)
+        return check_fit("generated_1", split, fit, **settings)["passages_cut"]
 
     assert cuts("train", 99) == cuts("validation", 99) == 0 and not caplog.records
     assert cuts("train", 12) == 20 and not caplog.records

@@ -48,7 +48,7 @@ def clear():
 
 
 def _write(path, ids):
-    vocabulary = Vocabulary()
+    vocabulary = Vocabulary("pydocs")
     records = [
         {"id": i, "title": f"json.dumps {i}", "text": "formatted stream " * (i % 4)} for i in ids
     ]
@@ -80,7 +80,7 @@ def files(tmp_path_factory):
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype("f"), shapes)
     checkpoint = str(folder / "tiny.safetensors")
-    save_params_file(checkpoint, params, describe(config, Vocabulary().fingerprint))
+    save_params_file(checkpoint, params, describe(config, Vocabulary("pydocs").fingerprint))
     return checkpoint, _write(folder / "some", range(40)), _write(folder / "all", range(50))
 
 

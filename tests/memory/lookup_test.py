@@ -17,6 +17,7 @@ import pytest
 
 from glimmer_jax import codecs, partitioning
 from glimmer_jax.memory import encoding, lookup, table
+from glimmer_jax.memory.lookup import LookupConfig
 from glimmer_jax.memory.store import MemoryStore
 
 ROWS = np.array([[0, 22, -1], [7, 7, 3], [-1, -1, -1], [21, 1, 13]])
@@ -229,8 +230,10 @@ def test_lengths_and_rows_out_of_range_are_rejected(tiny_store):
 def test_home_is_chosen_by_bytes(tiny_store):
     store, mesh = MemoryStore.open(tiny_store), _mesh(data=2)
     need = table.bytes_per_device(store, mesh, table.PAGE_TOKENS)
-    assert isinstance(lookup.open_lookup(store, mesh, 12, need), lookup.MeshLookup)
-    assert isinstance(lookup.open_lookup(store, mesh, 12, need - 1), lookup.DiskLookup)
+    assert isinstance(lookup.open_lookup(store, mesh, 12, LookupConfig(need)), lookup.MeshLookup)
+    assert isinstance(
+        lookup.open_lookup(store, mesh, 12, LookupConfig(need - 1)), lookup.DiskLookup
+    )
     placed = lookup.MeshLookup(store, mesh, 12).table
     on_device = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(placed))
     assert on_device == need

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from glimmer_jax.corpus.ids import id_number
 from glimmer_jax.memory import manifest
 from glimmer_jax.memory.maintain import inspect, verify
 from glimmer_jax.memory.manifest import DamagedStore, EncodeProgram, Layout, Manifest
@@ -65,8 +66,8 @@ def test_unknown_ids_are_reported_or_masked(tiny, tiny_store):
     np.testing.assert_array_equal(
         store.rows(np.array([7, -1, passages.ids[5]]), "mask"), [-1, -1, 5]
     )
-    with pytest.raises(ValueError, match=r"not in the memory store .*\[7, 8\]"):
-        store.rows(np.array([8, 7, passages.ids[0]]))
+    with pytest.raises(ValueError, match=r"not in the memory store .*: 7, 8 and 1 string id"):
+        store.rows(np.array([8, 7, passages.ids[0], id_number("doc-1")]))
     with pytest.raises(ValueError, match="'error' or 'mask'"):
         store.rows(ids, "ignore")
 

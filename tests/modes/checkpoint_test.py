@@ -7,9 +7,10 @@ import json
 import pytest
 import sentencepiece
 
-from glimmer_jax.modes.checkpoint import CheckpointConfig, find_vocabulary
+from glimmer_jax.modes.checkpoint import CheckpointConfig
 from glimmer_jax.vocabulary import PYDOCS_MODEL, Vocabulary
 from glimmer_jax.weights import huggingface
+from glimmer_jax.weights.find_vocabulary import find_vocabulary
 from glimmer_jax.weights.load import read_record
 from glimmer_jax.weights.model_config import describe
 from glimmer_jax.weights.params_file import save_params_file

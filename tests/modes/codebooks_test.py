@@ -28,7 +28,7 @@ SIZES = {
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """A checkpoint and passages."""
-    folder, vocabulary = tmp_path_factory.mktemp("work"), Vocabulary()
+    folder, vocabulary = tmp_path_factory.mktemp("work"), Vocabulary("pydocs")
     activations = ("relu", "linear")
     t5 = T5Config(2048, 8, 2, 4, 16, 2, 1, mlp_activations=activations, scan_layers=False)
     config = GlimmerConfig(t5, memory_layers=1, rerank_layers=1, num_kept=1)

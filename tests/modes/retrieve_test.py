@@ -16,6 +16,7 @@ from glimmer_jax.modes.retrieve import retrieve
 from glimmer_jax.retrieval import corpus_check
 from glimmer_jax.retrieval import retriever as retrievers
 from glimmer_jax.retrieval.bm25 import Bm25Retriever
+from glimmer_jax.retrieval.config import RetrieverConfig
 from glimmer_jax.retrieval.dense import DenseConfig
 from glimmer_jax.runtime.preemption import STOP
 from glimmer_jax.storage.json_lines import read_json_lines, write_json_lines
@@ -66,15 +67,15 @@ def work(tmp_path_factory):
     return folder
 
 
-def settings(work, data_dir, **more):
+def settings(work, data_dir, method="bm25", **dense):
     config = dict(encoder_dir=str(work / "gtr"), index_dir=str(work / "index"), batch_size=2)
+    config = DenseConfig(**{**config, "shard_passages": 3, **dense})
     return dict(
         passages_dir=str(work / "passages"),
         questions=str(work / "questions" / "*.jsonl"),
         data_dir=str(data_dir),
         num_passages=5,
-        dense=DenseConfig(**config, shard_passages=3),
-        **more,
+        retriever=RetrieverConfig(method, dense=config),
     )
 
 
@@ -82,7 +83,7 @@ def settings(work, data_dir, **more):
 def test_files_have_passages_and_scores_and_training_sees_its_own(
     work, tmp_path, retriever, capsys
 ):
-    report = retrieve(**settings(work, tmp_path, retriever=retriever))
+    report = retrieve(**settings(work, tmp_path, retriever))
     rows = [row for _, row in read_json_lines(tmp_path / "task-test.jsonl")]
     assert [row["retrieved"][0]["id"] for row in rows] == [54, 55, 56, 57]
     for row in rows:
@@ -120,7 +121,8 @@ def test_kilts_published_files_are_taken_as_they_are(work, tmp_path, retriever):
     # Of a dialogue the last words count.
     said = {"id": 7, "input": "socket server request\nserver request\nlock acquire"}
     write_json_lines(questions / "wow-dev-kilt.jsonl", [said])
-    given = settings(work, tmp_path / "out", retriever=retriever, question_words=2)
+    given = settings(work, tmp_path / "out", retriever)
+    given |= {"question_words": 2}
     given |= {"questions": f"{questions}/*-kilt.jsonl", "triviaqa": f"{tmp_path}/wikipedia*.json"}
     assert retrieve(**given) == {"passages": {}, "pages": {}}
     rows = [row for _, row in read_json_lines(tmp_path / "out" / "triviaqa-test.jsonl")]
@@ -139,7 +141,7 @@ def test_every_stage_of_retrieval_polls_the_stop_signal(work, tmp_path, monkeypa
     monkeypatch.setattr(
         STOP, "poll_together", lambda: asked.update([sys._getframe(1).f_globals["__name__"]])
     )
-    retrieve(**settings(work, tmp_path, retriever="hybrid"))
+    retrieve(**settings(work, tmp_path, "hybrid"))
     # Each question; each batch of questions and each block of the index, for either file. Before
     # that the passages, read for the split and for either index of BM25, and the block held on the
     # devices.
@@ -185,9 +187,7 @@ def test_from_disk_and_on_the_devices_the_files_are_the_same_bytes(work, tmp_pat
     caplog.set_level("INFO")
     made = []
     for size, where in ((10**9, "on the devices"), (0, "from disk, in blocks")):
-        given = settings(work, tmp_path / str(size), retriever="dense")
-        config = DenseConfig(**{**vars(given["dense"]), "bytes_per_device": size})
-        retrieve(**{**given, "dense": config})
+        retrieve(**settings(work, tmp_path / str(size), "dense", bytes_per_device=size))
         made.append((tmp_path / str(size) / "task-test.jsonl").read_bytes())
         assert f"searched {where}" in caplog.text
     assert made[0] == made[1]
@@ -238,13 +238,19 @@ def test_passages_without_pages_have_no_scores_of_pages(work, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"retriever": "colbert"}, "RETRIEVER must be one of bm25, dense, hybrid, got 'colbert'"),
+        (
+            {"retriever": RetrieverConfig("colbert")},
+            "RETRIEVER must be one of bm25, dense, hybrid, got 'colbert'",
+        ),
         ({"num_passages": 0}, "NUM_PASSAGES must be 1 or more, got 0"),
         ({"questions": "nothing*"}, "QUESTIONS: no file matches 'nothing"),
-        ({"retriever": "hybrid", "dense_weight": 2.0}, "DENSE_WEIGHT"),
         (
-            {"retriever": "dense", "dense": DenseConfig(encoder_dir="x")},
-            "needs index_dir.*ENCODER_DIR.*INDEX_DIR",
+            {"retriever": RetrieverConfig("hybrid", dense=DenseConfig("x", "y"), dense_weight=2.0)},
+            "DENSE_WEIGHT",
+        ),
+        (
+            {"retriever": RetrieverConfig("dense", dense=DenseConfig(encoder_dir="x"))},
+            "needs INDEX_DIR.*ENCODER_DIR.*INDEX_DIR",
         ),
     ],
 )
@@ -258,11 +264,10 @@ def test_questions_are_not_overwritten_and_lines_are_checked_first(work, tmp_pat
         retrieve(**settings(work, work / "questions"))
     (tmp_path / "questions").mkdir()
     (tmp_path / "questions" / "a-test.jsonl").write_text('{"id": "1"}\n')
-    given = settings(work, tmp_path / "out", retriever="dense")
-    config = DenseConfig(**{**vars(given["dense"]), "index_dir": str(tmp_path / "index")})
+    given = settings(work, tmp_path / "out", "dense", index_dir=str(tmp_path / "index"))
     pattern = str(tmp_path / "questions" / "*")
     with pytest.raises(ValueError, match="a-test.jsonl:1: '1' has no question in `input`"):
-        retrieve(**{**given, "questions": pattern, "dense": config})
+        retrieve(**{**given, "questions": pattern})
     assert not (tmp_path / "index").exists()
 
 

@@ -18,7 +18,7 @@ RECORDS = [
     }
     for i in range(10)
 ]
-VOCABULARY = Vocabulary()
+VOCABULARY = Vocabulary("pydocs")
 
 
 def text(ids):

@@ -10,7 +10,7 @@ from glimmer_jax.pydocs.questions import TASKS
 from glimmer_jax.pydocs.renamed_questions import RenamedQuestions
 from glimmer_jax.vocabulary import Vocabulary
 
-VOCABULARY = Vocabulary()
+VOCABULARY = Vocabulary("pydocs")
 PASSAGES = 5
 COUNTS = [pytest.param(400, id="400"), pytest.param(5000, id="5000", marks=pytest.mark.slow)]
 

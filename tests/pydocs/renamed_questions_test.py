@@ -6,7 +6,7 @@ from glimmer_jax.pydocs import renamed_questions
 from glimmer_jax.pydocs.renamed_questions import RenamedQuestions
 from glimmer_jax.vocabulary import Vocabulary
 
-VOCABULARY = Vocabulary()
+VOCABULARY = Vocabulary("pydocs")
 NAMES = ["os.path.join", "os.path.split", "json.dumps", "zlib.crc32"]
 RECORDS = {
     i: {"title": name, "text": f"{name.rpartition('.')[2]}(a, b=None) Text number {i}."}

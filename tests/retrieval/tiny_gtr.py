@@ -18,7 +18,7 @@ from tests.models import tiny
 
 T5 = dataclasses.replace(
     tiny.T5,
-    vocab_size=Vocabulary().vocab_size,
+    vocab_size=Vocabulary("pydocs").vocab_size,
     # These sizes separate the texts of the tests by their random embeddings.
     emb_dim=64,
     num_heads=2,

@@ -6,7 +6,7 @@ import pytest
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.partitioning import MeshConfig, make_mesh
-from glimmer_jax.retrieval.bm25 import Bm25Config
+from glimmer_jax.retrieval.config import RetrieverConfig
 from glimmer_jax.server.engine import PredictorEngine
 from glimmer_jax.server.protocol import Question, RequestError
 from glimmer_jax.serving.predictor import Predictor
@@ -24,7 +24,16 @@ from tests.serving.predictor_test import (
 def predictor(corpus):  # noqa: F811
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     model, params = GlimmerModel(GLIMMER), tiny.params(GLIMMER)
-    args = (model, params, mesh, LENGTHS, VOCABULARY, Passages.open(corpus), None, Bm25Config())
+    args = (
+        model,
+        params,
+        mesh,
+        LENGTHS,
+        VOCABULARY,
+        Passages.open(corpus),
+        None,
+        RetrieverConfig(),
+    )
     return Predictor(*args, batch_sizes=(1, 4), seed=0)
 
 

@@ -12,18 +12,20 @@ from glimmer_jax.corpus.passages_writer import write_passages
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.model import DecodeConfig, GlimmerModel
 from glimmer_jax.partitioning import MeshConfig, make_mesh
-from glimmer_jax.retrieval.bm25 import Bm25Config
+from glimmer_jax.retrieval.config import RetrieverConfig
+from glimmer_jax.retrieval.dense import DenseConfig
 from glimmer_jax.serving.predictor import Predictor
 from glimmer_jax.serving.step import Predict
 from glimmer_jax.vocabulary import Vocabulary
 from glimmer_jax.weights.model_config import describe
 from glimmer_jax.weights.params_file import save_params_file
 from tests.models import tiny
+from tests.retrieval import tiny_gtr
 
 WORDS = ("red", "green", "blue")
 QUESTIONS = [{"id": word, "input": f"{word} thing"} for word in WORDS]
 LENGTHS = Lengths(question=8, target=4, passages=2, passage=8)
-VOCABULARY = Vocabulary()
+VOCABULARY = Vocabulary("pydocs")
 T5 = dataclasses.replace(tiny.T5, vocab_size=VOCABULARY.vocab_size, num_encoder_layers=1)
 GLIMMER = GlimmerConfig(T5, rerank_layers=1, num_kept=1)
 
@@ -50,7 +52,16 @@ def made(corpus):
     model.read_batch = noted
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     passages = Passages.open(corpus)
-    args = (model, tiny.params(GLIMMER), mesh, LENGTHS, VOCABULARY, passages, None, Bm25Config())
+    args = (
+        model,
+        tiny.params(GLIMMER),
+        mesh,
+        LENGTHS,
+        VOCABULARY,
+        passages,
+        None,
+        RetrieverConfig(),
+    )
     return Predictor(*args, batch_sizes=(2, 1), seed=0), traced
 
 
@@ -60,7 +71,16 @@ def test_string_ids_come_back_as_they_were(tmp_path):
     write_passages(tmp_path / "p", records, encode, fingerprint, 16, vocab_size=T5.vocab_size)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     model, passages = GlimmerModel(GLIMMER), Passages.open(tmp_path / "p")
-    args = (model, tiny.params(GLIMMER), mesh, LENGTHS, VOCABULARY, passages, None, Bm25Config())
+    args = (
+        model,
+        tiny.params(GLIMMER),
+        mesh,
+        LENGTHS,
+        VOCABULARY,
+        passages,
+        None,
+        RetrieverConfig(),
+    )
     predictor = Predictor(*args, batch_sizes=(1,), seed=0)
     given = {"id": "q", "input": "x", "retrieved": [{"id": "doc-green"}, {"id": "doc-blue"}]}
     for question in (given, QUESTIONS[0]):
@@ -153,6 +173,35 @@ def test_load_uses_the_model_that_the_checkpoint_records(corpus, tmp_path):
     assert own == same
     assert [[one["kept"] for one in record["passages"]] for record in own] == [[True, False]] * 3
     assert [[one["kept"] for one in record["passages"]] for record in both] == [[True, True]] * 3
+
+
+def test_load_finds_the_vocabulary_or_names_the_setting(corpus, tmp_path):
+    params = tiny.params(GLIMMER)
+    recorded, unknown = tmp_path / "recorded.safetensors", tmp_path / "unknown.safetensors"
+    save_params_file(recorded, params, describe(GLIMMER, VOCABULARY.fingerprint))
+    described = describe(GLIMMER, VOCABULARY.fingerprint)
+    del described["vocabulary_fingerprint"]
+    save_params_file(unknown, params, described)
+    with pytest.raises(ValueError, match="VOCABULARY is required.*unknown.safetensors"):
+        Predictor.load(unknown, LENGTHS, passages_dir=corpus)
+    found = Predictor.load(recorded, LENGTHS, passages_dir=corpus)
+    given = Predictor.load(unknown, LENGTHS, passages_dir=corpus, vocabulary=VOCABULARY)
+    assert found.answer(QUESTIONS) == given.answer(QUESTIONS)
+
+
+@pytest.mark.parametrize("method", ["dense", "hybrid"])
+def test_questions_find_passages_by_vectors(corpus, tmp_path, method):
+    encoder = str(tiny_gtr.write(tmp_path / "gtr", words_alone=True))
+    dense = DenseConfig(encoder, str(tmp_path / "index"))
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    args = (GlimmerModel(GLIMMER), tiny.params(GLIMMER), mesh, LENGTHS, VOCABULARY)
+    config = RetrieverConfig(method, dense=dense)
+    predictor = Predictor(*args, Passages.open(corpus), None, config, batch_sizes=(2,), seed=0)
+    given = {"id": "given", "input": "red", "retrieved": [{"id": 2}]}
+    asked = [QUESTIONS[1], given, QUESTIONS[0]]
+    ids = predictor.retrieve(asked)
+    assert [row[0] for row in ids] == [1, 2, 0] and [len(row) for row in ids] == [2, 1, 2]
+    assert [len(record["passages"]) for record in predictor.answer(asked)] == [2, 1, 2]
 
 
 def test_a_checkpoint_without_a_recorded_model_is_reported(corpus, tmp_path):

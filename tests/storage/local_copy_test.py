@@ -170,7 +170,7 @@ def test_threads_may_fetch_the_same_file_at_once(tmp_path):
 
 
 def test_a_vocabulary_and_retrieved_files_may_lie_in_a_bucket(tmp_path):
-    assert Vocabulary(f"file://{PYDOCS_MODEL}").fingerprint == Vocabulary().fingerprint
+    assert Vocabulary(f"file://{PYDOCS_MODEL}").fingerprint == Vocabulary("pydocs").fingerprint
     (tmp_path / "nq-dev.jsonl").write_text("{}\n")
     retrieved_tasks.configure(f"file://{tmp_path}/")
     assert retrieved_tasks.retrieved_file("nq", "validation").read_text() == "{}\n"
