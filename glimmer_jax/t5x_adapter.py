@@ -1,10 +1,13 @@
 """Our models for T5X's `train`, `eval` and `infer`, with T5X installed; see docs/t5x.md.
 
-`T5XModel` has the methods of `t5x.models.BaseModel`. `partitioner` gives T5X our mesh and rule table.
+`T5XModel` counts as a `t5x.models.BaseTransformerModel`. `partitioner` gives T5X our mesh and rule table.
 Importing this module imports neither T5X nor clu nor seqio; the functions that need them do.
 """
 
+import dataclasses
 import functools
+import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from glimmer_jax import axes
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.models.glimmer import Batch
-from glimmer_jax.models.model import GlimmerModel, Params
+from glimmer_jax.models.model import DecodeConfig, GlimmerModel, Params
 from glimmer_jax.modes import checks
 from glimmer_jax.partitioning import AXIS_RULES, MeshConfig, make_mesh, spec
 from glimmer_jax.vocabulary import Vocabulary
@@ -23,7 +26,7 @@ from glimmer_jax.weights.find_vocabulary import check_vocabulary_fits, find_voca
 
 
 class T5XModel:
-    """FiD, LUMEN or GLIMMER with the methods of `t5x.models.BaseModel`; passages are tokens."""
+    """FiD, LUMEN or GLIMMER as a `t5x.models.BaseTransformerModel`; passages are tokens."""
 
     def __init__(
         self,
@@ -49,8 +52,7 @@ class T5XModel:
           optimizer_def: a `t5x.optimizers.OptimizerDef`; None for eval and infer.
           vocabulary: of tasks and passages, or the path of its SentencePiece model.
           allow_unused_embeddings: accept a vocabulary that does not fill the embedding.
-          mixture_or_task_name: whose vocabulary is compared with `vocabulary`; T5X compares it for
-            models of its own base class only. None compares nothing.
+          mixture_or_task_name: whose vocabulary is compared with `vocabulary`. None compares nothing.
           mixture_or_task_module: imported first; registers the tasks.
           data_dir: folder of the retrieved files, for tasks that read them.
           min_bleu_score: training answers with a lower `bleu_score` are left out.
@@ -61,6 +63,9 @@ class T5XModel:
           ValueError: lengths, vocabulary or passages that do not fit the model, or a setting of T5X
             that our losses do not have.
         """
+        if (models := sys.modules.get("t5x.models")) is not None:
+            # T5X then compares the vocabularies of task and model itself.
+            models.BaseTransformerModel.register(type(self))
         if label_smoothing:
             raise ValueError(
                 f"LABEL_SMOOTHING={label_smoothing} is not supported: our losses smooth no labels. "
@@ -84,6 +89,7 @@ class T5XModel:
 
             retrieved_tasks.configure(data_dir, min_bleu_score, vocabulary)
         self._model = model
+        self._features: Mapping[str, Any] = {}
         self._lengths = checks.lengths_for(model.config, task_feature_lengths)
         check_vocabulary_fits(model, vocabulary, allow_unused=allow_unused_embeddings)
         if mixture_or_task_name is not None:
@@ -92,6 +98,7 @@ class T5XModel:
 
             pipeline.import_tasks(mixture_or_task_module)
             pipeline.check_vocabulary(mixture_or_task_name, vocabulary)
+            self._features = pipeline.find_mixture_or_task(mixture_or_task_name).output_features
         self._vocabulary = vocabulary
         self._passages = None
         if passages_dir is not None:
@@ -108,12 +115,17 @@ class T5XModel:
 
     @property
     def input_vocabulary(self) -> Any:
-        """seqio's, of the questions; T5X compares it with the task's."""
-        return self._vocabulary.seqio()
+        """seqio's, of the questions: the task's own, because T5X also compares the paths."""
+        return self._task_vocabulary("inputs")
 
     @property
     def output_vocabulary(self) -> Any:
         """seqio's, of the answers."""
+        return self._task_vocabulary("targets")
+
+    def _task_vocabulary(self, feature: str) -> Any:
+        if feature in self._features:
+            return self._features[feature].vocabulary
         return self._vocabulary.seqio()
 
     def get_initial_variables(
@@ -128,12 +140,12 @@ class T5XModel:
     def loss_fn(
         self, params: Params, batch: Batch, dropout_rng: jax.Array | None
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """The training loss and `{name: clu.metrics.Metric}`; see `GlimmerModel`."""
-        return _with_clu_metrics(*self._model.loss_fn(params, batch, dropout_rng))
+        """The training loss and `{name: clu.metrics.Metric}`, ours and T5X's; see `GlimmerModel`."""
+        return _with_clu_metrics(*self._model.loss_fn(params, batch, dropout_rng), batch)
 
     def eval_fn(self, params: Params, batch: Batch) -> tuple[jax.Array, dict[str, Any]]:
         """The loss without dropout."""
-        return _with_clu_metrics(*self._model.eval_fn(params, batch))
+        return _with_clu_metrics(*self._model.eval_fn(params, batch), batch)
 
     def predict_batch(
         self, params: Params, batch: Batch, rng: jax.Array | None = None
@@ -142,10 +154,40 @@ class T5XModel:
         return self._model.predict_batch(params, batch, rng)
 
     def predict_batch_with_aux(
-        self, params: Params, batch: Batch, rng: jax.Array | None = None
+        self,
+        params: Params,
+        batch: Batch,
+        rng: jax.Array | None = None,
+        decoder_params: Mapping[str, Any] | None = None,
+        return_all_decodes: bool = False,
+        num_decodes: int | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Answers and the arrays that metrics read: `GlimmerModel`'s, and `gold_passages` if known."""
-        tokens, aux = self._model.predict_batch_with_aux(params, batch, rng)
+        """Answers and the arrays that metrics read: `GlimmerModel`'s, and `gold_passages` if known.
+
+        Args:
+          params: the model's parameters.
+          batch: of `FEATURE_CONVERTER_CLS`.
+          rng: random key, needed for sampling.
+          decoder_params: T5X's names `alpha` (of the length penalty), `temperature`, `topk`, `topp` and
+            `decode_rng`; they replace the model's `DecodeConfig`.
+          return_all_decodes: return all beams, int32 `[B, W, T]` with `scores` `[B, W]`, the best last.
+          num_decodes: W; None for `BEAM_SIZE`.
+
+        Raises:
+          ValueError: other decoder parameters, two random keys, or several samples of one question.
+        """
+        given = dict(decoder_params or {})
+        decode_rng = given.pop("decode_rng", None)
+        if rng is not None and decode_rng is not None:
+            raise ValueError(
+                "rng and decoder_params['decode_rng'] are both given. Give one of them."
+            )
+        rng = decode_rng if rng is None else rng
+        model = self._model
+        decode = _decode_config(model.decode, given, num_decodes, return_all_decodes)
+        if decode != model.decode:
+            model = GlimmerModel(model.config, model.loss, decode, eos_id=model.eos_id)
+        tokens, aux = model.predict_batch_with_aux(params, batch, rng)
         if "gold_passages" in batch:
             aux = {**aux, "gold_passages": batch["gold_passages"]}
         return tokens, aux
@@ -155,14 +197,90 @@ class T5XModel:
         return self._model.score_batch(params, batch, return_intermediates)
 
 
-def _with_clu_metrics(loss: jax.Array, sums: Mapping[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
+# Decoder parameters of T5X -> fields of DecodeConfig.
+_DECODER_PARAMS = {
+    "alpha": "length_penalty",
+    "temperature": "temperature",
+    "topk": "top_k",
+    "topp": "top_p",
+}
+
+
+def _decode_config(
+    decode: DecodeConfig, given: Mapping[str, Any], beams: int | None, return_all: bool
+) -> DecodeConfig:
+    if unknown := sorted(given.keys() - _DECODER_PARAMS.keys()):
+        raise ValueError(
+            f"decoder_params: {', '.join(unknown)} is not supported. Supported are "
+            f"{', '.join(_DECODER_PARAMS)} and decode_rng."
+        )
+    changes = {_DECODER_PARAMS[name]: value for name, value in given.items()}
+    # T5X turns nucleus sampling off with 0.
+    changes["top_p"] = changes.get("top_p", decode.top_p) or 1.0
+    decode = dataclasses.replace(decode, **changes, return_all=return_all)
+    if beams is None:
+        return decode
+    if decode.temperature and beams > 1:
+        raise ValueError(
+            f"num_decodes={beams} with temperature={decode.temperature}: one answer is sampled per "
+            "question. Set num_decodes=1, and sample again with another decode_rng."
+        )
+    return dataclasses.replace(decode, beams=beams)
+
+
+def _with_clu_metrics(
+    loss: jax.Array, sums: Mapping[str, Any], batch: Batch
+) -> tuple[jax.Array, dict[str, Any]]:
     from clu import metrics
 
     averages = {
         name: metrics.Average(total=total, count=weight) for name, (total, weight) in sums.items()
     }
     averages["loss"] = metrics.Average(total=loss, count=jnp.ones((), jnp.float32))
+    if "t5x.metrics" in sys.modules:  # T5X is running us
+        averages |= _t5x_metrics(sums, batch)
     return loss, averages
+
+
+def _t5x_metrics(sums: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
+    """The metrics of `t5x.models.compute_base_metrics`; losses are those of the answers' tokens."""
+    from clu import metrics
+    from t5x import metrics as t5x_metrics
+
+    (cross_entropy, tokens), (z_loss, _) = sums["cross_entropy"], sums["z_loss"]
+    rows, size = batch["decoder_target_tokens"].shape[0], batch["decoder_target_tokens"].size
+    devices = jax.device_count()
+
+    def per_token(total: Any, count: Any) -> Any:
+        return metrics.Average(total=total, count=jnp.asarray(count, jnp.float32))
+
+    def rate(count: float) -> Any:
+        return t5x_metrics.TimeRate.from_model_output(numerator=jnp.asarray(count, jnp.float32))
+
+    return {
+        "accuracy": per_token(sums["token_accuracy"][0], tokens),
+        "cross_ent_loss": t5x_metrics.AveragePerStep(total=cross_entropy),
+        "cross_ent_loss_per_all_target_tokens": per_token(cross_entropy, size),
+        "z_loss": t5x_metrics.AveragePerStep(total=z_loss),
+        "z_loss_per_all_target_tokens": per_token(z_loss, size),
+        "loss_per_nonpadding_target_token": per_token(cross_entropy + z_loss, tokens),
+        "loss_per_all_target_tokens": per_token(cross_entropy + z_loss, size),
+        "non_padding_fraction/loss_weights": per_token(tokens, size),
+        "timing/seconds": t5x_metrics.Time(),
+        "timing/seqs": t5x_metrics.Sum(jnp.asarray(rows, jnp.float32)),
+        "timing/seqs_per_second": rate(rows),
+        "timing/seqs_per_second_per_core": rate(rows / devices),
+        "timing/steps_per_second": t5x_metrics.StepsPerTime.from_model_output(),
+        "timing/target_tokens_per_second": rate(size),
+        "timing/target_tokens_per_second_per_core": rate(size / devices),
+    }
+
+
+def absolute_path(path: Any) -> Any:
+    """A path or a list of paths for Orbax, which rejects relative ones. URLs and None are kept."""
+    if isinstance(path, list | tuple):
+        return [absolute_path(one) for one in path]
+    return path if path is None or "://" in str(path) else os.path.abspath(path)
 
 
 def factor_rules() -> Any:

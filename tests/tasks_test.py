@@ -303,7 +303,7 @@ def test_unknown_tokens_are_counted_and_above_one_percent_a_warning(data_dir, ca
     unknown = {**line(0), "input": "\u0939 word \u0939", "output": [{"answer": "\u0939"}]}
     for count, warned in ((400, []), (5, ["questions", "answers"])):
         caplog.clear()
-        write_lines(data_dir, [*(line(i + 1) for i in range(count)), unknown])
+        write_lines(data_dir, [*(line(i + 1, answers=["words"]) for i in range(count)), unknown])
         fit = check_fit("characters", "train", lengths, vocabulary=vocabulary, has_passages=True)
         assert fit["unknown_tokens"] == 3
         messages = [record.getMessage() for record in caplog.records]
@@ -375,6 +375,15 @@ def test_a_cache_gives_the_same_examples(data_dir, tmp_path, capsys):
     with pytest.raises(ValueError, match="DATA_DIR.*which-dev"):
         cache.write(TASK, str(tmp_path / "other"))
     assert not list((tmp_path / "other").rglob(cache.COMPLETED))
+
+
+def test_lines_are_counted_for_mixing_rates(data_dir):
+    mixture = f"{TASK}_by_size"
+    seqio.MixtureRegistry.add(mixture, [(TASK, seqio.mixing_rate_num_examples)])
+    mixed = seqio.get_mixture_or_task(mixture)
+    assert mixed.get_rate(seqio.TaskRegistry.get(TASK)) == 10
+    assert mixed.num_input_examples("validation") == 5
+    seqio.MixtureRegistry.remove(mixture)
 
 
 def test_kilts_tasks_have_their_sizes_splits_and_metrics():
@@ -463,7 +472,8 @@ def test_predictions_hold_question_gold_answers_and_titles(data_dir, passages, c
     assert (first["question"], first["answers"]) == ("words 0", ["json.dumps", "dumps"])
     assert first["passage_ids"] == [11, 12, 10]
     assert first["passage_titles"] == passages.titles([11, 12, 10])
-    assert "passage_titles" not in run.predictions()[TASK][0] and not caplog.records
+    assert "passage_titles" not in run.predictions()[TASK][0]
+    assert "PASSAGES_DIR" not in caplog.text
 
 
 def test_string_ids_that_cannot_be_restored_are_a_warning(data_dir, tmp_path, caplog):
@@ -474,7 +484,8 @@ def test_string_ids_that_cannot_be_restored_are_a_warning(data_dir, tmp_path, ca
     run = evaluation.Evaluation(TASK, "validation", LENGTHS, 1)
     run.run(equal_scores)
     given = run.predictions(Passages.open(tmp_path / "p"))[TASK][0]
-    assert given["passage_ids"] == ["doc-0", "doc-1", "doc-2"] and not caplog.records
+    assert given["passage_ids"] == ["doc-0", "doc-1", "doc-2"]
+    assert "PASSAGES_DIR" not in caplog.text
     numbers = run.predictions()[TASK][0]["passage_ids"]
     assert all(isinstance(number, int) for number in numbers)
     assert "PASSAGES_DIR" in caplog.text and "MEMORY_DIR" in caplog.text

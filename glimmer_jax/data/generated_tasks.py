@@ -45,7 +45,7 @@ def register(
     seqio.TaskRegistry.add(
         name,
         source=seqio.FunctionDataSource(
-            functools.partial(_dataset, make=functools.cache(make)), splits=tuple(EPOCH)
+            functools.partial(_dataset, make=functools.cache(make)), tuple(EPOCH), EPOCH
         ),
         preprocessors=[],
         output_features={

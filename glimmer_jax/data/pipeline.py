@@ -137,7 +137,10 @@ def attach(batch: Batch, passages: Passages | None, length: int) -> Batch:
 
 
 def check_vocabulary(mixture_or_task_name: str, vocabulary: Vocabulary) -> None:
-    """Raises ValueError for a task with another vocabulary than that of model and passages."""
+    """Raises ValueError for a task with another vocabulary than that of model and passages.
+
+    The same file at two paths is one vocabulary; seqio itself compares paths.
+    """
     for task in seqio.get_subtasks(find_mixture_or_task(mixture_or_task_name)):
         for feature in ("inputs", "targets"):
             registered = task.output_features[feature].vocabulary
@@ -150,7 +153,7 @@ def check_vocabulary(mixture_or_task_name: str, vocabulary: Vocabulary) -> None:
 
 
 def _same_vocabulary(a: Any, b: Any) -> bool:
-    """Whether two of seqio's vocabularies have the same ids; seqio itself compares paths."""
+    """Whether two of seqio's vocabularies have the same ids."""
     if not all(isinstance(x, seqio.SentencePieceVocabulary) for x in (a, b)):
         return bool(a == b)
     return bool(a.extra_ids == b.extra_ids and a.sp_model == b.sp_model)

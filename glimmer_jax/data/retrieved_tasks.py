@@ -135,6 +135,26 @@ def read_split(
     return kept
 
 
+class _RetrievedFiles(seqio.FunctionDataSource):
+    """The files of a task; knows their numbers of lines, which mixing rates are computed from."""
+
+    def __init__(
+        self, file_task: str, dataset_fn: Callable[..., Any], sizes: Mapping[str, int] | None
+    ):
+        super().__init__(dataset_fn, tuple(sizes or FILE_SPLITS), sizes)
+        self._file_task = file_task
+
+    def num_input_examples(self, split: str) -> int:
+        """Raises ValueError where there is no file."""
+        known = super().num_input_examples(split)
+        return _count_lines(retrieved_file(self._file_task, split)) if known is None else known
+
+
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as lines:
+        return sum(1 for line in lines if line.strip())
+
+
 def register(
     name: str,
     file_task: str,
@@ -151,7 +171,7 @@ def register(
       metric_fns: `(targets, predictions) -> {name: value}` with lists of answers as targets, or
         `(targets, predictions, aux_values)`.
       num_input_examples: number of lines of each split's file; the task has only these splits. None
-        registers all three splits without sizes.
+        registers all three splits, whose lines are counted when their number is asked for.
 
     Returns:
       The seqio task.
@@ -174,9 +194,7 @@ def register(
     ids = seqio.PassThroughVocabulary(size=2**63 - 1)
     return seqio.TaskRegistry.add(
         name,
-        source=seqio.FunctionDataSource(
-            dataset_fn, tuple(num_input_examples or FILE_SPLITS), num_input_examples
-        ),
+        source=_RetrievedFiles(file_task, dataset_fn, num_input_examples),
         preprocessors=[
             seqio.CacheDatasetPlaceholder(),
             preprocessors.draw_answer,

@@ -26,6 +26,7 @@ class DecodeConfig:
     temperature: float = 0.0  # above 0 samples; 1 is the model's distribution
     top_k: int = 0  # sample from the k most probable tokens; 0 is all
     top_p: float = 1.0  # sample from the smallest set of tokens with this total probability
+    return_all: bool = False  # `[B, W, T]`, the best of the W beams last, as T5X does; not `[B, T]`
 
     def __post_init__(self):
         if self.beams < 1:
@@ -82,7 +83,7 @@ def answer(
     rng: jax.Array | None = None,
     candidates: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """One answer per question.
+    """One answer per question, or all beams.
 
     Args:
       module: the model.
@@ -97,8 +98,8 @@ def answer(
 
     Returns:
       int32 `[B, T]`, 0 after the end token, and `scores` float32 `[B]`: log probabilities, with
-      length penalty for beams. With candidates also `candidate_scores` float32 `[B, N]`; ties go to
-      the first.
+      length penalty for beams; `[B, W, T]` and `[B, W]` with `decode.return_all`. With candidates
+      also `candidate_scores` float32 `[B, N]`; ties go to the first.
 
     Raises:
       ValueError: `decode` samples, and `rng` is None.
@@ -148,11 +149,15 @@ def answer(
             alpha=decode.length_penalty,
             cache_offset=1 if module.config.t5.scan_layers else 0,
         )
+        if decode.return_all:
+            return tokens, {"scores": scores}
         tokens, scores = tokens[:, -1], scores[:, -1]
     else:
         tokens, scores = decoding.greedy(
             step, empty_cache(1), batch=batch, length=length, eos_id=eos_id
         )
+    if decode.return_all:
+        tokens, scores = tokens[:, None], scores[:, None]
     return tokens, {"scores": scores}
 
 
