@@ -48,7 +48,9 @@ EXTRAS = {
     "tensorboard": TENSORBOARD,
     # Corpora: Parquet files, and conversion in many processes.
     "parquet": ["pyarrow>=18"],
-    "beam": ["apache-beam>=2.60"],
+    # Beam takes protobuf below 7, and sentencepiece 0.2.3 needs 7: `import seqio` would fail. seqio's own
+    # cache script also needs google-crc32c.
+    "beam": ["apache-beam>=2.60", "sentencepiece<0.2.3", "google-crc32c"],
     "parity": ["torch>=2.6", "transformers>=5"],
     # Schemas of Kubernetes and of the TPU API, for the tests of the launchers only.
     "cloud": ["kubernetes-validate>=1.33", "google-cloud-tpu>=1.24"],

@@ -96,6 +96,7 @@ def _is_paragraphs(value: Any) -> bool:
 
 _FIELD_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "page": (lambda value: type(value) in (int, str), "an integer or a string"),
+    "document": (lambda value: type(value) in (int, str), "an integer or a string"),
     "paragraphs": (_is_paragraphs, "the numbers of the first and the last paragraph"),
     "chunk": (_is_paragraph, "the number of a paragraph, from 0"),
     "split": (lambda value: isinstance(value, str), "a string"),

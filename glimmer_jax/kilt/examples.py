@@ -6,7 +6,8 @@
      "meta": {},
      "retrieved": [{"id": 81985529216486895, "score": 11.3, "gold": true}]}      # after retrieval
 
-Test files of the KILT benchmark have no output, which reads as an example without answers. Its
+Null equals absent. Test files of the KILT benchmark have no output, which reads as an example without
+answers. Its
 TriviaQA files have no questions either; `kilt.files` reads those from TriviaQA's own files.
 
 A table has no absent fields. The hub's (`facebook/kilt_tasks`) write -1, 0 and "" where KILT leaves
@@ -67,8 +68,24 @@ def read_examples(
         yield example
 
 
+def without_nulls(example: Mapping[str, Any]) -> dict[str, Any]:
+    """The example without fields that are null, in itself, its outputs and their provenance."""
+    kept = _present(example)
+    if _is_list_of_objects(kept.get("output")):
+        kept["output"] = [_present(output) for output in kept["output"]]
+        for output in kept["output"]:
+            if _is_list_of_objects(output.get("provenance")):
+                output["provenance"] = [_present(place) for place in output["provenance"]]
+    return kept
+
+
+def _present(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
 def _complete(example: dict[str, Any], questions: Mapping[str, str]) -> dict[str, Any]:
-    """The example with a string id (older data sets number theirs) and its question."""
+    """The example with a string id (older data sets number theirs) and its question, without nulls."""
+    example = without_nulls(example)
     if type(example.get("id")) is int:
         example = {**example, "id": str(example["id"])}
     name = example.get("id")

@@ -1,13 +1,14 @@
 """Metrics of answers: exact match, F1, recall of passages, and bootstrap intervals.
 
-Answers are normalised as in SQuAD: lower case, no punctuation, no articles, single spaces. A score
-is the maximum over gold answers, from 0 to 1. Functions of `(targets, predictions)` are seqio
-metric functions; a target is a gold answer or a list of them. KILT's official scores, which differ
-slightly, are in `glimmer_jax.metrics.kilt`.
+Answers are normalised as in SQuAD: lower case, no punctuation, no articles, single spaces; and in
+Unicode's form NFKC, in which most vocabularies write. A score is the maximum over gold answers, from
+0 to 1. Functions of `(targets, predictions)` are seqio metric functions; a target is a gold answer or
+a list of them. KILT's official scores, which differ slightly, are in `glimmer_jax.metrics.kilt`.
 """
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,10 +33,14 @@ def normalize_answer(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
 
 
+def _comparable(text: str) -> str:
+    return normalize_answer(unicodedata.normalize("NFKC", text))
+
+
 def match_of(target: Target, prediction: str) -> float:
     """1.0 if the prediction equals a gold answer after normalisation, else 0.0."""
-    predicted = normalize_answer(prediction)
-    return float(any(normalize_answer(answer) == predicted for answer in _listed(target)))
+    predicted = _comparable(prediction)
+    return float(any(_comparable(answer) == predicted for answer in _listed(target)))
 
 
 def f1_of(target: Target, prediction: str) -> float:
@@ -44,7 +49,7 @@ def f1_of(target: Target, prediction: str) -> float:
 
 
 def _word_f1(target: str, prediction: str) -> float:
-    gold, predicted = normalize_answer(target).split(), normalize_answer(prediction).split()
+    gold, predicted = _comparable(target).split(), _comparable(prediction).split()
     if not gold or not predicted:
         return float(gold == predicted)
     common = sum((Counter(gold) & Counter(predicted)).values())

@@ -56,6 +56,7 @@ class RetrievalScores:
         self._ks = ks
         self._passages: defaultdict[str, float] = defaultdict(float)
         self._pages: defaultdict[str, float] = defaultdict(float)
+        self._has_gold_pages = False
 
     def add(self, example: Mapping[str, Any], pages: Sequence[str] | None) -> None:
         """Adds a question.
@@ -73,6 +74,7 @@ class RetrievalScores:
             self._passages["questions"] += 1
             for k in self._ks:
                 self._passages[f"recall_at_{k}"] += recall_of(marks, k)
+        self._has_gold_pages |= any(place.get("wikipedia_id") for place in provenance(example))
         if pages is not None and example.get("output"):
             where = f"Example {example['id']!r}"
             guess = Guess(where, None, tuple(dict.fromkeys(pages)))
@@ -86,8 +88,11 @@ class RetrievalScores:
         return _means(self._passages)
 
     def pages(self) -> dict[str, float]:
-        """KILT's `Rprec` and `recall@K`, and the number of `questions`; empty without pages."""
-        return _means(self._pages)
+        """KILT's `Rprec` and `recall@K`, and the number of `questions`.
+
+        Empty without pages, in the corpus or in all provenance: KILT compares their ids alone.
+        """
+        return _means(self._pages) if self._has_gold_pages else {}
 
 
 def _means(totals: Mapping[str, float]) -> dict[str, float]:

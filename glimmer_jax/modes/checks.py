@@ -10,7 +10,7 @@ from glimmer_jax.axes import Lengths, check_lengths
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.retrieval import corpus_check
-from glimmer_jax.storage import local_copy
+from glimmer_jax.storage import folder, local_copy
 from glimmer_jax.vocabulary import Vocabulary
 
 
@@ -46,6 +46,15 @@ def existing_file(name: str, path: Any) -> Path:
     if not path.is_file():
         raise ValueError(f"{name}: there is no file {path}. Check the path.")
     return path
+
+
+def replaceable(name: str, path: str, overwrite: bool) -> None:
+    """Raises ValueError for an output file that exists, unless it may be replaced."""
+    kvstore, key = folder.of_file(path)
+    if not overwrite and key in folder.list_files(kvstore, key):
+        raise ValueError(
+            f"{name}: {path} exists. Set OVERWRITE=True to replace it, or write to another folder."
+        )
 
 
 def batch_size(name: str, size: int, mesh: Mesh, num_microbatches: int = 1) -> None:

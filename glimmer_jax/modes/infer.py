@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from glimmer_jax import axes, partitioning
-from glimmer_jax.kilt.examples import check_example
+from glimmer_jax.kilt.examples import check_example, without_nulls
 from glimmer_jax.modes import checks
 from glimmer_jax.modes.settings import AnsweringConfig, CorpusConfig
 from glimmer_jax.partitioning import make_mesh
@@ -31,6 +31,7 @@ def infer(
     questions: str | None = None,
     output_dir: str | None = None,
     retriever: RetrieverConfig = RetrieverConfig(),
+    overwrite: bool = False,
 ) -> None:
     """Writes or prints answers with scores and passages; see `Predictor.answer`.
 
@@ -46,12 +47,18 @@ def infer(
         None reads questions from the prompt, one per line.
       output_dir: gets `predictions-NAME.jsonl`, NAME that of `questions`; required with `questions`.
       retriever: of questions without `retrieved`.
+      overwrite: replace an existing file of answers.
 
     Raises:
-      ValueError: settings, files or lengths that do not fit together.
+      ValueError: settings, files or lengths that do not fit together, or a file of answers that may
+        not be replaced.
     """
     checks.required(CHECKPOINT_PATH=reader.checkpoint_path, PASSAGES_DIR=corpus.passages_dir)
     retriever.check()
+    if questions is not None:
+        checks.required(INFER_OUTPUT_DIR=output_dir)
+        path = os.path.join(str(output_dir), f"predictions-{Path(questions).stem}.jsonl")
+        checks.replaceable("INFER_OUTPUT_DIR", path, overwrite)
     trained = reader.read(corpus.memory_dir)
     model, vocabulary = trained.model, trained.vocabulary
     lengths = checks.lengths_for(model.config, trained.feature_lengths(task_feature_lengths))
@@ -62,7 +69,6 @@ def infer(
         encode_candidates(reader.candidates, vocabulary, lengths.target)
     examples: list[Example] | None = None
     if questions is not None:
-        checks.required(INFER_OUTPUT_DIR=output_dir)
         examples = _read_questions(checks.existing_file("QUESTIONS", questions))
     else:
         batch_size = partitioning.parts(mesh.shape, axes.BATCH)  # one question at a time
@@ -90,7 +96,6 @@ def infer(
     if jax.process_index():
         deque(answers, maxlen=0)  # all processes compute, one writes
         return
-    path = os.path.join(str(output_dir), f"predictions-{Path(str(questions)).stem}.jsonl")
     count = write_json_lines(path, answers)
     print(f"Wrote {count} answers to {path}.")
     if predictor.truncated:
@@ -103,7 +108,8 @@ def infer(
 
 def _read_questions(path: Path) -> list[Example]:
     examples: dict[str, Example] = {}
-    for number, line in read_json_lines(path):
+    for number, record in read_json_lines(path):
+        line = without_nulls(record)
         if type(line.get("id", number)) is int:
             line = {**line, "id": str(line.get("id", number))}
         if problem := check_example(line):

@@ -94,6 +94,8 @@ def retrieve(
     counts = {
         name: sum(1 for _ in read_task(name, paths, by_id)) for name, paths in by_task.items()
     }
+    if empty := [name for name, count in counts.items() if not count]:
+        raise ValueError(f"QUESTIONS: {', '.join(empty)} has no questions. Leave the file out.")
     passages = Passages.open(passages_dir)
     method, dense = retriever.method, retriever.dense
     request = {

@@ -3,9 +3,10 @@
     words("Call os.path_of(x)!")  ->  ["call", "os", "path", "of", "x", "os.path_of"]
     words("日本語 text")           ->  ["日本", "本語", "text"]
 
-Text is brought to Unicode's normal form NFC, so that composed and decomposed letters are equal, and
-to lower case. Combining marks belong to their letters: most vowels of Thai and Indic scripts are
-marks.
+Text is brought to Unicode's normal form NFKC, so that composed and decomposed letters are equal, and
+full-width letters and ligatures equal plain ones; and to lower case (`ß` becomes `ss`). Invisible
+hyphens and joiners are dropped. Combining marks belong to their letters: most vowels of Thai and Indic
+scripts are marks.
 
 Scripts without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) give overlapping pairs of
 letters, as in Lucene's CJKAnalyzer. A letter alone is a word; inside a longer run only pairs are.
@@ -21,6 +22,8 @@ _UNSPACED = (
     "\u0e01-\u0e4e\u0e81-\u0ece\u1000-\u103f\u1780-\u17d3\u3005-\u3007\u3041-\u30ff"
     "\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
 )
+# Soft hyphen, zero-width non-joiner and joiner, word joiner, byte order mark.
+_INVISIBLE = dict.fromkeys((0xAD, 0x200C, 0x200D, 0x2060, 0xFEFF))
 _LAST_MARK = 0x1FFFF
 _ASCII_WORD = re.compile(r"[^\W_]+", re.ASCII)
 _NAME = re.compile(r"[^\W\d]\w*(?:\.\w+)+|\w*_\w+")
@@ -28,10 +31,12 @@ _NAME = re.compile(r"[^\W\d]\w*(?:\.\w+)+|\w*_\w+")
 
 def words(text: str) -> list[str]:
     """Lower-case words in order, followed by complete qualified names."""
-    text = text.lower()
     if text.isascii():
+        text = text.lower()
         return _ASCII_WORD.findall(text) + _NAME.findall(text)
-    text = unicodedata.normalize("NFC", text)
+    text = unicodedata.normalize("NFKC", text.translate(_INVISIBLE)).casefold()
+    # Lower case can have decomposed letters.
+    text = unicodedata.normalize("NFKC", text)
     unspaced, spaced = _patterns()
     tokens = []
     for match in spaced.finditer(text):

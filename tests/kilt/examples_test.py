@@ -50,6 +50,20 @@ def test_invalid_examples_are_rejected_by_line(tmp_path, change, message):
         list(kilt.read_examples(path))
 
 
+def test_null_equals_absent(tmp_path):
+    place = {"wikipedia_id": None, "title": "T", "start_paragraph_id": None}
+    outputs = [{"answer": None, "provenance": [place]}, {"answer": "x", "provenance": None}]
+    given = {"id": "a", "input": "who", "output": outputs, "meta": None, "retrieved": None}
+    read = {
+        "id": "a",
+        "input": "who",
+        "output": [{"provenance": [{"title": "T"}]}, {"answer": "x"}],
+    }
+    assert list(kilt.read_examples(lines(tmp_path, given))) == [read]
+    (found,) = kilt.read_examples(lines(tmp_path, {**GOOD, "output": None}))
+    assert "output" not in found and kilt.answers(found) == []
+
+
 def test_numbers_for_ids_are_read_as_text(tmp_path):
     (found,) = kilt.read_examples(lines(tmp_path, {**GOOD, "id": 7}))
     assert found == {**GOOD, "id": "7"}

@@ -121,3 +121,8 @@ def test_incomplete_and_malformed_predictions_are_rejected(tmp_path):
     blind = write(tmp_path / "blind", {"id": "a", "input": "?"})
     with pytest.raises(ValueError, match="QUESTIONS: .*blind has no answers"):
         qa.score_file(write(tmp_path / "p", {"id": "a", "prediction": ""}), blind)
+
+
+def test_answers_are_compared_in_one_unicode_form():
+    assert qa.match_of("Beyonce\u0301", "Beyonc\u00e9") == 1.0
+    assert qa.f1_of(["the ﬁnal ＡＢ"], "final AB") == 1.0

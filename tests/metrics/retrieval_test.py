@@ -45,6 +45,13 @@ def test_passages_count_by_their_marks():
     assert scores.pages() == {}
 
 
+def test_provenance_by_title_alone_has_no_scores_of_pages():
+    scores = RetrievalScores((1,))
+    output = [{"answer": "x", "provenance": [{"title": "Emma"}]}]
+    scores.add({"id": "t", "output": output, "retrieved": [{"id": 1, "gold": True}]}, ["15782"])
+    assert scores.pages() == {} and scores.passages()["recall_at_1"] == 1.0
+
+
 def test_questions_without_gold_do_not_count():
     scores = RetrievalScores((1,))
     scores.add({"id": "t", "retrieved": []}, [])

@@ -269,6 +269,9 @@ def test_questions_are_not_overwritten_and_lines_are_checked_first(work, tmp_pat
     with pytest.raises(ValueError, match="a-test.jsonl:1: '1' has no question in `input`"):
         retrieve(**{**given, "questions": pattern})
     assert not (tmp_path / "index").exists()
+    (tmp_path / "questions" / "a-test.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="QUESTIONS: a-test.jsonl has no questions"):
+        retrieve(**{**given, "questions": pattern})
 
 
 def test_complete_files_are_kept_others_need_overwrite(work, tmp_path, capsys):

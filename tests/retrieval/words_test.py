@@ -21,6 +21,21 @@ def test_composed_and_decomposed_text_has_the_same_words(text):
     assert words(unicodedata.normalize("NFD", text)) == words(unicodedata.normalize("NFC", text))
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Ｃａｆé ﬁnal", "cafe\u0301 final"),
+        ("STRASSE", "Straße"),
+        ("co\u00adoperate", "cooperate"),
+        ("می\u200cخواهم", "میخواهم"),
+        ("ｶﾞｷﾞ", "ガギ"),
+        ("İstanbul", "i\u0307stanbul"),
+    ],
+)
+def test_letters_that_look_alike_have_the_same_words(one, other):
+    assert words(one) == words(other) != []
+
+
 def test_scripts_without_spaces_give_pairs_of_letters():
     assert words("日本語 text") == ["日本", "本語", "text"]
     assert words("水") == ["水"]
