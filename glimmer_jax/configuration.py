@@ -246,6 +246,24 @@ def first_line(error: object) -> str:
     return " ".join(text.split())
 
 
+def name_macros(message: str) -> str:
+    """A message about parameters, `beams must be …` or `beams=0 …`, with the macros that set them."""
+    macros = {
+        (parameter, value.config_key[0])
+        for parameters in _bindings().values()
+        for parameter, value in parameters.items()
+        if isinstance(value, gin_config.ConfigurableReference)
+        and value.config_key[1] == "gin.macro"
+    }
+    unnamed = {
+        macro
+        for parameter, macro in macros
+        if re.search(rf"\b{parameter}(?==| must )", message)
+        and not re.search(rf"\b{macro}\b", message)
+    }
+    return f"{message} (Set by {', '.join(sorted(unnamed))}.)" if unnamed else message
+
+
 def _is_not_search(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("Path not found")
 

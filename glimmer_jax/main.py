@@ -293,9 +293,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             message, code = outcome
         else:
             return exit_codes.DONE
-        from glimmer_jax.configuration import first_line
+        from glimmer_jax.configuration import first_line, name_macros
 
-        print(f"glimmer: {first_line(message)}", file=sys.stderr)
+        print(f"glimmer: {name_macros(first_line(message))}", file=sys.stderr)
         return code
 
 

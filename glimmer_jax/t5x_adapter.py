@@ -292,13 +292,29 @@ def factor_rules() -> Any:
     return {**adafactor.standard_logical_factor_rules(), **ours}
 
 
-def partitioner(mesh: MeshConfig = MeshConfig()) -> Any:
+def partitioner(mesh: MeshConfig = MeshConfig(), configured: Any = None) -> Any:
     """A `t5x.partitioning.PjitPartitioner` over our mesh, with our rule table.
 
     T5X's own partitioner enters `with mesh:`. JAX has deprecated that context, can forbid it
     (`jax_disallow_mesh_context_manager`), and ignores our models' activation constraints under it. This
     partitioner uses `jax.set_mesh` and also shards parameters over `fsdp`.
+
+    Args:
+      mesh: devices.
+      configured: T5X's own partitioner with its settings, which are rejected unless they are the defaults
+        of T5X's run files; None checks nothing.
+
+    Raises:
+      ValueError: `configured` divides the devices.
     """
+    partitions = getattr(configured, "_num_partitions", None)
+    submesh = getattr(configured, "_model_parallel_submesh", None)
+    if partitions not in (None, 1) or submesh is not None:
+        raise ValueError(
+            f"PjitPartitioner.num_partitions={partitions} and model_parallel_submesh={submesh} are not "
+            "used: the mesh has its own settings. Remove them and set MESH_MODEL, the devices that share "
+            "heads, feed-forward layers and vocabulary."
+        )
     from t5x import partitioning as t5x_partitioning
 
     devices = make_mesh(mesh)

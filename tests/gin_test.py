@@ -258,6 +258,20 @@ def test_values_of_a_wrong_type_report_the_macro(binding, facts):
         configuration.parse(files, [*RUNS["finetune"][1], binding])
 
 
+def test_messages_about_parameters_name_their_macros():
+    files = ["gin/sizes/tiny.gin", "gin/models/glimmer.gin", "gin/runs/eval.gin"]
+    configuration.parse(files, RUNS["eval"][1])
+    named = {
+        "beams must be at least 1, got 0.": "BEAM_SIZE",
+        "memory_codec must be one of bf16, int8.": "MEMORY_CODEC",
+        "top_k=5 and top_p=1.0 only apply to sampling.": "TOP_K, TOP_P",
+    }
+    for message, macros in named.items():
+        assert macros in configuration.name_macros(message).removeprefix(message)
+    for message in ("NUM_KEPT: num_kept must be at least 1.", "The model must rerank."):
+        assert configuration.name_macros(message) == message
+
+
 def test_the_current_folder_cannot_replace_a_shipped_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("runs/score.gin", "mesh.gin"):

@@ -5,6 +5,7 @@ import inspect
 import os
 import sys
 import warnings
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from flax.core import unfreeze
 from flax.linen.partitioning import get_axis_names
 
 from glimmer_jax.models.model import DecodeConfig, GlimmerModel
-from glimmer_jax.t5x_adapter import T5XModel, absolute_path, factor_rules
+from glimmer_jax.t5x_adapter import T5XModel, absolute_path, factor_rules, partitioner
 from glimmer_jax.vocabulary import PYDOCS_MODEL
 from tests.models import tiny
 
@@ -151,6 +152,13 @@ def test_decoder_arguments_of_t5x_select_search_and_beams():
     ):
         with pytest.raises(ValueError, match=facts):
             model.predict_batch_with_aux(params, batch, **settings)
+
+
+@pytest.mark.parametrize(("partitions", "submesh"), [(2, None), (None, (2, 1, 1, 1))])
+def test_sizes_of_t5x_partitioner_are_rejected(partitions, submesh):
+    given = SimpleNamespace(_num_partitions=partitions, _model_parallel_submesh=submesh)
+    with pytest.raises(ValueError, match="num_partitions.*model_parallel_submesh.*MESH_MODEL"):
+        partitioner(configured=given)
 
 
 def test_local_paths_become_absolute():

@@ -102,6 +102,10 @@ def infer(
         print(
             f"{predictor.truncated} questions are longer than {lengths.question} tokens and were cut."
         )
+    if predictor.without_passages:
+        print(
+            f"{predictor.without_passages} questions found no passage; their answers have no source."
+        )
     if predictor.masked:
         print(f"{predictor.masked} passages are missing from the memory and were left out.")
 
@@ -135,6 +139,8 @@ def _typed(lines: Iterable[str]) -> Iterator[str]:
 
 def _show(record: Example) -> None:
     print(f"{record['output'][0]['answer']}    (log-likelihood {record['score']:.2f})")
+    if not record["passages"]:
+        print("  No passage was found: the answer has no source.")
     for passage in record["passages"]:
         read = "read" if passage["kept"] else "    "
         print(f"  {read}  {passage['score']:8.3f}  {passage['title']}")

@@ -57,6 +57,7 @@ class StopSignal:
         self._agreed = False
         self._polls = itertools.count()  # of all loops together: JAX's step counter
         self._final_code: int | None = None
+        self._deferring = threading.local()
         self._previous: dict[int, tuple[Any, _NativeHandler]] = {}  # empty: not installed
         self._notify_jax: Callable[[int], Any] | None = None
 
@@ -72,8 +73,22 @@ class StopSignal:
 
         For work that each process does independently; `poll_together` is for work that all share.
         """
-        if self.requested:
+        if self.requested and not self._deferred:
             raise StopRequested(message or self._default_message)
+
+    @property
+    def _deferred(self) -> bool:
+        return getattr(self._deferring, "on", False)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, polls of this thread do not stop a job of one process: the server answers requests
+        under way after the signal."""
+        before, self._deferring.on = self._deferred, True
+        try:
+            yield
+        finally:
+            self._deferring.on = before
 
     def agreed(self) -> bool:
         """Whether all processes of the job stop here; true in all of them at the same call.
@@ -83,7 +98,7 @@ class StopSignal:
         import jax
 
         if jax.process_count() == 1:
-            return self.requested
+            return self.requested and not self._deferred
         from jax.experimental import multihost_utils
 
         if not self._agreed:

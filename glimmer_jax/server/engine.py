@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from glimmer_jax.corpus.ids import id_number
+from glimmer_jax.runtime.preemption import STOP
 from glimmer_jax.server.protocol import Limits, Question, RequestError
 from glimmer_jax.serving.predictor import Predictor, Prepared
 from glimmer_jax.serving.records import rank
@@ -130,7 +131,8 @@ class PredictorEngine:
         predictor = version.by_kept[kept]
         begun = time.monotonic()
         asked = [_example(question) for question in questions]
-        ids = predictor.retrieve(asked)
+        with STOP.deferred():
+            ids = predictor.retrieve(asked)
         for example, question, found in zip(asked, questions, ids, strict=True):
             example["retrieved"] = [{"id": i} for i in found[: _read(question, kept)]]
         candidates = None

@@ -48,6 +48,7 @@ class Predictor:
       from_memory: whether passages are read as memory.
       batch_sizes: numbers of rows that programs are compiled for, ascending.
       truncated: questions so far that were longer than Q and were cut.
+      without_passages: questions so far for which no passage was found.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Predictor:
         self.passages = passages
         self.batch_sizes = sorted(batch_sizes)
         self.from_memory = lookup is not None
-        self.truncated = 0
+        self.truncated = self.without_passages = 0
         self._model = model
         self._mesh = mesh
         self._lookup = lookup
@@ -343,13 +344,15 @@ class Predictor:
         asked = [question["input"] for question in questions if "retrieved" not in question]
         if asked and self._retriever is None:
             self._retriever = self._retriever_config.open(passages)
-        results = iter(self._retriever.search(asked, count) if self._retriever and asked else ())
-        return [
+        results = iter(self._retriever.search(asked, count) if asked and self._retriever else ())
+        ids = [
             [id_number(passage["id"]) for passage in question["retrieved"][:count]]
             if "retrieved" in question
             else [int(passages.ids[row]) for row, _ in next(results)]
             for question in questions
         ]
+        self.without_passages += sum(not found for found in ids)
+        return ids
 
     def load_memory(self, batch: Batch) -> Batch:
         """The batch with its passages' memory, where passages are read as memory."""
@@ -370,14 +373,10 @@ class Predictor:
         aux: Mapping[str, np.ndarray],
         texts: bool = False,
     ) -> Iterator[Example]:
-        """A record as of `answer` for each question of a computed batch, without `candidates`.
-
-        With `texts` each of its passages has its `text` as well.
-        """
+        """Records as of `answer`, without `candidates`; with `texts`, passages have their `text`."""
         passages = self._corpus()
-        for row, (question, ids) in enumerate(
-            zip(prepared.questions, prepared.passage_ids, strict=True)
-        ):
+        questions = zip(prepared.questions, prepared.passage_ids, strict=True)
+        for row, (question, ids) in enumerate(questions):
             text = self._vocabulary.decode(tokens[row])
             yield record(question, ids, text, aux, row, passages, texts)
 

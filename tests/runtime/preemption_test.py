@@ -27,6 +27,17 @@ def test_sigterm_sets_a_flag_and_the_previous_handler_comes_back():
     assert signal.getsignal(signal.SIGTERM) is before and not STOP.requested
 
 
+def test_work_that_must_finish_defers_the_stop():
+    with STOP.installed():
+        signal.raise_signal(signal.SIGTERM)
+        with STOP.deferred():
+            STOP.poll()
+            STOP.poll_together()
+            assert STOP.requested and not STOP.agreed()
+        with pytest.raises(StopRequested):
+            STOP.poll_together()
+
+
 def test_ctrl_c_has_an_exit_code_of_its_own():
     with STOP.installed():
         signal.raise_signal(signal.SIGINT)
