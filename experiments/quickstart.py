@@ -124,6 +124,7 @@ def _answer_a_few(data: Path, runs: Path, checkpoint: Path, memory: Path) -> Non
         MEMORY_DIR=memory,
         QUESTIONS=runs / "questions.jsonl",
         INFER_OUTPUT_DIR=runs / "answers",
+        OVERWRITE=True,
         **KEPT,
     )
     answers = {

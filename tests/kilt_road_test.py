@@ -171,6 +171,11 @@ def test_from_training_to_scores_of_a_submission(mini, tmp_path, capsys):
     assert official["downstream"]["downstream"]["em"] == pytest.approx(evaluated)
     assert official["retrieval"]["recall@5"] > 0
 
+    capsys.readouterr()
+    assert run("infer", *GLIMMER, "runs/infer", **shared, **asking, **sized) == 2
+    assert "OVERWRITE=True" in capsys.readouterr().err
+    asking["OVERWRITE"] = True
+
     # A passage that the memory has forgotten.
     gone = lines(questions)[0]["retrieved"][0]["id"]
     forgetting = {"MEMORY_DIR": memory, "ACTION": "withdraw", "IDS": [gone]}

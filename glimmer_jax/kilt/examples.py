@@ -119,8 +119,12 @@ def check_example(example: Mapping[str, Any]) -> str | None:
 
 
 def _missing_question(example: Mapping[str, Any]) -> str:
-    if isinstance(example.get("question"), str):
-        return f"{example['id']!r} has a `question` but no `input`. Rename the field to `input`"
+    others = [name for name, value in example.items() if name != "id" and isinstance(value, str)]
+    if texts := [f"`{name}`" for name in others if example[name].strip()]:
+        return (
+            f"{example['id']!r} has {', '.join(texts)} but no `input`. Rename the field of the question "
+            "to `input`"
+        )
     return (
         f"{example['id']!r} has no question in `input`. KILT's TriviaQA files hold only ids: set "
         "TRIVIAQA, a pattern of TriviaQA's own files with all its splits"

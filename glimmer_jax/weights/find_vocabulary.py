@@ -50,11 +50,13 @@ def find_vocabulary(
             f"VOCABULARY is required: {why}. Set it to the model's SentencePiece file, such as "
             f"--gin.VOCABULARY=\"'t5/spiece.model'\". {_WHERE}"
         )
+    if fingerprint is None and record is not None and record.vocabulary_path is not None:
+        fingerprint = Vocabulary(record.vocabulary_path).fingerprint
     if fingerprint is not None and vocabulary.fingerprint != fingerprint:
         raise ValueError(
             f"VOCABULARY: {vocabulary.path} has the fingerprint {vocabulary.fingerprint}, but the "
-            f"checkpoint {checkpoint} was trained with {fingerprint}. Set VOCABULARY to the checkpoint's "
-            "vocabulary."
+            f"checkpoint {checkpoint} has {fingerprint}. Set VOCABULARY to the checkpoint's vocabulary, "
+            "or leave it out."
         )
     return vocabulary
 

@@ -40,6 +40,7 @@ def test_examples_are_read_in_order(tmp_path):
         ({"retrieved": [{"id": 7.5}]}, "in `retrieved`, got"),
         ({"retrieved": [{}]}, "in `retrieved`, got"),
         ({"input": None, "question": "who"}, "`question` but no `input`. Rename"),
+        ({"input": None, "query": "who"}, "`query` but no `input`. Rename"),
         ({"retrieved": 1}, "a list in `retrieved`"),
         ({}, "the id 'a' occurs more than once"),
     ],

@@ -78,6 +78,13 @@ def test_a_t5_folder_gives_its_own_vocabulary(tmp_path, own_model):
     assert CheckpointConfig(path).read().model.config.t5.vocab_size == 1024
 
 
+def test_another_vocabulary_of_the_same_size_is_rejected(tmp_path, own_model):
+    path = public_t5(tmp_path / "t5", BUILT_IN.vocab_size, own_model.read_bytes())
+    facts = f"VOCABULARY.*{BUILT_IN.fingerprint}.*{path}.*{Vocabulary(own_model).fingerprint}"
+    with pytest.raises(ValueError, match=facts):
+        CheckpointConfig(path, vocabulary="pydocs").read()
+
+
 def test_a_vocabulary_must_fill_the_embedding_up_to_its_padding(tmp_path, own_model):
     path = public_t5(tmp_path / "t5", 32128)
     with pytest.raises(ValueError, match=r"VOCABULARY.*2048 ids.*32128.*spiece\.model"):
