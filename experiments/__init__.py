@@ -1,1 +1,1 @@
-"""Experiments on the built-in corpus: the quickstart and the training of the shipped models."""
+"""Experiments on the built-in corpus: quickstart, training of the shipped models, the claims."""

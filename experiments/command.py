@@ -25,10 +25,17 @@ def glimmer(mode: str, *gin_files: str, devices: int | None = None, **macros: An
         value = str(value) if isinstance(value, Path) else value
         command.append(f"--gin.{name}={value!r}")
     print(f"\n$ glimmer {shlex.join(command)}", flush=True)
+    run_module("glimmer_jax.main", *command, devices=devices)
+
+
+def run_module(module: str, *args: str, devices: int | None = None) -> None:
+    """Runs a Python module in its own process with the environment of `cpu_environment`.
+
+    Raises:
+      SystemExit: the process failed; with its exit code.
+    """
     result = subprocess.run(
-        [sys.executable, "-m", "glimmer_jax.main", *command],
-        check=False,
-        env=cpu_environment(devices),
+        [sys.executable, "-m", module, *args], check=False, env=cpu_environment(devices)
     )
     if result.returncode:
         sys.exit(result.returncode)

@@ -160,9 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(
             f"--models must be among {START}, {', '.join(CUTS)}, got {', '.join(unknown)}."
         )
-    if not Path("data/pydocs/retrieved").is_dir():
-        glimmer("passages", "examples/pydocs_passages", OVERWRITE=True)
-        glimmer("retrieve", "examples/pydocs_retrieve")
+    write_data()
     training = Training(args.seed, args.output, args.export, args.initial)
     if START in selected:
         training.start()
@@ -170,6 +168,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if model in selected:
             training.model(model)
     training.plot()
+
+
+def write_data() -> None:
+    """Writes passages and retrieved files into `data/pydocs`, if they are missing."""
+    if not Path("data/pydocs/retrieved").is_dir():
+        glimmer("passages", "examples/pydocs_passages", OVERWRITE=True)
+        glimmer("retrieve", "examples/pydocs_retrieve")
 
 
 class Training:

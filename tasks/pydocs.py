@@ -11,6 +11,7 @@ For training, the same questions exist with new synthetic names in every example
     pydocs_renamed              all three tasks
     pydocs_<task>_renamed       one task
     pydocs_renamed_gold         all three tasks, with the gold passage only
+    pydocs_<task>_renamed_gold  one task, likewise
 
 Examples of these hold their passages themselves (no PASSAGES_DIR), up to `RENAMED_PASSAGES`.
 """
@@ -27,6 +28,7 @@ from glimmer_jax.data.retrieved_tasks import register, retrieved_file
 from glimmer_jax.kilt.examples import read_examples
 from glimmer_jax.metrics import qa
 from glimmer_jax.pydocs import corpus
+from glimmer_jax.pydocs.questions import SHARES
 from glimmer_jax.pydocs.renamed_questions import RenamedQuestions
 from glimmer_jax.vocabulary import Vocabulary
 
@@ -54,9 +56,6 @@ for _task, _metrics in METRICS.items():
 seqio.MixtureRegistry.add("pydocs", [f"pydocs_{task}" for task in METRICS], default_rate=1.0)
 
 RENAMED_PASSAGES = 10
-# Drawn half as often: `which_function` is learned first, and the start checkpoint already practised
-# it.
-SHARES = {"which_function": 0.5}
 
 
 def _renamed(tasks: tuple[str, ...], num_kept: int | None = None) -> RenamedQuestions:
@@ -67,9 +66,8 @@ def _renamed(tasks: tuple[str, ...], num_kept: int | None = None) -> RenamedQues
     )
 
 
-generated_tasks.register("pydocs_renamed", functools.partial(_renamed, tuple(METRICS)))
-generated_tasks.register(
-    "pydocs_renamed_gold", functools.partial(_renamed, tuple(METRICS), num_kept=1)
-)
-for _task in METRICS:
-    generated_tasks.register(f"pydocs_{_task}_renamed", functools.partial(_renamed, (_task,)))
+for _name, _tasks in {"": tuple(METRICS), **{f"{task}_": (task,) for task in METRICS}}.items():
+    generated_tasks.register(f"pydocs_{_name}renamed", functools.partial(_renamed, _tasks))
+    generated_tasks.register(
+        f"pydocs_{_name}renamed_gold", functools.partial(_renamed, _tasks, num_kept=1)
+    )

@@ -36,6 +36,7 @@ SESSIONS = (
     ("docs/kilt",),
     ("docs/pods",),
     ("docs/preflight",),
+    ("docs/results",),
     ("CONTRIBUTING",),
 )
 # Blocks that take more than seconds, or read what such a block wrote.

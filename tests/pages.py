@@ -16,6 +16,7 @@ NEEDS = {
     "encoder": ("reads published GTR weights", None),
     "gcloud": ("creates machines in a cloud", None),
     "gpu": ("runs on a GPU, as tests/gpu_test.py does", None),
+    "hours": ("trains for hours", None),
     "kilt": ("reads KILT's files; tests/kilt_road_test.py reads a miniature", None),
     "kubernetes": ("changes a Kubernetes cluster", None),
     "libtpu": ("uses XLA's TPU compiler", "libtpu"),

@@ -10,6 +10,9 @@ from typing import Any
 from glimmer_jax.pydocs import clauses, corpus, signatures
 
 TASKS = ("which_function", "slot_filling", "fact_verification")
+# Relative frequencies in training mixtures; 1 for other tasks. `which_function` is learned first, and
+# the start checkpoint already practised it.
+SHARES = {"which_function": 0.5}
 # Which function: maximum number of questions per page and per sentence. Training pages have more,
 # because a model memorises questions that it sees often.
 QUESTIONS = {"train": (32, 8), "dev": (4, 3), "test": (4, 3)}

@@ -34,6 +34,20 @@ def test_words_match_in_order_and_close_together(question, title):
     assert baselines.word_match(question, PASSAGES) == title
 
 
+@pytest.mark.parametrize(
+    "question, order",
+    [
+        ("write object", [2, 0, 1]),  # a clause: the shortest span of its words
+        ("nowhere to be found", [0, 1, 2]),  # the retriever's order
+        ("json.dump [SEP] default of indent", [1, 2, 0]),  # the named page
+        ("The default of indent in json.dump is None.", [1, 2, 0]),
+        ("json.dump: Write the object.", [2, 1, 0]),  # the named page, then the words
+    ],
+)
+def test_rule_order_prefers_the_named_page_and_the_shortest_span(question, order):
+    assert baselines.rule_order(question, PASSAGES) == order
+
+
 def test_random_parameters_are_of_the_signature_seeded_by_question():
     questions = [f"question {i}" for i in range(40)]
     first = [baselines.random_parameter(question, PASSAGES) for question in questions]

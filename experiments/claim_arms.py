@@ -1,0 +1,197 @@
+"""The arms of `experiments.claims` as data: what is trained, what is evaluated, in which block.
+
+All arms start from `pydocs_start`, which knows reading exercises only, without its scoring head. They
+train on the same stages, which are those of the shipped models with fewer steps. A seed determines
+examples, their order and their synthetic names, and is shared by all arms, so that differences are
+paired. Arms of a comparison differ only in `settings` (all stages) or `ranking` (stages with several
+passages).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from experiments.train_pydocs import KEPT, MODEL_STAGES, Stage
+from glimmer_jax.pydocs.questions import SHARES, TASKS
+
+# Part of every unit's fingerprint; increase it after a change of the procedure that no setting shows.
+RECIPE = 1
+# Steps of each stage of the shipped models, reduced so that a unit takes about ten minutes.
+STEPS = {"read": 1500, "choose": 900, "ten": 100}
+STAGES = tuple(dataclasses.replace(stage, steps=STEPS[stage.name]) for stage in MODEL_STAGES)
+# Streams of examples of the arms begin here, away from those of the shipped models.
+FIRST_SEED = 1000
+# Learning rates are chosen on dev with a seed of their own, as multiples of the stages' rates. The
+# stages with one passage keep theirs, so that arms can share these runs.
+TUNING_SEED = 500
+RATES = (0.5, 1.0, 2.0)
+
+
+class Selection(NamedTuple):
+    """The passages that a model reads: the first m of the first K, in some order."""
+
+    order: str  # retriever, learned, oracle (gold first) or rule (`baselines.rule_order`)
+    retrieved: int  # K
+    kept: int  # m
+
+    @property
+    def key(self) -> str:
+        """Name in the results file."""
+        return f"{self.order}:{self.retrieved}:{self.kept}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A model and the way it is trained."""
+
+    name: str
+    model: str  # cut, one of `train_pydocs.CUTS`
+    about: str  # for the report
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # macros of all stages
+    ranking: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of those with K > 1
+    single: bool = False  # a model per task, each with as many examples of it as the mixture has
+    rate_of: str | None = None  # arm whose learning rate is used; None tunes this arm's own
+
+    @property
+    def reranks(self) -> bool:
+        """Whether the arm's model answers with the best passages only."""
+        return self.model == "glimmer"
+
+    @property
+    def default(self) -> Selection:
+        """How the model answers where nothing else is said."""
+        return Selection("learned", 10, 1) if self.reranks else Selection("retriever", 10, 10)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Arms that are evaluated in the same way."""
+
+    title: str
+    arms: tuple[str, ...]
+    seeds: int  # required for a verdict
+    selections: str = "default"  # key of `selections`
+    speed: bool = False  # measures questions per second, once per arm, instead of quality
+
+
+def _distilled(temperature: float) -> dict[str, Any]:
+    return {"DISTILLATION_WEIGHT": 1.0, "TEMPERATURE": temperature, "SUPERVISED_WEIGHT": 0.0}
+
+
+SMALL = {"ALPHA": 0.29, "BETA": 0.5}  # two live layers of seven, one of which reranks
+_ARMS = (
+    Arm("fid", "fid", "FiD"),
+    Arm("lumen", "lumen", "LUMEN"),
+    Arm("glimmer", "glimmer", "GLIMMER"),
+    Arm("tau_1", "glimmer", "distillation, temperature 1", ranking=_distilled(1.0)),
+    Arm("tau_0.3", "glimmer", "distillation, temperature 0.3", ranking=_distilled(0.3)),
+    Arm("tau_0.1", "glimmer", "distillation, temperature 0.1", ranking=_distilled(0.1)),
+    Arm(
+        "unranked",
+        "glimmer",
+        "no distillation: the retriever's order",
+        ranking={"DISTILLATION_WEIGHT": 0.0, "SUPERVISED_WEIGHT": 0.0},
+        rate_of="glimmer",
+    ),
+    Arm(
+        "separate",
+        "glimmer",
+        "separate reranker of two layers",
+        ranking={"SEPARATE_RERANKER": True},
+    ),
+    Arm("lumen_trained", "lumen", "LUMEN, trained memory", {"FREEZE_MEMORY": False}),
+    Arm(
+        "glimmer_frozen",
+        "glimmer",
+        "GLIMMER, frozen memory and a trained question encoder",
+        {"FREEZE_MEMORY": True, "SHARE_QUESTION_ENCODER": False},
+    ),
+    Arm("lumen_small", "lumen", "LUMEN, two live layers", SMALL, rate_of="lumen"),
+    Arm("glimmer_small", "glimmer", "GLIMMER, two live layers", SMALL, rate_of="glimmer"),
+    *(
+        Arm(
+            f"{name}_single",
+            name.partition("_")[0],
+            f"{about}, a model per task",
+            settings,
+            single=True,
+            rate_of=name.partition("_")[0],
+        )
+        for name, about, settings in (
+            ("fid", "FiD", {}),
+            ("lumen", "LUMEN", {}),
+            ("glimmer", "GLIMMER", {}),
+            ("lumen_small", "LUMEN, two live layers", SMALL),
+            ("glimmer_small", "GLIMMER, two live layers", SMALL),
+        )
+    ),
+)
+ARMS = {arm.name: arm for arm in _ARMS}
+MODELS = ("fid", "lumen", "glimmer")
+BLOCKS = {
+    "A": Block("Three systems over K and m", MODELS, 5, "grid"),
+    "B": Block("Orders of the passages", ("glimmer",), 5, "orders"),
+    "C": Block("Distillation temperature", ("tau_1", "tau_0.3", "tau_0.1", "unranked"), 5),
+    "D": Block("Separate reranker", ("separate",), 5),
+    "E": Block("Trained and frozen memory", ("lumen_trained", "glimmer_frozen"), 5),
+    "F": Block(
+        "One task and all tasks",
+        ("lumen_small", "glimmer_small", *(arm.name for arm in _ARMS if arm.single)),
+        3,
+    ),
+    "G": Block("Number of kept passages per question", ("glimmer",), 5, "adaptive"),
+    "S": Block("Measured speed", MODELS, 1, "grid", speed=True),
+}
+# Learning rates of these arms are tuned by block T, before the other blocks.
+TUNING = "T"
+TUNED = tuple(arm.name for arm in _ARMS if arm.rate_of is None)
+
+RETRIEVED = (1, 2, 3, 5, 10, 20)  # K
+KEPT_PASSAGES = (1, 2, 3, 5)  # m
+ORDERS = ("retriever", "learned", "oracle", "rule")
+DEPTH = 30  # passages retrieved for evaluation
+# Block G keeps the fewest passages whose share of the reranker's softmax reaches a threshold.
+THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """The amount of work: that of the study, or of its smoke test."""
+
+    stages: tuple[Stage, ...] = STAGES
+    retrieved: tuple[int, ...] = RETRIEVED
+    kept: tuple[int, ...] = KEPT_PASSAGES
+    num_examples: int | None = None  # questions of each task; None for all
+    speed_questions: int = 512
+    arms: tuple[str, ...] = tuple(ARMS)
+
+    def selections(self, arm: Arm, kind: str) -> list[Selection]:
+        """The selections of a block's kind (`Block.selections`) for an arm."""
+        if kind == "default":
+            return [arm.default] + ([Selection("learned", 10, KEPT)] if arm.reranks else [])
+        if kind == "adaptive":
+            return [Selection("learned", 10, kept) for kept in self.kept]
+        if kind == "orders":
+            return [Selection(order, DEPTH, kept) for order in ORDERS for kept in self.kept]
+        if not arm.reranks:
+            return [Selection("retriever", k, k) for k in self.retrieved]
+        return [Selection("learned", k, m) for k in self.retrieved for m in self.kept if m <= k]
+
+
+SMOKE = Scale(
+    stages=(dataclasses.replace(STAGES[1], steps=2),),
+    retrieved=(1, 10),
+    kept=(1, 3),
+    num_examples=8,
+    speed_questions=32,
+    arms=("fid", "lumen", "glimmer", "tau_1", "tau_0.1", "separate", "glimmer_frozen")
+    + ("glimmer_single",),
+)
+
+
+def task_steps(stage: Stage, task: str | None) -> int:
+    """Steps of a stage; for one task, those in which the mixture has as many examples of it."""
+    if task is None:
+        return stage.steps
+    shares = [SHARES.get(name, 1.0) for name in TASKS]
+    return max(1, round(stage.steps * SHARES.get(task, 1.0) / sum(shares)))

@@ -1,0 +1,296 @@
+"""Writes the report of `experiments.claims`: docs/results.md, its plots, and experiments/claims.json.
+
+Everything comes from the results file; nothing is run.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import claim_plots
+from experiments.claim_analysis import MASS, Judged, Study, adaptive, judge_all
+from experiments.claim_arms import ARMS, BLOCKS
+from experiments.claim_criteria import CLAIMS
+from experiments.claim_results import Results
+from experiments.claim_statistics import Estimate
+from glimmer_jax.pydocs.questions import TASKS
+
+TITLES = {
+    "which_function": "which function",
+    "slot_filling": "slot filling",
+    "fact_verification": "fact verification",
+}
+IDLE = 0.2  # cores that other processes may keep busy during a measurement of speed
+INTRODUCTION = """\
+# Results
+
+The claims of the GLIMMER paper, tested at the scale of this project: tiny models, trained from
+scratch on the built-in corpus, and evaluated on held-out modules. `python -m experiments.claims`
+wrote this page from `experiments/claims.jsonl`; `experiments/claims.json` has the same figures.
+Quality is exact match in percent, averaged over the three tasks.
+
+All arms start from the same parameters, which know reading exercises only, without a scoring head.
+A seed determines the examples, their order and their synthetic names, and is shared by all arms, so
+that differences are paired. Intervals are 95 % intervals of the mean over seeds: Student's t over
+seeds, and a bootstrap over seeds and pages. A criterion must be met by the outer bounds of both.
+The criteria are in `experiments/claim_criteria.py` and were fixed before the first run.
+
+Encoders have seven layers. Unless stated otherwise, three of them are live, LUMEN's memory is frozen
+and GLIMMER's is trained, and two of GLIMMER's live layers rerank. GLIMMER keeps three passages in
+training. FiD and LUMEN train with the same supervised scores and drop the scoring head.
+"""
+COMMANDS = """\
+## Commands
+
+<!-- needs: hours -->
+```sh
+python -m experiments.train_pydocs --models=start   # if the start is missing
+python -m experiments.claims --blocks=T             # learning rates, on dev
+python -m experiments.claims                        # all blocks; rerunning resumes
+python -m experiments.claims --blocks=S             # measured speed, on an idle machine
+python -m experiments.claims --report               # rewrites this page
+```
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Folders:
+    """Where the report is written."""
+
+    docs: Path = Path("docs")  # results.md and plots
+    data: Path = Path("experiments")  # claims.json
+
+
+def write(results: Results, folders: Folders = Folders()) -> None:
+    """Writes all files of the report. Raises ValueError without any unit."""
+    study = Study(results)
+    judged = judge_all(study)
+    for folder in (folders.docs, folders.data):
+        folder.mkdir(parents=True, exist_ok=True)
+    plots = claim_plots.write(study, folders.docs)
+    page = folders.docs / "results.md"
+    page.write_text(text(study, judged, plots), encoding="utf-8")
+    summary = folders.data / "claims.json"
+    summary.write_text(json.dumps(as_json(study, judged), indent=1) + "\n", encoding="utf-8")
+    print(f"Wrote {page}, {summary} and {', '.join(str(folders.docs / name) for name in plots)}.")
+
+
+def text(study: Study, judged: dict[str, tuple[str, list[Judged]]], plots: dict[str, str]) -> str:
+    """The page, in Markdown.
+
+    Args:
+      study: the results.
+      judged: of `judge_all`.
+      plots: file name -> caption.
+    """
+    parts = [INTRODUCTION, _claims(study, judged)]
+    parts += [f"![{caption}]({name})\n" for name, caption in plots.items()]
+    parts += [_parts(judged), *(_block(study, block) for block in BLOCKS), _adaptive(study)]
+    parts += [_baselines(study), _procedure(study), COMMANDS]
+    return "\n".join(part for part in parts if part)
+
+
+def as_json(study: Study, judged: dict[str, tuple[str, list[Judged]]]) -> dict[str, Any]:
+    """Verdicts, contrasts and the results of every arm, without the answers to single questions."""
+    claims = {}
+    for claim in CLAIMS:
+        verdict, parts = judged[claim.name]
+        rows = [_finite(dataclasses.asdict(part)) for part in parts]
+        hours = round(study.hours(claim.blocks), 2)
+        claims[claim.name] = {
+            "claim": claim.text, "verdict": verdict, "hours": hours, "parts": rows
+        }  # fmt: skip
+    units = []
+    for (block, arm, seed), unit in sorted(study.units.items()):
+        results = {
+            key: {name: value for name, value in result.items() if name != "hits"}
+            for key, result in unit["results"].items()
+        }
+        units.append(
+            {
+                "block": block,
+                "arm": arm,
+                "seed": seed,
+                "rate": unit["rate"],
+                "seconds": unit["seconds"],
+                "results": results,
+            }
+        )
+    return {
+        "claims": claims,
+        "baselines": study.baselines,
+        "procedure": study.procedure,
+        "units": units,
+    }
+
+
+def _finite(part: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity: an unbounded interval becomes null."""
+    if part["estimate"] is not None:
+        for name in ("t", "bootstrap"):
+            bounds = part["estimate"][name]
+            part["estimate"][name] = bounds if abs(bounds[0]) != float("inf") else None
+    return part
+
+
+def _claims(study: Study, judged: dict[str, tuple[str, list[Judged]]]) -> str:
+    rows = []
+    for claim in CLAIMS:
+        verdict, _ = judged[claim.name]
+        name = f"{claim.name}. " if claim.name.isdigit() else ""
+        blocks = ", ".join(claim.blocks)
+        rows.append(
+            [name + claim.text, f"**{verdict}**", blocks, f"{study.hours(claim.blocks):.1f}"]
+        )
+    head = ["claim", "verdict", "blocks", "hours of these blocks"]
+    return "## Claims\n\n" + table(head, rows)
+
+
+def _parts(judged: dict[str, tuple[str, list[Judged]]]) -> str:
+    rows = []
+    for claim in CLAIMS:
+        for part in judged[claim.name][1]:
+            kind = part.text if part.required else f"{part.text} (not part of the criterion)"
+            rows.append([claim.name, kind, *_estimate(part.estimate), part.verdict])
+    head = ["claim", "contrast", "points", "t over seeds", "bootstrap", "each seed", "verdict"]
+    return "## Criteria and contrasts\n\n" + table(head, rows)
+
+
+def _estimate(found: Estimate | None) -> list[str]:
+    if found is None:
+        return ["", "", "", ""]
+    bounds = [
+        "-" if abs(low) == float("inf") else f"{100 * low:+.1f} to {100 * high:+.1f}"
+        for low, high in (found.t, found.bootstrap)
+    ]
+    return [f"{100 * found.mean:+.1f}", *bounds, _each(found, "+")]
+
+
+def _each(found: Estimate, sign: str = "") -> str:
+    return " ".join(f"{100 * value:{sign}.1f}" for value in found.by_seed)
+
+
+def _block(study: Study, letter: str) -> str:
+    """A block's arms and selections; empty if none has run."""
+    block = BLOCKS[letter]
+    if block.speed or letter == "G":
+        return ""
+    rows = []
+    for arm in block.arms:
+        units = [unit for (name, of, _), unit in study.units.items() if (name, of) == (letter, arm)]
+        keys = dict.fromkeys(key for unit in units for key in unit["results"])
+        for key in keys:
+            seeds, found = study.contrast([(arm, key, 1.0)])
+            if found is None:
+                continue
+            results = study.seeds(arm, key).values()
+            order, retrieved, kept = key.split(":")
+            by_task = [
+                f"{100 * sum(x['exact_match'][task] for x in results) / len(seeds):.1f}"
+                for task in TASKS
+            ]
+            recall = sum(sum(x["recall"].values()) / len(TASKS) for x in results) / len(seeds)
+            speed = study.speed(arm, key)
+            rows.append(
+                [
+                    ARMS[arm].about, order, retrieved, kept, *by_task,
+                    f"{100 * found.mean:.1f}", _each(found), f"{100 * recall:.1f}",
+                    f"{study.gflop(arm, key):.3f}", "" if speed is None else _rate(speed),
+                ]
+            )  # fmt: skip
+    if not rows:
+        return ""
+    head = [
+        "arm", "order", "K", "m", *TITLES.values(), "mean", "each seed", "recall of the kept",
+        "GFLOP", "questions/s",
+    ]  # fmt: skip
+    title = f"## Block {letter}: {block.title}\n\n"
+    return title + table(head, rows) + (_recall(study) if letter == "B" else "")
+
+
+def _rate(speed: dict[str, Any]) -> str:
+    idle = speed["other_load"] is not None and speed["other_load"] <= IDLE
+    return f"{speed['questions_per_second']:.0f}{'' if idle else ' (beside other work)'}"
+
+
+def _recall(study: Study) -> str:
+    """Recall of the kept passages by order, K and m."""
+    found: dict[str, list[float]] = {}
+    for (block, _, _), unit in study.units.items():
+        if block == "B":
+            for key, result in unit["results"].items():
+                found.setdefault(key, []).append(sum(result["recall"].values()) / len(TASKS))
+    keys = [key.split(":") for key in found]
+    columns = sorted({(int(k), int(m)) for _, k, m in keys}, key=lambda km: (km[1], km[0]))
+    rows = []
+    for order in dict.fromkeys(order for order, _, _ in keys):
+        values = (found.get(f"{order}:{k}:{m}") for k, m in columns)
+        rows.append([order, *("" if x is None else f"{100 * sum(x) / len(x):.1f}" for x in values)])
+    head = ["order", *(f"K = {k}, m = {m}" for k, m in columns)]
+    return "\nRecall of the kept passages, mean over tasks and seeds:\n\n" + table(head, rows)
+
+
+def _adaptive(study: Study) -> str:
+    rows = [
+        [f"{row['threshold']:g}", f"{row['gflop']:.3f}", *_estimate(row["estimate"])]
+        for row in adaptive(study)
+    ]
+    if not any(MASS in key for key in study.selections("glimmer")):
+        return ""
+    head = ["share", "GFLOP", "points", "t over seeds", "bootstrap", "each seed"]
+    return (
+        f"## Block G: {BLOCKS['G'].title}\n\nGLIMMER keeps the fewest of ten passages that reach a "
+        "share of the reranker's softmax,\ncompared with a fixed m at equal mean compute.\n\n"
+        + table(head, rows)
+    )
+
+
+def _baselines(study: Study) -> str:
+    rows = [
+        [TITLES[task], name.replace("_", " "), f"{100 * value:.1f}"]
+        for task, rules in study.baselines.items()
+        for name, value in rules.items()
+    ]
+    return (
+        "## Baselines without a model\n\nRules of `glimmer_jax/pydocs/baselines.py` over ten passages, "
+        "and the retriever's recall.\n\n" + table(["task", "rule", "%"], rows)
+    )
+
+
+def _procedure(study: Study) -> str:
+    stages = [
+        [
+            stage["name"],
+            stage["settings"]["MIXTURE_OR_TASK_NAME"].replace("_", " "),
+            str(stage["settings"]["TASK_FEATURE_LENGTHS"]["passages"][0]),
+            str(stage["steps"]),
+            f"{stage['settings']['LEARNING_RATE']:g}",
+        ]
+        for stage in study.procedure["stages"]
+    ]
+    arms = dict.fromkeys(arm for _, arm, _ in study.units)
+    rates = {
+        arm: next(u["rate"] for (_, a, _), u in study.units.items() if a == arm) for arm in arms
+    }
+    tuned = {unit["arm"] for unit in study.tuning}
+    rows = []
+    for arm in arms:
+        source = ARMS[arm].rate_of or arm
+        how = ("own" if source == arm else ARMS[source].about) if source in tuned else "not tuned"
+        rows.append([arm.replace("_", " "), ARMS[arm].about, f"{rates[arm]:g}", how])
+    left_out = f"\n{study.stale} units of other settings are left out.\n" if study.stale else ""
+    return (
+        f"## Procedure\n\n{study.hours(list(BLOCKS)):.1f} hours in {len(study.units)} units, without "
+        f"tuning.\n{left_out}\n"
+        + table(["stage", "task", "K", "steps", "rate"], stages)
+        + "\nLearning rates, as factors of the stages' rates with K above 1, chosen on dev with a seed "
+        "of\ntheir own:\n\n" + table(["arm", "", "factor", "tuned"], rows)
+    )
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

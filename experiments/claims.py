@@ -1,0 +1,285 @@
+"""Runs the experiments on the paper's claims and reports them.
+
+    python -m experiments.claims [--blocks=A,B] [--seeds=0,1,2,3,4] [--start=FILE] [--output=DIR]
+    python -m experiments.claims --report    # rewrites the report from the results, runs nothing
+    python -m experiments.claims --smoke     # the same procedure with tiny runs, in minutes
+
+A unit is a block, an arm and a seed (`claim_arms`). Its result is appended to
+`experiments/claims.jsonl` as soon as it is known, and finished units are skipped, so that rerunning
+the command resumes it and an interruption loses at most the current stage. Runs that arms share are
+trained once. Block T tunes learning rates on dev; run it before the others, or they use the rates of
+the recipe. Block S measures speed; run it alone on an idle machine.
+
+    experiments/claims.jsonl    a line per unit
+    experiments/claims.json     statistics and verdicts
+    docs/results.md             the report, with plots beside it
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments import claim_arms, claim_report
+from experiments.claim_arms import ARMS, BLOCKS, TUNING, Arm, Scale, Selection
+from experiments.claim_results import Results, digest
+from experiments.command import glimmer, run_module
+from experiments.train_pydocs import CUTS, SEEDS_PER_RUN, START, TASK, metrics, write_data
+from glimmer_jax.pydocs.questions import TASKS
+from glimmer_jax.runtime.progress import Progress
+from glimmer_jax.shipped import CHECKPOINTS
+
+PASSAGES = "data/pydocs/passages"
+QUESTIONS = f"data/pydocs/retrieved_{claim_arms.DEPTH}"
+SPLITS = ("dev", "test")
+RESULTS = Path("experiments/claims.jsonl")
+RECALL_AT = (5, 10, 20, claim_arms.DEPTH)  # K of block B's curves of recall
+
+
+class Unit(NamedTuple):
+    """What is run, recorded and skipped as a whole."""
+
+    block: str
+    arm: str
+    seed: int
+    rate: float | None = None  # factor of the learning rate; None is the best on dev
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs all unfinished units, then writes the report. Exits at the first failing command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--blocks", default=",".join(BLOCKS), help=f"{TUNING} tunes rates")
+    parser.add_argument("--seeds", default="0,1,2,3,4", help="separated by commas")
+    parser.add_argument("--start", type=Path, default=CHECKPOINTS / f"pydocs_{START}.safetensors")
+    parser.add_argument("--output", type=Path, default=Path("runs/claims"), help="of the runs")
+    parser.add_argument("--report", action="store_true", help="only rewrite the report")
+    parser.add_argument("--smoke", action="store_true", help="tiny runs, reported into --output")
+    args = parser.parse_args(argv)
+    blocks = args.blocks.split(",")
+    if unknown := sorted(set(blocks) - {TUNING, *BLOCKS}):
+        parser.error(f"--blocks must be among {TUNING}, {', '.join(BLOCKS)}; got {unknown}.")
+    try:
+        seeds = [int(seed) for seed in args.seeds.split(",")]
+    except ValueError:
+        parser.error(f"--seeds must be numbers separated by commas, got {args.seeds!r}.")
+    scale = claim_arms.SMOKE if args.smoke else Scale()
+    folders = claim_report.Folders()
+    path = RESULTS
+    if args.smoke:
+        path, seeds = args.output / RESULTS.name, seeds[:1]
+        folders = claim_report.Folders(args.output, args.output)
+    results = Results(path)
+    if not args.report:
+        if not args.start.is_file():
+            parser.error(
+                f"--start: expected the parameters that all arms start from, found no file {args.start}. "
+                f"Train them: python -m experiments.train_pydocs --models={START}"
+            )
+        Study(scale, args.output, args.start, results).run(blocks, seeds)
+    claim_report.write(results, folders)
+
+
+class Study:
+    """Runs units and records them."""
+
+    def __init__(self, scale: Scale, output: Path, start: Path, results: Results):
+        self._scale, self._output, self._start, self._results = scale, output, start, results
+        self._checksum = hashlib.sha256(start.read_bytes()).hexdigest()[:12]
+        about = {
+            "recipe": claim_arms.RECIPE,
+            "start": self._checksum,
+            "stages": [dataclasses.asdict(stage) for stage in scale.stages],
+            "task": TASK,
+            "cuts": CUTS,
+            "first_seed": claim_arms.FIRST_SEED,
+        }
+        self._procedure = results.add_procedure(about)
+        self._questions = ""  # known once the files are written
+
+    def run(self, blocks: Sequence[str], seeds: Sequence[int]) -> None:
+        """Runs the unfinished units of the blocks, seed by seed."""
+        self._output.mkdir(parents=True, exist_ok=True)
+        self._prepare()
+        if TUNING in blocks:
+            self._run_all(list(self._tuning()))
+        self._run_all(list(self._units([block for block in blocks if block != TUNING], seeds)))
+
+    def _tuning(self) -> Iterator[Unit]:
+        for arm in claim_arms.TUNED:
+            if arm in self._scale.arms:
+                yield from (
+                    Unit(TUNING, arm, claim_arms.TUNING_SEED, rate) for rate in claim_arms.RATES
+                )
+
+    def _units(self, blocks: Sequence[str], seeds: Sequence[int]) -> Iterator[Unit]:
+        """Seed by seed within a block, so that an early stop leaves complete seeds."""
+        for block in blocks:
+            for seed in seeds[:1] if BLOCKS[block].speed else seeds:
+                for arm in BLOCKS[block].arms:
+                    if arm in self._scale.arms:
+                        yield Unit(block, arm, seed)
+
+    def _run_all(self, units: list[Unit]) -> None:
+        todo = [unit for unit in units if self._results.find(**self._identity(unit)) is None]
+        done = len(units) - len(todo)
+        progress = Progress("claims", len(units), "units", done=done, emit=_print)
+        for unit in todo:
+            progress.log(f"next: block {unit.block}, {unit.arm}, seed {unit.seed}")
+            self._results.append(self._run(unit))
+            progress.advance()
+        progress.log()
+
+    def _prepare(self) -> None:
+        write_data()
+        files = [Path(QUESTIONS, f"{task}-{split}.jsonl") for task in TASKS for split in SPLITS]
+        if not all(file.is_file() for file in files):
+            glimmer(
+                "retrieve",
+                "examples/pydocs_retrieve",
+                QUESTIONS="data/pydocs/corpus/questions/*-[dt]e*.jsonl",  # those of SPLITS
+                DATA_DIR=QUESTIONS,
+                NUM_PASSAGES=claim_arms.DEPTH,
+            )
+        self._questions = self._results.add_questions(
+            Path(QUESTIONS), Path(PASSAGES), self._scale.num_examples
+        )
+
+    def _rate(self, unit: Unit) -> float:
+        """The factor of the learning rate: the unit's own, the best on dev, or 1 before tuning."""
+        if unit.rate is not None:
+            return unit.rate
+        arm = ARMS[unit.arm].rate_of or unit.arm
+        found = {}
+        for rate in claim_arms.RATES:
+            tuned = self._results.find(
+                **self._identity(Unit(TUNING, arm, claim_arms.TUNING_SEED, rate))
+            )
+            if tuned is not None:
+                by_task = tuned["results"][ARMS[arm].default.key]["exact_match"]
+                found[rate] = sum(by_task.values())
+        return (
+            max(found, key=lambda rate: found[rate]) if len(found) == len(claim_arms.RATES) else 1.0
+        )
+
+    def _identity(self, unit: Unit) -> dict[str, Any]:
+        """Fields that a unit's record must have to count as this unit's result."""
+        arm, rate = ARMS[unit.arm], self._rate(unit)
+        return {
+            "block": unit.block,
+            "arm": unit.arm,
+            "seed": unit.seed,
+            "rate": rate,
+            "settings": digest(dataclasses.asdict(arm)),
+            "questions": self._questions,
+            "procedure": self._procedure,
+        }
+
+    def _run(self, unit: Unit) -> dict[str, Any]:
+        """Trains what is missing, evaluates, and returns the record."""
+        arm, identity = ARMS[unit.arm], self._identity(unit)
+        runs, spent = {}, 0.0
+        for tasks in [(task,) for task in TASKS] if arm.single else [TASKS]:
+            task = tasks[0] if arm.single else None
+            run, seconds = self._train(arm, unit.seed, identity["rate"], task)
+            spent += seconds
+            runs |= dict.fromkeys(tasks, str(run))
+        trained = time.monotonic()
+        found = self._evaluate(unit, arm, runs)
+        evaluated = time.monotonic() - trained
+        return {
+            **identity,
+            "seconds": {"train": round(spent), "evaluate": round(evaluated)},
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            **found,
+        }
+
+    def _train(self, arm: Arm, seed: int, rate: float, task: str | None) -> tuple[Path, float]:
+        """The last run of an arm's chain, and the seconds of training that it still took."""
+        gin_file, cut = CUTS[arm.model]
+        previous, spent = self._without_head(), 0.0
+        for stage in self._scale.stages:
+            num_passages = stage.settings["TASK_FEATURE_LENGTHS"]["passages"][0]
+            macros = {**TASK, **stage.settings, **cut, **arm.settings}
+            if arm.reranks:
+                macros["NUM_KEPT"] = min(claim_arms.KEPT, num_passages)
+            if num_passages > 1:
+                macros |= arm.ranking
+                macros["LEARNING_RATE"] *= rate
+            if task is not None:
+                mixture = macros["MIXTURE_OR_TASK_NAME"]
+                macros["MIXTURE_OR_TASK_NAME"] = mixture.replace("_", f"_{task}_", 1)
+            steps = claim_arms.task_steps(stage, task)
+            macros |= {
+                "TRAIN_STEPS": steps,
+                "WARMUP_STEPS": min(macros["WARMUP_STEPS"], steps // 5),
+                "RANDOM_SEED": SEEDS_PER_RUN * (claim_arms.FIRST_SEED + seed) + stage.number,
+                "KEEP_LATEST": 1,
+                "INITIAL_CHECKPOINT_PATH": previous,
+            }
+            # Equal runs of several arms have the same name and are trained once.
+            run = self._output / f"{stage.name}_{digest([gin_file, macros])}"
+            finished = run / "finished"
+            if not finished.is_file():
+                glimmer("train", gin_file, MODEL_DIR=run, **macros)
+                finished.touch()
+                spent += metrics(run)[-1]["train/alive_seconds"]
+            previous = run
+        return previous, spent
+
+    def _without_head(self) -> Path:
+        """The start without its scoring head: in FiD's cut, which has none."""
+        path = self._output / f"start_{self._checksum}.safetensors"
+        if not path.is_file():
+            glimmer(
+                "export",
+                "runs/export",
+                "sizes/tiny",
+                "models/fid",
+                CHECKPOINT_PATH=self._start,
+                OUTPUT_PATH=path,
+            )
+        return path
+
+    def _evaluate(self, unit: Unit, arm: Arm, runs: dict[str, str]) -> dict[str, Any]:
+        block = BLOCKS.get(unit.block)
+        kind = "default" if block is None else block.selections
+        orders = kind == "orders"
+        job = {
+            "runs": runs,
+            "reranks": arm.reranks,
+            "selections": self._scale.selections(arm, kind),
+            "recalls": [
+                Selection(order, k, m)
+                for order in claim_arms.ORDERS
+                for k in RECALL_AT
+                for m in claim_arms.KEPT_PASSAGES
+            ]
+            if orders
+            else [],
+            "questions": QUESTIONS,
+            "passages": PASSAGES,
+            "scratch": str(self._output / "memory"),
+            "split": "dev" if block is None else "test",
+            "num_examples": self._scale.num_examples,
+            "adaptive": kind == "adaptive",
+            "speed_questions": self._scale.speed_questions if block and block.speed else None,
+        }
+        given, result = self._output / "job.json", self._output / "result.json"
+        given.write_text(json.dumps(job), encoding="utf-8")
+        run_module("experiments.claim_evaluation", str(given), str(result))
+        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        return found
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""Verdicts and the report, from results files with known answers."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import claim_report, claim_statistics
+from experiments.claim_analysis import (
+    FAILS,
+    FEW_SEEDS,
+    HOLDS,
+    NOT_RUN,
+    UNDECIDED,
+    Study,
+    adaptive,
+    judge_all,
+)
+from experiments.claim_arms import ARMS, BLOCKS, THRESHOLDS, Scale
+from experiments.claim_report import Folders
+from experiments.claim_results import Results, encode_numbers, pack
+from glimmer_jax.pydocs.questions import TASKS
+
+COUNT = 300  # questions of each task
+ABOUT = {
+    "stages": [
+        {
+            "name": "choose",
+            "steps": 2,
+            "settings": {
+                "MIXTURE_OR_TASK_NAME": "pydocs_renamed",
+                "TASK_FEATURE_LENGTHS": {"passages": [3, 120]},
+                "LEARNING_RATE": 0.008,
+            },
+        }
+    ]
+}
+# As the paper claims it.
+QUALITY = {
+    "fid": 0.5, "lumen": 0.5, "glimmer": 0.8, "tau_1": 0.6, "tau_0.3": 0.7, "tau_0.1": 0.8,
+    "unranked": 0.5, "separate": 0.8, "lumen_trained": 0.7, "glimmer_frozen": 0.7,
+    "lumen_small": 0.45, "glimmer_small": 0.75, "fid_single": 0.4, "lumen_single": 0.45,
+    "glimmer_single": 0.75, "lumen_small_single": 0.25, "glimmer_small_single": 0.55,
+}  # fmt: skip
+
+
+def hits(quality, seed):
+    """Answers with about this quality; the same questions are hard for all arms of a seed."""
+    draw = np.random.default_rng(seed)
+    return {task: draw.random(COUNT) < quality + 0.01 * draw.normal() for task in TASKS}
+
+
+def cost(arm, key):
+    _, retrieved, kept = key.split(":")
+    per_passage = {"fid": 0.12, "lumen": 0.06}.get(arm, 0.03)
+    extra = 0.1 if arm == "separate" else 0.0
+    return per_passage * int(retrieved) + 0.03 * int(kept) * (arm not in ("fid", "lumen")) + extra
+
+
+def quality_of(quality, arm, key):
+    order, retrieved, kept = key.split(":")
+    if arm in ("fid", "lumen"):
+        return quality - 0.02 * (10 - min(int(retrieved), 10))
+    if arm != "glimmer":
+        return quality
+    rises = 0.02 * min(int(retrieved), 10) + 0.06 * np.log(int(kept)) - 0.2
+    return quality + rises + {"retriever": -0.2, "oracle": 0.1, "rule": -0.1}.get(order, 0)
+
+
+def unit(block, arm, seed, quality):
+    selections = Scale().selections(ARMS[arm], BLOCKS[block].selections)
+    results = {}
+    for selection in selections:
+        key = selection.key
+        results[key] = {"gflop": cost(arm, key)}
+        if BLOCKS[block].speed:
+            results[key] |= {"questions_per_second": 40 / cost(arm, key), "other_load": 0.0}
+            continue
+        found = hits(quality_of(quality[arm], arm, key), seed)
+        results[key] |= {
+            "hits": {task: pack(bits) for task, bits in found.items()},
+            "exact_match": {task: float(bits.mean()) for task, bits in found.items()},
+            "recall": dict.fromkeys(TASKS, 0.9),
+        }
+    for threshold in THRESHOLDS if block == "G" else ():
+        results[f"mass:{threshold}"] = {**results["learned:10:2"], "gflop": 0.35 + 0.1 * threshold}
+    return {
+        "block": block, "arm": arm, "seed": seed, "rate": 1.0, "settings": f"of {arm}",
+        "questions": "q", "procedure": "p", "seconds": {"train": 30, "evaluate": 6},
+        "machine": "test", "results": results,
+    }  # fmt: skip
+
+
+def fill(path, blocks="ABCDEFGS", seeds=5, quality=QUALITY):
+    results = Results(path)
+    pages = {task: encode_numbers(np.arange(COUNT) // 2) for task in TASKS}
+    rules = {task: {"signature_rule": 0.9, "recall_at_1": 0.8} for task in TASKS}
+    results.append({"questions": "q", "pages": pages, "baselines": rules})
+    results.append({"procedure": "p", "about": ABOUT})
+    for block in blocks:
+        for seed in range(1 if BLOCKS[block].speed else seeds):
+            for arm in BLOCKS[block].arms:
+                results.append(unit(block, arm, seed, quality))
+    return results
+
+
+def verdicts(results):
+    return {name: verdict for name, (verdict, _) in judge_all(Study(results)).items()}
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    monkeypatch.setattr(claim_statistics, "SAMPLES", 300)
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory):
+    return fill(tmp_path_factory.mktemp("claims") / "claims.jsonl")
+
+
+def test_all_claims_hold_where_the_answers_are_made_so(complete):
+    assert set(verdicts(complete).values()) == {HOLDS}
+
+
+def test_claims_fail_or_stay_undecided_where_the_answers_are_made_so(tmp_path):
+    other = {**QUALITY, "glimmer": 0.3, "tau_1": 0.9, "separate": 0.9, "lumen_trained": 0.501}
+    found = verdicts(fill(tmp_path / "claims.jsonl", quality=other))
+    assert [found[name] for name in "1245"] == [FAILS] * 4
+    equal = {**QUALITY, "tau_0.1": QUALITY["tau_1"]}
+    found = verdicts(fill(tmp_path / "equal.jsonl", "C", quality=equal))
+    assert found["5"] in (FAILS, UNDECIDED)
+
+
+def test_claims_without_results_or_seeds_are_named(tmp_path):
+    results = fill(tmp_path / "claims.jsonl", "AB", seeds=2)
+    found = verdicts(results)
+    assert found["5"] == found["2"] == found["4"] == NOT_RUN
+    assert found["3"] == found["orders"] == FEW_SEEDS
+    claim_report.write(results, Folders(tmp_path / "docs", tmp_path))
+    page = (tmp_path / "docs" / "results.md").read_text()
+    assert NOT_RUN in page and FEW_SEEDS in page
+    with pytest.raises(ValueError, match=r"none\.jsonl.*experiments\.claims"):
+        Study(Results(tmp_path / "none.jsonl"))
+
+
+def test_one_seed_has_no_interval_and_no_verdict(tmp_path):
+    results = fill(tmp_path / "claims.jsonl", "ACS", seeds=1)
+    claim_report.write(results, Folders(tmp_path, tmp_path))
+    summary = json.loads((tmp_path / "claims.json").read_text())
+    (part, *_) = summary["claims"]["5"]["parts"]
+    assert part["estimate"]["t"] is None and len(part["estimate"]["by_seed"]) == 1
+    assert summary["claims"]["5"]["verdict"] == FEW_SEEDS
+
+
+def test_equal_compute_leaves_out_dearer_rivals(tmp_path):
+    # FiD and LUMEN are best where they read twenty passages, at far more compute.
+    results = fill(tmp_path / "claims.jsonl", "AS")
+    for record in results.units:
+        if record["arm"] in ("fid", "lumen") and record["block"] == "A":
+            record["results"]["retriever:20:20"]["hits"] = {
+                task: pack(np.ones(COUNT, bool)) for task in TASKS
+            }
+    verdict, (cheaper, faster) = judge_all(Study(results))["1"]
+    assert (verdict, cheaper.verdict, faster.verdict) == (FAILS, HOLDS, FAILS)
+    assert "K = 20" in faster.text and "K = 20" not in cheaper.text
+
+
+def test_the_report_shows_every_claim_seed_and_baseline(complete, tmp_path):
+    claim_report.write(complete, Folders(tmp_path / "docs", tmp_path))
+    page = (tmp_path / "docs" / "results.md").read_text()
+    study = Study(complete)
+    for name, (verdict, parts) in judge_all(study).items():
+        assert f"**{verdict}**" in page, name
+        for part in parts:
+            text = part.text if part.required else f"{part.text} (not part of the criterion)"
+            (row,) = [row for row in page.splitlines() if f"| {text} |" in row]
+            each = [f"{100 * value:+.1f}" for value in part.estimate.by_seed]
+            assert " ".join(each) in row and len(each) == 5
+    for title in ("Block A", "Block B", "Block C", "Block D", "Block E", "Block F", "Block G"):
+        assert title in page
+    assert "signature rule | 90.0" in page
+    assert "beside other work" not in page
+    for line in page.split("\n| ")[0].splitlines():
+        assert len(line) <= 100
+    for name in ("claims_quality.png", "claims_passages.png"):
+        assert (tmp_path / "docs" / name).read_bytes().startswith(b"\x89PNG") and name in page
+    summary = json.loads((tmp_path / "claims.json").read_text())
+    assert summary["claims"]["1"]["verdict"] == HOLDS
+    assert len(summary["units"]) == len(complete.units)
+    assert summary["claims"]["5"]["hours"] == pytest.approx(4 * 5 * 36 / 3600, abs=0.01)
+
+
+def test_speed_measured_beside_other_work_is_marked(tmp_path):
+    results = fill(tmp_path / "claims.jsonl", "AS", seeds=2)
+    for record in results.units:
+        for result in record["results"].values():
+            if "other_load" in result:
+                result["other_load"] = 1.5
+    claim_report.write(results, Folders(tmp_path, tmp_path))
+    assert "(beside other work)" in (tmp_path / "results.md").read_text()
+
+
+def test_adaptive_m_is_compared_at_equal_compute(complete):
+    rows = adaptive(Study(complete))
+    assert [row["threshold"] for row in rows] == sorted(THRESHOLDS)
+    # The answers of m = 2 at a cost between those of m = 1 and 2, or of m = 2 and 3.
+    assert all(0.36 <= row["gflop"] <= 0.45 for row in rows)
+    for row in rows:
+        assert (row["estimate"].mean > 0) == (row["gflop"] < cost("glimmer", "learned:10:2"))
+
+
+def test_results_of_other_settings_are_left_out(tmp_path):
+    results = fill(tmp_path / "claims.jsonl", "C", seeds=3)
+    results.append({**unit("C", "tau_1", 3, QUALITY), "settings": "new"})
+    study = Study(results)
+    assert set(study.seeds("tau_1", "learned:10:1")) == {3}
+    assert set(study.seeds("tau_0.1", "learned:10:1")) == {0, 1, 2}
+    assert study.stale == 3
+    results.append({"procedure": "other", "about": ABOUT})
+    results.append({**unit("C", "tau_1", 0, QUALITY), "procedure": "other"})
+    assert len(Study(results).units) == 1
+
+
+def test_results_survive_an_interruption_while_writing(tmp_path):
+    results = fill(tmp_path / "claims.jsonl", "C", seeds=1)
+    with results.path.open("ab") as file:
+        file.write(b'{"block": "C", "arm"')
+    again = Results(results.path)
+    assert again.units == results.units
+    again.append(unit("C", "tau_1", 1, QUALITY))
+    assert Results(results.path).units == again.units
+    assert again.find(block="C", arm="tau_1", seed=1) is not None
+    assert again.find(block="C", arm="tau_1", seed=2) is None

@@ -1,0 +1,237 @@
+"""The runner of the experiments: pairing, shared runs and resumption, with training left out."""
+
+import json
+from pathlib import Path
+
+import gin
+import pytest
+
+from experiments import claims, train_pydocs
+from experiments.claim_arms import (
+    ARMS,
+    BLOCKS,
+    RATES,
+    STAGES,
+    THRESHOLDS,
+    TUNED,
+    Scale,
+    task_steps,
+)
+from experiments.claim_criteria import CLAIMS, Rivals
+from experiments.claim_results import Results, pack
+from glimmer_jax.pydocs.questions import TASKS
+from tests.experiments.train_pydocs_test import Commands, configured
+
+COUNT = 4
+
+
+class Study(Commands):
+    """Stands in for all commands of the study; a model answers all questions of an arm alike."""
+
+    def __init__(self):
+        super().__init__()
+        self.jobs = []
+        self.quality = lambda job: 0.5
+
+    def run_module(self, module, job_path, result_path):
+        assert module == "experiments.claim_evaluation"
+        job = json.loads(Path(job_path).read_text())
+        self.jobs.append(job)
+        keys = [":".join(map(str, fields)) for fields in job["selections"]]
+        if job["adaptive"]:
+            keys += [f"mass:{threshold}" for threshold in THRESHOLDS]
+        quality = self.quality(job)
+        values = {
+            "gflop": 1.0,
+            "hits": dict.fromkeys(TASKS, pack([True] * COUNT)),
+            "exact_match": dict.fromkeys(TASKS, quality),
+            "recall": dict.fromkeys(TASKS, 0.5),
+        }
+        Path(result_path).write_text(json.dumps({"results": dict.fromkeys(keys, values)}))
+
+
+@pytest.fixture
+def study(monkeypatch, tmp_path):
+    found = Study()
+    monkeypatch.setattr(claims, "glimmer", found)
+    monkeypatch.setattr(claims, "run_module", found.run_module)
+    monkeypatch.setattr(claims, "write_data", lambda: None)
+    monkeypatch.setattr(claims.claim_report, "write", lambda *args: None)
+    monkeypatch.setattr(Results, "add_questions", lambda *args: "questions")
+    monkeypatch.chdir(tmp_path)
+    Path("start.safetensors").write_bytes(b"parameters")
+    Path(claims.QUESTIONS).mkdir(parents=True)
+    for name in (f"{task}-{split}.jsonl" for task in TASKS for split in claims.SPLITS):
+        Path(claims.QUESTIONS, name).touch()
+    yield found
+    gin.clear_config()
+
+
+def run(*flags):
+    claims.main(["--start=start.safetensors", "--output=runs", *flags])
+    return Results(Path("experiments/claims.jsonl")).units
+
+
+def trainings(study):
+    return [macros for mode, _, macros in study.ran if mode == "train"]
+
+
+def test_every_block_runs_its_arms_once_per_seed(study):
+    units = run("--seeds=0,1")
+    expected = {
+        (block, arm, seed)
+        for block, about in BLOCKS.items()
+        for arm in about.arms
+        for seed in ((0,) if about.speed else (0, 1))
+    }
+    assert [unit for unit in expected if unit not in ids(units)] == []
+    assert len(units) == len(expected)
+    assert {unit["rate"] for unit in units} == {1.0}
+
+
+def ids(units):
+    return {(unit["block"], unit["arm"], unit["seed"]) for unit in units}
+
+
+def test_arms_of_a_seed_read_the_same_examples_and_seeds_differ(study):
+    run("--blocks=A,C,D,E", "--seeds=0,1")
+    streams = {}
+    for macros in trainings(study):
+        stage = macros["MODEL_DIR"].name.partition("_")[0]
+        streams.setdefault(stage, set()).add(macros["RANDOM_SEED"])
+    assert streams.keys() == {stage.name for stage in STAGES}
+    assert all(len(seeds) == 2 for seeds in streams.values())
+    assert len(set.union(*streams.values())) == 6
+    # Not the streams of the shipped models of any plausible seed.
+    assert min(set.union(*streams.values())) >= 100 * train_pydocs.SEEDS_PER_RUN
+
+
+def test_arms_that_differ_later_share_their_first_runs(study):
+    run("--blocks=A,B,C,D,G", "--seeds=0")
+    names = study.runs()
+    assert len(names) == len(set(names))
+    reading = [name for name in names if name.startswith("read")]
+    assert len(reading) == 3  # FiD, LUMEN and GLIMMER; those of blocks C and D read like GLIMMER
+    assert sum(name.startswith("ten") for name in names) == 3 + 4 + 1
+
+
+def test_all_arms_start_from_the_start_without_its_head(study):
+    run("--blocks=A", "--seeds=0")
+    exports = [(files, macros) for mode, files, macros in study.ran if mode == "export"]
+    ((files, macros),) = exports
+    assert "models/fid" in files and macros["CHECKPOINT_PATH"] == Path("start.safetensors")
+    first = [m for m in trainings(study) if m["MODEL_DIR"].name.startswith("read")]
+    assert {m["INITIAL_CHECKPOINT_PATH"] for m in first} == {macros["OUTPUT_PATH"]}
+
+
+def test_distillation_sees_no_labels(study):
+    run("--blocks=C", "--seeds=0")
+    ranking = [m for m in trainings(study) if not m["MODEL_DIR"].name.startswith("read")]
+    assert {m["SUPERVISED_WEIGHT"] for m in ranking} == {0.0}
+    weights = sorted((m["DISTILLATION_WEIGHT"], m.get("TEMPERATURE")) for m in ranking[::2] if m)
+    assert len(ranking) == 8 and {weight for weight, _ in weights} == {0.0, 1.0}
+
+
+def test_single_tasks_have_as_many_examples_as_the_mixture_has_of_them(study):
+    run("--blocks=F", "--seeds=0")
+    for stage in STAGES:
+        assert sum(task_steps(stage, task) for task in TASKS) == pytest.approx(stage.steps, abs=2)
+    steps = {task: task_steps(STAGES[0], task) for task in TASKS}
+    assert steps["slot_filling"] == steps["fact_verification"] == 2 * steps["which_function"]
+    names = {m["MIXTURE_OR_TASK_NAME"] for m in trainings(study)}
+    assert {f"pydocs_{task}_renamed{x}" for task in TASKS for x in ("", "_gold")} <= names
+    job = study.jobs[-1]
+    assert set(job["runs"]) == set(TASKS) and len(set(job["runs"].values())) == 3
+
+
+def test_an_interrupted_study_resumes_and_a_finished_one_runs_nothing(study):
+    study.fail_at = 8
+    with pytest.raises(SystemExit):
+        run("--blocks=A", "--seeds=0,1")
+    first = Results(Path("experiments/claims.jsonl")).units
+    assert len(first) == 2
+    before = study.runs()
+    study.fail_at = None
+    assert len(run("--blocks=A", "--seeds=0,1")) == 6
+    assert len(study.runs()) == 2 * 3 * 3 and len(set(before)) == len(before)
+    count = len(study.ran)
+    assert len(run("--blocks=A", "--seeds=0,1")) == 6
+    assert len(study.ran) == count
+    assert len(run("--blocks=A", "--seeds=2")) == 9
+
+
+def test_another_start_runs_again(study):
+    assert len(run("--blocks=D", "--seeds=0")) == 1
+    Path("start.safetensors").write_bytes(b"others")
+    units = run("--blocks=D", "--seeds=0")
+    assert len(units) == 2 and len({unit["procedure"] for unit in units}) == 2
+
+
+def test_rates_are_tuned_on_dev_and_used(study):
+    # A higher rate is better: jobs come in the order of the rates.
+    count = iter(range(1000))
+    study.quality = lambda job: next(count) / 1000
+    units = run("--blocks=T,C", "--seeds=0")
+    tuning = [unit for unit in units if unit["block"] == "T"]
+    assert [(unit["arm"], unit["rate"]) for unit in tuning] == [
+        (arm, rate) for arm in TUNED for rate in RATES
+    ]
+    assert {job["split"] for job in study.jobs[: len(tuning)]} == {"dev"}
+    assert {job["split"] for job in study.jobs[len(tuning) :]} == {"test"}
+    assert {unit["rate"] for unit in units if unit["block"] == "C"} == {max(RATES)}
+    rates = {m["LEARNING_RATE"] for m in trainings(study) if "choose" in m["MODEL_DIR"].name}
+    assert rates == {rate * STAGES[1].settings["LEARNING_RATE"] for rate in RATES}
+    # Reading runs are shared by all rates.
+    streams = [m["RANDOM_SEED"] for m in trainings(study) if "read" in m["MODEL_DIR"].name]
+    assert len(streams) == 5 + 1  # five structures while tuning, and block C's
+
+
+def test_every_training_is_a_valid_configuration(study):
+    run("--seeds=0")
+    seen = {}
+    for mode, gin_files, macros in study.ran:
+        if mode in ("train", "export"):
+            arguments = configured(mode, gin_files, macros)
+        if mode == "train":
+            seen[macros["MODEL_DIR"].name] = arguments["model"].config
+    cuts = {(config.memory_layers, config.rerank_layers) for config in seen.values()}
+    assert cuts == {(0, 6), (4, 2), (5, 1)}
+    assert {config.freeze_memory for config in seen.values()} == {True, False}
+    assert sum(config.separate_reranker for config in seen.values()) == 2
+
+
+def test_smoke_covers_every_block_in_its_own_folder(study):
+    claims.main(["--start=start.safetensors", "--output=runs", "--smoke"])
+    assert not Path("experiments").exists()
+    units = Results(Path("runs/claims.jsonl")).units
+    assert {unit["block"] for unit in units} == BLOCKS.keys()
+    assert {job["num_examples"] for job in study.jobs} == {8}
+
+
+def test_invalid_flags_are_rejected(study, capsys):
+    for flags, message in (
+        (["--blocks=A,X"], "X"),
+        (["--seeds=one"], "'one'"),
+        (["--start=missing.safetensors"], "--models=start"),
+    ):
+        with pytest.raises(SystemExit):
+            run(*flags)
+        assert message in capsys.readouterr().err
+
+
+def test_criteria_name_results_that_their_blocks_have():
+    for claim in CLAIMS:
+        known = {
+            (arm, selection.key)
+            for block in claim.blocks
+            for arm in BLOCKS[block].arms
+            for selection in Scale().selections(ARMS[arm], BLOCKS[block].selections)
+        }
+        for part in claim.parts:
+            if isinstance(part, Rivals):
+                named = {(part.arm, part.selection)}
+                assert {arm for arm, _ in known} >= set(part.rivals)
+            else:
+                named = {(arm, key) for arm, key, _ in part.terms}
+                assert sum(weight for *_, weight in part.terms) == pytest.approx(0)
+            assert named <= known, claim.name
