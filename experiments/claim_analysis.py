@@ -210,9 +210,10 @@ def adaptive(study: Study, arm: str = "glimmer") -> list[dict[str, Any]]:
     rows = []
     for key in sorted(key for key in study.selections(arm) if key.startswith(MASS)):
         cost = study.gflop(arm, key)
+        bounded = min(max(cost, fixed[0][0]), fixed[-1][0])  # but for rounding, it is between them
         for (low, first), (high, second) in itertools.pairwise(fixed):
-            if low <= cost <= high:
-                share = (cost - low) / (high - low)
+            if low <= bounded <= high:
+                share = (bounded - low) / (high - low)
                 terms = ((arm, key, 1.0), (arm, first, share - 1.0), (arm, second, -share))
                 seeds, found = study.contrast(terms)
                 rows.append(

@@ -17,7 +17,7 @@ from glimmer_jax.pydocs.questions import SHARES, TASKS
 # Part of every unit's fingerprint; increase it after a change of the procedure that no setting shows.
 RECIPE = 1
 # Steps of each stage of the shipped models, reduced so that a unit takes about ten minutes.
-STEPS = {"read": 1500, "choose": 900, "ten": 100}
+STEPS = {"read": 1500, "choose": 600, "ten": 100}
 STAGES = tuple(dataclasses.replace(stage, steps=STEPS[stage.name]) for stage in MODEL_STAGES)
 # Streams of examples of the arms begin here, away from those of the shipped models.
 FIRST_SEED = 1000
@@ -70,7 +70,8 @@ class Block:
     title: str
     arms: tuple[str, ...]
     seeds: int  # required for a verdict
-    selections: str = "default"  # key of `selections`
+    selections: str = "default"  # a kind of `Scale.selections`
+    note: str = ""  # for the report
     speed: bool = False  # measures questions per second, once per arm, instead of quality
 
 
@@ -130,14 +131,33 @@ ARMS = {arm.name: arm for arm in _ARMS}
 MODELS = ("fid", "lumen", "glimmer")
 BLOCKS = {
     "A": Block("Three systems over K and m", MODELS, 5, "grid"),
-    "B": Block("Orders of the passages", ("glimmer",), 5, "orders"),
-    "C": Block("Distillation temperature", ("tau_1", "tau_0.3", "tau_0.1", "unranked"), 5),
+    "B": Block(
+        "Orders of the passages",
+        ("glimmer",),
+        5,
+        "orders",
+        note="Oracle: gold passages first. Rule: passages of the page that the question names, then "
+        "those\nwith the shortest span of its words.",
+    ),
+    "C": Block(
+        "Distillation temperature",
+        ("tau_1", "tau_0.3", "tau_0.1", "unranked"),
+        5,
+        note="The reader first learns from gold passages alone. The scores are learned by "
+        "distillation only.",
+    ),
     "D": Block("Separate reranker", ("separate",), 5),
-    "E": Block("Trained and frozen memory", ("lumen_trained", "glimmer_frozen"), 5),
+    "E": Block(
+        "Trained and frozen memory",
+        ("lumen_trained", "glimmer_frozen"),
+        5,
+        note="With frozen memory, GLIMMER has a question encoder of its own, as LUMEN has.",
+    ),
     "F": Block(
         "One task and all tasks",
         ("lumen_small", "glimmer_small", *(arm.name for arm in _ARMS if arm.single)),
         3,
+        note="A model per task sees as many examples of its task as the model of all tasks does.",
     ),
     "G": Block("Number of kept passages per question", ("glimmer",), 5, "adaptive"),
     "S": Block("Measured speed", MODELS, 1, "grid", speed=True),

@@ -24,7 +24,7 @@ import numpy as np
 
 from experiments.claim_arms import DEPTH, THRESHOLDS, Selection
 from experiments.claim_results import pack
-from experiments.train_pydocs import lengths
+from experiments.train_pydocs import LENGTHS
 from glimmer_jax.axes import Lengths, check_lengths
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.kilt.examples import answers, read_examples
@@ -120,7 +120,9 @@ class TrainedModel:
         if config.memory_layers:
             self._memory = str(scratch / Path(path).name)
             build_memory(
-                EncoderConfig(path, passages_dir=str(passages.path)),
+                EncoderConfig(
+                    path, passages_dir=str(passages.path), max_length=check_lengths(LENGTHS).passage
+                ),
                 self._memory,
                 measure_error=False,
             )
@@ -195,49 +197,65 @@ def _quality(
     model: TrainedModel, lines: Mapping[str, list[dict[str, Any]]], job: Job
 ) -> dict[str, Any]:
     """By selection: `gflop` and, by task, packed `hits`, `exact_match` and `recall` of the kept."""
-    results: dict[str, Any] = {}
     selections = [Selection(*fields) for fields in job.selections]
     counted = [Selection(*fields) for fields in job.recalls]
-    costs = {selection: model.gflop(selection) for selection in selections}
-    for task, examples in lines.items():
-        scores = model.scores(examples) if job.reranks else None
-        names = dict.fromkeys(selection.order for selection in (*selections, *counted))
-        orders = {name: _order(name, examples, scores, model) for name in names}
-        kept: dict[Selection, list[list[Mapping[str, Any]]]] = {}
-        for selection in (*selections, *counted):
-            ranks = orders[selection.order]
-            kept[selection] = [
-                _kept(line["retrieved"], ranked, selection)
-                for line, ranked in zip(examples, ranks, strict=True)
-            ]
-        keys = {
-            selection: [(i, *(x["id"] for x in read)) for i, read in enumerate(kept[selection])]
-            for selection in selections
+    # The tasks are answered together: a program is compiled once.
+    examples = [line for of_task in lines.values() for line in of_task]
+    scores = model.scores(examples) if job.reranks else None
+    names = dict.fromkeys(selection.order for selection in (*selections, *counted))
+    orders = {name: _order(name, examples, scores, model) for name in names}
+    kept = {
+        selection: [
+            _kept(line["retrieved"], ranked, selection)
+            for line, ranked in zip(examples, orders[selection.order], strict=True)
+        ]
+        for selection in (*selections, *counted)
+    }
+    keys = {
+        selection: [(i, *(x["id"] for x in read)) for i, read in enumerate(kept[selection])]
+        for selection in selections
+    }
+    sets: dict[int, set[tuple[int, ...]]] = {}
+    for selection in selections:
+        sets.setdefault(selection.kept, set()).update(keys[selection])
+    right = model.hits(examples, sets)
+    recall = {
+        selection: np.array([any(x["gold"] for x in read) for read in rows])
+        for selection, rows in kept.items()
+    }
+    hits = {selection: np.array([right[key] for key in rows]) for selection, rows in keys.items()}
+    costs = {selection: np.full(len(examples), model.gflop(selection)) for selection in selections}
+    tables = {"gflop": costs, "hits": hits, "recall": recall}
+    by_key: dict[str, dict[str, np.ndarray]] = {
+        selection.key: {
+            name: found[selection] for name, found in tables.items() if selection in found
         }
-        sets: dict[int, set[tuple[int, ...]]] = {}
-        for selection in selections:
-            sets.setdefault(selection.kept, set()).update(keys[selection])
-        right = model.hits(examples, sets)
-        hits = {selection: [right[key] for key in rows] for selection, rows in keys.items()}
-        recall = {
-            selection: [any(x["gold"] for x in read) for read in rows]
-            for selection, rows in kept.items()
+        for selection in (*counted, *selections)
+    }
+    for threshold in THRESHOLDS if job.adaptive and scores is not None else ():
+        chosen = list(enumerate(_choose(selections, scores, threshold)))
+        by_key[f"mass:{threshold}"] = {
+            name: np.array([found[selection][i] for i, selection in chosen])
+            for name, found in tables.items()
         }
-        for selection in counted:
-            values = results.setdefault(selection.key, {"recall": {}})
-            values["recall"][task] = float(np.mean(recall[selection]))
-        for selection in selections:
-            values = results.setdefault(selection.key, {"recall": {}})
-            values["gflop"] = costs[selection]
-            _add(values, task, hits[selection], recall[selection])
-        for threshold in THRESHOLDS if job.adaptive and scores is not None else ():
-            chosen = list(enumerate(_choose(selections, scores, threshold)))
-            values = results.setdefault(f"mass:{threshold}", {"recall": {}})
-            _add(values, task, [hits[x][i] for i, x in chosen], [recall[x][i] for i, x in chosen])
-            by_task = values.setdefault("gflop_of_task", {})
-            by_task[task] = float(np.mean([costs[x] for _, x in chosen]))
-            values["gflop"] = float(np.mean(list(by_task.values())))
-    return results
+    return {key: _by_task(found, lines) for key, found in by_key.items()}
+
+
+def _by_task(found: Mapping[str, np.ndarray], lines: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """The values of all questions as those of tasks; the cost is the mean over tasks."""
+    ends = np.cumsum([len(of_task) for of_task in lines.values()])[:-1]
+    parts = {
+        name: dict(zip(lines, np.split(values, ends), strict=True))
+        for name, values in found.items()
+    }
+    result: dict[str, Any] = {
+        "recall": {task: float(part.mean()) for task, part in parts["recall"].items()}
+    }
+    if "hits" in parts:
+        result["hits"] = {task: pack(part) for task, part in parts["hits"].items()}
+        result["exact_match"] = {task: float(part.mean()) for task, part in parts["hits"].items()}
+        result["gflop"] = float(np.mean([part.mean() for part in parts["gflop"].values()]))
+    return result
 
 
 def _kept(
@@ -246,12 +264,6 @@ def _kept(
     """The first m of the first K passages, in the retriever's order."""
     first = [i for i in ranked if i < min(selection.retrieved, len(retrieved))]
     return [retrieved[i] for i in sorted(first[: selection.kept])]
-
-
-def _add(values: dict[str, Any], task: str, hits: Sequence[bool], recall: Sequence[bool]) -> None:
-    values.setdefault("hits", {})[task] = pack(hits)
-    values.setdefault("exact_match", {})[task] = float(np.mean(hits))
-    values["recall"][task] = float(np.mean(recall))
 
 
 def _order(
@@ -339,7 +351,7 @@ def other_load(seconds: float = 1.0) -> float | None:
 
 def sizes(num_passages: int) -> Lengths:
     """Q, T, K and P for K passages."""
-    return check_lengths(lengths(num_passages))
+    return check_lengths(LENGTHS)._replace(passages=num_passages)
 
 
 def _batches(items: Sequence[Any]) -> list[Sequence[Any]]:

@@ -37,9 +37,9 @@ that differences are paired. Intervals are 95 % intervals of the mean over seeds
 seeds, and a bootstrap over seeds and pages. A criterion must be met by the outer bounds of both.
 The criteria are in `experiments/claim_criteria.py` and were fixed before the first run.
 
-Encoders have seven layers. Unless stated otherwise, three of them are live, LUMEN's memory is frozen
-and GLIMMER's is trained, and two of GLIMMER's live layers rerank. GLIMMER keeps three passages in
-training. FiD and LUMEN train with the same supervised scores and drop the scoring head.
+Encoders have seven layers. Unless stated otherwise, three of them are live, LUMEN's memory is
+frozen and GLIMMER's is trained, and two of GLIMMER's live layers rerank. GLIMMER keeps three
+passages in training. FiD and LUMEN train with the same supervised scores and drop the scoring head.
 """
 COMMANDS = """\
 ## Commands
@@ -206,8 +206,9 @@ def _block(study: Study, letter: str) -> str:
         "arm", "order", "K", "m", *TITLES.values(), "mean", "each seed", "recall of the kept",
         "GFLOP", "questions/s",
     ]  # fmt: skip
+    note = f"{block.note}\n\n" if block.note else ""
     title = f"## Block {letter}: {block.title}\n\n"
-    return title + table(head, rows) + (_recall(study) if letter == "B" else "")
+    return title + note + table(head, rows) + (_recall(study) if letter == "B" else "")
 
 
 def _rate(speed: dict[str, Any]) -> str:

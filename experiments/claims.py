@@ -82,7 +82,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"Train them: python -m experiments.train_pydocs --models={START}"
             )
         Study(scale, args.output, args.start, results).run(blocks, seeds)
-    claim_report.write(results, folders)
+    if any(unit["block"] in BLOCKS for unit in results.units):
+        claim_report.write(results, folders)
+    else:
+        print(f"{results.path}: no block has run, so there is nothing to report.")
 
 
 class Study:
@@ -163,9 +166,9 @@ class Study:
             if tuned is not None:
                 by_task = tuned["results"][ARMS[arm].default.key]["exact_match"]
                 found[rate] = sum(by_task.values())
-        return (
-            max(found, key=lambda rate: found[rate]) if len(found) == len(claim_arms.RATES) else 1.0
-        )
+        if len(found) < len(claim_arms.RATES):
+            return 1.0
+        return max(found, key=lambda rate: found[rate])
 
     def _identity(self, unit: Unit) -> dict[str, Any]:
         """Fields that a unit's record must have to count as this unit's result."""
@@ -175,7 +178,7 @@ class Study:
             "arm": unit.arm,
             "seed": unit.seed,
             "rate": rate,
-            "settings": digest(dataclasses.asdict(arm)),
+            "settings": digest([arm.model, arm.settings, arm.ranking, arm.single]),
             "questions": self._questions,
             "procedure": self._procedure,
         }
