@@ -41,8 +41,11 @@ NAMES = (
     "pydocs_renamed",
     "pydocs_renamed_gold",
     "pydocs_fact_verification_renamed",
+    "pydocs_fact_verification_renamed_gold",
     "pydocs_slot_filling_renamed",
+    "pydocs_slot_filling_renamed_gold",
     "pydocs_which_function_renamed",
+    "pydocs_which_function_renamed_gold",
 )
 METRICS: dict[str, list[Callable[..., Any]]] = {
     "which_function": [qa.exact_match, qa.f1, reranked_recall],
