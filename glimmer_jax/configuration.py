@@ -258,7 +258,7 @@ def name_macros(message: str) -> str:
     unnamed = {
         macro
         for parameter, macro in macros
-        if re.search(rf"\b{parameter}(?==| must (?:be|not) )", message)
+        if re.search(rf"(?<![-.\w]){parameter}(?==| must (?:be|not) )", message)
         and not re.search(rf"\b{macro}\b", message)
     }
     return f"{message} (Set by {', '.join(sorted(unnamed))}.)" if unnamed else message

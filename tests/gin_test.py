@@ -184,6 +184,15 @@ def test_changes_of_the_checkpoints_model_need_no_model():
     assert bound["decode"].beams == 4
 
 
+@pytest.mark.parametrize("run", ["retrieve", "infer", "serve"])
+def test_every_mode_that_retrieves_takes_the_same_macros(run):
+    given = ["RETRIEVER = 'hybrid'", "ENCODER_DIR = 'e'", "INDEX_DIR = 'i'", "DENSE_WEIGHT = 0.3"]
+    configuration.parse([f"gin/runs/{run}.gin"], [*RUNS[run][1], *given, "BM25_K1 = 0.9"])
+    retriever = arguments(run)["retriever"]
+    assert (retriever.method, retriever.dense_weight, retriever.bm25.k1) == ("hybrid", 0.3, 0.9)
+    assert (retriever.dense.encoder_dir, retriever.dense.index_dir) == ("e", "i")
+
+
 def test_memory_takes_a_model_after_its_own_file():
     configuration.parse(["gin/runs/memory.gin"], RUNS["memory"][1])
     assert plan_model() is None
@@ -268,7 +277,7 @@ def test_messages_about_parameters_name_their_macros():
     }
     for message, macros in named.items():
         assert macros in configuration.name_macros(message).removeprefix(message)
-    for message in ("NUM_KEPT: num_kept must be at least 1.", "The model must rerank."):
+    for message in ("NUM_KEPT: num_kept must be at least 1.", "Give --num_kept=1, it must rerank."):
         assert configuration.name_macros(message) == message
 
 

@@ -216,7 +216,7 @@ def score_examples(
 
     Returns:
       `{"exact_match", "f1", "recall_at_1", "recall_at_5": scores from 0 to 1}`; recall only for
-      examples with provenance and retrieved passages.
+      examples with provenance and retrieved passages that are marked as `gold` or not.
 
     Raises:
       ValueError: an example has no prediction.
@@ -237,7 +237,8 @@ def score_examples(
         ids = prediction.get("passage_ids")
         if ids is None and "passages" in prediction:
             ids = [passage["id"] for passage in prediction["passages"]]
-        if ids is not None and "retrieved" in example and provenance(example):
+        marked = any("gold" in passage for passage in example.get("retrieved", ()))
+        if ids is not None and marked and provenance(example):
             gold = {id_number(x["id"]) for x in example["retrieved"] if x.get("gold")}
             marks = [id_number(passage_id) in gold for passage_id in ids]
             for at in (1, 5):
@@ -277,22 +278,24 @@ def score_file(
     examples = list(read_examples(question_path))
     predictions: dict[str, dict[str, Any]] = {}
     for number, line in read_json_lines(prediction_path):
-        if not isinstance(line.get("id"), str) or line["id"] in predictions:
+        name = str(line["id"]) if type(line.get("id")) is int else line.get("id")
+        if not isinstance(name, str) or name in predictions:
             raise ValueError(
                 f"{prediction_path}:{number}: expected a new string `id`, got {line.get('id')!r}. Write "
                 "one line per question."
             )
-        predictions[line["id"]] = line
+        predictions[name] = line
     scores = score_examples(examples, predictions)
     if not scores["exact_match"]:
         raise ValueError(f"QUESTIONS: {question_path} has no answers. Use a labelled file.")
-    pages = {
-        example["id"]: str((provenance(example) or [{}])[0].get("wikipedia_id", example["id"]))
-        for example in examples
-        if answers(example)
-    }
-    groups = list(pages.values())
+    groups = [_page(example) for example in examples if answers(example)]
     return {
         name: bootstrap(values, seed, groups if len(values) == len(groups) else None)
         for name, values in scores.items()
     }
+
+
+def _page(example: Mapping[str, Any]) -> str:
+    """The first page of a question's provenance, by id or title; the question itself without one."""
+    place = next(iter(provenance(example)), {})
+    return str(place.get("wikipedia_id") or place.get("title") or example["id"])

@@ -110,6 +110,14 @@ def test_a_prediction_file_is_scored_by_id(tmp_path):
     assert found["f1"]["n"] == 2
 
 
+def test_numbered_predictions_count_and_unmarked_passages_have_no_recall(tmp_path):
+    unmarked = {**question("7", "x", 1), "retrieved": [{"id": 1}]}
+    questions = write(tmp_path / "q", unmarked)
+    predictions = write(tmp_path / "p", {"id": 7, "prediction": "x", "passage_ids": [1]})
+    found = qa.score_file(predictions, questions)
+    assert found["exact_match"]["mean"] == 1.0 and found.keys() == {"exact_match", "f1"}
+
+
 def test_incomplete_and_malformed_predictions_are_rejected(tmp_path):
     questions = write(tmp_path / "q", question("a", "x", 1), question("b", "y", 2))
     with pytest.raises(ValueError, match="PREDICTIONS: 1 questions .*'b'"):
