@@ -107,8 +107,20 @@ MODEL_STAGES = (
         },
     ),
     Stage(
-        "ten",
+        "titles",
         MAX_ATTEMPTS + 3,
+        2200,
+        {
+            # Which function, whose answers are the longest, every second time.
+            "MIXTURE_OR_TASK_NAME": "pydocs_renamed_titles",
+            "TASK_FEATURE_LENGTHS": short_lengths(3),
+            "LEARNING_RATE": 0.006,
+            **LINEAR,
+        },
+    ),
+    Stage(
+        "ten",
+        MAX_ATTEMPTS + 4,
         200,
         {
             "MIXTURE_OR_TASK_NAME": "pydocs_renamed",

@@ -9,6 +9,7 @@ Files are `<DATA_DIR>/<task>-<split>.jsonl`, written by `--run_mode=retrieve`.
 For training, the same questions exist with new synthetic names in every example:
 
     pydocs_renamed              all three tasks
+    pydocs_renamed_titles       the same, which function every second time
     pydocs_<task>_renamed       one task
     pydocs_renamed_gold         all three tasks, with the gold passage only
     pydocs_<task>_renamed_gold  one task, likewise
@@ -17,7 +18,7 @@ Examples of these hold their passages themselves (no PASSAGES_DIR), up to `RENAM
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import seqio
@@ -40,6 +41,7 @@ NAMES = (
     "pydocs_which_function",
     "pydocs_renamed",
     "pydocs_renamed_gold",
+    "pydocs_renamed_titles",
     "pydocs_fact_verification_renamed",
     "pydocs_fact_verification_renamed_gold",
     "pydocs_slot_filling_renamed",
@@ -59,13 +61,19 @@ for _task, _metrics in METRICS.items():
 seqio.MixtureRegistry.add("pydocs", [f"pydocs_{task}" for task in METRICS], default_rate=1.0)
 
 RENAMED_PASSAGES = 10
+# Answers of `which_function` are the longest, and need more practice in the end.
+TITLE_SHARES = {"which_function": 2.0}
 
 
-def _renamed(tasks: tuple[str, ...], num_kept: int | None = None) -> RenamedQuestions:
+def _renamed(
+    tasks: tuple[str, ...],
+    num_kept: int | None = None,
+    shares: Mapping[str, float] = SHARES,
+) -> RenamedQuestions:
     examples = {name: list(read_examples(retrieved_file(name, "train"))) for name in tasks}
     records = {record["id"]: record for record in corpus.train_texts()}
     return RenamedQuestions(
-        examples, records, RENAMED_PASSAGES, Vocabulary("pydocs"), SHARES, num_kept=num_kept
+        examples, records, RENAMED_PASSAGES, Vocabulary("pydocs"), shares, num_kept=num_kept
     )
 
 
@@ -74,3 +82,6 @@ for _name, _tasks in {"": tuple(METRICS), **{f"{task}_": (task,) for task in MET
     generated_tasks.register(
         f"pydocs_{_name}renamed_gold", functools.partial(_renamed, _tasks, num_kept=1)
     )
+generated_tasks.register(
+    "pydocs_renamed_titles", functools.partial(_renamed, tuple(METRICS), shares=TITLE_SHARES)
+)
