@@ -78,8 +78,12 @@ def run(job: Job) -> dict[str, Any]:
     try:
         for path in dict.fromkeys(job.runs.values()):
             tasks = [task for task, of_task in job.runs.items() if of_task == path]
-            model = TrainedModel(path, job.reranks, passages, Path(job.scratch))
             asked = {task: lines[task] for task in tasks}
+            # Encoding the corpus once pays off, except for a few questions.
+            read = DEPTH * sum(len(of_task) for of_task in asked.values())
+            memory = job.speed_questions is not None or read > len(passages)
+            scratch = Path(job.scratch) if memory else None
+            model = TrainedModel(path, job.reranks, passages, scratch)
             if job.speed_questions is None:
                 found = _quality(model, asked, job)
             else:
@@ -106,9 +110,10 @@ def read_questions(job: Job) -> dict[str, list[dict[str, Any]]]:
 
 
 class TrainedModel:
-    """A checkpoint, read with or without reranking, from memory where the model has one."""
+    """A checkpoint that reranks or reads all passages, from memory or from tokens."""
 
-    def __init__(self, path: str, reranks: bool, passages: Passages, scratch: Path):
+    def __init__(self, path: str, reranks: bool, passages: Passages, scratch: Path | None):
+        """Builds a memory in `scratch`, if one is given and the model has memory layers."""
         self._path, self._passages = path, passages
         config = load(path).answering_config()
         # Reading a given set of passages needs no scores.
@@ -117,7 +122,7 @@ class TrainedModel:
         )
         self.reranker = config if reranks else None
         self._memory: str | None = None
-        if config.memory_layers:
+        if config.memory_layers and scratch is not None:
             self._memory = str(scratch / Path(path).name)
             build_memory(
                 EncoderConfig(

@@ -11,7 +11,7 @@ from typing import Any
 
 from experiments import claim_plots
 from experiments.claim_analysis import MASS, Judged, Study, adaptive, judge_all
-from experiments.claim_arms import ARMS, BLOCKS
+from experiments.claim_arms import ARMS, BLOCKS, RATES
 from experiments.claim_criteria import CLAIMS
 from experiments.claim_results import Results
 from experiments.claim_statistics import Estimate
@@ -271,24 +271,34 @@ def _procedure(study: Study) -> str:
         ]
         for stage in study.procedure["stages"]
     ]
-    arms = dict.fromkeys(arm for _, arm, _ in study.units)
-    rates = {
-        arm: next(u["rate"] for (_, a, _), u in study.units.items() if a == arm) for arm in arms
-    }
-    tuned = {unit["arm"] for unit in study.tuning}
+    rates = {arm: unit["rate"] for (_, arm, _), unit in study.units.items()}
     rows = []
-    for arm in arms:
+    for arm, rate in rates.items():
         source = ARMS[arm].rate_of or arm
-        how = ("own" if source == arm else ARMS[source].about) if source in tuned else "not tuned"
-        rows.append([arm.replace("_", " "), ARMS[arm].about, f"{rates[arm]:g}", how])
+        dev = [f"{100 * value:.1f}" for value in _on_dev(study, source)]
+        of = "" if source == arm else f" ({ARMS[source].about})"
+        rows.append([ARMS[arm].about, f"{rate:g}", " / ".join(dev) + of if dev else "not tuned"])
     left_out = f"\n{study.stale} units of other settings are left out.\n" if study.stale else ""
+    tuning = sum(sum(unit["seconds"].values()) for unit in study.tuning) / 3600
+    factors = ", ".join(f"{rate:g}" for rate in RATES)
     return (
-        f"## Procedure\n\n{study.hours(list(BLOCKS)):.1f} hours in {len(study.units)} units, without "
-        f"tuning.\n{left_out}\n"
+        f"## Procedure\n\n{study.hours(list(BLOCKS)):.1f} hours in {len(study.units)} units, and "
+        f"{tuning:.1f} hours of tuning.\n{left_out}\n"
         + table(["stage", "task", "K", "steps", "rate"], stages)
-        + "\nLearning rates, as factors of the stages' rates with K above 1, chosen on dev with a seed "
-        "of\ntheir own:\n\n" + table(["arm", "", "factor", "tuned"], rows)
+        + "\nLearning rates of the stages with K above 1 were chosen on dev, with a seed of their "
+        "own:\n\n" + table(["arm", "factor", f"exact match on dev at {factors}"], rows)
     )
+
+
+def _on_dev(study: Study, arm: str) -> list[float]:
+    """Exact match on dev at each learning rate, ascending; empty without tuning."""
+    key = ARMS[arm].default.key
+    tuned = {
+        unit["rate"]: sum(unit["results"][key]["exact_match"].values()) / len(TASKS)
+        for unit in study.tuning
+        if unit["arm"] == arm
+    }
+    return [tuned[rate] for rate in sorted(tuned)]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -16,7 +16,7 @@ from experiments.claim_analysis import (
     adaptive,
     judge_all,
 )
-from experiments.claim_arms import ARMS, BLOCKS, THRESHOLDS, Scale
+from experiments.claim_arms import ARMS, BLOCKS, RATES, THRESHOLDS, TUNING, Scale
 from experiments.claim_report import Folders
 from experiments.claim_results import Results, encode_numbers, pack
 from glimmer_jax.pydocs.questions import TASKS
@@ -198,6 +198,19 @@ def test_speed_measured_beside_other_work_is_marked(tmp_path):
                 result["other_load"] = 1.5
     claim_report.write(results, Folders(tmp_path, tmp_path))
     assert "(beside other work)" in (tmp_path / "results.md").read_text()
+
+
+def test_tuning_is_shown_with_the_arms_that_use_it(tmp_path):
+    results = fill(tmp_path / "claims.jsonl", "CS", seeds=1)
+    for rate, quality in zip(RATES, (0.4, 0.9, 0.5), strict=True):
+        record = unit("C", "tau_1", 500, {**QUALITY, "tau_1": quality})
+        for result in record["results"].values():
+            result["exact_match"] = dict.fromkeys(TASKS, quality)
+        results.append({**record, "block": TUNING, "rate": rate})
+    claim_report.write(results, Folders(tmp_path, tmp_path))
+    page = (tmp_path / "results.md").read_text()
+    assert "| distillation, temperature 1 | 1 | 40.0 / 90.0 / 50.0 |" in page
+    assert "| distillation, temperature 0.1 | 1 | not tuned |" in page
 
 
 def test_adaptive_m_is_compared_at_equal_compute(complete):
