@@ -16,9 +16,14 @@ from glimmer_jax.pydocs.questions import SHARES, TASKS
 
 # Part of every unit's fingerprint; increase it after a change of the procedure that no setting shows.
 RECIPE = 1
-# Steps of each stage of the shipped models, reduced so that a unit takes about ten minutes.
+# Stages of the shipped models, shortened so that a unit takes about ten minutes. They have one mixture
+# of tasks, so that block F can give a single task as many examples.
 STEPS = {"read": 1500, "choose": 600, "ten": 100}
-STAGES = tuple(dataclasses.replace(stage, steps=STEPS[stage.name]) for stage in MODEL_STAGES)
+STAGES = tuple(
+    dataclasses.replace(stage, steps=STEPS[stage.name])
+    for stage in MODEL_STAGES
+    if stage.name in STEPS
+)
 # Streams of examples of the arms begin here, away from those of the shipped models.
 FIRST_SEED = 1000
 # Learning rates are chosen on dev with a seed of their own, as multiples of the stages' rates. The

@@ -29,7 +29,7 @@ FID = str(shipped.CHECKPOINTS / "pydocs_fid.safetensors")
 def data(tmp_path_factory):
     """A corpus of a page per verb; the gold passage of question i is retrieved at rank i."""
     folder = tmp_path_factory.mktemp("data")
-    vocabulary = Vocabulary()
+    vocabulary = Vocabulary("pydocs")
     records = [
         {"id": i, "title": f"tool.{verb}", "text": f"{verb}(path) Return how to {verb} a file."}
         for i, verb in enumerate(VERBS)
