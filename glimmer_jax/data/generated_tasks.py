@@ -13,10 +13,12 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from glimmer_jax.data.stream import IndexedSource, Start
 from glimmer_jax.vocabulary import Vocabulary
 
-# Examples per epoch.
+# Examples per epoch where seqio reads them. A training stream of `data.stream` never repeats one.
 EPOCH = {"train": 1_000_000, "validation": 512}
+ENDLESS = 2**62
 
 
 class Examples(Protocol):
@@ -44,9 +46,7 @@ def register(
     marks = seqio.PassThroughVocabulary(size=2)
     seqio.TaskRegistry.add(
         name,
-        source=seqio.FunctionDataSource(
-            functools.partial(_dataset, make=functools.cache(make)), tuple(EPOCH), EPOCH
-        ),
+        source=_source(functools.cache(make)),
         preprocessors=[],
         output_features={
             "inputs": seqio.Feature(text, add_eos=False),
@@ -92,13 +92,23 @@ def _padded(lists: list[list[int]]) -> np.ndarray:
     return array
 
 
-def _dataset(split: str, shuffle_files: bool, seed: int | None = None, *, make: Any) -> Any:
-    del shuffle_files  # Streams are already in random order.
-    # Created here, because TensorFlow would wrap an exception raised inside the generator.
-    examples = make()
+def _source(make: Callable[[], Examples]) -> IndexedSource:
+    def dataset_fn(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+        del shuffle_files  # Streams are already in random order.
+        return _dataset(make(), stream_name(split, seed), 0, EPOCH[split])
+
+    def stream_fn(split: str, seed: int) -> Start:
+        # Created here, because TensorFlow would wrap an exception raised inside the generator.
+        examples, name = make(), stream_name(split, seed)
+        return lambda start: _dataset(examples, name, start, ENDLESS)
+
+    return IndexedSource(dataset_fn, tuple(EPOCH), stream_fn, EPOCH)
+
+
+def _dataset(examples: Examples, stream: str, start: int, stop: int) -> tf.data.Dataset:
     # Blocks, because a call from TensorFlow into Python costs more than computing an example.
     ds = tf.data.Dataset.from_generator(
-        lambda: blocks(examples, 0, EPOCH[split], stream=stream_name(split, seed)),
+        lambda: blocks(examples, start, stop, stream=stream),
         output_signature={
             "inputs": tf.TensorSpec([None, None], tf.int32),
             "targets": tf.TensorSpec([None, None], tf.int32),

@@ -2,8 +2,8 @@
 
 Every process reads the same global stream of questions and passage ids, keeps its own rows of each
 batch, and fetches passages for these rows only. Results therefore do not depend on the number of
-processes. The step determines the position in the stream: a restarted run skips the batches of
-earlier steps.
+processes. The order of training examples is a function of the step (`data.stream`): a restarted run
+starts there without reading the batches of earlier steps.
 """
 
 import importlib
@@ -16,6 +16,7 @@ import seqio
 from glimmer_jax.axes import check_lengths
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.data.features import NO_PASSAGE, GlimmerFeatureConverter
+from glimmer_jax.data.stream import training_batches
 from glimmer_jax.vocabulary import Vocabulary
 
 Batch = dict[str, Any]
@@ -76,7 +77,7 @@ def batches(
       lengths: `{"inputs": Q, "targets": T, "passages": (K, P)}`.
       batch_size: rows of a batch over all processes.
       seed: of shuffling, mixing and drawing answers.
-      start_step: number of batches to skip at the beginning.
+      start_step: number of batches before the first.
       passages: the folder with the tokens of `passage_ids`; None leaves them to a memory lookup.
       repeat: True shuffles and never ends. False is one pass in order, whose last batch is padded
         with empty rows (all padding, loss weight 0).
@@ -87,33 +88,43 @@ def batches(
       ValueError: the name is unknown, the lengths or the batch size are invalid, or a data file is
         invalid.
     """
-    find_mixture_or_task(mixture_or_task_name)
-    passage_length = check_lengths(lengths)[3]
+    mixture_or_task = find_mixture_or_task(mixture_or_task_name)
+    passage_length = check_lengths(lengths).passage
     if batch_size < 1:
         raise ValueError(f"BATCH_SIZE must be at least 1, got {batch_size}.")
-    ds = seqio.get_dataset(
-        mixture_or_task_name,
-        dict(lengths),
-        GlimmerFeatureConverter(),
-        dataset_split=split,
-        shuffle=repeat,
-        num_epochs=None if repeat else 1,
-        use_cached=use_cached,
-        seed=seed,
-    )
-    ds = ds.skip(start_step * batch_size).batch(batch_size)
-    return _rows(ds, batch_size, passages, passage_length, own_rows)
+    stream: Iterator[Batch]
+    if repeat:
+        stream = training_batches(
+            mixture_or_task,
+            split,
+            lengths,
+            batch_size,
+            seed=seed,
+            start_step=start_step,
+            use_cached=use_cached,
+        )
+    else:
+        ds = seqio.get_dataset(
+            mixture_or_task_name,
+            dict(lengths),
+            GlimmerFeatureConverter(),
+            dataset_split=split,
+            use_cached=use_cached,
+            seed=seed,
+        )
+        stream = ds.batch(batch_size).skip(start_step).as_numpy_iterator()
+    return _rows(stream, batch_size, passages, passage_length, own_rows)
 
 
 def _rows(
-    ds: Any,
+    batches: Iterator[Batch],
     batch_size: int,
     passages: Passages | None,
     passage_length: int,
     own_rows: np.ndarray | None,
 ) -> Iterator[Batch]:
     own = slice(None) if own_rows is None else own_rows
-    for batch in ds.as_numpy_iterator():
+    for batch in batches:
         rows = {name: x[own] for name, x in fill(batch, batch_size).items()}
         yield attach(rows, passages, passage_length)
 

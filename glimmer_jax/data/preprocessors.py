@@ -23,6 +23,7 @@ import seqio
 import tensorflow as tf
 
 from glimmer_jax.corpus.ids import id_number
+from glimmer_jax.data.stream import EXAMPLE_SEED
 from glimmer_jax.kilt.examples import answers
 from glimmer_jax.vocabulary import question_text
 
@@ -76,46 +77,46 @@ def example_features(line: Mapping[str, Any], min_bleu: float = 0.0) -> dict[str
 
 
 class Columns:
-    """Features of examples in flat arrays, which save RAM: T-REx has 91 million passage ids."""
+    """Features of examples in flat tensors, which save RAM: T-REx has 91 million passage ids."""
 
     def __init__(self, examples: Iterable[Mapping[str, Any]]):
         """Args:
         examples: feature dictionaries of `example_features`.
         """
-        self._ids: list[bytes] = []
-        self._questions: list[bytes] = []
-        self._answers: list[bytes] = []
-        self._answer_counts = array("q")
-        self._passage_ids = array("q")
-        self._gold = array("b")
-        self._passage_counts = array("q")
+        ids: list[bytes] = []
+        questions: list[bytes] = []
+        answers: list[bytes] = []
+        answer_counts = array("q")
+        passage_ids = array("q")
+        gold = array("b")
+        passage_counts = array("q")
         for example in examples:
-            self._ids.append(example["id"].encode("utf-8"))
-            self._questions.append(example["question"].encode("utf-8"))
-            self._answers += [answer.encode("utf-8") for answer in example["answers"]]
-            self._answer_counts.append(len(example["answers"]))
-            self._passage_ids.extend(example["passage_ids"])
-            self._gold.extend(example["gold_passages"])
-            self._passage_counts.append(len(example["passage_ids"]))
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def dataset(self, order: Sequence[int] | None = None) -> tf.data.Dataset:
-        """An in-RAM dataset of the examples, in their own order or that of the indices `order`."""
+            ids.append(example["id"].encode("utf-8"))
+            questions.append(example["question"].encode("utf-8"))
+            answers += [answer.encode("utf-8") for answer in example["answers"]]
+            answer_counts.append(len(example["answers"]))
+            passage_ids.extend(example["passage_ids"])
+            gold.extend(example["gold_passages"])
+            passage_counts.append(len(example["passage_ids"]))
+        self._size = len(ids)
 
         def ragged(values: tf.Tensor, counts: array) -> tf.RaggedTensor:
             return tf.RaggedTensor.from_row_lengths(values, np.asarray(counts, np.int64))
 
-        passage_ids = np.asarray(self._passage_ids, np.int64)
-        gold = np.asarray(self._gold, np.int32)
-        columns = {
-            "id": tf.constant(self._ids, tf.string),
-            "question": tf.constant(self._questions, tf.string),
-            "answers": ragged(tf.constant(self._answers, tf.string), self._answer_counts),
-            "passage_ids": ragged(tf.constant(passage_ids), self._passage_counts),
-            "gold_passages": ragged(tf.constant(gold), self._passage_counts),
+        self._columns = {
+            "id": tf.constant(ids, tf.string),
+            "question": tf.constant(questions, tf.string),
+            "answers": ragged(tf.constant(answers, tf.string), answer_counts),
+            "passage_ids": ragged(tf.constant(np.asarray(passage_ids, np.int64)), passage_counts),
+            "gold_passages": ragged(tf.constant(np.asarray(gold, np.int32)), passage_counts),
         }
+
+    def __len__(self) -> int:
+        return self._size
+
+    def dataset(self, order: Sequence[int] | np.ndarray | None = None) -> tf.data.Dataset:
+        """A dataset of the examples, in their own order or that of the indices `order`."""
+        columns = self._columns
         if order is not None:
             columns = {name: tf.gather(column, order) for name, column in columns.items()}
         return tf.data.Dataset.from_tensor_slices(columns)
@@ -125,9 +126,11 @@ class Columns:
 def draw_answer(example: dict[str, tf.Tensor], seed: tf.Tensor) -> dict[str, tf.Tensor]:
     """Adds `inputs` (the question) and `targets` (one of its answers, or "" if it has none).
 
-    The seed of the dataset determines the answers; every epoch draws new ones.
+    The seed determines the answer: `EXAMPLE_SEED` in training streams, seqio's elsewhere. Every
+    epoch draws new answers.
     """
     known = example["answers"]
+    seed = example.get(EXAMPLE_SEED, seed)
     index = tf.random.stateless_uniform(
         [], seed, maxval=tf.maximum(tf.size(known), 1), dtype=tf.int32
     )

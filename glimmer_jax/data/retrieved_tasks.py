@@ -7,16 +7,20 @@ registered.
 
 import collections
 import dataclasses
+import itertools
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
 from glimmer_jax.data import preprocessors
+from glimmer_jax.data.order import shuffled_epochs
+from glimmer_jax.data.stream import BLOCK, IndexedSource, Start
 from glimmer_jax.kilt.examples import read_examples
 from glimmer_jax.storage import local_copy
 from glimmer_jax.vocabulary import Vocabulary
@@ -135,13 +139,17 @@ def read_split(
     return kept
 
 
-class _RetrievedFiles(seqio.FunctionDataSource):
+class _RetrievedFiles(IndexedSource):
     """The files of a task; knows their numbers of lines, which mixing rates are computed from."""
 
     def __init__(
-        self, file_task: str, dataset_fn: Callable[..., Any], sizes: Mapping[str, int] | None
+        self,
+        file_task: str,
+        dataset_fn: Callable[..., Any],
+        stream_fn: Callable[[str, int], Start],
+        sizes: Mapping[str, int] | None,
     ):
-        super().__init__(dataset_fn, tuple(sizes or FILE_SPLITS), sizes)
+        super().__init__(dataset_fn, tuple(sizes or FILE_SPLITS), stream_fn, sizes)
         self._file_task = file_task
 
     def num_input_examples(self, split: str) -> int:
@@ -190,11 +198,26 @@ def register(
         random.Random(seed).shuffle(order)
         return examples.dataset(order)
 
+    def stream_fn(split: str, seed: int) -> Start:
+        examples = read_split(file_task, split, settings().min_bleu_score)
+
+        def blocks(start: int) -> Iterator[np.ndarray]:
+            for first in itertools.count(start, BLOCK):
+                yield shuffled_epochs(seed, len(examples), first, BLOCK)
+
+        def dataset(start: int) -> tf.data.Dataset:
+            order = tf.data.Dataset.from_generator(
+                lambda: blocks(start), output_signature=tf.TensorSpec([BLOCK], tf.int64)
+            )
+            return order.flat_map(examples.dataset)
+
+        return dataset
+
     text = settings().vocabulary.seqio()
     ids = seqio.PassThroughVocabulary(size=2**63 - 1)
     return seqio.TaskRegistry.add(
         name,
-        source=_RetrievedFiles(file_task, dataset_fn, num_input_examples),
+        source=_RetrievedFiles(file_task, dataset_fn, stream_fn, num_input_examples),
         preprocessors=[
             seqio.CacheDatasetPlaceholder(),
             preprocessors.draw_answer,

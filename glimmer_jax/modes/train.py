@@ -112,7 +112,7 @@ def train(
     vocabulary = _open_vocabulary(vocabulary_config, model, init, model_dir)
 
     # Task, passages and examples. seqio and tensorflow take seconds to import.
-    from glimmer_jax.data import pipeline
+    from glimmer_jax.data import pipeline, stream
 
     dataset.register(vocabulary)
     passages = checks.open_passages(corpus.passages_dir, dataset.data_dir, vocabulary)
@@ -138,6 +138,7 @@ def train(
     config_text = operative_config()
     metadata = {
         **describe(model.config, vocabulary.fingerprint),
+        "data_order": stream.DATA_ORDER,
         "mixture_or_task_name": dataset.mixture_or_task_name,
         "split": dataset.split,
         "task_feature_lengths": dict(dataset.known_lengths),

@@ -16,6 +16,7 @@ from glimmer_jax.weights.model_config import config_from, differences
 # within an order that depends on the seed, the mixture, its split, its lengths and its filter. The
 # initial checkpoint and the end of the schedule would be ignored for the steps that are done.
 RESUME_SETTINGS = (
+    "data_order",
     "vocabulary_fingerprint",
     "seed",
     "mixture_or_task_name",
@@ -27,6 +28,9 @@ RESUME_SETTINGS = (
     "initial_checkpoint_path",
     "schedule_end",
 )
+
+# The version of the order of examples in checkpoints that do not record it.
+FIRST_DATA_ORDER = 1
 
 
 def restore(
@@ -70,12 +74,14 @@ def check_resume_compatible(
     """Compares a checkpoint's metadata with the settings of the run that resumes from it.
 
     Model settings are compared if they change what the model computes. A setting that an older
-    checkpoint does not record is not compared.
+    checkpoint does not record is not compared, except for the order of examples.
 
     Raises:
       ValueError: settings differ; the message names each of them with both values.
     """
     current = json.loads(json.dumps(current))  # Tuples become lists, as in the saved metadata.
+    if "data_order" in current:
+        saved = {"data_order": FIRST_DATA_ORDER, **saved}
     differing = {
         key: (saved[key], current.get(key))
         for key in RESUME_SETTINGS
@@ -86,6 +92,10 @@ def check_resume_compatible(
         differing |= differences(configs[0], configs[1])
     if differing:
         listed = "; ".join(f"{key} was {a!r} and is now {b!r}" for key, (a, b) in differing.items())
+        if "data_order" in differing:
+            listed += (
+                " (this version reads examples in another order than the one that began the run)"
+            )
         raise ValueError(
             f"MODEL_DIR: the run in {directory} has other settings: {listed}. Restore these settings "
             "or choose another MODEL_DIR. To start a new run from its parameters, set "

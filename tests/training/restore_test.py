@@ -64,6 +64,7 @@ def test_order_of_preference(tmp_path):
 def settings(config=tiny.GLIMMER, **changes):
     """The metadata of a run."""
     data = {
+        "data_order": 2,
         "mixture_or_task_name": "a",
         "batch_size": 8,
         "task_feature_lengths": {"passages": (3, 6)},
@@ -86,6 +87,7 @@ SAVED = json.loads(json.dumps(settings()))
     ("setting", "current", "values"),
     [
         ("vocabulary_fingerprint", settings(vocabulary_fingerprint="w"), ("'v'", "'w'")),
+        ("data_order", settings(data_order=3), ("2", "3")),
         ("batch_size", settings(batch_size=16), ("8", "16")),
         ("initial_checkpoint_path", settings(initial_checkpoint_path="b"), ("'t5'", "'b'")),
         ("min_bleu_score", settings(min_bleu_score=0.1), ("0.5", "0.1")),
@@ -108,4 +110,10 @@ def test_numerics_and_unrecorded_settings_are_not_compared():
     check_resume_compatible(SAVED, settings(), "DIR")
     numerics = with_t5(dropout_rate=0.1, dtype="bfloat16", remat_policy="full")
     check_resume_compatible(SAVED, settings(numerics), "DIR")
-    check_resume_compatible({"step": 3}, settings(), "DIR")  # saved by an older version
+    check_resume_compatible({"data_order": 2}, settings(), "DIR")  # records nothing else
+
+
+def test_a_run_with_the_order_of_an_older_version_is_rejected():
+    with pytest.raises(ValueError, match="MODEL_DIR.*DIR.*data_order was 1 .*now 2.*another order"):
+        check_resume_compatible({"step": 3}, settings(), "DIR")
+    check_resume_compatible({"step": 3}, {"batch_size": 8}, "DIR")  # without tasks
