@@ -101,7 +101,7 @@ def tasks(tmp_path_factory):
         for i in range(10)
     ]
     stage = Stage(passages=2, passage_words=(4, 5), clause_words=(2, 3))
-    make = functools.partial(CountedExercises, records, stage, Vocabulary(), seed=1)
+    make = functools.partial(CountedExercises, records, stage, Vocabulary("pydocs"), seed=1)
     generated_tasks.register("generated", make)
     cache_dirs = seqio.get_global_cache_dirs()
     seqio.set_global_cache_dirs([str(folder / "cache")])
