@@ -12,6 +12,7 @@ import importlib.util  # noqa: F401 (gin uses it without importing it)
 import inspect
 import logging
 import re
+import tokenize
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -176,7 +177,12 @@ def _errors_of_gin() -> Iterator[None]:
         yield
     except ConfigError:
         raise
+    except RecursionError as error:
+        # Gin's own message has a line for each level, and itself exceeds the limit.
+        raise ConfigError("A gin file includes itself, or a value is nested too deeply.") from error
     except (
+        tokenize.TokenError,
+        MemoryError,
         ValueError,
         SyntaxError,
         NameError,
@@ -207,7 +213,7 @@ def _parse_binding(binding: str) -> None:
 def _is_literal(text: str) -> bool:
     try:
         ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return False
     return True
 

@@ -8,6 +8,7 @@ do not retry; 42: preempted, safe to retry; 1: a bug; 130: Ctrl-C.
 import argparse
 import importlib
 import inspect
+import io
 import logging
 import os
 import signal
@@ -343,6 +344,9 @@ def run() -> None:
     # Compiled programs are cached between runs; set the variable to "" to disable the cache.
     cache = Path.home() / ".cache" / "glimmer_jax" / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # File names and titles may hold what the terminal's encoding lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("glimmer_jax").setLevel(logging.INFO)
     # seqio's advice about lengths and caches. Errors are raised.

@@ -74,7 +74,9 @@ class Vocabulary:
         loaded = sentencepiece.SentencePieceProcessor()
         try:
             loaded.LoadFromSerializedProto(Path(self.path).read_bytes())
-        except (RuntimeError, OSError) as error:
+            # Pieces are decoded when they are asked for, and damaged ones may not be UTF-8.
+            loaded.IdToPiece(list(range(loaded.GetPieceSize())))
+        except (RuntimeError, OSError, UnicodeDecodeError) as error:
             raise ValueError(
                 f"VOCABULARY: {self.path} is not a SentencePiece model ({error}). Give one, such as T5's "
                 "spiece.model."

@@ -10,16 +10,39 @@
 Each attack starts from the intact folder, and the folder is intact again after the loop.
 """
 
+import contextlib
 import json
+import os
 import pathlib
 import random
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 Path = pathlib.Path
 
 _HOSTILE_NUMBERS = (-1, 0, 1, 7, 2**31, 2**50, 2**63, 0.5, 1e300)
+
+
+# Files that are no JSON object, or whose values no computation survives.
+JSON_TEXTS = (
+    "[" * 100_000,
+    '{"a":' * 100_000,
+    "[]",
+    "null",
+    "7",
+    "NaN",
+    "-Infinity",
+    "1" * 5000,
+    '{"a": 1, "a": 2}',
+    '{"a": 1e999}',
+    '"\\ud800"',
+    '"\ud800"',
+    "\ufeff{}",
+    "",
+    "{",
+)
 
 
 class NotApplicable(Exception):
@@ -230,8 +253,7 @@ def hostile_json(folder: Path, draw: random.Random, older: Path | None) -> str:
     """One value of a JSON file: an absurd number, another type, or gone."""
     path = _pick([f for f in _files(folder) if f.suffix == ".json"], draw)
     value = json.loads(path.read_bytes())
-    places = list(_places(value))
-    container, key = _pick(places, draw)
+    container, key = _pick(list(places(value)), draw)
     before = container[key]
     if isinstance(before, bool) or not isinstance(before, int | float):
         container[key] = draw.choice([None, [], {}, "x", 2**50, "big", "uint8", "int64"])
@@ -243,13 +265,35 @@ def hostile_json(folder: Path, draw: random.Random, older: Path | None) -> str:
     return f"{path.relative_to(folder)}, {key!r}: {before!r} -> {container!r:.60}"
 
 
-def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
     """Every (container, key) of a JSON value."""
     keys = value.keys() if isinstance(value, dict) else range(len(value))
     for key in keys:
         yield value, key
         if isinstance(value[key], dict | list):
-            yield from _places(value[key])
+            yield from places(value[key])
+
+
+def _replaced(path: Path) -> Path:
+    path.unlink()
+    return path
+
+
+def _socket(path: Path) -> None:
+    # The path of a socket must be short.
+    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(path.parent):
+        server.bind(_replaced(path).name)
+
+
+SPECIAL_FILES: dict[str, Callable[[Path], Any]] = {
+    "pipe": lambda path: os.mkfifo(_replaced(path)),
+    "socket": _socket,
+    "device": lambda path: _replaced(path).symlink_to("/dev/zero"),
+    "folder": lambda path: _replaced(path).mkdir(),
+    "dangling link": lambda path: _replaced(path).symlink_to("nowhere"),
+    "link to itself": lambda path: _replaced(path).symlink_to(path.name),
+    "empty file": lambda path: path.write_bytes(b""),
+}
 
 
 KINDS: dict[str, Callable[[Path, random.Random, Path | None], str]] = {

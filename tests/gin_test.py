@@ -322,6 +322,26 @@ def test_gin_errors_are_reported_in_one_line(files, bindings, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"include 'mine.gin'\n", "includes itself"),
+        (b"X = " + b"[" * 5000, "nested too deeply"),
+        (b"X = [1,\n", "EOF in multi-line"),
+        (b"X = '''abc\n", "EOF in multi-line"),
+        (b"X = " + b"9" * 5000, "5000 digits"),
+        (b"\xff\xfe", "codec can't decode"),
+        (b"X = 1\0", "mine.gin, line 1"),
+    ],
+)
+def test_hostile_gin_files_are_reported_in_one_line(tmp_path, monkeypatch, content, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.gin").write_bytes(content)
+    with pytest.raises(configuration.ConfigError, match=message) as caught:
+        configuration.parse(["mine.gin"])
+    assert "\n" not in str(caught.value)
+
+
 def test_a_mode_that_no_file_configures_is_reported():
     configuration.parse(["gin/sizes/tiny.gin"], ["NUM_ENCODER_LAYERS = 6"])
     with pytest.raises(

@@ -474,6 +474,25 @@ def test_invalid_input_exits_with_2_and_has_a_traceback_with_debug(tmp_path):
     assert "Traceback" in debug.stderr
 
 
+def test_a_bug_exits_with_1_and_asks_for_a_report(tmp_path):
+    script = """
+import glimmer_jax.main as command_line
+def run_mode(flags):
+    print("\\udcff")  # a file name that is not UTF-8
+    raise KeyError("missing")
+command_line.run_mode = run_mode
+command_line.run()
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script, "--run_mode=score"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 1 and ended.stdout == "\\udcff\n"
+    assert "KeyError: 'missing'" in ended.stderr and "Please report it" in ended.stderr
+
+
 def test_an_error_inside_a_library_is_not_invalid_input(monkeypatch):
     def broken(*_):
         import numpy as np

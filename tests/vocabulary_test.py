@@ -121,9 +121,12 @@ def test_the_fingerprint_is_of_file_and_sentinels(tmp_path, vocabulary):
 def test_invalid_files_are_rejected(tmp_path):
     with pytest.raises(ValueError, match="VOCABULARY: no file .*absent"):
         Vocabulary(tmp_path / "absent")
-    (tmp_path / "text").write_text("no model")
-    with pytest.raises(ValueError, match="is not a SentencePiece model"):
-        Vocabulary(tmp_path / "text").vocab_size  # noqa: B018
+    intact = PYDOCS_MODEL.read_bytes()
+    no_utf8 = intact.replace(b"\xe2\x96\x81", b"\xe2\x96\xff")
+    for data in (b"no model", b"", intact[:-1], intact[: len(intact) // 2], no_utf8):
+        (tmp_path / "damaged").write_bytes(data)
+        with pytest.raises(ValueError, match="damaged is not a SentencePiece model"):
+            Vocabulary(tmp_path / "damaged").vocab_size  # noqa: B018
     with pytest.raises(ValueError, match="extra_ids must be at least 0, got -1"):
         Vocabulary(extra_ids=-1)
 

@@ -23,6 +23,7 @@ from glimmer_jax.storage.lines import Span
 # Index of the span, and number of the line in it.
 Place = tuple[int, int]
 _WORKING = "unfinished"
+_RENAMING = "renaming"  # a file that exists from then on
 
 
 def write_passages(
@@ -57,14 +58,15 @@ def write_passages(
             "single process reads the corpus."
         ) from None
     target = epath.Path(folder)
+    working = target / _WORKING
     old = list(target.glob("corpus-*-of-*.jsonl"))
-    if old and not overwrite:
+    # A run that was killed while it renamed its shards left some of them.
+    if old and not overwrite and not (working / _RENAMING).exists():
         raise ValueError(
             f"CORPUS_DIR: {folder} holds a corpus already. Read it with CORPUS='{folder}/*.jsonl', write "
             "elsewhere, or set OVERWRITE=True."
         )
     spans = list(make_spans(paths) if span_bytes is None else make_spans(paths, span_bytes))
-    working = target / _WORKING
     if working.exists():
         working.rmtree()
     working.mkdir(parents=True)
@@ -85,6 +87,7 @@ def write_passages(
         reports = [Report.from_json(_report(working, i).read_text()) for i in range(len(spans))]
         report = merge(zip(spans, reports, strict=True))
         report.check(reading.policy)
+        (working / _RENAMING).touch()
         for path in old:
             path.unlink()
         shards = [target / f"corpus-{i:05d}-of-{len(spans):05d}.jsonl" for i in range(len(spans))]

@@ -1,10 +1,12 @@
 """Files with a checksum per block, compared when a block is first read.
 
 A passages folder may have 30 GB, which is too much to hash at every start, and any block of it may be
-damaged. So each block is hashed once, before its first byte is used; a bitmap holds which were.
+damaged. So each block is hashed once, before its first byte is used; a bitmap holds which were. The size
+is compared at every read, because reading behind the end of a mapped file ends the process (SIGBUS).
 """
 
 import hashlib
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +56,15 @@ class CheckedFile:
           blocks: digests of its blocks in hexadecimal, `num_blocks` of them.
         """
         self.path = path
-        self.bytes: np.ndarray = np.memmap(path, np.uint8, mode="r")
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.bytes: np.ndarray = np.frombuffer(self._map, np.uint8)
         self._digests = bytes.fromhex(blocks)
         self._verified = np.zeros(num_blocks(len(self.bytes)), bool)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Bytes [start, stop) as uint8, without a copy. Raises ValueError for a damaged block."""
+        self._check_size()
         first, last = start // BLOCK_BYTES, num_blocks(stop)
         if not self._verified[first:last].all():
             self.verify(np.arange(first, last))
@@ -67,6 +72,7 @@ class CheckedFile:
 
     def verify(self, blocks: np.ndarray | None = None) -> None:
         """Compares the given blocks, or all, unless that was done. Raises ValueError for damage."""
+        self._check_size()
         if blocks is None:
             blocks = np.arange(len(self._verified))
         for block in np.unique(blocks[~self._verified[blocks]]).tolist():
@@ -80,6 +86,13 @@ class CheckedFile:
                     "--run_mode=passages."
                 )
             self._verified[block] = True
+
+    def _check_size(self) -> None:
+        if (size := self._map.size()) < len(self.bytes):
+            raise ValueError(
+                f"{self.path} was truncated from {len(self.bytes)} to {size} bytes while it was open. "
+                "Copy the folder again, and replace files instead of changing them."
+            )
 
 
 class CheckedArray:

@@ -164,12 +164,15 @@ def _id_and_question(path: Path) -> Iterator[tuple[str, str]]:
         return
     try:
         entries = json.loads(path.read_bytes())["Data"]
-        yield from [(entry["QuestionId"], entry["Question"]) for entry in entries]
+        pairs = [(entry["QuestionId"], entry["Question"]) for entry in entries]
+        if not all(isinstance(text, str) for pair in pairs for text in pair):
+            raise TypeError("an id or a question is not a string")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f'TRIVIAQA: {path}: expected {{"Data": [{{"QuestionId", "Question"}}]}}, got '
             f"{type(error).__name__}: {error}. Give a file of TriviaQA's archives."
         ) from None
+    yield from pairs
 
 
 def read_task(

@@ -125,6 +125,7 @@ def verify(path: folder.Path, sample: int | None = None, version: int | None = N
       ValueError: there is no finished store, no such version, or `sample` is less than 1.
       DamagedStore: the manifest is damaged.
       OSError: the storage did not answer.
+      StopRequested: a stop was requested.
     """
     kvstore = folder.open_folder(path)
     entries = versions.read_manifest(kvstore, version).shards
@@ -135,11 +136,12 @@ def verify(path: folder.Path, sample: int | None = None, version: int | None = N
             )
         chosen = np.unique(np.linspace(0, len(entries) - 1, sample).astype(np.int64))
         entries = tuple(entries[i] for i in chosen)
-    return [
-        f"{shard_folder(entry.name)}/{problem}"
-        for entry in with_progress(entries, "verify", "shards")
-        for problem in check_shard(kvstore, entry).values()
-    ]
+    problems = []
+    for entry in with_progress(entries, "verify", "shards"):
+        STOP.poll()
+        found = check_shard(kvstore, entry).values()
+        problems += [f"{shard_folder(entry.name)}/{problem}" for problem in found]
+    return problems
 
 
 def check_shard(store: ts.KvStore, entry: Shard) -> dict[str, str]:

@@ -20,14 +20,15 @@ A finished store is changed by writing a new manifest, never by changing shards 
 names. A reader that has opened a version can read that version to its end.
 """
 
+import contextlib
 import dataclasses
 import hashlib
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from glimmer_jax.storage import folder
+from glimmer_jax.storage.json_lines import parse_line
 
 FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
@@ -167,9 +168,8 @@ class Record:
         ValueError: it has another format version.
         DamagedStore: the bytes are not those that were written, or the values are invalid.
         """
-        with _Parsing(where, _REBUILD_SHARD):
-            value = json.loads(data)
-            _pop_checked(value, where, _REBUILD_SHARD)
+        value = _checked_fields(data, where, _REBUILD_SHARD)
+        with _parsing(where, _REBUILD_SHARD):
             value["identity"] = Identity(**value["identity"])
             value["program"] = EncodeProgram(**value["program"])
             value["layout"] = Layout(**value["layout"])
@@ -294,9 +294,8 @@ class Manifest:
         ValueError: it has another format version.
         DamagedStore: the bytes are not those that were written, or the values are invalid.
         """
-        with _Parsing(where, _REBUILD_MANIFEST):
-            value = json.loads(data)
-            _pop_checked(value, where, _REBUILD_MANIFEST)
+        value = _checked_fields(data, where, _REBUILD_MANIFEST)
+        with _parsing(where, _REBUILD_MANIFEST):
             value["identity"] = Identity(**value["identity"])
             value["passages_fingerprints"] = tuple(value["passages_fingerprints"])
             value["withdrawn"] = tuple(value["withdrawn"])
@@ -350,26 +349,22 @@ def _invalid_entry(where: str, name: Any) -> DamagedStore:
     return DamagedStore(f"{where}: the entry of shard {name!r} is invalid.")
 
 
-class _Parsing:
-    """Turns errors of parsing into a DamagedStore that names the file."""
-
-    def __init__(self, where: str, remedy: str):
-        self.where, self.remedy = where, remedy
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        invalid = (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError)
-        if isinstance(error, invalid):
-            message = f"{self.where} cannot be parsed: {error!r}. {self.remedy}"
-            raise DamagedStore(message) from error
-        return False
+@contextlib.contextmanager
+def _parsing(where: str, remedy: str) -> Iterator[None]:
+    """Turns errors about a file's content into a DamagedStore that names the file."""
+    try:
+        yield
+    except DamagedStore:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise DamagedStore(f"{where} cannot be parsed: {error!r}. {remedy}") from error
 
 
-def _pop_checked(value: dict[str, Any], where: str, remedy: str) -> None:
-    """Removes version and checksum from `value` after checking them."""
-    version = value.pop("format_version")
+def _checked_fields(data: bytes, where: str, remedy: str) -> dict[str, Any]:
+    """The fields of a file, without version and checksum. Raises ValueError and DamagedStore."""
+    with _parsing(where, remedy):
+        value = parse_line(data, where)
+        version = value.pop("format_version")
     if "vocab_size" in value and "files" in value:
         raise ValueError(
             f"MEMORY_DIR: {where} belongs to a passages folder. Set PASSAGES_DIR to it, and MEMORY_DIR "
@@ -377,14 +372,15 @@ def _pop_checked(value: dict[str, Any], where: str, remedy: str) -> None:
         )
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{where} has format version {version}; this program reads version {FORMAT_VERSION}. "
-            "Rebuild the memory, or use the version of glimmer_jax that wrote it."
+            f"{where} has format version {version!r:.20}; this program reads version "
+            f"{FORMAT_VERSION}. Rebuild the memory, or use the version of glimmer_jax that wrote it."
         )
-    checksum = value.pop("sha256")
+    checksum = value.pop("sha256", None)
     if checksum != _self_checksum({"format_version": version, **value}):
         raise DamagedStore(
             f"{where} has been changed since it was written: its checksum differs. {remedy}"
         )
+    return value
 
 
 def _check_counts(where: str, **counts: Any) -> None:

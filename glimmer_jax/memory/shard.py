@@ -244,7 +244,7 @@ class ShardReader:
         self._identity = identity
         self._context = context
         self._arrays: dict[str, ts.TensorStore] = {}
-        self._reads = {name: kvstore.read(name) for name in (RECORD, _file(IDS), _file(OFFSETS))}
+        self._reads = {name: self._read(name) for name in (RECORD, _file(IDS), _file(OFFSETS))}
 
     @functools.cached_property
     def record(self) -> Record:
@@ -347,9 +347,13 @@ class ShardReader:
             raise self._damaged(f"{_file(name)} has been changed: its SHA-256 differs")
         return _values_of_one_chunk(data, dtype)
 
+    def _read(self, file: str, **options: Any) -> ts.Future:
+        folder.reject_special_files(self._kvstore, file)
+        return self._kvstore.read(file, **options)
+
     def _bytes(self, file: str) -> bytes:
         try:
-            read = self._reads.pop(file, None) or self._kvstore.read(file)
+            read = self._reads.pop(file, None) or self._read(file)
             result = read.result()
         except ValueError as error:
             raise storage_error(f"{self._kvstore.url}{file}", error) from error
@@ -359,7 +363,7 @@ class ShardReader:
 
     def _read_range(self, file: str, start: int, count: int) -> bytes:
         try:
-            result = self._kvstore.read(file, byte_range=slice(start, start + count)).result()
+            result = self._read(file, byte_range=slice(start, start + count)).result()
         except ValueError as error:
             raise self.error(error) from error
         if result.state == "missing":
@@ -424,10 +428,10 @@ def check_sizes(kvstore: ts.KvStore, files: Mapping[str, tuple[int, str]]) -> li
     Raises:
       OSError: the storage did not answer.
     """
-    reads = {
-        name: kvstore.read(name, byte_range=slice(size - 1, size))
-        for name, (size, _) in files.items()
-    }
+    reads = {}
+    for name, (size, _) in files.items():
+        folder.reject_special_files(kvstore, name)
+        reads[name] = kvstore.read(name, byte_range=slice(size - 1, size))
     problems = []
     for name, read in sorted(reads.items()):
         try:

@@ -18,6 +18,7 @@ import numpy as np
 
 from glimmer_jax.corpus.ids import id_number
 from glimmer_jax.kilt.examples import answers, provenance, read_examples
+from glimmer_jax.runtime.preemption import STOP
 from glimmer_jax.storage.json_lines import read_json_lines
 
 Target = str | Sequence[str]
@@ -148,6 +149,7 @@ def bootstrap(
     size = len(sums)
     means = []
     for start in range(0, samples, max(1, _CHUNK // size)):
+        STOP.poll()
         rows = min(max(1, _CHUNK // size), samples - start)
         chosen = draw.integers(0, size, (rows, size))
         means.append(sums[chosen].sum(1) / counts[chosen].sum(1))
@@ -234,13 +236,11 @@ def score_examples(
         text = prediction_text(prediction)
         scores["exact_match"].append(match_of(answers(example), text))
         scores["f1"].append(f1_of(answers(example), text))
-        ids = prediction.get("passage_ids")
-        if ids is None and "passages" in prediction:
-            ids = [passage["id"] for passage in prediction["passages"]]
+        numbers = _passage_numbers(prediction)
         marked = any("gold" in passage for passage in example.get("retrieved", ()))
-        if ids is not None and marked and provenance(example):
+        if numbers is not None and marked and provenance(example):
             gold = {id_number(x["id"]) for x in example["retrieved"] if x.get("gold")}
-            marks = [id_number(passage_id) in gold for passage_id in ids]
+            marks = [number in gold for number in numbers]
             for at in (1, 5):
                 scores.setdefault(f"recall_at_{at}", []).append(recall_of(marks, at))
     return scores
@@ -248,15 +248,31 @@ def score_examples(
 
 def prediction_text(prediction: dict[str, Any]) -> str:
     """The answer in a prediction of either form. Raises ValueError if there is none."""
-    text = prediction.get("prediction")
-    if text is None and prediction.get("output"):
-        text = prediction["output"][0].get("answer")
+    text, outputs = prediction.get("prediction"), prediction.get("output")
+    if text is None and isinstance(outputs, list) and outputs and isinstance(outputs[0], dict):
+        text = outputs[0].get("answer")
     if not isinstance(text, str):
         raise ValueError(
             f"PREDICTIONS: {prediction.get('id')!r} has no answer. Write a string `prediction`, or "
             "KILT's `output` with an `answer`."
         )
     return text
+
+
+def _passage_numbers(prediction: dict[str, Any]) -> list[int] | None:
+    """Numbers of a prediction's passages, best first; None without passages. Raises ValueError."""
+    ids, passages = prediction.get("passage_ids"), prediction.get("passages")
+    if ids is None and isinstance(passages, list):
+        ids = [passage.get("id") if isinstance(passage, dict) else passage for passage in passages]
+    try:
+        if not isinstance(ids, list | None):
+            raise ValueError(f"expected a list in `passage_ids`, got {ids!r:.80}")
+        return None if ids is None else [id_number(name) for name in ids]
+    except ValueError as error:
+        raise ValueError(
+            f"PREDICTIONS: {prediction.get('id')!r}: {error} Write `passage_ids`, or `passages` with an "
+            "`id` each."
+        ) from None
 
 
 def score_file(

@@ -10,13 +10,14 @@ import json
 import os
 import pathlib
 import re
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 import tensorstore as ts
 
-from glimmer_jax.storage.errors import storage_error
+from glimmer_jax.storage.errors import StorageError, storage_error
 
 # TensorStore waits for a bucket without limit. With these settings curl gives up a request that receives
 # less than a byte per second for this many seconds, and TensorStore repeats it.
@@ -75,12 +76,36 @@ def subfolder(kvstore: ts.KvStore, name: str) -> ts.KvStore:
     return kvstore / f"{name}/"
 
 
+def reject_special_files(kvstore: ts.KvStore, key: str = "") -> None:
+    """Raises StorageError for a pipe, socket or device on a local disk, whose reading may block forever.
+
+    Args:
+      kvstore: a folder, local or in a bucket.
+      key: a file in it; by default all of them, in its subfolders too.
+    """
+    if not kvstore.url.startswith("file://"):
+        return
+    paths = [kvstore.path + key]
+    if not key:
+        paths = [f"{place}/{name}" for place, _, names in os.walk(kvstore.path) for name in names]
+    for path in paths:
+        try:
+            mode = os.stat(path).st_mode
+        except OSError:
+            continue  # The reader reports it.
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise StorageError(
+                f"{path} is a pipe, a socket or a device, expected a file. Copy the folder again."
+            )
+
+
 def read_file(kvstore: ts.KvStore, key: str) -> bytes | None:
     """The bytes of a file, or None where there is none.
 
     Raises:
-      StorageError: the storage did not answer, or denied access.
+      StorageError: the storage did not answer, denied access, or has no regular file there.
     """
+    reject_special_files(kvstore, key)
     try:
         result = kvstore.read(key).result()
     except ValueError as error:
@@ -96,6 +121,7 @@ def read_if_new(
     Raises:
       StorageError: the storage did not answer, or denied access.
     """
+    reject_special_files(kvstore, key)
     try:
         result = kvstore.read(key, if_not_equal=known).result()
     except ValueError as error:
@@ -113,6 +139,7 @@ def read_range(kvstore: ts.KvStore, file: str, start: int, stop: int) -> bytes:
       StorageError: the storage did not answer, or denied access.
       ValueError: there is no such file.
     """
+    reject_special_files(kvstore, file)
     for byte_range in (slice(start, stop), slice(start, None)):
         try:
             result = kvstore.read(file, byte_range=byte_range).result()

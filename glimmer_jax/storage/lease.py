@@ -27,6 +27,7 @@ import tensorstore as ts
 
 from glimmer_jax.runtime.preemption import STOP
 from glimmer_jax.storage.errors import storage_error
+from glimmer_jax.storage.folder import reject_special_files
 
 LEASE_SECONDS = 60.0
 MAX_LEASE_SECONDS = 3600.0  # a longer one in a file is not ours
@@ -271,6 +272,7 @@ class WriterLock:
             return None, str(error)
 
     def _read(self) -> Any:
+        reject_special_files(self._kvstore, self._name)
         try:
             return self._kvstore.read(self._name).result()
         except ValueError as error:

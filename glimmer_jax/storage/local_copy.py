@@ -13,7 +13,6 @@ import collections
 import concurrent.futures
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -29,6 +28,7 @@ from glimmer_jax.runtime.preemption import STOP
 from glimmer_jax.runtime.progress import Progress
 from glimmer_jax.storage import folder
 from glimmer_jax.storage.folder import in_bucket
+from glimmer_jax.storage.json_lines import parse_line
 from glimmer_jax.storage.lease import LockUnsupported, try_lock
 
 logger = logging.getLogger(__name__)
@@ -91,9 +91,9 @@ def fetch_folder(name: str, path: Any, manifest: str, files: Sequence[str]) -> P
         raise ValueError(f"{name}: there is no {kvstore.url}{manifest}. Check the path.")
     target = _cache() / hashlib.sha256(data).hexdigest()
     try:
-        listed = json.loads(data)["files"]
+        listed = parse_line(data, f"{kvstore.url}{manifest}")["files"]
         wanted = {file: (int(listed[file]["bytes"]), listed[file]["sha256"]) for file in files}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(
             f"{name}: {kvstore.url}{manifest} does not list {', '.join(files)} correctly "
             f"({error!r}). Write the folder again."

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,7 +30,10 @@ class PreviousRuns:
           lines: all lines.
           step: the step that the run resumes from; later steps were lost to a kill.
         """
-        lines = [line for line in lines if "train/alive_seconds" in line]
+        names = ("train/alive_seconds", "train/goodput", "train/skipped_steps")
+        lines = [
+            line for line in lines if all(math.isfinite(line.get(name, math.nan)) for name in names)
+        ]
         if not lines:
             return cls()
         alive_seconds = lines[-1]["train/alive_seconds"]

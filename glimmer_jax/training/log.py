@@ -208,7 +208,8 @@ class MetricWriter:
         self._log = self._path / "metrics.jsonl"
         self._lines: list[str] = []
         if self._log.exists():
-            lines = [line for line in self._log.read_text().splitlines() if _parse(line)]
+            text = self._log.read_bytes().decode(errors="replace")
+            lines = [line for line in text.splitlines() if _parse(line)]
             self._lines = [line for line in lines if _parse(line)["step"] <= start_step]
             self.previous = PreviousRuns.from_log([_parse(line) for line in lines], start_step)
             partial = self._path / "metrics.jsonl.partial"
@@ -275,12 +276,15 @@ def _join(lines: list[str]) -> str:
 
 
 def _parse(line: str) -> dict[str, Any]:
-    # A line that a kill truncated belongs to no step.
+    # A line that a kill truncated, or that is damaged, belongs to no step.
     try:
         values = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return {}
-    return values if isinstance(values, dict) and "step" in values else {}
+    if not isinstance(values, dict) or type(values.get("step")) is not int:
+        return {}
+    numbers = (type(x) is float or (type(x) is int and abs(x) < 2**63) for x in values.values())
+    return values if all(numbers) else {}
 
 
 def print_once(line: str) -> None:

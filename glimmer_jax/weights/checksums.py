@@ -10,6 +10,8 @@ from typing import Any
 
 from etils import epath
 
+from glimmer_jax.storage.lines import is_regular_file
+
 SIDECAR = "checksums.json"
 _PARTIAL = ".partial"  # suffix of files that are being written, which nothing reads
 _CHUNK = 1 << 22
@@ -31,7 +33,7 @@ def write_sidecar(folder: Any) -> None:
 
 def has_sidecar(folder: Any) -> bool:
     """Whether the folder was finished and has its checksums."""
-    return (epath.Path(folder) / SIDECAR).exists()
+    return is_regular_file(epath.Path(folder) / SIDECAR)
 
 
 def verify_sidecar(folder: Any) -> None:
@@ -47,7 +49,10 @@ def verify_sidecar(folder: Any) -> None:
     missing = sorted(digests.keys() - files)
     unlisted = sorted(files - digests.keys())
     changed = sorted(
-        name for name in files & digests.keys() if _digest(folder / name) != digests[name]
+        name
+        for name in files & digests.keys()
+        # Reading a pipe or a device may block forever.
+        if not is_regular_file(folder / name) or _digest(folder / name) != digests[name]
     )
     if missing or changed or unlisted:
         raise DamagedCheckpoint(
@@ -64,7 +69,7 @@ def read_verified(folder: Any, name: str) -> bytes:
     """
     folder = epath.Path(folder)
     digest = _read_digests(folder).get(name)
-    data = (folder / name).read_bytes() if (folder / name).exists() else None
+    data = (folder / name).read_bytes() if is_regular_file(folder / name) else None
     if data is None or hashlib.sha256(data).hexdigest() != digest:
         problem = "missing" if data is None else "changed"
         raise DamagedCheckpoint(

@@ -8,6 +8,7 @@ import safetensors.numpy
 import tensorstore as ts
 
 from glimmer_jax.models.glimmer import GlimmerConfig
+from glimmer_jax.runtime.preemption import STOP
 from glimmer_jax.storage import folder
 from glimmer_jax.storage.json_lines import parse_line
 from glimmer_jax.weights import huggingface_names as names
@@ -132,6 +133,7 @@ def save(
     Raises:
       ValueError: the folder holds a model, Hugging Face's T5 lacks the activations, or a parameter is
         not finite.
+      StopRequested: a stop was requested. The folder has no `config.json`, and a rerun writes it again.
     """
     settings = names.write_config(config.t5)
     if t5_names.is_t5(config):
@@ -152,7 +154,10 @@ def save(
         file = SAFETENSORS
         if len(files) > 1:
             file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        tensors = {theirs: _tensor(*leaves[theirs]) for theirs in part}
+        tensors = {}
+        for theirs in part:
+            STOP.poll()
+            tensors[theirs] = _tensor(*leaves[theirs])
         data = safetensors.numpy.save(tensors, metadata={"format": "pt"})
         folder.write_file(kvstore, file, data)
         weight_map |= dict.fromkeys(part, file)

@@ -12,6 +12,7 @@ All of them work on a local disk and in a bucket.
 
 import functools
 import math
+import mmap
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -63,8 +64,9 @@ def exists(kvstore: ts.KvStore, file: str) -> bool:
     """Whether a folder has a file that is not empty.
 
     Raises:
-      OSError: the storage failed or denied access.
+      OSError: the storage failed or denied access, or has no regular file there.
     """
+    folder.reject_special_files(kvstore, file)
     try:
         return kvstore.read(file, byte_range=slice(0, 1)).result().state == "value"
     except ValueError as error:
@@ -79,11 +81,10 @@ def open_bytes(kvstore: ts.KvStore, location: ByteRange) -> ts.TensorStore:
     On a local disk, reading a slice reads little more than the slice. In a bucket, full rows are
     read.
 
-    Raises:
-      InvalidWeights: the file ends before the array does. In a bucket this is raised by the read.
+    Raises InvalidWeights, when the array is read, if the file ends before the array does.
     """
     if kvstore.url.startswith(_LOCAL):
-        read = _map_file(kvstore, location).__getitem__
+        read = functools.partial(_read_mapped, kvstore, location, _map_file(kvstore, location))
         block = [min(size, _BLOCK) for size in location.shape]
     else:
         read = functools.partial(_read_rows, kvstore, location)
@@ -102,12 +103,20 @@ def open_bytes(kvstore: ts.KvStore, location: ByteRange) -> ts.TensorStore:
     )
 
 
-def _map_file(kvstore: ts.KvStore, location: ByteRange) -> np.ndarray:
-    mapped = np.memmap(kvstore.path + location.file, np.uint8, mode="r")
-    data = mapped[location.offset : location.offset + location.num_bytes]
-    if data.size < location.num_bytes:
+def _map_file(kvstore: ts.KvStore, location: ByteRange) -> mmap.mmap:
+    with open(kvstore.path + location.file, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _read_mapped(
+    kvstore: ts.KvStore, location: ByteRange, mapped: mmap.mmap, index: tuple[slice, ...]
+) -> np.ndarray:
+    # Reading behind the end of a mapped file would end the process (SIGBUS).
+    if mapped.size() < location.offset + location.num_bytes:
         raise _truncated(kvstore, location)
-    return data.view(location.dtype).reshape(location.shape)
+    count = location.num_bytes // location.dtype.itemsize
+    array = np.frombuffer(mapped, location.dtype, count, location.offset)
+    return array.reshape(location.shape)[index]
 
 
 def _read_rows(kvstore: ts.KvStore, location: ByteRange, index: tuple[slice, ...]) -> np.ndarray:
@@ -157,7 +166,8 @@ def read(name: str, array: Any) -> np.ndarray:
 
 
 def open_zarr(kvstore: ts.KvStore, **spec: Any) -> ts.Future:
-    """Starts to open the zarr array in a folder; see `wait_for`."""
+    """Starts to open the zarr array in a folder; see `wait_for`. Raises OSError for special files."""
+    folder.reject_special_files(kvstore)
     return ts.open(
         # Otherwise a missing chunk would read as zeros.
         {"driver": "zarr", "fill_missing_data_reads": False, **spec},
@@ -219,6 +229,7 @@ def open_orbax(kvstore: ts.KvStore, prefix: tuple[str, ...] = ()) -> dict[str, t
     Raises:
       InvalidWeights: nothing lies below `prefix`, or arrays are missing, damaged or not weights.
     """
+    folder.reject_special_files(kvstore)
     data = folder.read_file(kvstore, ORBAX_METADATA)
     file = f"{kvstore.url}{ORBAX_METADATA}"
     if data is None:

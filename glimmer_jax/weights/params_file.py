@@ -15,8 +15,10 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
+from glimmer_jax.runtime.preemption import STOP
 from glimmer_jax.storage.folder import local_path
 from glimmer_jax.storage.json_lines import parse_line
+from glimmer_jax.storage.lines import is_regular_file
 from glimmer_jax.weights import safetensors_file
 from glimmer_jax.weights.file_errors import InvalidWeights, check_finite, parsing
 from glimmer_jax.weights.lazy_arrays import read
@@ -38,10 +40,15 @@ def save_params_file(
 
     Raises:
       ValueError: the path has another ending, or a parameter is not finite.
+      StopRequested: a stop was requested. No file has changed.
     """
     path = check_name(path)
     flat = flax.traverse_util.flatten_dict(params, sep="/")
-    data = safetensors.numpy.save({name: _rounded(name, x) for name, x in flat.items()})
+    tensors = {}
+    for name, leaf in flat.items():
+        STOP.poll()
+        tensors[name] = _rounded(name, leaf)
+    data = safetensors.numpy.save(tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {**config, "sha256": hashlib.sha256(data).hexdigest()}
     described = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
@@ -99,10 +106,10 @@ def read_config(path: Any) -> dict[str, Any]:
     path = check_name(path)
     config_path = path.with_suffix(".json")
     for file in (path, config_path):
-        if not file.exists():
+        if not is_regular_file(file):
             raise InvalidWeights(
-                f"{file} is missing; a parameter file needs both {path} and {config_path}. Copy both. "
-                f"For a model of Hugging Face give its folder, {path.parent}."
+                f"{file} is missing or no regular file; a parameter file needs both {path} and "
+                f"{config_path}. Copy both. For a model of Hugging Face give its folder, {path.parent}."
             )
     with parsing(config_path, "JSON"):
         return parse_line(config_path.read_bytes(), str(config_path))

@@ -113,10 +113,16 @@ def read_metadata(folder: Any) -> dict[str, Any]:
     """The JSON saved with a step.
 
     Raises:
-      DamagedCheckpoint: the file is not the one that was written, or belongs to another step.
+      DamagedCheckpoint: the file is not the one that was written, is not as a run writes it, or belongs
+        to another step.
     """
     folder = epath.Path(folder)
-    metadata = json.loads(read_verified(folder, _METADATA))
+    metadata = _parse_metadata(read_verified(folder, _METADATA))
+    if metadata is None:
+        raise DamagedCheckpoint(
+            f"Checkpoint {folder} is damaged: {_METADATA} does not hold the step, dev metrics and best "
+            "metric of a run. Copy it again, or use another step."
+        )
     step = step_number(folder.name)
     if step is not None and metadata["step"] != step:
         raise DamagedCheckpoint(
@@ -124,6 +130,22 @@ def read_metadata(folder: Any) -> dict[str, Any]:
             f"step {step} again."
         )
     return metadata
+
+
+def _parse_metadata(data: bytes) -> dict[str, Any] | None:
+    """The metadata, if its values have the types that a run writes."""
+    try:
+        metadata = json.loads(data)
+        scores = metadata["dev_metrics"].values()
+        best = metadata.get("best_metric")
+        valid = (
+            type(metadata["step"]) is int
+            and all(type(x) is float or (type(x) is int and abs(x) < 2**63) for x in scores)
+            and (best is None or (type(best["name"]), type(best["is_max"])) == (str, bool))
+        )
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    return metadata if valid else None
 
 
 def write_metadata(folder: Any, metadata: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ import tensorstore as ts
 
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.t5 import T5Config
+from glimmer_jax.runtime.preemption import STOP
 from glimmer_jax.storage import folder
 from glimmer_jax.storage.json_lines import parse_line
 from glimmer_jax.weights import t5_names
@@ -116,6 +117,7 @@ def save(
 
     Raises:
       ValueError: the folder holds a checkpoint, or a parameter is not finite.
+      StopRequested: a stop was requested. The msgpack file is missing, and a rerun writes all again.
     """
     del config
     _check_free(path)
@@ -152,6 +154,7 @@ def _save(path: Any, flat: Mapping[str, Any], step: int, extra: Mapping[str, Any
     kvstore = folder.open_folder(path)
     target: dict[str, Any] = {}
     for name, leaf in flat.items():
+        STOP.poll()
         array = read(name, leaf).astype(np.float32)
         target[name] = array if array.ndim < 2 else _write(kvstore, _folder_of(name), array)
     content = {

@@ -57,6 +57,11 @@ def test_many_processes_give_what_one_gives(corpus, tmp_path):
     assert paths == find_files(f"{out}/*")
     beam.write_passages(corpus[1:], out, Reading("kilt", 5, Policy("skip")), overwrite=True)
     assert len(find_files(f"{out}/*")) == 1
+    # Killed while it renamed its shards: the same command completes them.
+    (tmp_path / "out" / "unfinished").mkdir()
+    (tmp_path / "out" / "unfinished" / "renaming").touch()
+    paths, _ = beam.write_passages(corpus, out, reading, span_bytes=500)
+    assert list(read_passages(paths)) == alone
 
 
 @pytest.mark.fault

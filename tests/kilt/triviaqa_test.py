@@ -42,7 +42,8 @@ def test_other_files_are_rejected(tmp_path):
     write(tmp_path / "b.json", tc_1="Where?")
     with pytest.raises(ValueError, match="TRIVIAQA: .*b.json .*different questions for 'tc_1'"):
         files.read_questions(str(tmp_path / "*.json"))
-    for text in ("{", "[]", "[" * 100_000, '{"Data": [{"QuestionId": 1}]}'):
+    listed = '{"Data": [{"QuestionId": ["a"], "Question": "Who?"}]}'
+    for text in ("{", "[]", "[" * 100_000, '{"Data": [{"QuestionId": 1}]}', listed):
         (tmp_path / "c").write_text(text)
         with pytest.raises(ValueError, match="TRIVIAQA: .*c: expected .*QuestionId"):
             files.read_questions(str(tmp_path / "c"))

@@ -1,16 +1,19 @@
 """Reading a store, and rejecting stores that are damaged or do not fit."""
 
+import contextlib
 import json
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+from glimmer_jax import main as command_line
 from glimmer_jax.corpus.ids import id_number
 from glimmer_jax.memory import manifest
 from glimmer_jax.memory.maintain import inspect, verify
 from glimmer_jax.memory.manifest import DamagedStore, EncodeProgram, Layout, Manifest
 from glimmer_jax.memory.store import MemoryStore
+from tests import damage
 
 
 def _expected(tiny, passages, row, length):
@@ -267,6 +270,50 @@ def test_a_changed_or_truncated_manifest_is_rejected(copied_store):
         file.write_text(cut)
         with pytest.raises(DamagedStore, match="cannot be parsed"):
             MemoryStore.open(copied_store)
+
+
+@pytest.mark.fault
+def test_hostile_json_is_damage_that_names_its_file():
+    for parse in (Manifest.from_bytes, manifest.Record.from_bytes):
+        for text in damage.JSON_TEXTS:
+            with pytest.raises(DamagedStore, match="here cannot be parsed"):
+                parse(text.encode("utf-8", "surrogatepass"), "here")
+
+
+@pytest.mark.fault
+def test_signed_fields_of_another_type_are_damage(tiny_store):
+    files = {
+        "manifest.json": Manifest.from_bytes,
+        "shards/000000/shard.json": manifest.Record.from_bytes,
+    }
+    for name, parse in files.items():
+        value = json.loads((tiny_store / name).read_bytes())
+        del value["sha256"]
+        for container, key in list(damage.places(value)):
+            before = container[key]
+            for wrong in (None, [], {}, "x", [1], {"x": 1}, 1.5, 10**400):
+                container[key] = wrong
+                data = json.dumps({**value, "sha256": manifest._self_checksum(value)})
+                # Values that nothing computes with may pass.
+                with contextlib.suppress(ValueError):
+                    parse(data.encode(), name)
+            container[key] = before
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("kind", damage.SPECIAL_FILES)
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "shards/000001/shard.json", "shards/000001/titles/c/0", "states"]
+)
+def test_what_is_no_file_is_rejected_without_blocking(copied_store, kind, name):
+    path = _states(copied_store) if name == "states" else copied_store / name
+    damage.SPECIAL_FILES[kind](path)
+    with pytest.raises((ValueError, OSError)) as error:  # noqa: PT012
+        store = MemoryStore.open(copied_store, cache_bytes=0)
+        store.read(np.arange(len(store)), 12)
+        for shard in store.manifest.shards:
+            store.titles(shard)
+    assert command_line._classify(error.value)[1] == 2
 
 
 @pytest.mark.fault

@@ -126,6 +126,15 @@ def test_incomplete_and_malformed_predictions_are_rejected(tmp_path):
         qa.score_file(write(tmp_path / "p", *[{"id": "a", "prediction": ""}] * 2), questions)
     with pytest.raises(ValueError, match="PREDICTIONS: 'a' has no answer"):
         qa.score_file(write(tmp_path / "p", {"id": "a"}, {"id": "b"}), questions)
+    for output in ("x", {"answer": "x"}, [7], [], 7):
+        predictions = write(tmp_path / "p", *({"id": name, "output": output} for name in "ab"))
+        with pytest.raises(ValueError, match="PREDICTIONS: 'a' has no answer"):
+            qa.score_file(predictions, questions)
+    for field, value in (("passage_ids", 7), ("passage_ids", [None]), ("passages", [{"x": 1}, 2])):
+        lines = ({"id": name, "prediction": "x", field: value} for name in "ab")
+        predictions = write(tmp_path / "p", *lines)
+        with pytest.raises(ValueError, match="PREDICTIONS: 'a': .*`id`"):
+            qa.score_file(predictions, questions)
     blind = write(tmp_path / "blind", {"id": "a", "input": "?"})
     with pytest.raises(ValueError, match="QUESTIONS: .*blind has no answers"):
         qa.score_file(write(tmp_path / "p", {"id": "a", "prediction": ""}), blind)

@@ -13,7 +13,9 @@ import pytest
 import tensorstore as ts
 
 from glimmer_jax.storage import lease
+from glimmer_jax.storage.errors import StorageError
 from glimmer_jax.storage.lease import WriterLock
+from tests.damage import SPECIAL_FILES
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAME = "test.lock"
@@ -123,6 +125,15 @@ def test_a_file_that_is_no_lock_is_replaced_after_a_lease(tmp_path, caplog, text
     with WriterLock(folder(tmp_path), NAME, LEASE / 4):
         assert LEASE / 8 < time.monotonic() - started < 60
     assert problem in caplog.text and "stale" in caplog.text
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "folder", "link to itself"])
+def test_what_is_no_file_is_rejected_without_blocking(tmp_path, kind):
+    (tmp_path / NAME).touch()
+    SPECIAL_FILES[kind](tmp_path / NAME)
+    with pytest.raises(StorageError, match=NAME), locked(tmp_path):
+        pass
 
 
 def test_a_file_system_without_locks_differs_from_a_held_lock(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Files of a bucket on this disk; `file://` is a bucket to everything but TensorStore."""
 
 import concurrent.futures
+import errno
 import logging
 import shutil
 import threading
@@ -12,8 +13,9 @@ from glimmer_jax.corpus.manifest import FILES, MANIFEST
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.corpus.passages_writer import write_passages
 from glimmer_jax.data import retrieved_tasks
-from glimmer_jax.storage import folder, local_copy
+from glimmer_jax.storage import folder, lease, local_copy
 from glimmer_jax.vocabulary import PYDOCS_MODEL, Vocabulary
+from tests.damage import JSON_TEXTS
 
 RECORDS = [{"id": i, "title": f"t{i}", "text": f"text {i}"} for i in range(20)]
 
@@ -117,6 +119,17 @@ def test_processes_of_a_machine_share_a_copy(bucket, monkeypatch):
     assert found == [20] * 3 and sorted(asked) == sorted([*FILES, MANIFEST])
 
 
+def test_without_locks_each_process_copies_for_itself(bucket, cache, monkeypatch, caplog):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lease.fcntl, "flock", unsupported)
+    _, url = bucket
+    assert list(Passages.open(url).records()) == RECORDS
+    assert "No locks available; other processes may copy the same files" in caplog.text
+    assert not list(cache.rglob("*.partial"))
+
+
 def test_a_disk_that_is_too_small_is_named_before_copying(bucket, cache, monkeypatch):
     _, url = bucket
     usage = shutil.disk_usage(cache.parent.parent)._replace(free=1000)
@@ -126,10 +139,10 @@ def test_a_disk_that_is_too_small_is_named_before_copying(bucket, cache, monkeyp
     assert not list(cache.rglob("*.npy*"))
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "no json", '{"files": {"tokens.npy": {"bytes": 1}}}'])
+@pytest.mark.parametrize("text", ["{}", '{"files": {"tokens.npy": {"bytes": 1}}}', *JSON_TEXTS])
 def test_a_manifest_without_files_is_reported(bucket, text):
     path, url = bucket
-    (path / MANIFEST).write_text(text)
+    (path / MANIFEST).write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(ValueError, match=r"manifest\.json.*tokens"):
         Passages.open(url)
 

@@ -14,9 +14,15 @@ from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.training.checkpoint import Checkpoints, steps_to_keep
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
 from glimmer_jax.training.state import TrainState, abstract_state, init_state
-from glimmer_jax.weights.checksums import SIDECAR, DamagedCheckpoint, verify_sidecar
+from glimmer_jax.weights.checksums import (
+    SIDECAR,
+    DamagedCheckpoint,
+    verify_sidecar,
+    write_sidecar,
+)
 from glimmer_jax.weights.load import load
 from glimmer_jax.weights.steps import best_step, find_step, restore_params
+from tests.damage import SPECIAL_FILES
 from tests.training.toy_model import ToyModel
 
 MODEL = ToyModel()
@@ -237,6 +243,35 @@ def test_an_edited_dev_metric_does_not_delete_the_best_step(tmp_path, state):
     with Checkpoints(tmp_path, **run) as checkpoints:
         checkpoints.save(at_step(state, 4), {"em": 0.6})
         assert checkpoints.steps() == [1, 4] and checkpoints.best_step() == 1
+
+
+@pytest.mark.fault
+def test_signed_metadata_of_other_types_is_damage(damaged, caplog):
+    file = damaged / "4" / "metadata" / "metadata"
+    intact = json.loads(file.read_text())
+    hostile = {
+        "step": ["4", 4.0, None, True],
+        "dev_metrics": [None, [], {"em": "0.5"}, {"em": None}, {"em": 10**400}, {"em": True}],
+        "best_metric": [7, [], {}, {"name": 7, "is_max": True}, {"name": "em", "is_max": 1}],
+    }
+    texts = [json.dumps({**intact, key: x}) for key, values in hostile.items() for x in values]
+    for text in (*texts, "[]", "[" * 100_000, "1" * 5000, ""):
+        file.write_text(text)
+        write_sidecar(damaged / "4")
+        with pytest.raises(DamagedCheckpoint, match=r"checkpoints/4 is damaged: .*dev metrics"):
+            find_step(damaged)
+    with Checkpoints(damaged) as checkpoints:
+        assert checkpoints.steps() == [2]
+    assert "Using step 2 instead" in caplog.text
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+@pytest.mark.parametrize("name", [SIDECAR, "params/manifest.ocdbt"])
+def test_what_is_no_file_is_rejected_without_blocking(damaged, kind, name):
+    SPECIAL_FILES[kind](damaged / "4" / name)
+    with pytest.raises(ValueError, match="checkpoints/4 "):
+        restore_params(damaged / "4")
 
 
 def test_folders_that_are_not_named_like_steps_are_ignored(damaged):

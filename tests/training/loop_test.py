@@ -29,6 +29,7 @@ from glimmer_jax.training.log import (
 from glimmer_jax.training.loop import TrainConfig
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
 from glimmer_jax.weights.load import load
+from tests.damage import JSON_TEXTS
 from tests.training import toy_run
 from tests.training.toy_model import ToyModel, batch_at, batches_from, train
 
@@ -170,8 +171,9 @@ def test_goodput_and_skipped_steps_include_previous_runs(tmp_path):
 
 
 def test_a_resumed_run_continues_its_totals(tmp_path):
-    for steps in (4, 8):
-        train_toy(tmp_path, batches_with_nan(3, 3), total_steps=steps, log_every=2)
+    # A file URL is the local folder.
+    for steps, folder in ((4, f"file://{tmp_path}"), (8, tmp_path)):
+        train_toy(folder, batches_with_nan(3, 3), total_steps=steps, log_every=2)
     lines = log_lines(tmp_path)
     assert [line["train/skipped_steps"] for line in lines] == [0, 1, 1, 1]
     alive = [line["train/alive_seconds"] for line in lines]
@@ -320,9 +322,10 @@ def test_invalid_intervals_are_rejected(change, message):
 
 
 def test_a_reopened_log_drops_later_steps_and_partial_lines(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 2, "a": 1}\n{"step": 4, "a": 1}\n{"step": 5, "'
-    )
+    hostile = [text.encode("utf-8", "surrogatepass") for text in JSON_TEXTS]
+    others = (b'{"step": "1"}', b'{"step": 1, "a": "x"}', b'{"step": 1, "a": 1%s}' % (b"0" * 400))
+    lines = [b'{"step": 2, "a": 1}', *hostile, *others, b'{"step": 4, "a": 1}', b'{"step": 5, "']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
     writer = MetricWriter(tmp_path, start_step=3)
     writer.write(4, {"loss": 0.5}, "train")
     writer.close()

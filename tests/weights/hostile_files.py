@@ -21,20 +21,7 @@ DTYPES = ("I32", "I64", "C64", "BOOL", "F8_E4M3", "", 7, None, ["F32"])
 NUMPY_DTYPES = ("int32", "complex64", "object", "O", "f4,f4", "<U4", "((", "V8", "float32" * 99)
 NUMBERS = (-1, 0, 2**31, 2**63, 10**30, 1.5, "16", None, True, [], {}, 3_000_000)
 PATHS = ("../x", "..", ".", "", "/etc/passwd", "a/b", "a\\b", "\0", 7, None, [], "x" * 5000)
-JSON_TEXTS = (
-    "[" * DEEP,
-    '{"a":' * DEEP,
-    "{}",
-    "[]",
-    "null",
-    "7",
-    "NaN",
-    '{"a": 1, "a": 2}',
-    '{"a": 1e999}',
-    '"\\ud800"',
-    "\ufeff{}",
-    "",
-)
+JSON_TEXTS = ("{}", *damage.JSON_TEXTS)
 
 
 def attacks(kind, folder, *, seed, count):

@@ -14,6 +14,7 @@ from glimmer_jax.weights.file_errors import InvalidWeights
 from glimmer_jax.weights.load import load
 from glimmer_jax.weights.model_config import config_from, describe
 from glimmer_jax.weights.params_file import save_params_file
+from tests import damage
 from tests.models import tiny
 from tests.weights import hostile_files
 from tests.weights.huggingface_test import tensors_of, write_flax
@@ -67,8 +68,7 @@ def test_hostile_files_are_rejected_or_read_correctly(tmp_path, kind, seed):
 
 def changed(value, draw):
     """A JSON value with one hostile change somewhere."""
-    places = list(hostile_files.damage._places(value))
-    container, key = draw.choice(places)
+    container, key = draw.choice(list(damage.places(value)))
     container[key] = draw.choice(hostile_files.NUMBERS)
     return value
 

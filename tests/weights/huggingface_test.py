@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import shutil
 
 import flax.serialization
@@ -258,6 +259,11 @@ def test_truncated_and_damaged_files_are_rejected(folder, form):
     (folder / name).write_bytes(data[:-1])
     with pytest.raises(ValueError, match=f"{name} is truncated"):
         load(folder)
+    (folder / name).write_bytes(data)
+    opened = load(folder).params
+    os.truncate(folder / name, 10)  # A mapped file: without a check reading ends with SIGBUS.
+    with pytest.raises(ValueError, match=f"{name} is truncated"):
+        parameters.read(opened)
     (folder / name).write_bytes(b"<html>not found</html>")
     with pytest.raises(ValueError, match=f"{name} is not a valid .* file, or is damaged"):
         load(folder)

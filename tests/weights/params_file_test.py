@@ -11,9 +11,11 @@ import pytest
 import safetensors.numpy
 from etils import epath
 
+from glimmer_jax.runtime.preemption import STOP, StopRequested
 from glimmer_jax.weights.load import load
 from glimmer_jax.weights.model_config import config_from, describe
 from glimmer_jax.weights.params_file import load_params_file, save_params_file
+from tests import damage
 from tests.models import tiny
 
 
@@ -66,6 +68,27 @@ def test_a_damaged_params_file_is_rejected(tmp_path):
         load_params_file(path)
     with pytest.raises(ValueError, match="OUTPUT_PATH.*NAME.safetensors.*small.bin"):
         save_params_file(tmp_path / "small.bin", {}, {})
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("kind", damage.SPECIAL_FILES)
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+def test_what_is_no_file_is_rejected_without_blocking(tmp_path, kind, suffix):
+    path = tmp_path / "small.safetensors"
+    save_params_file(path, {"a": np.ones(3, np.float32)}, {})
+    damage.SPECIAL_FILES[kind](path.with_suffix(suffix))
+    with pytest.raises(ValueError, match=f"small{suffix}"):
+        load_params_file(path)
+
+
+def test_a_stop_leaves_the_former_pair(tmp_path):
+    path = tmp_path / "small.safetensors"
+    save_params_file(path, {"a": np.ones(3, np.float32)}, {})
+    STOP.request()
+    with pytest.raises(StopRequested):
+        save_params_file(path, {"a": np.zeros(3, np.float32)}, {})
+    np.testing.assert_array_equal(load_params_file(path)[0]["a"], np.ones(3))
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_parameter_that_is_not_finite_is_reported(tmp_path):
