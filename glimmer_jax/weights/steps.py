@@ -20,6 +20,7 @@ from glimmer_jax.weights.checksums import (
     verify_sidecar,
     write_sidecar,
 )
+from glimmer_jax.weights.file_errors import parsing
 from glimmer_jax.weights.lazy_arrays import open_orbax
 
 # Orbax's JsonSave writes the item `metadata` to this file.
@@ -179,13 +180,15 @@ def restore_item(folder: Any, item: str, target: Any) -> Any:
       target: tree of ShapeDtypeStructs with shardings.
 
     Raises:
-      ValueError: names, shapes or dtypes differ from `target`'s.
+      ValueError: names, shapes or dtypes differ from `target`'s, or Orbax cannot read the files.
     """
     with _checkpointer() as checkpointer:
-        saved = checkpointer.metadata(folder).item_metadata[item].tree
+        with parsing(folder, "Orbax"):
+            saved = checkpointer.metadata(folder).item_metadata[item].tree
         _check_equal_shapes(folder, item, saved, target)
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
-        return checkpointer.restore(folder, args=args)[item]
+        with parsing(folder, "Orbax"):
+            return checkpointer.restore(folder, args=args)[item]
 
 
 def _checkpointer() -> ocp.Checkpointer:

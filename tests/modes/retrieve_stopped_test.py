@@ -27,8 +27,11 @@ def work(tmp_path_factory):
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("retriever", ["bm25", "dense"])
-@pytest.mark.parametrize("program", [stopping.ALONE, stopping.TWO], ids=["alone", "two"])
+@pytest.mark.parametrize(
+    ("program", "retriever"),
+    [(stopping.ALONE, "bm25"), (stopping.TWO, "dense")],
+    ids=["alone", "two"],
+)
 def test_a_search_that_is_stopped_ends_with_42_and_leaves_no_half_file(
     work, tmp_path, program, retriever
 ):

@@ -307,6 +307,36 @@ def orbax_text(folder, draw):
     return text[:20]
 
 
+def ocdbt_manifest(folder, draw):
+    """The root of the B-tree that holds all arrays; it has a checksum."""
+    path = draw.choice(sorted(folder.rglob("manifest.ocdbt")))
+    data = bytearray(path.read_bytes())
+    change = draw.choice(["flip", "truncate", "extend", "empty", "zeros"])
+    if change == "flip":
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    contents = {
+        "truncate": data[: draw.randrange(len(data))],
+        "extend": data + b"\0",
+        "empty": b"",
+        "zeros": bytes(len(data)),
+    }
+    path.write_bytes(contents.get(change, data))
+    return change, str(path.relative_to(folder))
+
+
+def ocdbt_data(folder, draw):
+    """A file of nodes and chunks; numbers in it have no checksum, so that no bit is flipped."""
+    path, other = draw.sample(sorted(folder.glob("**/d/*")), 2)
+    change = draw.choice(["truncate", "delete", "swap"])
+    if change == "truncate":
+        path.write_bytes(path.read_bytes()[: draw.randrange(path.stat().st_size)])
+    elif change == "delete":
+        path.unlink()
+    else:
+        path.write_bytes(other.read_bytes())
+    return change, str(path.relative_to(folder))
+
+
 CHANGES = {
     "safetensors": [
         tensor_shape,
@@ -325,4 +355,5 @@ CHANGES = {
     "msgpack": [packed_leaf, packed_key, packed_bytes, repeated_key],
     "t5x": [packed_leaf, packed_key, packed_bytes, repeated_key, zarr_metadata, zarr_text],
     "orbax": [orbax_metadata, orbax_text, zarr_metadata, zarr_text],
+    "ocdbt": [orbax_metadata, orbax_text, ocdbt_manifest, ocdbt_data, ocdbt_data, ocdbt_data],
 }

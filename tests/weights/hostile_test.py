@@ -26,9 +26,10 @@ def write(kind, folder):
     params = tiny.params(tiny.FID)
     if kind == "t5x":
         t5x.save(folder, params, tiny.FID, DESCRIBED)
-    elif kind == "orbax":
+    elif kind in ("orbax", "ocdbt"):
         tree = {"target": flax.traverse_util.unflatten_dict(t5_names.flat_from(params), sep="/")}
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=kind == "ocdbt")
+        with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(folder / "state", args=ocp.args.PyTreeSave(tree))
     else:
         size = 20_000 if kind == "index" else 10**9
