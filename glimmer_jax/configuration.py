@@ -340,12 +340,19 @@ def check_types() -> None:
                 if of_macro != "gin.macro":
                     continue
                 value = _bindings()[name, of_macro]["value"]
+            if isinstance(value, str) and not _is_text(value):
+                raise ConfigError(f"{name} holds NUL or half of a surrogate pair: {value!r:.80}")
             hint = hints.get(parameter, Any)
             if not _conforms(value, hint):
                 raise ConfigError(
                     f"{name} must be {_type_name(hint)}, got {value!r}. Set for example "
                     f"--gin.{name}={_example(hint)}"
                 )
+
+
+def _is_text(value: str) -> bool:
+    """Whether a string can be a path or be encoded."""
+    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _annotations(configurable: Callable[..., Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -206,8 +207,11 @@ def _keep(path: str, previous: bytes, now: str) -> None:
     """Copies the record of a previous launch to a name with its time; a damaged one to ours."""
     stem = os.path.basename(path).removesuffix(".json")
     try:
-        copy = _beside(path, f"{stem}.{json.loads(previous)['time']}.json")
-    except (ValueError, KeyError, TypeError):
+        time = json.loads(previous)["time"]
+        if not re.fullmatch(r"\d{8}T\d{6}\.\d{6}Z", time):
+            raise ValueError(f"{time!r} is no time")
+        copy = _beside(path, f"{stem}.{time}.json")
+    except (ValueError, KeyError, TypeError, RecursionError):
         copy = _beside(path, f"{stem}.damaged.{now}.json")
         print(f"launch: {path} is damaged; it is kept as {copy}", flush=True)
     _write_private(copy, previous)

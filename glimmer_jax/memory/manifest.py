@@ -24,6 +24,8 @@ import contextlib
 import dataclasses
 import hashlib
 import re
+import types
+import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -62,10 +64,6 @@ class Identity:
     codec: str
     emb_dim: int  # D
     max_length: int  # tokens; longer passages were truncated to it
-
-    def check(self, where: str) -> None:
-        """Raises DamagedStore for sizes that no build writes."""
-        _check_counts(where, emb_dim=self.emb_dim, max_length=self.max_length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,10 +162,7 @@ class Record:
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> "Record":
-        """Raises:
-        ValueError: it has another format version.
-        DamagedStore: the bytes are not those that were written, or the values are invalid.
-        """
+        """Raises ValueError for another format version, DamagedStore for changed or invalid bytes."""
         value = _checked_fields(data, where, _REBUILD_SHARD)
         with _parsing(where, _REBUILD_SHARD):
             value["identity"] = Identity(**value["identity"])
@@ -175,12 +170,13 @@ class Record:
             value["layout"] = Layout(**value["layout"])
             value["files"] = {name: (size, sha) for name, (size, sha) in value["files"].items()}
             record = cls(**value)
+            _check_types(where, record, record.identity, record.program, record.layout)
             for name, (size, _) in record.files.items():
                 if not _FILE_NAME.fullmatch(name):
                     raise DamagedStore(f"{where} names the file {name!r}, outside its shard.")
                 _check_counts(where, size=size)
             _check_counts(where, passages=record.passages, tokens=record.tokens)
-            record.identity.check(where)
+            _check_sizes(where, record.identity)
         return record
 
     @property
@@ -290,10 +286,7 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> "Manifest":
-        """Raises:
-        ValueError: it has another format version.
-        DamagedStore: the bytes are not those that were written, or the values are invalid.
-        """
+        """Raises ValueError for another format version, DamagedStore for changed or invalid bytes."""
         value = _checked_fields(data, where, _REBUILD_MANIFEST)
         with _parsing(where, _REBUILD_MANIFEST):
             value["identity"] = Identity(**value["identity"])
@@ -316,7 +309,8 @@ class Manifest:
         return manifest
 
     def _check(self, where: str) -> None:
-        self.identity.check(where)
+        _check_types(where, self, self.identity, *self.programs, *self.layouts, *self.shards)
+        _check_sizes(where, self.identity)
         _check_counts(where, longest=self.longest)
         row = tokens = 0
         for shard in self.shards:
@@ -375,12 +369,25 @@ def _checked_fields(data: bytes, where: str, remedy: str) -> dict[str, Any]:
             f"{where} has format version {version!r:.20}; this program reads version "
             f"{FORMAT_VERSION}. Rebuild the memory, or use the version of glimmer_jax that wrote it."
         )
-    checksum = value.pop("sha256", None)
-    if checksum != _self_checksum({"format_version": version, **value}):
+    if value.pop("sha256", None) != _self_checksum({"format_version": version, **value}):
         raise DamagedStore(
             f"{where} has been changed since it was written: its checksum differs. {remedy}"
         )
     return value
+
+
+def _check_types(where: str, *objects: Any) -> None:
+    """Raises DamagedStore for a field of another type; the items of containers are not checked."""
+    for item in objects:
+        for field in dataclasses.fields(item):
+            value, hint = getattr(item, field.name), field.type
+            options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+            if type(value) not in [typing.get_origin(option) or option for option in options]:
+                raise DamagedStore(f"{where} holds {field.name} = {value!r:.40}, expected {hint}.")
+
+
+def _check_sizes(where: str, identity: Identity) -> None:
+    _check_counts(where, emb_dim=identity.emb_dim, max_length=identity.max_length)
 
 
 def _check_counts(where: str, **counts: Any) -> None:

@@ -46,7 +46,7 @@ def open_folder(path: Path, context: ts.Context | None = None) -> ts.KvStore:
         spec = text if in_bucket(text) else {"driver": "file", "path": os.path.abspath(text)}
     try:
         kvstore = ts.KvStore.open(spec, context=context or ts.Context()).result()
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # RuntimeError: the name is not UTF-8.
         raise ValueError(
             f"{path} is not a path that can be opened: {error}. Give a local path or a URL such as "
             "gs://BUCKET/FOLDER."

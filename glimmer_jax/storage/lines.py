@@ -52,8 +52,18 @@ class Line(NamedTuple):
 
 
 def is_regular_file(path: Any) -> bool:
-    """Whether a path is a file, local or in a bucket: reading a pipe or a device may block forever."""
-    return epath.Path(path).is_file() if in_bucket(path) else os.path.isfile(path)
+    """Whether a path is a file, local or in a bucket: reading a pipe or a device may block forever.
+
+    Raises ValueError for a URL of an unknown kind.
+    """
+    if not in_bucket(path):
+        return os.path.isfile(path)
+    try:
+        return bool(epath.Path(path).is_file())
+    except KeyError as error:
+        raise ValueError(
+            f"{path}: URLs of the kind {error} are not supported. Give a local path or a gs:// URL."
+        ) from error
 
 
 def file_size(path: Any) -> int:

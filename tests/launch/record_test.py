@@ -105,7 +105,8 @@ def test_a_record_that_was_cut_short_is_kept_and_bars_no_launch(tmp_path, capfd)
     run.mkdir()
     flags = ["--run_mode=train", f"--gin.MODEL_DIR={str(run)!r}"]
     code = record.Code("c" * 40, "d" * 40, b"")
-    for text in ('{"time": "2026', "[]", "{}"):
+    elsewhere = '{"time": "/../../../stolen"}'
+    for text in ('{"time": "2026', "[]", "{}", "[" * 100_000, '{"time": 7}', elsewhere):
         (run / "launch.json").write_text(text)
         record.write(code, ["local"], flags, "")
         assert json.loads((run / "launch.json").read_text())["argv"] == ["local"]

@@ -38,6 +38,7 @@ def test_a_file_lies_in_its_folder(path, parent):
         ("foo://x/y", "unsupported URL scheme"),
         ("gs://Not_A_Bucket!", "bucket name"),
         ("a\0b", "Invalid file path"),
+        ("/a/\udcff", "not a path that can be opened"),
     ],
 )
 def test_a_path_that_cannot_be_opened_is_rejected_by_name(path, reason):

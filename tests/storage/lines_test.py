@@ -124,3 +124,17 @@ def test_endless_blank_lines_and_endless_lines_are_rejected(tmp_path, monkeypatc
     (tmp_path / "c.gz").write_bytes(gzip.compress(b"x" * 2**23))
     with pytest.raises(ValueError, match=r"c\.gz: a line is longer than 2097152 bytes"):
         read(tmp_path / "c.gz")
+
+
+@pytest.mark.fault
+def test_bytes_behind_gzip_data_are_reported(tmp_path):
+    (tmp_path / "a.gz").write_bytes(gzip.compress(b"one\n") + gzip.compress(b"two\n"))
+    assert [line.data for line in read(tmp_path / "a.gz")] == [b"one\n", b"two\n"]
+    (tmp_path / "b.gz").write_bytes(gzip.compress(b"one\n") + b"garbage")
+    with pytest.raises(ValueError, match=r"b\.gz: the gzip data is damaged"):
+        read(tmp_path / "b.gz")
+
+
+def test_urls_of_an_unknown_kind_are_rejected():
+    with pytest.raises(ValueError, match="nowhere://x/y: .*nowhere://.*gs://"):
+        lines.is_regular_file("nowhere://x/y")

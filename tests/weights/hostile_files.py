@@ -309,7 +309,7 @@ def orbax_text(folder, draw):
 
 def ocdbt_manifest(folder, draw):
     """The root of the B-tree that holds all arrays; it has a checksum."""
-    path = draw.choice(sorted(folder.rglob("manifest.ocdbt")))
+    path = folder / "state" / "manifest.ocdbt"
     data = bytearray(path.read_bytes())
     change = draw.choice(["flip", "truncate", "extend", "empty", "zeros"])
     if change == "flip":
@@ -326,8 +326,9 @@ def ocdbt_manifest(folder, draw):
 
 def ocdbt_data(folder, draw):
     """A file of nodes and chunks; numbers in it have no checksum, so that no bit is flipped."""
-    path, other = draw.sample(sorted(folder.glob("**/d/*")), 2)
-    change = draw.choice(["truncate", "delete", "swap"])
+    path = draw.choice(sorted((folder / "state" / "d").iterdir()))
+    other = draw.choice(sorted(folder.glob("state/ocdbt.process_*/d/*")))
+    change = draw.choice(["truncate", "delete", "replace"])
     if change == "truncate":
         path.write_bytes(path.read_bytes()[: draw.randrange(path.stat().st_size)])
     elif change == "delete":
@@ -355,5 +356,5 @@ CHANGES = {
     "msgpack": [packed_leaf, packed_key, packed_bytes, repeated_key],
     "t5x": [packed_leaf, packed_key, packed_bytes, repeated_key, zarr_metadata, zarr_text],
     "orbax": [orbax_metadata, orbax_text, zarr_metadata, zarr_text],
-    "ocdbt": [orbax_metadata, orbax_text, ocdbt_manifest, ocdbt_data, ocdbt_data, ocdbt_data],
+    "ocdbt": [orbax_metadata, orbax_text, ocdbt_manifest, ocdbt_data],
 }
