@@ -5,25 +5,27 @@
 `reading.span_passages` reads a span, as in a single process, and each span becomes one shard. Two steps
 need all spans. Repeated ids are found by grouping, and the spans with repetitions are read again without
 them. Counts and problems are merged after the pipeline. Shards are renamed at the end, once everything
-succeeded.
+succeeded. `request.json` lies beside them: with it a command that was stopped later keeps its shards.
 
     python -m pip install 'glimmer-jax[beam]'
 """
 
+import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any
 
 from etils import epath
 
 from glimmer_jax.corpus.files import make_spans
 from glimmer_jax.corpus.reading import Reading, span_passages
 from glimmer_jax.corpus.report import Report, merge
-from glimmer_jax.storage.json_lines import dump_line
+from glimmer_jax.storage.folder import dump_json, of_file, read_file, write_file
+from glimmer_jax.storage.json_lines import dump_line, parse_line
 from glimmer_jax.storage.lines import Span
 
 # Index of the span, and number of the line in it.
 Place = tuple[int, int]
-_WORKING = "unfinished"
-_RENAMING = "renaming"  # a file that exists from then on
+_WORKING, _REQUEST = "unfinished", "request.json"
 
 
 def write_passages(
@@ -37,6 +39,8 @@ def write_passages(
 ) -> tuple[list[str], Report]:
     """Writes the passages of corpus files as shards of JSON Lines; returns their paths and the report.
 
+    The shards of an earlier call for the same files, sizes and times are kept, or completed.
+
     Args:
       paths: files of one format, see `files.find_files`.
       folder: where shards are written; remote workers must be able to reach it.
@@ -46,8 +50,8 @@ def write_passages(
       overwrite: replace existing shards.
 
     Raises:
-      ValueError: Beam is missing, shards exist, or as `reading.read_passages`. The folder is left
-        unchanged.
+      ValueError: Beam is missing, shards of other files exist, or as `reading.read_passages`. The folder
+        is left unchanged.
     """
     try:
         import apache_beam as beam
@@ -60,13 +64,23 @@ def write_passages(
     target = epath.Path(folder)
     working = target / _WORKING
     old = list(target.glob("corpus-*-of-*.jsonl"))
-    # A run that was killed while it renamed its shards left some of them.
-    if old and not overwrite and not (working / _RENAMING).exists():
+    spans = list(make_spans(paths) if span_bytes is None else make_spans(paths, span_bytes))
+    shards = [target / f"corpus-{i:05d}-of-{len(spans):05d}.jsonl" for i in range(len(spans))]
+    stats = [epath.Path(path).stat() for path in paths]
+    request: dict[str, Any] = {
+        "files": [[path, x.length, x.mtime] for path, x in zip(paths, stats, strict=True)],
+        "spans": len(spans),
+        "reading": dataclasses.asdict(reading),
+    }
+    written = _read_request(folder)
+    if written.get("request") == request and not overwrite:
+        if not working.exists() and all(path.exists() for path in shards):
+            return [str(path) for path in shards], Report.from_json(written["report"])
+    elif old and not overwrite:
         raise ValueError(
             f"CORPUS_DIR: {folder} holds a corpus already. Read it with CORPUS='{folder}/*.jsonl', write "
             "elsewhere, or set OVERWRITE=True."
         )
-    spans = list(make_spans(paths) if span_bytes is None else make_spans(paths, span_bytes))
     if working.exists():
         working.rmtree()
     working.mkdir(parents=True)
@@ -87,15 +101,24 @@ def write_passages(
         reports = [Report.from_json(_report(working, i).read_text()) for i in range(len(spans))]
         report = merge(zip(spans, reports, strict=True))
         report.check(reading.policy)
-        (working / _RENAMING).touch()
+        note = {"request": request, "report": report.to_json()}
+        write_file(*of_file(f"{folder}/{_REQUEST}"), dump_json(note))
         for path in old:
             path.unlink()
-        shards = [target / f"corpus-{i:05d}-of-{len(spans):05d}.jsonl" for i in range(len(spans))]
         for index, path in enumerate(shards):
             _shard(working, index).rename(path)
     finally:
         working.rmtree()
     return [str(path) for path in shards], report
+
+
+def _read_request(folder: str) -> dict[str, Any]:
+    """The request and the report of the shards in a folder; empty where they are not known."""
+    data = read_file(*of_file(f"{folder}/{_REQUEST}"))
+    try:
+        return {} if data is None else parse_line(data, folder)
+    except ValueError:
+        return {}
 
 
 def _shard(folder: epath.Path, index: int) -> epath.Path:

@@ -236,7 +236,7 @@ def _merged_manifest(stores: Sequence[MemoryStore]) -> Manifest:
         # The largest; each was measured on its own sample.
         codec_error=max(
             (error for error in errors if error is not None),
-            key=lambda error: error["relative_rms"],
+            key=lambda error: error.get("relative_rms", 0.0),
             default=None,
         ),
         withdrawn=withdrawn,

@@ -170,13 +170,11 @@ class Record:
             value["layout"] = Layout(**value["layout"])
             value["files"] = {name: (size, sha) for name, (size, sha) in value["files"].items()}
             record = cls(**value)
-            _check_types(where, record, record.identity, record.program, record.layout)
+            _check_fields(where, record, record.identity, record.program, record.layout)
             for name, (size, _) in record.files.items():
                 if not _FILE_NAME.fullmatch(name):
                     raise DamagedStore(f"{where} names the file {name!r}, outside its shard.")
                 _check_counts(where, size=size)
-            _check_counts(where, passages=record.passages, tokens=record.tokens)
-            _check_sizes(where, record.identity)
         return record
 
     @property
@@ -309,14 +307,15 @@ class Manifest:
         return manifest
 
     def _check(self, where: str) -> None:
-        _check_types(where, self, self.identity, *self.programs, *self.layouts, *self.shards)
-        _check_sizes(where, self.identity)
-        _check_counts(where, longest=self.longest)
+        _check_fields(where, self, self.identity, *self.programs, *self.layouts, *self.shards)
+        if not all(type(value) in (int, float) for value in (self.codec_error or {}).values()):
+            raise DamagedStore(
+                f"{where} holds no numbers in codec_error: {self.codec_error!r:.80}."
+            )
         row = tokens = 0
         for shard in self.shards:
             if not _SHARD_NAME.fullmatch(shard.name):
                 raise DamagedStore(f"{where} names the shard {shard.name!r}, outside the store.")
-            _check_counts(where, tokens=shard.tokens, bytes=shard.bytes, passages=shard.passages)
             if shard.first_row != row:
                 raise _invalid_entry(where, shard.name)
             row += shard.passages
@@ -376,18 +375,16 @@ def _checked_fields(data: bytes, where: str, remedy: str) -> dict[str, Any]:
     return value
 
 
-def _check_types(where: str, *objects: Any) -> None:
-    """Raises DamagedStore for a field of another type; the items of containers are not checked."""
+def _check_fields(where: str, *objects: Any) -> None:
+    """Raises DamagedStore for fields of another type and impossible counts, except in containers."""
     for item in objects:
         for field in dataclasses.fields(item):
             value, hint = getattr(item, field.name), field.type
             options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
             if type(value) not in [typing.get_origin(option) or option for option in options]:
                 raise DamagedStore(f"{where} holds {field.name} = {value!r:.40}, expected {hint}.")
-
-
-def _check_sizes(where: str, identity: Identity) -> None:
-    _check_counts(where, emb_dim=identity.emb_dim, max_length=identity.max_length)
+            if type(value) is int:
+                _check_counts(where, **{field.name: value})
 
 
 def _check_counts(where: str, **counts: Any) -> None:
