@@ -332,8 +332,14 @@ def test_gin_errors_are_reported_in_one_line(files, bindings, message):
         (b"X = " + b"9" * 5000, "5000 digits"),
         (b"\xff\xfe", "codec can't decode"),
         (b"X = 1\0", "mine.gin, line 1"),
-        (b"include 'gin/runs/score.gin'\nQUESTIONS = 'a\\0'", "QUESTIONS holds NUL"),
-        (b"include 'gin/runs/score.gin'\nQUESTIONS = '\\ud800'", "QUESTIONS holds NUL or half"),
+        (
+            b"include 'gin/runs/score.gin'\nPREDICTIONS = 'p'\nQUESTIONS = 'a\\0'",
+            "QUESTIONS holds NUL",
+        ),
+        (
+            b"include 'gin/runs/score.gin'\nQUESTIONS = 'q'\nPREDICTIONS = '\\ud800'",
+            "PREDICTIONS holds",
+        ),
     ],
 )
 def test_hostile_gin_files_are_reported_in_one_line(tmp_path, monkeypatch, content, message):
