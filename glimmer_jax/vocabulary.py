@@ -3,8 +3,8 @@
 Passages carry no task text, so that one memory serves all tasks. A passage ends with the end token; a
 question does not, because the passage follows it (GLIMMER, arXiv 2306.10231).
 
-Special ids are T5's: padding 0, end 1 or above, unknown above 0. SentencePiece's own defaults differ;
-train a model for this project with
+Special ids are T5's: padding 0, end 1, unknown above 1. SentencePiece's own defaults differ; train a
+model for this project with
 
     SentencePieceTrainer.train(..., pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
 
@@ -82,10 +82,10 @@ class Vocabulary:
                 "spiece.model."
             ) from None
         pad, eos, unk = loaded.pad_id(), loaded.eos_id(), loaded.unk_id()
-        if pad != PAD_ID or eos < 1 or unk < 1:
+        if pad != PAD_ID or eos != EOS_ID or unk <= EOS_ID:
             raise ValueError(
-                f"VOCABULARY: {self.path} must have pad_id={PAD_ID} and eos_id and unk_id above it, got "
-                f"pad_id={pad}, eos_id={eos} and unk_id={unk}. Train it with "
+                f"VOCABULARY: {self.path} must have pad_id={PAD_ID}, eos_id={EOS_ID} and unk_id above "
+                f"them, got pad_id={pad}, eos_id={eos} and unk_id={unk}. Train it with "
                 "SentencePieceTrainer.train(..., pad_id=0, eos_id=1, unk_id=2, bos_id=-1)."
             )
         return loaded

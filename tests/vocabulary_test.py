@@ -100,6 +100,7 @@ def test_a_file_with_sentinels_of_its_own_gets_none_on_top(tmp_path):
         ({}, "pad_id=-1, eos_id=2 and unk_id=0"),
         (dict(pad_id=0, eos_id=-1, unk_id=2, bos_id=-1), "pad_id=0, eos_id=-1 and unk_id=2"),
         (dict(pad_id=-1, eos_id=1, unk_id=2, bos_id=-1), "pad_id=-1, eos_id=1 and unk_id=2"),
+        (dict(pad_id=0, eos_id=2, unk_id=1, bos_id=-1), "pad_id=0, eos_id=2 and unk_id=1"),
     ],
 )
 def test_files_with_other_special_ids_are_rejected_with_the_remedy(tmp_path, special, message):
