@@ -129,7 +129,7 @@ def test_invalid_files_are_rejected(tmp_path):
         with pytest.raises(ValueError, match="damaged is not a SentencePiece model"):
             Vocabulary(tmp_path / "damaged").vocab_size  # noqa: B018
     with pytest.raises(ValueError, match="extra_ids must be at least 0, got -1"):
-        Vocabulary(extra_ids=-1)
+        Vocabulary("pydocs", extra_ids=-1)
 
 
 @pytest.mark.filterwarnings("ignore")
