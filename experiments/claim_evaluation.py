@@ -28,6 +28,7 @@ from experiments.train_pydocs import LENGTHS
 from glimmer_jax.axes import Lengths, check_lengths
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.kilt.examples import answers, read_examples
+from glimmer_jax.memory.lookup import LookupConfig
 from glimmer_jax.metrics import qa
 from glimmer_jax.models.cost import question_cost
 from glimmer_jax.models.glimmer import GlimmerConfig
@@ -157,7 +158,7 @@ class TrainedModel:
             model=GlimmerModel(config),
             passages_dir=self._passages,
             memory_dir=self._memory,
-            memory_bytes_per_device=2**30,
+            lookup=LookupConfig(bytes_per_device=2**30),
             batch_sizes=(BATCH,),
         )
 
