@@ -192,7 +192,7 @@ def test_an_edited_store_without_its_manifest_is_not_rebuilt(tiny, tmp_path):
 def test_changed_text_is_rejected_or_replaced(tiny, copied_store):
     other = tiny.TinyPassages()
     other.all_tokens[20] = other.all_tokens[20][::-1] + 1
-    with pytest.raises(ValueError, match=rf"1 passages .*\[{other.ids[20]}\]\. Set REPLACE=True"):
+    with pytest.raises(ValueError, match=rf"1 passages .* {other.ids[20]}\. Set REPLACE=True"):
         tiny.append_tiny(copied_store, other)
     made = tiny.append_tiny(copied_store, other, replace=True)
     assert made.withdrawn == (20,) and made.num_passages == 24
@@ -220,7 +220,7 @@ def test_withdrawn_passages_are_unknown_and_stay_so(tiny, copied_store):
     assert not lengths[[3, 7]].any() and not now["states"][[3, 7]].view(np.uint16).any()
     # Withdrawn already, wholly or in part; an id that the store never had is an error.
     assert edit.withdraw(copied_store, [int(ids[3])]) == made
-    with pytest.raises(ValueError, match=r"1 passage ids .*\[12\]"):
+    with pytest.raises(ValueError, match=r"1 passage ids .*\b12\b"):
         edit.withdraw(copied_store, [int(ids[3]), 12])
     # The corpus that still has them does not bring them back, unless told so.
     tiny.append_tiny(copied_store, tiny.TinyPassages())
