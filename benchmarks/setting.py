@@ -1,6 +1,9 @@
-"""The benchmark's T5, the shape of a question, and the five systems."""
+"""The benchmark's T5, the shape of a question, the systems, and their flags."""
 
+import argparse
 import dataclasses
+import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from glimmer_jax.models.glimmer import GlimmerConfig, memory_layers, rerank_layers
@@ -30,6 +33,7 @@ SIZES: dict[str, dict[str, Any]] = {
         num_decoder_layers=6,
     ),
 }
+DROPOUT, LEARNING_RATE = 0.1, 1e-4  # of training; GLIMMER's
 ALPHA, BETA = 1 / 3, 1 / 4  # GLIMMER (arXiv 2306.10231): proportions of live and reranking layers
 FIDO: dict[str, Any] = dict(cross_attention_period=6, decoder_kv_heads=1)  # arXiv 2212.08153
 
@@ -45,6 +49,7 @@ class Setting:
     passages: tuple[int, ...] = (10, 20, 40)
     kept: int = 5
     threads: int = 2
+    training: bool = False  # a training step on the question instead of an answer to it
 
     def __post_init__(self):
         object.__setattr__(self, "passages", tuple(sorted(self.passages)))
@@ -60,9 +65,46 @@ class Setting:
             )
 
 
+def parser(
+    program: str, description: str, systems: Sequence[str], default: Setting
+) -> argparse.ArgumentParser:
+    """The flags of a benchmark that compares systems; `from_flags` reads them."""
+    parser = argparse.ArgumentParser(f"python -m benchmarks.{program}", description=description)
+    parser.add_argument("--json", type=pathlib.Path, required=True, help="output")
+    parser.add_argument("--systems", nargs="+", choices=systems, default=systems)
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, help="default: both; a GPU: bfloat16"
+    )
+    parser.add_argument("--runs", type=int, default=5, help="undisturbed runs per row")
+    parser.add_argument("--size", default=default.size, help="base, or tiny for tests")
+    parser.add_argument("--question", type=int, default=default.question, help="tokens")
+    parser.add_argument("--passage", type=int, default=default.passage, help="tokens")
+    parser.add_argument("--answer", type=int, default=default.answer, help="tokens")
+    parser.add_argument("--passages", type=int, nargs="+", default=default.passages)
+    parser.add_argument(
+        "--kept", type=int, default=default.kept, help="passages that GLIMMER keeps"
+    )
+    parser.add_argument("--threads", type=int, default=default.threads)
+    return parser
+
+
+def from_flags(flags: argparse.Namespace, training: bool = False) -> Setting:
+    """The setting that the flags of `parser` describe."""
+    return Setting(
+        flags.size,
+        flags.question,
+        flags.passage,
+        flags.answer,
+        tuple(flags.passages),
+        flags.kept,
+        flags.threads,
+        training,
+    )
+
+
 def t5_config(setting: Setting, dtype: str, on_cpu: bool, **decoder: Any) -> T5Config:
     """The T5 in `dtype`; on a CPU bfloat16 applies only to the operands of projections."""
-    sizes = SIZES[setting.size]
+    sizes = {**SIZES[setting.size], "dropout_rate": DROPOUT if setting.training else 0.0}
     if dtype == "float32":
         return T5Config(**sizes, **decoder)
     if on_cpu:

@@ -7,13 +7,15 @@ processes is discarded and repeated in a later round.
 import dataclasses
 import json
 import os
+import pathlib
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.setting import Setting
+from benchmarks.setting import DTYPES, Setting
+from benchmarks.table import render
 
 MIN_CPU_SHARE = 0.9  # of the work of all cores during a run
 MAX_ROUNDS_PER_RUN = 4
@@ -59,6 +61,49 @@ class Worker:
         self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
+
+
+def measure_all(
+    systems: Sequence[str],
+    dtypes: Sequence[str] | None,
+    setting: Setting,
+    runs: int,
+    path: pathlib.Path,
+) -> None:
+    """Measures systems at every number of passages, writes the rows as JSON, and prints the tables.
+
+    Args:
+      systems: each runs in one process per dtype.
+      dtypes: None is both on a CPU, and bfloat16 on a GPU.
+      setting: the shape of a question.
+      runs: undisturbed runs per row.
+      path: of the JSON file.
+    """
+    dtypes = dtypes or _default_dtypes()
+    workers: list[Worker] = []
+    rows = []
+    try:
+        for system in systems:
+            for dtype in dtypes:
+                print(f"starting {system} in {dtype}", flush=True)
+                workers.append(Worker(system, dtype, setting))
+        for passages in setting.passages:
+            rows += measure(workers, passages, runs, lambda line: print(line, flush=True))
+            # After each size, so that an interrupted run keeps its results.
+            path.write_text(json.dumps(rows, indent=1) + "\n")
+            print(render(rows), flush=True)
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+def _default_dtypes() -> Sequence[str]:
+    # In another process, so that this one does not occupy the device.
+    code = "import jax; print(jax.default_backend())"
+    result = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return DTYPES if result.stdout.strip() == "cpu" else ("bfloat16",)
 
 
 def measure(

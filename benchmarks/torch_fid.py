@@ -1,6 +1,7 @@
 """Hugging Face's T5 in PyTorch, used as FiD: passages are encoded separately and decoded together.
 
-Uses the fastest of two attention and three generation variants at each size.
+Uses the fastest variant at each size: of two attentions and three ways to generate an answer, and of
+two attentions for a training step.
 """
 
 import itertools
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import peaks
-from benchmarks.setting import Setting, t5_config
+from benchmarks.setting import LEARNING_RATE, Setting, t5_config
 from glimmer_jax.weights.huggingface_names import write_config
 
 ATTENTION = ("eager", "sdpa")
@@ -21,6 +22,10 @@ TRIALS = 2  # per variant; the faster counts
 
 class TorchFid:
     """Answers one question at a time."""
+
+    VARIANTS: tuple[tuple[str, ...], ...] = tuple(itertools.product(ATTENTION, GENERATION))
+    # PyTorch's counter supports the products of eager attention on every device.
+    COUNTED: tuple[str, ...] = ("eager", "loop_dynamic_cache")
 
     def __init__(self, system: str, dtype: str, setting: Setting):
         assert system == "pytorch_fid"
@@ -40,7 +45,7 @@ class TorchFid:
         self._model = model.eval().to(self.device, getattr(torch, dtype))
         self._vocab_size = t5.vocab_size
         self._random = np.random.default_rng(0)
-        self._best: dict[int, tuple[str, str]] = {}
+        self._best: dict[int, tuple[str, ...]] = {}
         decoder = (*self._model.decoder.block.parameters(), *self._model.lm_head.parameters())
         self.decoder_bytes = sum(parameter.nbytes for parameter in decoder)
         on = torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
@@ -61,7 +66,7 @@ class TorchFid:
     def prepare(self, passages: int) -> None:
         """Tries all variants and selects the fastest."""
         seconds = {}
-        for variant in itertools.product(ATTENTION, GENERATION):
+        for variant in self.VARIANTS:
             self.run(passages, *variant)
             times = []
             for _ in range(TRIALS):
@@ -79,18 +84,24 @@ class TorchFid:
         """int `[T]`."""
         return self.run(passages, *self._best[passages])
 
-    def run(self, passages: int, attention: str, generation: str) -> np.ndarray:
-        """Answers one question with the given variant."""
-        torch, model = self._torch, self._model
+    def run(self, passages: int, *variant: str) -> np.ndarray:
+        """Answers one question with the given attention and way to generate."""
+        attention, generation = variant
+        self._use(attention)
+        with self._torch.inference_mode():
+            answer = getattr(self, f"_{generation}")(*self._encode(self.batch(passages)))
+        return answer[0].cpu().numpy()
+
+    def _use(self, attention: str) -> None:
+        model = self._model
         for config in (model.config, model.encoder.config, model.decoder.config):
             config._attn_implementation = attention
-        tokens = self.batch(passages)
-        with torch.inference_mode():
-            mask = torch.ones_like(tokens)
-            states = model.encoder(tokens, attention_mask=mask).last_hidden_state
-            states, mask = states.reshape(1, -1, states.shape[-1]), mask.reshape(1, -1)
-            answer = getattr(self, f"_{generation}")(states, mask)
-        return answer[0].cpu().numpy()
+
+    def _encode(self, tokens: Any) -> tuple[Any, Any]:
+        """Float `[1, K * (Q + P), D]` and its mask."""
+        mask = self._torch.ones_like(tokens)
+        states = self._model.encoder(tokens, attention_mask=mask).last_hidden_state
+        return states.reshape(1, -1, states.shape[-1]), mask.reshape(1, -1)
 
     def _generate(self, states: Any, mask: Any) -> Any:
         length = self.setting.answer
@@ -130,13 +141,11 @@ class TorchFid:
         return self._torch.cat(tokens, 1)
 
     def flops(self, passages: int) -> int:
-        """FLOPs of one answer, from PyTorch's counter."""
-
+        """FLOPs of one run, from PyTorch's counter."""
         from torch.utils.flop_counter import FlopCounterMode
 
-        # The counter supports the products of eager attention on every device.
         with FlopCounterMode(display=False) as counter:
-            self.run(passages, "eager", "loop_dynamic_cache")
+            self.run(passages, *self.COUNTED)
         return int(counter.get_total_flops())
 
     def peaks(self) -> dict[str, float]:
@@ -151,3 +160,36 @@ class TorchFid:
     def peak_bytes(self) -> int | None:
         """Peak device memory; None on a CPU."""
         return self._torch.cuda.max_memory_allocated() if self.device == "cuda" else None
+
+
+class TorchTraining(TorchFid):
+    """Trains on one question at a time: Adafactor, and for bfloat16 automatic mixed precision."""
+
+    VARIANTS = tuple((attention,) for attention in ATTENTION)
+    COUNTED = ("eager",)
+
+    def __init__(self, system: str, dtype: str, setting: Setting):
+        super().__init__(system, "float32", setting)
+        self._dtype = dtype
+        self.decoder_bytes = 0  # A step reads weights once, whatever the length of the answer.
+        self._model.train()
+        # As ours and T5X's: a constant rate, relative to each parameter's scale.
+        self._optimizer = self._transformers.Adafactor(
+            self._model.parameters(), lr=LEARNING_RATE, scale_parameter=True, relative_step=False
+        )
+
+    def run(self, passages: int, *variant: str) -> np.ndarray:
+        """One update with the given attention; returns the loss."""
+        torch = self._torch
+        self._use(*variant)
+        size = (1, self.setting.answer)
+        answer = torch.tensor(self._random.integers(2, self._vocab_size, size), device=self.device)
+        mixed = self._dtype == "bfloat16"
+        with torch.autocast(self.device, torch.bfloat16, enabled=mixed):
+            states, mask = self._encode(self.batch(passages))
+            output = self._transformers.modeling_outputs.BaseModelOutput(last_hidden_state=states)
+            loss = self._model(encoder_outputs=output, attention_mask=mask, labels=answer).loss
+        loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return loss.detach().cpu().numpy()

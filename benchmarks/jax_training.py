@@ -1,0 +1,95 @@
+"""Training steps of our FiD, LUMEN and GLIMMER, which read all passages as tokens."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import peaks
+from benchmarks.setting import LEARNING_RATE, Setting, glimmer_config
+from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.partitioning import MeshConfig, make_mesh, put_batch
+from glimmer_jax.preflight.flops import count_flops
+from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
+from glimmer_jax.training.state import init_state, state_shardings
+from glimmer_jax.training.step import jit_train_step, make_train_step
+
+
+class JaxTraining:
+    """Trains on one question at a time, with Adafactor and the default losses."""
+
+    decoder_bytes = 0  # A step reads weights once, whatever the length of the answer.
+
+    def __init__(self, system: str, dtype: str, setting: Setting):
+        self.setting = setting
+        self._random = np.random.default_rng(0)
+        # Before allocating weights, so that peak memory is that of training.
+        self._peaks = peaks.jax_peaks(dtype)
+        config = glimmer_config(system, setting, dtype, jax.default_backend() == "cpu")
+        self._vocab_size = config.t5.vocab_size
+        model = GlimmerModel(config)
+        self._mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        shapes, names = model.abstract_variables()
+        optimizer = make_optimizer(
+            OptimizerConfig(learning_rate=LEARNING_RATE), names, model.frozen(shapes)
+        )
+        lengths = {name: x.shape for name, x in self.batch(setting.kept).items()}
+        self._state = init_state(
+            lambda: model.get_initial_variables(jax.random.key(0), lengths)["params"],
+            optimizer,
+            self._mesh,
+        )
+        self._step = make_train_step(model, optimizer)
+        shardings = state_shardings(optimizer, shapes, self._mesh)
+        self._compiled = jit_train_step(self._step, shardings, self._mesh)
+        self.details: dict[str, Any] = {
+            "framework": f"jax {jax.__version__}",
+            "device": jax.devices()[0].device_kind,
+        }
+
+    def close(self) -> None:
+        """Nothing to clean up."""
+
+    def batch(self, passages: int) -> dict[str, np.ndarray]:
+        """A new question with its passages and an answer."""
+
+        def tokens(*shape: int) -> np.ndarray:
+            return self._random.integers(2, self._vocab_size, shape).astype(np.int32)
+
+        answer = tokens(1, self.setting.answer)
+        return {
+            "question_tokens": tokens(1, self.setting.question),
+            "passage_tokens": tokens(1, passages, self.setting.passage),
+            "decoder_input_tokens": np.pad(answer[:, :-1], ((0, 0), (1, 0))),
+            "decoder_target_tokens": answer,
+            "decoder_loss_weights": np.ones(answer.shape, np.float32),
+        }
+
+    def prepare(self, passages: int) -> None:
+        """Compiles and runs once."""
+        self.answer(passages)
+
+    def answer(self, passages: int) -> np.ndarray:
+        """One update; returns the loss."""
+        with jax.set_mesh(self._mesh):
+            batch = put_batch(self.batch(passages), self._mesh)
+            self._state, metrics = self._compiled(self._state, batch)
+            jax.block_until_ready(self._state)
+        return np.asarray(metrics["loss"])
+
+    def flops(self, passages: int) -> int:
+        """FLOPs of one step, counted in the jaxpr."""
+        with jax.set_mesh(self._mesh):
+            return count_flops(jax.make_jaxpr(self._step)(self._state, self.batch(passages)))
+
+    def peaks(self) -> dict[str, float]:
+        """Measured peak rates of the device (`peaks.jax_peaks`)."""
+        return self._peaks
+
+    def reset_peak(self) -> None:
+        """JAX cannot reset it; everything before the steps takes less memory."""
+
+    def peak_bytes(self) -> int | None:
+        """Peak device memory; None on a CPU."""
+        stats = jax.devices()[0].memory_stats()
+        return None if stats is None else int(stats["peak_bytes_in_use"])
