@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.claim_arms import BLOCKS, TUNING
+from experiments.claim_arms import ARMS, BLOCKS, TUNING
 from experiments.claim_criteria import CLAIMS, Claim, Part, Rivals, Term
 from experiments.claim_results import Results, decode_numbers, unpack
 from experiments.claim_statistics import Estimate, estimate
@@ -40,7 +40,7 @@ class Study:
 
     def __init__(self, results: Results):
         """Raises ValueError if the results have no unit."""
-        known = [unit for unit in results.units if unit["block"] in BLOCKS]
+        known = [unit for unit in results.units if unit["block"] in BLOCKS and unit["arm"] in ARMS]
         if not known:
             raise ValueError(
                 f"{results.path}: expected units of blocks {', '.join(BLOCKS)}, found none. Run "
