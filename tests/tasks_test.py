@@ -228,7 +228,7 @@ def test_bad_data_ends_before_anything_is_computed(data_dir, passages):
         pipeline.batches("typo", "train", LENGTHS, 4)
     with pytest.raises(ValueError, match=r"DATA_DIR.*which-test\.jsonl.*run_mode=retrieve"):
         pipeline.batches(TASK, "test", LENGTHS, 4)
-    with pytest.raises(ValueError, match="Splits are train, validation, test; got 'dev'"):
+    with pytest.raises(ValueError, match="train, validation, test; got 'dev'"):
         retrieved_tasks.retrieved_file("which", "dev")
     with pytest.raises(ValueError, match="BATCH_SIZE must be at least 1, got 0"):
         pipeline.batches(TASK, "train", LENGTHS, 0)
@@ -318,7 +318,7 @@ def test_missing_splits_and_labels_are_reported(data_dir):
     write_lines(data_dir, [{**line(0), "output": []}], "test")
     with pytest.raises(ValueError, match="no test example .*run_mode=infer"):
         check_fit(TASK, "test", LENGTHS, vocabulary=Vocabulary("pydocs"), has_passages=True)
-    with pytest.raises(ValueError, match="no other examples, only train, validation, test"):
+    with pytest.raises(ValueError, match="no other examples.*train, validation, test"):
         check_fit(TASK, "other", LENGTHS, vocabulary=Vocabulary("pydocs"), has_passages=True)
 
 
@@ -366,7 +366,7 @@ def test_a_cache_gives_the_same_examples(data_dir, tmp_path, capsys):
     for name in ("id", "inputs", "answers", "passage_ids", "gold_passages"):
         for a, b in zip(one, other, strict=True):
             np.testing.assert_array_equal(a[name], b[name])
-    with pytest.raises(ValueError, match="already holds a complete cache of which_test"):
+    with pytest.raises(ValueError, match="complete cache of which_test"):
         cache.write(TASK, folder)
     flags = ["--module=tests.tasks_test", f"--data_dir={data_dir}", f"--cache_dir={folder}"]
     cache.main([TASK, *flags])
@@ -421,7 +421,7 @@ def test_evaluation_calls_plain_functions_on_batches(data_dir, passages, tmp_pat
     assert metrics == {f"{TASK}/exact_match": 100.0, f"{TASK}/recall": 1.0}
     assert set(shapes) == {(4, 3, 12)}
     assert [one["id"] for one in run.examples()[TASK]] == [f"q{i}".encode() for i in range(5)]
-    with pytest.raises(ValueError, match="has both metrics and a split 'other'"):
+    with pytest.raises(ValueError, match="metrics .*split 'other'"):
         evaluation.Evaluation(TASK, "other", LENGTHS, 4)
 
 

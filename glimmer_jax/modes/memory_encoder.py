@@ -1,4 +1,4 @@
-"""The encode step of a checkpoint, for the modes that build memory."""
+"""Loads the memory encoder of a checkpoint, for the modes that build memory."""
 
 import jax
 
@@ -17,7 +17,7 @@ from glimmer_jax.weights import parameters
 def load_encoder(
     config: EncoderConfig, trained: Trained, corpus: Passages
 ) -> tuple[MemoryEncoder, encoding.States]:
-    """The encode step of a checkpoint, and a function that computes the float32 reference states.
+    """The memory encoder, and a function that computes its states in float32, as a reference.
 
     Raises:
       ValueError: the checkpoint does not fit, or the model has no memory.

@@ -30,7 +30,7 @@ def corpus(tmp_path):
 
 def test_a_missing_beam_is_reported(corpus, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
-    with pytest.raises(ValueError, match=r"needs Apache Beam: pip install 'glimmer-jax\[beam\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'glimmer-jax\[beam\]'"):
         beam.write_passages(corpus, str(tmp_path / "out"), Reading("kilt", 5))
     assert not (tmp_path / "out").exists()
 
@@ -54,7 +54,7 @@ def test_many_processes_give_what_one_gives(corpus, tmp_path):
             os.unlink(paths[-1])
         assert beam.write_passages(corpus, out, reading, span_bytes=500) == (paths, report)
         assert (os.stat(paths[0]).st_mtime_ns == before) == (part is None)
-    with pytest.raises(ValueError, match="out holds a corpus already. Read it with CORPUS="):
+    with pytest.raises(ValueError, match="out .*CORPUS="):
         beam.write_passages(corpus, out, reading)
     for strict in (Reading("kilt", 5), Reading("kilt", 5, Policy("skip", 3))):
         with pytest.raises(ValueError, match=r"\.json:\d+: ") as one:

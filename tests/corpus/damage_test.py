@@ -163,7 +163,7 @@ def test_a_block_is_verified_when_it_is_first_read_and_once(folder, monkeypatch)
     (folder / "tokens.npy").write_bytes(data)
     passages = Passages.open(folder)
     wanted = passages.tokens([0], 60)
-    with pytest.raises(ValueError, match=r"tokens\.npy is damaged in bytes \d+ to \d+"):
+    with pytest.raises(ValueError, match=r"tokens\.npy .*bytes \d+ to \d+"):
         passages.tokens([39], 60)
     monkeypatch.setattr(checked_file, "_digest", lambda data: b"another")
     assert (passages.tokens([0], 60) == wanted).all()

@@ -128,7 +128,7 @@ def test_parquet_gives_what_json_lines_give(tmp_path):
     ]
     assert (report.lines, report.passages) == (3, 3)
     parquet.write_table(pyarrow.table({"id": [1], "text": ["x"]}), path)
-    with pytest.raises(ValueError, match="has no column title; it has id, text"):
+    with pytest.raises(ValueError, match="column title; .* id, text"):
         list(read_passages([path], Reading("parquet")))
 
 
@@ -152,5 +152,5 @@ def test_a_damaged_parquet_file_is_reported(tmp_path):
 def test_parquet_without_pyarrow_reports_the_pip_command(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match=r"needs pyarrow: pip install 'glimmer-jax\[parquet\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'glimmer-jax\[parquet\]'"):
         list(read_passages([str(tmp_path / "a.parquet")], Reading("parquet")))

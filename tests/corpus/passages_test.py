@@ -71,7 +71,7 @@ def test_absent_passages_are_all_padding(folder):
 
 
 def test_unknown_ids_are_reported(folder):
-    with pytest.raises(ValueError, match="2 passage ids are not in .*: 4, 99.*--run_mode=retrieve"):
+    with pytest.raises(ValueError, match="2 passage ids .*: 4, 99.*--run_mode=retrieve"):
         Passages.open(folder).rows([3, 99, 4, 99])
     with pytest.raises(ValueError, match="0 to 2, got 3"):
         Passages.open(folder).record(3)
@@ -85,7 +85,7 @@ def test_tokens_take_two_bytes_where_they_can(tmp_path):
 
 
 def test_another_vocabulary_is_rejected_with_both_fingerprints(folder):
-    with pytest.raises(ValueError, match="sha256:one, the model's is sha256:two"):
+    with pytest.raises(ValueError, match="sha256:one.* sha256:two"):
         Passages.open(folder, "sha256:two")
 
 
@@ -115,7 +115,7 @@ def test_damage_is_found(folder):
     with pytest.raises(ValueError, match=r"tokens\.npy: expected \d+ bytes, found \d+ bytes"):
         Passages.open(folder)
     (folder / "tokens.npy").unlink()
-    with pytest.raises(ValueError, match="tokens.npy: .* found no regular file"):
+    with pytest.raises(ValueError, match="tokens.npy: .* regular file"):
         Passages.open(folder)
 
 
@@ -260,5 +260,5 @@ def test_two_ids_with_one_number_are_rejected(tmp_path):
 
 def test_a_memory_as_passages_folder_is_reported(folder):
     (folder / "manifest.json").write_text('{"format_version": 3, "shards": []}')
-    with pytest.raises(ValueError, match="PASSAGES_DIR: .* is a memory or an index"):
+    with pytest.raises(ValueError, match="PASSAGES_DIR: .* memory or .*index"):
         Passages.open(folder)

@@ -84,7 +84,7 @@ def test_empty_pages_and_long_passages_are_counted(tmp_path):
 def test_repeated_ids_are_detected_across_files(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(GOOD)
-    with pytest.raises(ValueError, match="b:1: byte 0: the page '1' occurs more than once"):
+    with pytest.raises(ValueError, match="b:1: byte 0: .*'1' .*more than once"):
         list(read_passages([str(tmp_path / "a"), str(tmp_path / "b")], Reading("kilt", 10)))
 
 

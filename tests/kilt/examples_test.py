@@ -68,7 +68,7 @@ def test_null_equals_absent(tmp_path):
 def test_numbers_for_ids_are_read_as_text(tmp_path):
     (found,) = kilt.read_examples(lines(tmp_path, {**GOOD, "id": 7}))
     assert found == {**GOOD, "id": "7"}
-    with pytest.raises(ValueError, match="the id '7' occurs more than once"):
+    with pytest.raises(ValueError, match="'7' .*more than once"):
         list(kilt.read_examples(lines(tmp_path, {**GOOD, "id": 7}, {**GOOD, "id": "7"})))
 
 

@@ -59,10 +59,10 @@ def test_parquet_parts_are_one_file_in_order(tmp_path):
 
 def test_two_files_of_one_split_are_rejected(tmp_path):
     touch(tmp_path, "nq-dev-kilt.jsonl", "nq-dev.jsonl")
-    with pytest.raises(ValueError, match=r"nq-dev\.jsonl are both nq-dev.jsonl. Keep one"):
+    with pytest.raises(ValueError, match=r"nq-dev\.jsonl .*both nq-dev\.jsonl"):
         files.find_files(f"{tmp_path}/*.jsonl")
     touch(tmp_path, "part.parquet")
-    with pytest.raises(ValueError, match="part.parquet: .*Rename .* as on the hub"):
+    with pytest.raises(ValueError, match="part.parquet: .*Rename"):
         files.find_files(f"{tmp_path}/*.parquet")
     with pytest.raises(ValueError, match="QUESTIONS: no file matches"):
         files.find_files(f"{tmp_path}/*.json")
@@ -86,7 +86,7 @@ def test_names_without_a_split_get_a_warning(tmp_path, caplog, name, better):
 
 def test_pipes_are_rejected_without_blocking(tmp_path):
     os.mkfifo(tmp_path / "nq-dev.jsonl")
-    with pytest.raises(ValueError, match="nq-dev.jsonl is not a regular file"):
+    with pytest.raises(ValueError, match="nq-dev.jsonl .*regular file"):
         files.find_files(f"{tmp_path}/*")
 
 

@@ -54,9 +54,7 @@ def test_files_of_another_kind_are_rejected(tmp_path):
     with pytest.raises(ValueError, match="text.parquet is not Parquet"):
         list(read_parquet(tmp_path / "text.parquet"))
     parquet.write_table(pyarrow.table({"id": ["a"]}), tmp_path / "other.parquet")
-    with pytest.raises(
-        ValueError, match="has no column input, output; it has id. Required are id, in"
-    ):
+    with pytest.raises(ValueError, match="column input, output; .* id\\. .* id, input"):
         list(read_parquet(tmp_path / "other.parquet"))
 
 
@@ -73,7 +71,7 @@ def test_damage_inside_a_file_is_reported(tmp_path):
 
 def test_a_missing_pyarrow_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match="x.parquet: Parquet needs pyarrow"):
+    with pytest.raises(ValueError, match="x.parquet: .*pyarrow"):
         list(read_parquet("x.parquet"))
 
 

@@ -25,7 +25,7 @@ def test_questions_of_all_files_are_joined_by_id(tmp_path):
     read = [example["input"] for example in examples.read_examples(path, questions=found)]
     assert read == ["When?", "Who?", "own"]
     path.write_text('{"id": "tc_4", "input": ""}\n')
-    with pytest.raises(ValueError, match=":1: 'tc_4' has no question .*with all its splits"):
+    with pytest.raises(ValueError, match=":1: 'tc_4' .*question.*splits"):
         list(examples.read_examples(path, questions=found))
 
 
@@ -40,7 +40,7 @@ def test_other_files_are_rejected(tmp_path):
         files.read_questions(str(tmp_path / "*.json"))
     write(tmp_path / "a.json", tc_1="Who?")
     write(tmp_path / "b.json", tc_1="Where?")
-    with pytest.raises(ValueError, match="TRIVIAQA: .*b.json .*different questions for 'tc_1'"):
+    with pytest.raises(ValueError, match="TRIVIAQA: .*b.json .*'tc_1'"):
         files.read_questions(str(tmp_path / "*.json"))
     listed = '{"Data": [{"QuestionId": ["a"], "Question": "Who?"}]}'
     for text in ("{", "[]", "[" * 100_000, '{"Data": [{"QuestionId": 1}]}', listed):

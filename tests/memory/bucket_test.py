@@ -97,7 +97,7 @@ def test_passages_in_a_bucket_are_fetched_in_blocks(bucket, tmp_path, monkeypatc
             bucket.put(path.name, path.read_bytes())
     assert list(Passages.open("gs://bucket").records()) == records
     assert local_copy.fetch_file("X", "gs://bucket/ids.npy").stat().st_size == 20 * 8 + 128
-    with pytest.raises(ValueError, match=r"PASSAGES_DIR: there is no gs://bucket/other/manifest"):
+    with pytest.raises(ValueError, match=r"PASSAGES_DIR: .* gs://bucket/other/manifest"):
         Passages.open("gs://bucket/other")
 
 
@@ -168,7 +168,7 @@ def test_an_unreachable_bucket_is_no_damage_and_the_build_resumes(tiny, bucket, 
                 bucket.faults.extend([fault] * 200)
         return tiny.encode(tokens)
 
-    with pytest.raises(OSError, match="could not be .*run the same command again"):
+    with pytest.raises(OSError, match="could not be .*command again"):
         tiny.build_tiny(path, reference=None, encode=encode)
     bucket.faults.clear()
     assert folder.read_file(folder.open_folder(path), "manifest.json") is None

@@ -40,9 +40,7 @@ def test_builders_at_the_same_time(tiny, tiny_store, tmp_path, folder_bytes, mon
 
 def test_the_first_builder_waits_for_the_others_and_resumes(tiny, tmp_path):
     path = tmp_path / "s"
-    with pytest.raises(
-        StopRequested, match="2 shards of other builders are missing, the first 000001"
-    ):
+    with pytest.raises(StopRequested, match="2 shards .*missing.* 000001"):
         tiny.build_tiny(path, builders=Builders(0, 2, wait_seconds=0.0))
     tiny.build_tiny(path, builders=Builders(1, 2))
     report = tiny.build_tiny(path, builders=Builders(0, 2))
@@ -51,7 +49,7 @@ def test_the_first_builder_waits_for_the_others_and_resumes(tiny, tmp_path):
 
 def test_shards_of_another_build_are_rejected(tiny, tmp_path):
     tiny.build_tiny(tmp_path / "s", builders=Builders(1, 2), encoder_fingerprint="sha256:e2")
-    with pytest.raises(ValueError, match="000001/shard.json belongs to another build: encoder"):
+    with pytest.raises(ValueError, match="000001/shard.json .*another build: encoder"):
         tiny.build_tiny(tmp_path / "s", builders=Builders(0, 2))
 
 
@@ -65,7 +63,7 @@ def test_builders_of_two_corpora_make_no_store(tiny, tmp_path):
     path, other = tmp_path / "s", tiny.TinyPassages()
     other.all_tokens[7] = other.all_tokens[7] + 1  # of shard 1
     tiny.build_tiny(path, other, builders=Builders(1, 2))
-    with pytest.raises(ValueError, match="000001/shard.json was built from other passages"):
+    with pytest.raises(ValueError, match="000001/shard.json .*other passages"):
         tiny.build_tiny(path, builders=Builders(0, 2))
     assert not (path / manifest.MANIFEST).exists()
 
@@ -74,7 +72,7 @@ def test_builders_of_two_corpora_make_no_store(tiny, tmp_path):
 def test_builders_of_another_number_are_rejected_while_one_lives(tiny, tmp_path, first, second):
     path = tmp_path / "s"
     with Builders(*first).lock(folder.open_folder(path), manifest.LOCK):
-        with pytest.raises(ValueError, match=f"is being written by process {os.getpid()} on"):
+        with pytest.raises(ValueError, match=f"by process {os.getpid()} on"):
             tiny.build_tiny(path, builders=Builders(*second, wait_seconds=0.0))
         assert not list(path.glob("shards/*"))
     # Once they are gone, any number of builders may resume.

@@ -183,7 +183,7 @@ def test_a_second_writer_is_rejected_and_the_holder_is_reported(tiny, tmp_path):
     path = tmp_path / "store"
 
     def encode(tokens):
-        with pytest.raises(ValueError, match=f"being written by process {os.getpid()} on"):
+        with pytest.raises(ValueError, match=f"by process {os.getpid()} on"):
             tiny.build_tiny(path)
         return tiny.encode(tokens)
 
@@ -204,7 +204,7 @@ def test_nan_from_the_encoder_names_the_passage(tiny, tmp_path, bad):
         states[tokens == 0] = np.nan
         return encoding.encode_states("bf16", jax.numpy.asarray(states))
 
-    with pytest.raises(ValueError, match=f"NaN or infinity for passage {passages.ids[9]}"):
+    with pytest.raises(ValueError, match=f"NaN or infinity .* {passages.ids[9]}"):
         tiny.build_tiny(tmp_path / "s", passages, encode=encode, reference=None)
     assert not (tmp_path / "s" / "manifest.json").exists()
 
@@ -242,7 +242,7 @@ def test_bytes_do_not_depend_on_the_number_of_devices(tiny, tiny_store, tmp_path
 @pytest.mark.fault
 def test_bad_settings_are_rejected(tiny, tmp_path):
     passages = tiny.TinyPassages()
-    with pytest.raises(ValueError, match="last length bucket must be max_length=12"):
+    with pytest.raises(ValueError, match="bucket .*max_length=12"):
         tiny.build_tiny(tmp_path, buckets=(4, 8))
     with pytest.raises(ValueError, match="must be at least 1; got 0, 4"):
         Layout(0, 4)
@@ -251,7 +251,7 @@ def test_bad_settings_are_rejected(tiny, tmp_path):
     passages.ids[3] = passages.ids[4]
     with pytest.raises(ValueError, match=f"unique.*{passages.ids[3]}"):
         tiny.build_tiny(tmp_path, passages)
-    with pytest.raises(ValueError, match="model's own codec, emb_dim and batch size"):
+    with pytest.raises(ValueError, match="codec, emb_dim and batch size"):
         tiny.build_tiny(tmp_path / "s", emb_dim=16, reference=None)
 
 

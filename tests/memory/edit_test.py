@@ -45,7 +45,7 @@ def test_append_adds_what_is_new_and_readers_keep_their_version(tiny, tmp_path):
         MemoryStore.open(path, version=7)
     # Nothing new: nothing happens.
     assert tiny.append_tiny(path, whole).version == 2
-    with pytest.raises(ValueError, match="version 2: the store has been changed since"):
+    with pytest.raises(ValueError, match="version 2: .*changed"):
         tiny.build_tiny(path)
 
 
@@ -198,7 +198,7 @@ def test_changed_text_is_rejected_or_replaced(tiny, copied_store):
     assert made.withdrawn == (20,) and made.num_passages == 24
     store = MemoryStore.open(copied_store)
     assert store.rows(other.ids[[20]]) == [23]
-    with pytest.raises(ValueError, match="belongs to another build: codec bf16"):
+    with pytest.raises(ValueError, match="another build: codec bf16"):
         edit.append(
             tiny.encoder(codec="f32"), other, copied_store, passages_fingerprint="sha256:p2"
         )
@@ -343,7 +343,7 @@ def test_repair_stops_on_request_and_reports_progress(
     monkeypatch.setattr(progress, "EVERY_SECONDS", -1.0)
     with (
         caplog.at_level("INFO", "glimmer_jax"),
-        pytest.raises(StopRequested, match="Stopped before anything was repaired"),
+        pytest.raises(StopRequested, match="before anything was repaired"),
     ):
         maintain.repair(
             tiny.encoder(),
@@ -480,7 +480,7 @@ def test_a_passage_is_found_by_id_and_by_title(tiny, copied_store):
     assert maintain.find(store, title) == [found]
     assert maintain.find(store, int(passages.ids[8]))[0]["withdrawn"]
     assert len(maintain.find(store, "TITLE")) == 23
-    with pytest.raises(ValueError, match="No passage 'nowhere' in the memory store"):
+    with pytest.raises(ValueError, match="'nowhere'"):
         maintain.find(store, "nowhere")
     json.dumps(maintain.inspect(store))
 
@@ -511,5 +511,5 @@ def test_a_plan_estimates_the_cost_of_a_build(tiny, tmp_path, codec):
     layer = 4 * 8 * 8 + 3 * 8 * 16
     hours = 2 * layer * made.num_tokens / 1e6 / 3600
     assert planned["device_hours"] == pytest.approx(hours, rel=1e-3)
-    with pytest.raises(ValueError, match="positive numbers; got memory_layers=1, 0 passages"):
+    with pytest.raises(ValueError, match="positive .*memory_layers=1, 0 passages"):
         estimate.plan(config, passages=0, tokens=1, layout=Layout(1, 1), device_tflops=1)

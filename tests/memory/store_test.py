@@ -160,7 +160,7 @@ def test_a_shard_does_not_record_its_position(tiny_store):
 @pytest.mark.fault
 def test_an_unfinished_build_is_rejected(copied_store):
     (copied_store / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="rerun the same build_memory command"):
+    with pytest.raises(ValueError, match="rerun .*build_memory"):
         MemoryStore.open(copied_store)
 
 
@@ -255,7 +255,7 @@ def test_an_inconsistent_manifest_is_rejected(copied_store, change, message):
 @pytest.mark.fault
 def test_another_format_version_is_rejected(copied_store):
     _rewrite_manifest(copied_store, lambda v: v.update(format_version=1))
-    with pytest.raises(ValueError, match="format version 1; this program reads version 4"):
+    with pytest.raises(ValueError, match="format version 1; .*version 4"):
         MemoryStore.open(copied_store)
 
 

@@ -92,5 +92,5 @@ def test_gold_questions_without_a_guess_are_rejected(tmp_path):
     message = "no guess for 2 of 3 questions of .*gold, the first is 'b'"
     with pytest.raises(ValueError, match=message):
         kilt_predictions.read_pairs(gold, write(tmp_path / "guess", GOLD))
-    with pytest.raises(ValueError, match="empty has no questions"):
+    with pytest.raises(ValueError, match="empty .*no questions"):
         kilt_predictions.read_pairs(write(tmp_path / "empty"), gold)

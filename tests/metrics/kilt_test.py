@@ -73,7 +73,7 @@ def test_a_ranking_has_a_mark_for_each_set_and_each_wrong_page():
 
 @pytest.mark.parametrize("ks", [[], [0, 1], [5, 5], [-1]])
 def test_ks_are_distinct_and_positive(tmp_path, ks):
-    with pytest.raises(ValueError, match="ks must be distinct positive numbers"):
+    with pytest.raises(ValueError, match="ks .*distinct positive"):
         kilt.kilt_scores(tmp_path / "gold", tmp_path / "guess", ks)
 
 

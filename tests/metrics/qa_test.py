@@ -77,7 +77,7 @@ def test_invalid_scores_are_rejected():
         qa.bootstrap([1.0], level=95)
     with pytest.raises(ValueError, match="groups.*2, got 1"):
         qa.bootstrap([1.0, 0.0], groups=["p"])
-    with pytest.raises(ValueError, match=r"same questions, got shapes \(1,\) and \(2,\)"):
+    with pytest.raises(ValueError, match=r"\(1,\) and \(2,\)"):
         qa.paired_bootstrap([1.0], [1.0, 0.0])
 
 
@@ -122,7 +122,7 @@ def test_incomplete_and_malformed_predictions_are_rejected(tmp_path):
     questions = write(tmp_path / "q", question("a", "x", 1), question("b", "y", 2))
     with pytest.raises(ValueError, match="PREDICTIONS: 1 questions .*'b'"):
         qa.score_file(write(tmp_path / "p", {"id": "a", "prediction": ""}), questions)
-    with pytest.raises(ValueError, match="p:2: expected a new string `id`, got 'a'"):
+    with pytest.raises(ValueError, match="p:2: .*`id`, got 'a'"):
         qa.score_file(write(tmp_path / "p", *[{"id": "a", "prediction": ""}] * 2), questions)
     with pytest.raises(ValueError, match="PREDICTIONS: 'a' has no answer"):
         qa.score_file(write(tmp_path / "p", {"id": "a"}, {"id": "b"}), questions)
@@ -136,7 +136,7 @@ def test_incomplete_and_malformed_predictions_are_rejected(tmp_path):
         with pytest.raises(ValueError, match="PREDICTIONS: 'a': .*`id`"):
             qa.score_file(predictions, questions)
     blind = write(tmp_path / "blind", {"id": "a", "input": "?"})
-    with pytest.raises(ValueError, match="QUESTIONS: .*blind has no answers"):
+    with pytest.raises(ValueError, match="QUESTIONS: .*blind .*no answers"):
         qa.score_file(write(tmp_path / "p", {"id": "a", "prediction": ""}), blind)
 
 

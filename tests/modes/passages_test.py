@@ -180,5 +180,5 @@ def test_string_ids_are_kept_and_compressed_corpora_read():
     passages = Passages.open("p")
     assert [one["id"] for one in passages.records()] == ["doc-2", "doc-1"]
     assert passages.rows_of(["doc-1", "doc-2"]).tolist() == [1, 0]
-    with pytest.raises(ValueError, match="1 passage ids are not in p: doc-3"):
+    with pytest.raises(ValueError, match="1 passage ids .* p: doc-3"):
         passages.rows_of(["doc-3"])

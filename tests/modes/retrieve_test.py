@@ -266,7 +266,7 @@ def test_questions_are_not_overwritten_and_lines_are_checked_first(work, tmp_pat
     (tmp_path / "questions" / "a-test.jsonl").write_text('{"id": "1"}\n')
     given = settings(work, tmp_path / "out", "dense", index_dir=str(tmp_path / "index"))
     pattern = str(tmp_path / "questions" / "*")
-    with pytest.raises(ValueError, match="a-test.jsonl:1: '1' has no question in `input`"):
+    with pytest.raises(ValueError, match="a-test.jsonl:1: '1' .*`input`"):
         retrieve(**{**given, "questions": pattern})
     assert not (tmp_path / "index").exists()
     (tmp_path / "questions" / "a-test.jsonl").write_text("\n")

@@ -100,7 +100,7 @@ def test_questions_without_a_gold_passage_are_dropped():
     with_gold, without = line("kept", "json.dumps", "json.dumps"), line("dropped", "json", "json")
     renamed = questions(which=[with_gold, without])
     assert {read(renamed.example(index))[0] for index in range(20)} == {"kept"}
-    with pytest.raises(ValueError, match="4 retrieved passages with a gold one among them"):
+    with pytest.raises(ValueError, match="4 retrieved passages .*gold"):
         questions(which=[without])
 
 
@@ -112,7 +112,7 @@ def test_examples_depend_only_on_seed_and_index():
 
 
 def test_too_few_passages_are_rejected():
-    with pytest.raises(ValueError, match="No example of which has 5 retrieved passages"):
+    with pytest.raises(ValueError, match="which .*5 retrieved passages"):
         questions(passages=5, which=[line("text", "json.dumps", "json.dumps")])
 
 

@@ -73,7 +73,7 @@ def test_rows_are_those_of_the_folder_also_among_some_of_them(folder):
 def test_a_split_without_passages_is_rejected(folder):
     passages = Passages.open(folder / "passages")
     np.testing.assert_array_equal(rows_of_split(passages, "train"), [0, 1])
-    with pytest.raises(ValueError, match="No passage of .* belongs to the split 'dev'"):
+    with pytest.raises(ValueError, match="No passage of .*'dev'"):
         rows_of_split(passages, "dev")
 
 

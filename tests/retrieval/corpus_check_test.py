@@ -23,7 +23,7 @@ def test_a_file_belongs_to_its_corpus_however_that_is_tokenised(tmp_path):
     for place in (data, data / "nq-dev.jsonl", f"file://{data}", f"file://{data}/nq-dev.jsonl"):
         corpus_check.check(place, mine)
         corpus_check.check(place, shorter)
-        with pytest.raises(ValueError, match="data/nq-dev.jsonl was retrieved from .*mine, and"):
+        with pytest.raises(ValueError, match="data/nq-dev.jsonl .*mine"):
             corpus_check.check(place, other)
     # As it is with the file itself there, in a folder that has others, and a dot in its name.
     (data / "nq-dev.jsonl").write_text("{}")
@@ -31,7 +31,7 @@ def test_a_file_belongs_to_its_corpus_however_that_is_tokenised(tmp_path):
     dotted = tmp_path / "data.v2"
     data.rename(dotted)
     for place in (dotted, dotted / "nq-dev.jsonl"):
-        with pytest.raises(ValueError, match="data.v2/nq-dev.jsonl was retrieved from"):
+        with pytest.raises(ValueError, match="data.v2/nq-dev.jsonl "):
             corpus_check.check(place, other)
     data = dotted
     # Files without a note are taken as they are.

@@ -29,7 +29,7 @@ def job(monkeypatch, tmp_path):
 
 
 def asked_to_stop(*args, **kwargs):
-    raise StopRequested("shards of other builders are missing")
+    raise StopRequested("shards .*missing")
 
 
 def test_all_go_on_or_none(job):
@@ -42,7 +42,7 @@ def test_all_go_on_or_none(job):
 
 def test_a_stopped_process_stops_the_others(job, tmp_path, monkeypatch):
     told, made = job(asked_to_stop, others=False)
-    with pytest.raises(StopRequested, match="shards of other builders are missing"):
+    with pytest.raises(StopRequested, match="shards .*missing"):
         made()
     assert told == []
     # The others have found the index finished.

@@ -143,7 +143,7 @@ def test_another_encoder_and_other_passages_are_rejected(copy, encoder, passages
 
 def test_several_processes_build_one_index(encoder, passages, finished, tmp_path):
     impatient = [Builders(i, 2, wait_seconds=0.0) for i in range(2)]
-    with pytest.raises(StopRequested, match="manifest.json of the first builder is missing"):
+    with pytest.raises(StopRequested, match="manifest.json .*first builder"):
         build_index(tmp_path, passages, encoder, shard_passages=3, builders=impatient[1])
     build_index(tmp_path, passages, encoder, shard_passages=3, builders=impatient[0])
     assert files_of(tmp_path) == files_of(finished)
@@ -163,7 +163,7 @@ def test_damage_is_noticed_and_one_shard_is_rebuilt(copy, encoder, passages, fin
     index = Index.open(copy)
     assert verify(copy) == ["shards/000001/states/c/0/0 has been changed: its SHA-256 differs"]
     np.testing.assert_array_equal(index.read(0, 3), Index.open(finished).read(0, 3))
-    with pytest.raises(DamagedStore, match="Shard 000001 .*delete the folder shards/000001"):
+    with pytest.raises(DamagedStore, match="Shard 000001 .*delete .*shards/000001"):
         index.read(0, 11)
     path.write_bytes(data[:-7])
     build_index(copy, passages, encoder, shard_passages=3)
@@ -223,7 +223,7 @@ def test_nan_names_the_passage(encoder, passages, tmp_path, monkeypatch):
     run = encoder.run
     monkeypatch.setattr(encoder, "run", lambda tokens: run(tokens).at[0].set(jnp.nan))
     # The first row of the only batch is the shortest passage.
-    with pytest.raises(ValueError, match=f"NaN or infinity for passage {passages.ids[0]}"):
+    with pytest.raises(ValueError, match=f"NaN or infinity .* {passages.ids[0]}"):
         build_index(tmp_path, passages, encoder, shard_passages=2)
     assert not (tmp_path / "manifest.json").exists()
 

@@ -156,7 +156,7 @@ def test_draws_differ_from_batch_to_batch_and_repeat_with_the_seed():
 
 @pytest.mark.parametrize("batch_sizes", [(), (8, 12), (0,)])
 def test_batches_that_do_not_divide_over_the_devices_are_rejected(tmp_path, batch_sizes):
-    with pytest.raises(ValueError, match="must be multiples of 8, the devices"):
+    with pytest.raises(ValueError, match="multiples of 8"):
         Predictor.load(tmp_path, LENGTHS, passages_dir=tmp_path, batch_sizes=batch_sizes)
 
 
@@ -207,7 +207,5 @@ def test_questions_find_passages_by_vectors(corpus, tmp_path, method):
 def test_a_checkpoint_without_a_recorded_model_is_reported(corpus, tmp_path):
     checkpoint = tmp_path / "some.safetensors"
     save_params_file(checkpoint, tiny.params(GLIMMER), {})
-    with pytest.raises(
-        ValueError, match=r"some.safetensors, a parameter file does not record its model"
-    ):
+    with pytest.raises(ValueError, match=r"some.safetensors, .*model"):
         Predictor.load(checkpoint, LENGTHS, passages_dir=corpus)

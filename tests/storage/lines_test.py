@@ -53,7 +53,7 @@ def test_gzip_is_recognised_by_its_bytes_and_counts_packed_bytes(tmp_path, path)
 def test_a_truncated_gzip_file_is_reported(tmp_path, end):
     packed = tmp_path / "b.gz"
     packed.write_bytes(gzip.compress(b"".join(b"line %d\n" % i for i in range(1000)))[:end])
-    with pytest.raises(ValueError, match=r"b\.gz: the gzip data is damaged or truncated"):
+    with pytest.raises(ValueError, match=r"b\.gz: .*damaged or truncated"):
         read(packed)
 
 
@@ -62,7 +62,7 @@ def test_a_damaged_gzip_file_is_reported(tmp_path):
     data = bytearray(gzip.compress(b"".join(b"line %d\n" % i for i in range(1000))))
     data[len(data) // 2] ^= 255
     (tmp_path / "b.gz").write_bytes(data)
-    with pytest.raises(ValueError, match=r"b\.gz: the gzip data is damaged"):
+    with pytest.raises(ValueError, match=r"b\.gz: .*damaged"):
         read(tmp_path / "b.gz")
 
 
@@ -122,7 +122,7 @@ def test_endless_blank_lines_and_endless_lines_are_rejected(tmp_path, monkeypatc
     monkeypatch.setattr(lines, "MAX_LINE", 10)
     monkeypatch.setattr(lines, "MAX_SKIPPED_BYTES", 2**21)
     (tmp_path / "c.gz").write_bytes(gzip.compress(b"x" * 2**23))
-    with pytest.raises(ValueError, match=r"c\.gz: a line is longer than 2097152 bytes"):
+    with pytest.raises(ValueError, match=r"c\.gz: .*2097152 bytes"):
         read(tmp_path / "c.gz")
 
 

@@ -52,9 +52,7 @@ def test_passages_in_a_bucket_are_copied_once_and_read_locally(bucket, cache, mo
         (path / name).unlink()
     assert list(Passages.open(url).records()) == RECORDS
     assert not list(cache.rglob("*.partial"))
-    with pytest.raises(
-        ValueError, match=f"{url} was tokenised with vocabulary f, the model's is g"
-    ):
+    with pytest.raises(ValueError, match=f"{url} .*vocabulary f, .* g"):
         Passages.open(url, "g")
 
 
@@ -168,7 +166,7 @@ def test_one_file_is_the_bucket_s_newest(tmp_path, monkeypatch):
     )
     assert local_copy.fetch_file("X", path) == path
     for missing in (f"file://{tmp_path}/b.txt", f"file://{tmp_path}/"):
-        with pytest.raises(ValueError, match=r"X: there is no file file://.* Check the path"):
+        with pytest.raises(ValueError, match=r"X: .* file://.*path"):
             local_copy.fetch_file("X", missing)
 
 
@@ -187,6 +185,6 @@ def test_a_vocabulary_and_retrieved_files_may_lie_in_a_bucket(tmp_path):
     (tmp_path / "nq-dev.jsonl").write_text("{}\n")
     retrieved_tasks.configure(f"file://{tmp_path}/")
     assert retrieved_tasks.retrieved_file("nq", "validation").read_text() == "{}\n"
-    with pytest.raises(ValueError, match=r"DATA_DIR: there is no file file://.*nq-train\.jsonl"):
+    with pytest.raises(ValueError, match=r"DATA_DIR: .* file://.*nq-train\.jsonl"):
         retrieved_tasks.retrieved_file("nq", "train")
     retrieved_tasks.configure()

@@ -158,7 +158,7 @@ def test_a_damaged_newest_step_is_skipped_and_kept(damaged, state, mesh, caplog)
 def test_if_every_step_is_damaged_nothing_is_moved(damaged):
     for step in ("2", "4"):
         largest_file(damaged / step / "params").unlink()
-    with pytest.raises(ValueError, match="every step is damaged.*Copy a step again"):
+    with pytest.raises(ValueError, match="every step .*damaged.*Copy"):
         Checkpoints(damaged)
     assert sorted(path.name for path in damaged.iterdir()) == ["2", "4"]
 

@@ -294,7 +294,7 @@ def test_an_interrupted_last_evaluation_is_completed_on_rerun(tmp_path):
 
 def test_a_second_run_in_the_same_folder_is_rejected(tmp_path):
     def make_batches(step):
-        with pytest.raises(ValueError, match=f"being written by process {os.getpid()} on"):
+        with pytest.raises(ValueError, match=f"by process {os.getpid()} on"):
             train_toy(tmp_path, total_steps=9)
         return batches_from(step)
 

@@ -206,7 +206,7 @@ def test_invalid_settings_are_rejected(change, message):
 
 def test_freezing_everything_or_another_tree_is_rejected():
     names = {"a": ("embed",), "b": ("embed",)}
-    with pytest.raises(ValueError, match="Every parameter is frozen"):
+    with pytest.raises(ValueError, match="parameter .*frozen"):
         make_optimizer(OptimizerConfig(), names, {"a": True, "b": True})
-    with pytest.raises(ValueError, match=r"one bool for each parameter.*'b'"):
+    with pytest.raises(ValueError, match=r"bool .*parameter.*'b'"):
         make_optimizer(OptimizerConfig(), names, {"a": True})

@@ -152,7 +152,7 @@ def test_files_in_a_bucket_are_read_bit_exactly(folder, serve, form):
     assert f"Hugging Face t5 in {url}" in loaded.what and form in loaded.what
     tiny.assert_trees_equal(loaded.params, want)
     server.status = 403
-    with pytest.raises(OSError, match="could not be read.*run the same command again"):
+    with pytest.raises(OSError, match="could not be read.*command again"):
         np.asarray(unread.params["token_embedder"]["embedding"])
 
 
@@ -265,7 +265,7 @@ def test_truncated_and_damaged_files_are_rejected(folder, form):
     with pytest.raises(ValueError, match=f"{name} is truncated"):
         parameters.read(opened)
     (folder / name).write_bytes(b"<html>not found</html>")
-    with pytest.raises(ValueError, match=f"{name} is not a valid .* file, or is damaged"):
+    with pytest.raises(ValueError, match=f"{name} .*valid .*damaged"):
         load(folder)
 
 
