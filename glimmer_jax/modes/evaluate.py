@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -67,7 +67,7 @@ def evaluate(
         folder.make_folder(output_dir)
 
     # Task, passages and examples. seqio and tensorflow take seconds to import.
-    from glimmer_jax.data.evaluation import Evaluation, warn_of_reranking
+    from glimmer_jax.data.evaluation import warn_of_reranking
     from glimmer_jax.metrics import qa
 
     dataset.register(vocabulary)
@@ -87,15 +87,8 @@ def evaluate(
         batch_sizes=(dataset.batch_size,),
         seed=reader.seed,
     )
-    evaluation = Evaluation(
-        dataset.mixture_or_task_name,
-        dataset.split,
-        feature_lengths,
-        dataset.batch_size,
-        passages=None if predictor.from_memory else predictor.passages,
-        num_examples=num_examples,
-        use_cached=dataset.use_cached_tasks,
-    )
+    encoded_now = None if predictor.from_memory else predictor.passages
+    evaluation = dataset.evaluation(encoded_now, num_examples)
 
     # Answers and metrics.
     throughput = _Throughput(predictor, candidates_NT)
@@ -112,12 +105,23 @@ def evaluate(
         print(f"{name:48} {value:.4f}")
     warn_of_reranking(metrics)
     if output_dir is not None and jax.process_index() == 0:
-        for task, rows in evaluation.predictions(predictor.passages).items():
-            write_json_lines(os.path.join(output_dir, f"predictions-{task}.jsonl"), rows)
-        output = folder.open_folder(output_dir)
-        folder.write_file(output, "config.gin", operative_config().encode())
-        folder.write_file(output, "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+        predictions = evaluation.predictions(predictor.passages)
+        _write(output_dir, predictions, metrics, operative_config())
     return metrics
+
+
+def _write(
+    output_dir: str,
+    predictions: Mapping[str, list[dict[str, Any]]],
+    metrics: Mapping[str, float],
+    config_text: str,
+) -> None:
+    """Writes `predictions-<task>.jsonl`, `config.gin` and, last, `metrics.json`."""
+    for task, rows in predictions.items():
+        write_json_lines(os.path.join(output_dir, f"predictions-{task}.jsonl"), rows)
+    output = folder.open_folder(output_dir)
+    folder.write_file(output, "config.gin", config_text.encode())
+    folder.write_file(output, "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
 
 
 class _Throughput:

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +84,7 @@ def retrieve(
         raise ValueError(f"NUM_PASSAGES must be 1 or more, got {num_passages}.")
     retriever.check()
     by_task = files.find_files(questions)
-    for paths in by_task.values():
-        if not in_bucket(data_dir) and paths[0].resolve().parent == Path(data_dir).resolve():
-            raise ValueError(
-                f"DATA_DIR: {data_dir} holds the QUESTIONS themselves. Write to another folder."
-            )
+    _check_data_dir(data_dir, by_task)
     by_id = None if triviaqa is None else read_questions(triviaqa)
     # All files are checked before the work starts: an invalid line must not surface after hours.
     counts = {
@@ -97,14 +93,10 @@ def retrieve(
     if empty := [name for name, count in counts.items() if not count]:
         raise ValueError(f"QUESTIONS: {', '.join(empty)} has no questions. Leave the file out.")
     passages = Passages.open(passages_dir)
-    method, dense = retriever.method, retriever.dense
     request = {
         "corpus": corpus_check.corpus_sha256(passages),
         "num_passages": num_passages,
-        "retriever": method,
-        "bm25": dataclasses.asdict(retriever.bm25) if method != "dense" else None,
-        "encoder": [dense.encoder_dir, dense.dtype] if method != "bm25" else None,
-        "dense_weight": retriever.dense_weight if method == "hybrid" else None,
+        **_used_settings(retriever),
         "question_words": question_words,
         "triviaqa": triviaqa,
     }
@@ -113,16 +105,13 @@ def retrieve(
         for name, paths in by_task.items()
     }
     complete = _complete_files(data_dir, requests, overwrite)
-    everything = retriever.open(passages)
-    training: Retriever | None = None
+    everything = training = retriever.open(passages)
+    if any(_is_training(name) for name in by_task.keys() - complete):
+        training = _of_split(everything, TRAIN)
+
     ks = sorted({k for k in KS if k <= num_passages} | {num_passages})
     report: dict[str, Report] = {"passages": {}, "pages": {}}
     for name, paths in by_task.items():
-        stem, chosen = Path(name).stem, everything
-        if stem.endswith(f"-{TRAIN}"):
-            if training is None:
-                training = _of_split(everything, TRAIN)
-            chosen = training
         _print_once(f"{', '.join(str(path) for path in paths)}: {counts[name]} questions")
         scores, path = RetrievalScores(ks), os.path.join(data_dir, name)
         if name in complete:
@@ -130,24 +119,42 @@ def retrieve(
             for example in read_examples(local_copy.fetch_file("DATA_DIR", path)):
                 scores.add(example, _pages(everything, example["retrieved"]))
         else:
+            chosen = training if _is_training(name) else everything
             asked = read_task(name, paths, by_id, question_words)
             retrieved = _retrieve_file(asked, counts[name], chosen, num_passages, scores)
-            if jax.process_index() == 0:
-                write_json_lines(path, retrieved)
-                corpus_check.write_note(path, passages, requests[name])
-            else:
-                # All processes search, one writes.
-                collections.deque(retrieved, maxlen=0)
+            _write(path, retrieved, passages, requests[name])
         if scores.passages().get(f"recall_at_{ks[-1]}") == 0 and jax.process_index() == 0:
             _warn_of_provenance(name, read_task(name, paths, by_id), passages)
-        report["passages"][stem] = scores.passages()
-        report["pages"][stem] = scores.pages()
-    report = {
-        name: {stem: row for stem, row in rows.items() if row} for name, rows in report.items()
-    }
-    _print("Recall of passages, by the gold paragraphs", report["passages"])
+        for kind, row in (("passages", scores.passages()), ("pages", scores.pages())):
+            if row:
+                report[kind][Path(name).stem] = row
+    _print("Recall of gold passages", report["passages"])
     _print("KILT's R-precision and recall of pages", report["pages"])
     return report
+
+
+def _check_data_dir(data_dir: str, by_task: Mapping[str, Sequence[Path]]) -> None:
+    """Raises ValueError where the output would overwrite the questions."""
+    for paths in by_task.values():
+        if not in_bucket(data_dir) and paths[0].resolve().parent == Path(data_dir).resolve():
+            raise ValueError(
+                f"DATA_DIR: {data_dir} holds the QUESTIONS themselves. Write to another folder."
+            )
+
+
+def _used_settings(retriever: RetrieverConfig) -> dict[str, Any]:
+    """The settings that this method reads; None for the others."""
+    method, dense = retriever.method, retriever.dense
+    return {
+        "retriever": method,
+        "bm25": dataclasses.asdict(retriever.bm25) if method != "dense" else None,
+        "encoder": [dense.encoder_dir, dense.dtype] if method != "bm25" else None,
+        "dense_weight": retriever.dense_weight if method == "hybrid" else None,
+    }
+
+
+def _is_training(name: str) -> bool:
+    return Path(name).stem.endswith(f"-{TRAIN}")
 
 
 def _sha256(path: Path) -> str:
@@ -217,6 +224,17 @@ def _retrieve_file(
     for example in _with_progress(retrievers.retrieve(retriever, asked, k), count):
         scores.add(example, _pages(retriever, example["retrieved"]))
         yield example
+
+
+def _write(
+    path: str, retrieved: Iterable[dict[str, Any]], passages: Passages, request: dict[str, Any]
+) -> None:
+    """Writes a task file and its note. All processes search, one writes."""
+    if jax.process_index() == 0:
+        write_json_lines(path, retrieved)
+        corpus_check.write_note(path, passages, request)
+    else:
+        collections.deque(retrieved, maxlen=0)
 
 
 def _pages(retriever: Retriever, retrieved: Sequence[dict[str, Any]]) -> list[str] | None:

@@ -1,16 +1,22 @@
 """Groups of settings that several run modes share. `gin/runs` binds their fields to macros."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+from jax.sharding import Mesh
 
 from glimmer_jax.axes import check_lengths
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.memory.lookup import LookupConfig
 from glimmer_jax.modes import checks
 from glimmer_jax.modes.checkpoint import CheckpointConfig, Trained
-from glimmer_jax.partitioning import MeshConfig
+from glimmer_jax.partitioning import MeshConfig, own_rows
 from glimmer_jax.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from glimmer_jax.data.evaluation import Evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +55,13 @@ class DatasetConfig:
         pipeline.find_mixture_or_task(self.mixture_or_task_name)
 
     def check_fit(
-        self,
-        vocabulary: Vocabulary,
-        has_passages: bool,
-        split: str | None = None,
-        num_examples: int | None = 1000,
+        self, vocabulary: Vocabulary, has_passages: bool, num_examples: int | None = 1000
     ) -> None:
-        """Compares the first examples of a split with the settings and prints their counts.
+        """Compares the first examples with the settings and prints their counts.
 
         Args:
           vocabulary: of model and passages.
           has_passages: whether there is a folder or a memory to read passages from.
-          split: None is the config's own.
           num_examples: examples per task; None for all.
 
         Raises:
@@ -68,17 +69,66 @@ class DatasetConfig:
         """
         from glimmer_jax.data import fit
 
-        split = split or self.split
         counts = fit.check_fit(
             self.mixture_or_task_name,
-            split,
+            self.split,
             self.known_lengths,
             vocabulary=vocabulary,
             has_passages=has_passages,
             use_cached=self.use_cached_tasks,
             examples=num_examples,
         )
-        print(f"First examples ({split}): " + ", ".join(f"{k} {n}" for k, n in counts.items()))
+        text = ", ".join(f"{name} {count}" for name, count in counts.items())
+        print(f"First examples ({self.split}): {text}")
+
+    def batches(
+        self, passages: Passages | None, mesh: Mesh, seed: int, start_step: int
+    ) -> Iterator[dict[str, Any]]:
+        """Numpy batches from `start_step` on, without end, with this process's rows.
+
+        Args:
+          passages: the folder; None for examples that hold their passages, and for a memory.
+          mesh: the devices that share a batch.
+          seed: of shuffling and of seqio's preprocessors.
+          start_step: batches to skip.
+
+        Raises:
+          ValueError: see `pipeline.batches`.
+        """
+        from glimmer_jax.data import pipeline
+
+        return pipeline.batches(
+            self.mixture_or_task_name,
+            self.split,
+            self.known_lengths,
+            self.batch_size,
+            seed=seed,
+            start_step=start_step,
+            passages=passages,
+            use_cached=self.use_cached_tasks,
+            own_rows=own_rows(mesh, self.batch_size),
+        )
+
+    def evaluation(
+        self,
+        passages: Passages | None,
+        num_examples: int | None = None,
+        log_dir: str | None = None,
+    ) -> "Evaluation":
+        """The examples as an evaluation; the arguments are those of `data.evaluation.Evaluation`."""
+        from glimmer_jax.data.evaluation import Evaluation
+
+        return Evaluation(
+            self.mixture_or_task_name,
+            self.split,
+            self.known_lengths,
+            self.batch_size,
+            passages=passages,
+            num_examples=num_examples,
+            use_cached=self.use_cached_tasks,
+            # seqio's logger renames files, which only one process may do.
+            log_dir=log_dir if jax.process_index() == 0 else None,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

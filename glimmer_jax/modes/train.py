@@ -3,13 +3,12 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from etils import epath
 
 from glimmer_jax.axes import Lengths
 from glimmer_jax.corpus.passages import Passages
@@ -20,7 +19,7 @@ from glimmer_jax.models.mimetic_init import mimetic_init
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks, early
 from glimmer_jax.modes.settings import CorpusConfig, DatasetConfig
-from glimmer_jax.partitioning import MeshConfig, check_divisible, make_mesh, own_rows
+from glimmer_jax.partitioning import MeshConfig, check_divisible, make_mesh
 from glimmer_jax.serving.step import Predict
 from glimmer_jax.storage import folder
 from glimmer_jax.training import loop
@@ -102,9 +101,10 @@ def train(
     checks.required(MODEL_DIR=model_dir, MIXTURE_OR_TASK_NAME=dataset.mixture_or_task_name)
     lengths = checks.lengths_for(model.config, dataset.task_feature_lengths)
     devices = make_mesh(mesh)
-    eval_batch = evaluation.batch_size or dataset.batch_size
+    dev_batch = evaluation.batch_size or dataset.batch_size
+    dev_dataset = dataclasses.replace(dataset, split=evaluation.split, batch_size=dev_batch)
     checks.batch_size("BATCH_SIZE", dataset.batch_size, devices, loop_config.num_microbatches)
-    checks.batch_size("BATCH_SIZE (of evaluation)", eval_batch, devices)
+    checks.batch_size("BATCH_SIZE (of evaluation)", dev_batch, devices)
     shapes, names = model.abstract_variables()
     check_divisible(shapes, names, devices)
     checks.passages_divide(lengths, devices)
@@ -112,31 +112,59 @@ def train(
     vocabulary = _open_vocabulary(vocabulary_config, model, init, model_dir)
 
     # Task, passages and examples. seqio and tensorflow take seconds to import.
-    from glimmer_jax.data import pipeline, stream
-
     dataset.register(vocabulary)
     passages = checks.open_passages(corpus.passages_dir, dataset.data_dir, vocabulary)
-    fingerprint = None
     if passages is not None:
         passages.warn_of_cuts(lengths.passage)
-        fingerprint = passages_fingerprint(passages.manifest)
-    titles = passages
-    if corpus.memory_dir is not None:
-        passages = None
     has_passages = passages is not None or corpus.memory_dir is not None
+    encoded_now = passages if corpus.memory_dir is None else None
     dataset.check_fit(vocabulary, has_passages)
-    if loop_config.eval_every:
-        dataset.check_fit(vocabulary, has_passages, evaluation.split, evaluation.num_examples)
     dev = None
     if loop_config.eval_every:
-        dev = _open_dev(dataset, evaluation, passages, model_dir)
+        dev_dataset.check_fit(vocabulary, has_passages, evaluation.num_examples)
+        logs = os.path.join(folder.local_path(model_dir), "dev")
+        dev = dev_dataset.evaluation(encoded_now, evaluation.num_examples, logs)
     if loop_config.best_metric is not None:
-        probe = _open_dev(dataset, dataclasses.replace(evaluation, num_examples=1), passages=None)
+        probe = dev_dataset.evaluation(None, num_examples=1)
         check_best_metric(loop_config.best_metric, probe, lengths, model.config.num_kept)
 
     # The run: its own newest checkpoint, the initial checkpoint, or random parameters.
     config_text = operative_config()
-    metadata = {
+    metadata = _metadata(model, vocabulary, dataset, init, optimizer, config_text)
+    fresh = functools.partial(fresh_params, model, lengths, loop_config.seed, init.mimetic)
+    load_initial = None
+    if init.checkpoint_path is not None:
+        load_initial = functools.partial(
+            parameters.load, init.checkpoint_path, model, vocabulary.fingerprint
+        )
+    trained = make_optimizer(optimizer, names, model.frozen(shapes))
+    with loop.Run(loop_config, model, trained, devices, model_dir, metadata) as run:
+        state = run.restore(fresh, load_initial)
+        batches = dataset.batches(encoded_now, devices, loop_config.seed, int(state.step))
+        lookup: DiskLookup | None = None
+        if corpus.memory_dir is not None:
+            store = _open_memory(corpus.memory_dir, state.params, model, vocabulary, passages)
+            lookup = DiskLookup(store, lengths.passage)
+            batches = lookup.prefetch(batches)
+        _save_config(model_dir, config_text, vocabulary)
+        evaluate = None
+        if dev is not None:
+            evaluate = _dev_metrics(dev, Predict(model, devices, lookup), passages)
+        run.train(state, batches, evaluate)
+
+
+def _metadata(
+    model: GlimmerModel,
+    vocabulary: Vocabulary,
+    dataset: DatasetConfig,
+    init: InitConfig,
+    optimizer: OptimizerConfig,
+    config_text: str,
+) -> dict[str, Any]:
+    """What every checkpoint records: its model, and what `restore.check_resume_compatible` compares."""
+    from glimmer_jax.data import stream
+
+    return {
         **describe(model.config, vocabulary.fingerprint),
         "data_order": stream.DATA_ORDER,
         "mixture_or_task_name": dataset.mixture_or_task_name,
@@ -149,47 +177,22 @@ def train(
         "schedule_end": optimizer.schedule_end(),
         "operative_config": config_text,
     }
-    load_initial = None
-    if init.checkpoint_path is not None:
-        load_initial = functools.partial(
-            parameters.load, init.checkpoint_path, model, vocabulary.fingerprint
-        )
-    trained = make_optimizer(optimizer, names, model.frozen(shapes))
-    with loop.Run(loop_config, model, trained, devices, model_dir, metadata) as run:
-        state = run.restore(
-            lambda: fresh_params(model, lengths, loop_config.seed, init.mimetic), load_initial
-        )
-        lookup: DiskLookup | None = None
-        if corpus.memory_dir is not None:
-            encoder = encoder_fingerprint(state.params, model.config)
-            store = MemoryStore.open(
-                corpus.memory_dir,
-                encoder,
-                vocabulary.fingerprint,
-                codec=model.config.memory_codec,
-            )
-            if fingerprint is not None:
-                store.check_passages(fingerprint)
-            lookup = DiskLookup(store, lengths.passage)
-        _save_config(model_dir, config_text, vocabulary)
-        batches = pipeline.batches(
-            dataset.mixture_or_task_name,
-            dataset.split,
-            dataset.known_lengths,
-            dataset.batch_size,
-            seed=loop_config.seed,
-            start_step=int(state.step),
-            passages=passages,
-            use_cached=dataset.use_cached_tasks,
-            own_rows=own_rows(devices, dataset.batch_size),
-        )
-        if lookup is not None:
-            batches = lookup.prefetch(batches)
-        evaluate = None
-        if dev is not None:
-            retriever = dev.retriever(titles)
-            evaluate = _dev_metrics(dev, Predict(model, devices, lookup), retriever)
-        run.train(state, batches, evaluate)
+
+
+def _open_memory(
+    memory_dir: str,
+    params: Any,
+    model: GlimmerModel,
+    vocabulary: Vocabulary,
+    passages: Passages | None,
+) -> MemoryStore:
+    """The memory, which must be that of the model's encoder and of the passages, if given."""
+    encoder = encoder_fingerprint(params, model.config)
+    codec = model.config.memory_codec
+    store = MemoryStore.open(memory_dir, encoder, vocabulary.fingerprint, codec=codec)
+    if passages is not None:
+        store.check_passages(passages_fingerprint(passages.manifest))
+    return store
 
 
 def _open_vocabulary(
@@ -213,8 +216,7 @@ def _open_vocabulary(
 
 def _is_new(model_dir: str) -> bool:
     """Whether the run has no checkpoint of its own."""
-    checkpoints = epath.Path(folder.local_path(model_dir)) / "checkpoints"
-    return not checkpoints.exists() or not any(checkpoints.iterdir())
+    return not folder.list_files(folder.open_folder(os.path.join(model_dir, "checkpoints")), "")
 
 
 def _check_memory(model: GlimmerModel, corpus: CorpusConfig, init: InitConfig) -> None:
@@ -237,35 +239,12 @@ def _check_memory(model: GlimmerModel, corpus: CorpusConfig, init: InitConfig) -
         )
 
 
-def _open_dev(
-    dataset: DatasetConfig,
-    evaluation: EvalConfig,
-    passages: Passages | None,
-    model_dir: str | None = None,
-) -> "Evaluation":
-    """The dev set; logs predictions and metrics below `model_dir`, if given."""
-    from glimmer_jax.data.evaluation import Evaluation
-
-    # seqio's logger renames files, which only one process may do.
-    logs = model_dir is not None and jax.process_index() == 0
-    return Evaluation(
-        dataset.mixture_or_task_name,
-        evaluation.split,
-        dataset.known_lengths,
-        evaluation.batch_size or dataset.batch_size,
-        passages=passages,
-        num_examples=evaluation.num_examples,
-        use_cached=dataset.use_cached_tasks,
-        log_dir=os.path.join(folder.local_path(str(model_dir)), "dev") if logs else None,
-    )
-
-
-def _dev_metrics(
-    dev: "Evaluation", predict: Predict, retriever: Mapping[str, float]
-) -> loop.Evaluate:
+def _dev_metrics(dev: "Evaluation", predict: Predict, passages: Passages | None) -> loop.Evaluate:
     """`loop.Evaluate` over the dev set, with the retriever's metrics as a baseline."""
     from glimmer_jax.data.evaluation import warn_of_reranking
     from glimmer_jax.metrics import qa
+
+    retriever = dev.retriever(passages)
 
     def evaluate(state: TrainState, poll: Callable[[], None]) -> dict[str, float]:
         def answer(batch: dict[str, Any]) -> Any:
