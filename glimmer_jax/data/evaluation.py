@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import seqio
-from etils import epath
 
 from glimmer_jax.axes import check_lengths
 from glimmer_jax.corpus.ids import is_hash
@@ -15,6 +14,7 @@ from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.data.features import GlimmerFeatureConverter
 from glimmer_jax.data.pipeline import attach, fill, find_mixture_or_task
 from glimmer_jax.metrics import qa
+from glimmer_jax.storage.folder import make_folder
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class Evaluation:
         find_mixture_or_task(mixture_or_task_name)
         if log_dir is not None:
             # seqio's JSON logger does not create its folder.
-            epath.Path(log_dir).mkdir(parents=True, exist_ok=True)
+            make_folder(log_dir)
         question, target, num_passages, self._passage_length = check_lengths(lengths)
         self._batch_size = batch_size
         self._passages = passages

@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from glimmer_jax.runtime.progress import Progress
+from glimmer_jax.storage.folder import in_bucket
 from glimmer_jax.training.goodput import Goodput, PreviousRuns
 
 
@@ -215,7 +216,7 @@ class MetricWriter:
             partial = self._path / "metrics.jsonl.partial"
             partial.write_text(_join(self._lines))
             partial.replace(self._log)
-        if "://" in str(directory):
+        if in_bucket(directory):
             self._local_copy = tempfile.TemporaryDirectory(prefix="glimmer-tensorboard-")
         else:
             self._file = self._log.open("a")
