@@ -20,7 +20,7 @@ from glimmer_jax.memory import build_plan, codec_error, manifest, shard
 from glimmer_jax.memory.build_plan import Builders, FinishedShards, PendingShard
 from glimmer_jax.memory.encoding import MemoryEncoder, ShardContent, ShardEncoder, States
 from glimmer_jax.memory.manifest import Layout, Manifest, Record, Shard
-from glimmer_jax.memory.shard import Passages
+from glimmer_jax.memory.source import Passages
 from glimmer_jax.runtime.progress import Progress
 from glimmer_jax.storage import folder
 from glimmer_jax.storage.lease import WriterLock

@@ -33,7 +33,7 @@ from glimmer_jax.memory.manifest import (
     check_identity,
     describe,
 )
-from glimmer_jax.memory.shard import Passages, read_source
+from glimmer_jax.memory.source import Passages, read_source
 from glimmer_jax.runtime.preemption import STOP, StopRequested
 from glimmer_jax.runtime.progress import with_progress
 from glimmer_jax.storage import folder

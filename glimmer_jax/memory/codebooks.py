@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from glimmer_jax.codecs import Codec, ProductQuantisation, nearest
 from glimmer_jax.memory import encoding
 from glimmer_jax.memory.encoding import States
-from glimmer_jax.memory.shard import Passages
+from glimmer_jax.memory.source import Passages
 from glimmer_jax.runtime.preemption import STOP
 
 Codebooks = dict[str, np.ndarray]

@@ -28,7 +28,7 @@ from glimmer_jax.memory.manifest import (
     check_identity,
     shard_folder,
 )
-from glimmer_jax.memory.shard import Passages, read_source
+from glimmer_jax.memory.source import Passages, read_source
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.runtime.preemption import STOP
 from glimmer_jax.storage import folder

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glimmer_jax import codecs
 from glimmer_jax.memory.manifest import EncodeProgram, Identity
-from glimmer_jax.memory.shard import Passages, Source, read_source
+from glimmer_jax.memory.source import Passages, Source, read_source
 from glimmer_jax.runtime.preemption import STOP
 from glimmer_jax.runtime.prefetch import ReadAhead
 from glimmer_jax.runtime.progress import Progress

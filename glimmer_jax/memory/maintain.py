@@ -29,7 +29,8 @@ from glimmer_jax.memory.manifest import (
     describe,
     shard_folder,
 )
-from glimmer_jax.memory.shard import IDS, ArrayFormat, Passages
+from glimmer_jax.memory.shard import IDS, ArrayFormat
+from glimmer_jax.memory.source import Passages
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.runtime.preemption import STOP
 from glimmer_jax.runtime.progress import with_progress

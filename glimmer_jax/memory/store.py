@@ -291,6 +291,6 @@ class MemoryStore:
         return int(np.searchsorted(self._first_rows, row, side="right")) - 1
 
     def digests(self) -> np.ndarray:
-        """uint64 `[n]`: 8 bytes of the SHA-256 of each passage, see `shard.Source`."""
+        """uint64 `[n]`: 8 bytes of the SHA-256 of each passage, see `source.Source`."""
         parts = [reader.digests() for reader in self._readers]
         return np.concatenate([np.zeros(0, np.uint64), *parts])

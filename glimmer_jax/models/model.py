@@ -17,7 +17,6 @@ A batch holds numpy or jax arrays:
                                             included, then 0; all 0 for absent candidates
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,43 +26,15 @@ import jax.numpy as jnp
 from flax.linen.partitioning import AxisMetadata
 
 from glimmer_jax import codecs, losses
+from glimmer_jax.models import objective
 from glimmer_jax.models.answers import DecodeConfig, answer, read
 from glimmer_jax.models.codebooks import TRAINED
 from glimmer_jax.models.glimmer import Batch, Glimmer, GlimmerConfig
+from glimmer_jax.models.objective import LossConfig, Metrics
 from glimmer_jax.models.selection import fuse
-from glimmer_jax.models.teacher import answer_log_likelihoods
 from glimmer_jax.partitioning import AXIS_RULES
 
 Params = Any
-Metrics = dict[str, tuple[jax.Array, jax.Array]]
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-    """The training loss: GLIMMER (arXiv 2306.10231), section 3, and variants from related work."""
-
-    z_loss: float = 1e-4  # weight of the squared log-normaliser
-    distillation_weight: float = 1.0  # of perplexity distillation; 0 skips the teacher
-    temperature: float = 1.0  # tau of both distributions over passages
-    kl_direction: str = "lm_to_rank"  # or rank_to_lm
-    mean_log_likelihood: bool = False  # log p per token instead of per answer, in the teacher
-    clean_teacher: bool = False  # rerun the teacher's Live-A without dropout
-    teacher_chunk: int = 8  # passages per device whose [B, T, V] logits exist at the same time
-    supervised_weight: float = 0.0  # of -log p_rank(gold), if gold passages are known
-    cross_entropy_weight: float = 1.0  # includes z-loss; 0 trains only the scores
-
-    def __post_init__(self):
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}.")
-        if self.kl_direction not in losses.KL_DIRECTIONS:
-            raise ValueError(
-                f"kl_direction must be one of {losses.KL_DIRECTIONS}, got {self.kl_direction!r}."
-            )
-        if self.teacher_chunk < 1:
-            raise ValueError(f"teacher_chunk must be at least 1, got {self.teacher_chunk}.")
-        weights = (self.z_loss, self.distillation_weight, self.supervised_weight)
-        if min(*weights, self.cross_entropy_weight) < 0:
-            raise ValueError(f"Loss weights must not be negative, got {self}.")
 
 
 class GlimmerModel:
@@ -166,15 +137,7 @@ class GlimmerModel:
         Gradient accumulation passes them to `loss_fn` of each microbatch, so that the sum of the
         microbatches' gradients is the gradient of the batch.
         """
-        exists = _passage_exists(batch)
-        counts = {
-            "tokens": jnp.sum(jnp.asarray(batch["decoder_loss_weights"], jnp.float32)),
-            "questions": jnp.sum(_is_distilled(batch, exists)).astype(jnp.float32),
-        }
-        if "gold_passages" in batch:
-            gold = (jnp.asarray(batch["gold_passages"]) > 0) & exists
-            counts["gold_questions"] = jnp.sum(jnp.any(gold, axis=-1)).astype(jnp.float32)
-        return {name: jnp.maximum(count, 1.0) for name, count in counts.items()}
+        return objective.normalizers(batch)
 
     def loss_fn(
         self,
@@ -204,98 +167,14 @@ class GlimmerModel:
                 "Training from stored memory needs a frozen memory encoder: set freeze_memory=True, or "
                 "train from passage_tokens."
             )
-        self._check_terms(batch)
-        return self._loss(params, batch, dropout_rng, normalizers)
-
-    def _check_terms(self, batch: Batch) -> None:
-        if not self.config.rerank_layers:
-            return
-        num_passages = _passage_exists(batch).shape[1]
-        if self.loss.distillation_weight and num_passages == 1:
-            raise ValueError(
-                "DISTILLATION_WEIGHT compares the passages of a question, and these batches have one per "
-                "question (K=1). Set DISTILLATION_WEIGHT=0, or read more passages "
-                "(TASK_FEATURE_LENGTHS)."
-            )
-        if self.loss.supervised_weight and "gold_passages" not in batch:
-            raise ValueError(
-                f"SUPERVISED_WEIGHT={self.loss.supervised_weight} needs gold_passages, and these batches "
-                f"have {sorted(batch)}. Set it to 0, or use tasks with gold_passages."
-            )
+        objective.check_terms(self.loss, self.config, batch)
+        return objective.weighted_loss(
+            self.loss, self.module, params, batch, dropout_rng, normalizers
+        )
 
     def eval_fn(self, params: Params, batch: Batch) -> tuple[jax.Array, Metrics]:
         """The loss without dropout, from tokens or memory."""
-        return self._loss(params, batch, None, None)
-
-    def _loss(self, params, batch, dropout_rng, normalizers):
-        config, loss_config = self.config, self.loss
-        if normalizers is None:
-            normalizers = self.loss_normalizers(batch)
-        rngs = None if dropout_rng is None else {"dropout": dropout_rng}
-        logits, live, kept = self.module.apply({"params": params}, batch, rngs=rngs)
-
-        targets = batch["decoder_target_tokens"]
-        weights = jnp.asarray(batch["decoder_loss_weights"], jnp.float32)
-        by_token, z = losses.token_losses(logits, targets)
-        cross_entropy = jnp.sum(by_token * weights)
-        z_loss = loss_config.z_loss * jnp.sum(z * weights)
-        loss = loss_config.cross_entropy_weight * (cross_entropy + z_loss) / normalizers["tokens"]
-
-        num_tokens = jnp.sum(weights)
-        correct = (jnp.argmax(logits, axis=-1) == targets) * weights
-        metrics = {
-            "cross_entropy": (cross_entropy, num_tokens),
-            # For copied answers the first token is the hard one: it depends on the right passage.
-            "first_token": (jnp.sum((by_token * weights)[:, 0]), jnp.sum(weights[:, 0])),
-            "z_loss": (z_loss, num_tokens),
-            "token_accuracy": (jnp.sum(correct), num_tokens),
-        }
-
-        exists = _passage_exists(batch)
-        if config.rerank_layers and loss_config.distillation_weight and live.scores.shape[1] > 1:
-            distillation, count = self._distillation(params, batch, live, exists)
-            loss += loss_config.distillation_weight * distillation / normalizers["questions"]
-            metrics["distillation"] = (distillation, count)
-
-        if "gold_passages" in batch:
-            gold = (batch["gold_passages"] > 0) & exists
-            num_gold = jnp.sum(jnp.any(gold, axis=-1)).astype(jnp.float32)
-            best = jnp.argmax(live.scores, axis=-1)[:, None]
-            for name, passages in (("recall_at_1", best), ("recall_kept", kept)):
-                hits = jnp.any(jnp.take_along_axis(gold, passages, axis=1), axis=1)
-                metrics[name] = (jnp.sum(hits).astype(jnp.float32), num_gold)
-            if config.rerank_layers and loss_config.supervised_weight:
-                supervised = jnp.sum(
-                    losses.supervised_rerank(
-                        live.scores, gold, exists, temperature=loss_config.temperature
-                    )
-                )
-                loss += loss_config.supervised_weight * supervised / normalizers["gold_questions"]
-                metrics["supervised_rerank"] = (supervised, num_gold)
-        return loss, metrics
-
-    def _distillation(self, params, batch, live, exists):
-        """Perplexity distillation summed over the questions it applies to, and their number."""
-        teacher = live
-        if self.loss.clean_teacher:
-            teacher = self.module.apply({"params": params}, batch, method="rerank")
-        usefulness = answer_log_likelihoods(
-            self.module,
-            params,
-            batch,
-            teacher,
-            chunk=self.loss.teacher_chunk,
-            mean=self.loss.mean_log_likelihood,
-        )
-        by_question = losses.distillation(
-            live.scores,
-            usefulness,
-            exists,
-            temperature=self.loss.temperature,
-            direction=self.loss.kl_direction,
-        )
-        distilled = _is_distilled(batch, exists)
-        return jnp.sum(by_question * distilled), jnp.sum(distilled).astype(jnp.float32)
+        return objective.weighted_loss(self.loss, self.module, params, batch)
 
     def predict_batch(
         self, params: Params, batch: Batch, rng: jax.Array | None = None
@@ -407,23 +286,3 @@ class GlimmerModel:
     def memory_specs(self) -> dict[str, tuple[tuple[int, ...], Any]]:
         """Trailing shape and dtype of each array of `encode_memory`."""
         return codecs.get(self.config.memory_codec).array_specs(self.config.t5.emb_dim)
-
-
-def _passage_exists(batch: Batch) -> jax.Array:
-    """bool `[B, K]`."""
-    if "passage_memory" in batch:
-        return jnp.asarray(batch["passage_lengths"]) > 0
-    return jnp.any(jnp.asarray(batch["passage_tokens"]) > 0, axis=-1)
-
-
-def _is_distilled(batch: Batch, exists: jax.Array) -> jax.Array:
-    """bool `[B]`: questions with passages to compare and an answer to compare them by.
-
-    Without answer tokens all passages are equally useful, and scores would be trained to be equal.
-
-    Args:
-      batch: see the module's docstring.
-      exists: bool `[B, K]`, passages that there are.
-    """
-    answered = jnp.sum(jnp.asarray(batch["decoder_loss_weights"]) > 0, axis=-1) > 0
-    return answered & (jnp.sum(exists, axis=-1) >= 2)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from glimmer_jax import losses
-from glimmer_jax.models.model import GlimmerModel, LossConfig
+from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.models.objective import LossConfig
 from tests.models import tiny
 
 # The distillation alone.

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from glimmer_jax.models.glimmer import Glimmer, GlimmerConfig
-from glimmer_jax.models.model import GlimmerModel, LossConfig
+from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.models.objective import LossConfig
 from glimmer_jax.models.selection import fuse, select
 from glimmer_jax.models.t5 import T5Config
 

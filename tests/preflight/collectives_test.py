@@ -13,7 +13,8 @@ import pytest
 from glimmer_jax import axes, partitioning
 from glimmer_jax.axes import check_lengths
 from glimmer_jax.models.glimmer import GlimmerConfig
-from glimmer_jax.models.model import GlimmerModel, LossConfig
+from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.models.objective import LossConfig
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.preflight import chips, hlo, programs
 from glimmer_jax.training.loop import TrainConfig

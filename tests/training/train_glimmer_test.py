@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from glimmer_jax.models.glimmer import GlimmerConfig
-from glimmer_jax.models.model import GlimmerModel, LossConfig
+from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.models.objective import LossConfig
 from glimmer_jax.models.stacking import stack_layers, unstack_layers
 from glimmer_jax.partitioning import MeshConfig, make_mesh, put_batch
 from glimmer_jax.training.loop import TrainConfig

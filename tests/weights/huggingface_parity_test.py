@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from glimmer_jax.models.glimmer import Glimmer
-from glimmer_jax.models.model import GlimmerModel, LossConfig
+from glimmer_jax.models.model import GlimmerModel
+from glimmer_jax.models.objective import LossConfig
 from glimmer_jax.models.selection import fuse, select
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.weights import huggingface, parameters, t5_names
