@@ -20,6 +20,7 @@ from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.models.glimmer import Batch
 from glimmer_jax.models.model import DecodeConfig, GlimmerModel, Params
 from glimmer_jax.modes import checks
+from glimmer_jax.modes.settings import DatasetConfig
 from glimmer_jax.partitioning import AXIS_RULES, MeshConfig, make_mesh, spec
 from glimmer_jax.vocabulary import Vocabulary
 from glimmer_jax.weights.find_vocabulary import check_vocabulary_fits, find_vocabulary
@@ -31,15 +32,11 @@ class T5XModel:
     def __init__(
         self,
         model: GlimmerModel,
-        task_feature_lengths: Mapping[str, Any],
+        dataset: DatasetConfig,
         passages_dir: str | None = None,
         optimizer_def: Any = None,
         vocabulary: Vocabulary | str | None = None,
         allow_unused_embeddings: bool = False,
-        mixture_or_task_name: str | None = None,
-        mixture_or_task_module: str | None = None,
-        data_dir: str | None = None,
-        min_bleu_score: float | None = None,
         label_smoothing: float = 0.0,
         loss_normalizing_factor: Any = None,
     ):
@@ -47,15 +44,12 @@ class T5XModel:
 
         Args:
           model: FiD, LUMEN or GLIMMER.
-          task_feature_lengths: `{"inputs": Q, "targets": T, "passages": (K, P)}`.
+          dataset: its task, lengths and retrieved files; T5X has its own settings for the rest. The
+            task's vocabulary must be `vocabulary`. A name of None checks no task.
           passages_dir: passages folder for tasks with `passage_ids`.
           optimizer_def: a `t5x.optimizers.OptimizerDef`; None for eval and infer.
           vocabulary: of tasks and passages, or the path of its SentencePiece model.
           allow_unused_embeddings: accept a vocabulary that does not fill the embedding.
-          mixture_or_task_name: whose vocabulary is compared with `vocabulary`. None compares nothing.
-          mixture_or_task_module: imported first; registers the tasks.
-          data_dir: folder of the retrieved files, for tasks that read them.
-          min_bleu_score: training answers with a lower `bleu_score` are left out.
           label_smoothing: T5X's macro; only 0 is supported.
           loss_normalizing_factor: T5X's macro; only None is supported.
 
@@ -84,21 +78,17 @@ class T5XModel:
                 f"VOCABULARY must be the path of a SentencePiece model, got {vocabulary!r}. Set for "
                 "example --gin.VOCABULARY=\"'t5/spiece.model'\"."
             )
-        if not {mixture_or_task_name, data_dir, min_bleu_score} <= {None}:
-            from glimmer_jax.data import retrieved_tasks
-
-            retrieved_tasks.configure(data_dir, min_bleu_score, vocabulary)
         self._model = model
         self._features: Mapping[str, Any] = {}
-        self._lengths = checks.lengths_for(model.config, task_feature_lengths)
+        self._lengths = checks.lengths_for(model.config, dataset.known_lengths)
         check_vocabulary_fits(model, vocabulary, allow_unused=allow_unused_embeddings)
-        if mixture_or_task_name is not None:
+        if (name := dataset.mixture_or_task_name) is not None:
             # seqio and tensorflow take seconds to import.
             from glimmer_jax.data import pipeline
 
-            pipeline.import_tasks(mixture_or_task_module)
-            pipeline.check_vocabulary(mixture_or_task_name, vocabulary)
-            self._features = pipeline.find_mixture_or_task(mixture_or_task_name).output_features
+            dataset.register(vocabulary)
+            pipeline.check_vocabulary(name, vocabulary)
+            self._features = pipeline.find_mixture_or_task(name).output_features
         self._vocabulary = vocabulary
         self._passages = None
         if passages_dir is not None:

@@ -15,6 +15,7 @@ from flax.core import unfreeze
 from flax.linen.partitioning import get_axis_names
 
 from glimmer_jax.models.model import DecodeConfig, GlimmerModel
+from glimmer_jax.modes.settings import DatasetConfig
 from glimmer_jax.t5x_adapter import T5XModel, absolute_path, factor_rules, partitioner
 from glimmer_jax.vocabulary import PYDOCS_MODEL
 from tests.models import tiny
@@ -52,9 +53,13 @@ def t5x_module(name):
         return pytest.importorskip(f"t5x.{name}")
 
 
+def dataset(name=None, lengths=LENGTHS, **task):
+    return DatasetConfig(name, lengths, batch_size=tiny.B, **task)
+
+
 def adapter(config=tiny.GLIMMER):
     model = GlimmerModel(config, tiny.LIGHT_LOSS)
-    return T5XModel(model, LENGTHS, optimizer_def="adafactor", vocabulary=Vocabulary())
+    return T5XModel(model, dataset(), optimizer_def="adafactor", vocabulary=Vocabulary())
 
 
 @pytest.mark.parametrize("cls", [GlimmerModel, T5XModel])
@@ -199,22 +204,13 @@ def test_frozen_memory_has_zero_gradients_under_any_trainer():
         ({"label_smoothing": 0.1}, "LABEL_SMOOTHING=0.1 .*Z_LOSS"),
         ({"loss_normalizing_factor": 233472}, "LOSS_NORMALIZING_FACTOR=233472 .*LEARNING_RATE"),
         ({"vocabulary": object()}, "VOCABULARY .*path.*--gin.VOCABULARY="),
-        ({"min_bleu_score": 2.0}, "MIN_BLEU_SCORE.*2.0"),
+        ({"dataset": dataset("any", min_bleu_score=2.0)}, "MIN_BLEU_SCORE.*2.0"),
     ],
 )
 def test_t5x_settings_without_counterpart_are_rejected(settings, facts):
-    given = {"vocabulary": Vocabulary(), **settings}
+    given = {"dataset": dataset(), "vocabulary": Vocabulary(), **settings}
     with pytest.raises(ValueError, match=facts):
-        T5XModel(GlimmerModel(tiny.GLIMMER), LENGTHS, **given)
-
-
-def test_data_dir_configures_the_retrieved_tasks():
-    pytest.importorskip("seqio")
-    from glimmer_jax.data import retrieved_tasks
-
-    T5XModel(GlimmerModel(tiny.GLIMMER), LENGTHS, vocabulary=Vocabulary(), data_dir="d")
-    assert retrieved_tasks.settings().data_dir == "d"
-    retrieved_tasks.configure()
+        T5XModel(GlimmerModel(tiny.GLIMMER), **given)
 
 
 def test_a_task_with_another_vocabulary_is_rejected(tmp_path):
@@ -223,32 +219,34 @@ def test_a_task_with_another_vocabulary_is_rejected(tmp_path):
     from glimmer_jax.vocabulary import Vocabulary as SentencePiece
 
     generated_tasks.register("with_pydocs", lambda: None, SentencePiece("pydocs"))
-    task = {"mixture_or_task_name": "with_pydocs"}
+    task = dataset("with_pydocs", data_dir="d")
     with pytest.raises(ValueError, match="VOCABULARY.* v,.*with_pydocs"):
-        T5XModel(GlimmerModel(tiny.GLIMMER), LENGTHS, vocabulary=Vocabulary(), **task)
+        T5XModel(GlimmerModel(tiny.GLIMMER), task, vocabulary=Vocabulary())
     config = dataclasses.replace(tiny.T5, vocab_size=2048)
     model = GlimmerModel(dataclasses.replace(tiny.GLIMMER, t5=config))
-    made = T5XModel(model, LENGTHS, vocabulary="pydocs", **task)
+    made = T5XModel(model, task, vocabulary="pydocs")
+    assert retrieved_tasks.settings().data_dir == "d"
     features = seqio.get_mixture_or_task("with_pydocs").output_features
     assert made.input_vocabulary == features["inputs"].vocabulary
     # The same file at another path.
     copy = tmp_path / "copy.model"
     copy.write_bytes(PYDOCS_MODEL.read_bytes())
-    made = T5XModel(model, LENGTHS, vocabulary=str(copy), **task)
+    made = T5XModel(model, task, vocabulary=str(copy))
     assert made.output_vocabulary == features["targets"].vocabulary
     retrieved_tasks.configure()
 
 
 def test_settings_that_do_not_fit_are_rejected_before_t5x_starts():
     model = GlimmerModel(tiny.GLIMMER)
+    few = dataset(lengths={**LENGTHS, "passages": (1, 6)})
     with pytest.raises(ValueError, match="keeps 2 passages"):
-        T5XModel(model, {**LENGTHS, "passages": (1, 6)}, vocabulary=Vocabulary())
+        T5XModel(model, few, vocabulary=Vocabulary())
     with pytest.raises(ValueError, match="2048 .*32 .*VOCAB_SIZE"):
-        T5XModel(model, LENGTHS, vocabulary="pydocs")
+        T5XModel(model, dataset(), vocabulary="pydocs")
     with pytest.raises(ValueError, match="VOCABULARY is required"):
-        T5XModel(model, LENGTHS)
+        T5XModel(model, dataset())
     with pytest.raises(ValueError, match="PASSAGES_DIR: no folder nowhere"):
-        T5XModel(model, LENGTHS, passages_dir="nowhere", vocabulary=Vocabulary())
+        T5XModel(model, dataset(), passages_dir="nowhere", vocabulary=Vocabulary())
 
 
 def test_the_contract_equals_that_of_t5x():
