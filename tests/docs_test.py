@@ -51,6 +51,7 @@ NOT_MACROS |= {
     "IMAGE",
     "MACRO",
     "NAME",
+    "NAMES",
     "REFUTES",
     "SUPPORTS",
     "START_ENT",
