@@ -48,14 +48,8 @@ def plot(table: dict[str, dict[str, str]], path: Path) -> None:
     for name in MODELS:
         row = table[name]
         cost, quality = float(row[COST]), 100 * float(row[QUALITY])
-        axes.scatter([cost], [quality], s=70, zorder=2)
-        axes.annotate(
-            f"{name}, {float(row[SPEED]):.0f} questions/s",
-            (cost, quality),
-            xytext=(0, 9),
-            textcoords="offset points",
-            ha="center",
-        )
+        label = f"{name}, {float(row[SPEED]):.0f} questions/s"
+        axes.scatter([cost], [quality], s=70, zorder=2, label=label)
     baseline = 100 * float(table[BASELINE][QUALITY])
     axes.axhline(baseline, color="grey", linestyle="--", linewidth=1, zorder=1)
     axes.annotate(
@@ -68,6 +62,7 @@ def plot(table: dict[str, dict[str, str]], path: Path) -> None:
     axes.set_xlabel("GFLOP per question")
     axes.set_ylabel("exact match, %")
     axes.set_title("Built-in corpus, which function, held-out modules", fontsize=11)
+    axes.legend(loc="center right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     # Without matplotlib's version in the file, an unchanged figure has unchanged bytes.
     figure.savefig(path, dpi=150, metadata={"Software": None})
