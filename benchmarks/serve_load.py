@@ -7,7 +7,8 @@ it with a `Predictor` in this process that is fed with full batches of the same 
 
 * closed loop: 1, 2, 4, ... 32 clients, each with one question at a time;
 * open loop: arrivals at half and at twice the capacity, at random times (Poisson);
-* 10,000 requests, with the server's memory and descriptors before and after.
+* 10,000 requests, with the server's memory and descriptors before and after;
+* clients that are killed (SIGKILL) in the middle of a request, beside others that are served.
 
 Requests of the open loop that are rejected (429) are counted, and their latency is reported apart.
 """
@@ -38,6 +39,22 @@ from glimmer_jax.storage.json_lines import read_json_lines
 
 CLIENTS = (1, 2, 4, 8, 16, 32)
 SEED = 0
+KILLED_ROUNDS = 20
+# A client that sends 16 requests, every second one incomplete, and waits until it is killed.
+_KILLED_CLIENT = """
+import json, socket, sys, time
+host, port = sys.argv[1], int(sys.argv[2])
+connections = []
+for number in range(16):
+    body = json.dumps({"questions": [sys.argv[3]]}).encode()
+    head = f"POST /v1/answers HTTP/1.1\\r\\nHost: {host}\\r\\nContent-Length: {len(body)}\\r\\n\\r\\n"
+    request = head.encode() + body
+    connection = socket.create_connection((host, port))
+    connection.sendall(request[: len(request) // (1 + number % 2)])
+    connections.append(connection)
+print("sent", flush=True)
+time.sleep(600)
+"""
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
@@ -115,6 +132,45 @@ async def ask(http: httpx2.AsyncClient, url: str, question: str) -> int:
     return response.status_code
 
 
+def killed_clients(url: str, pid: int, questions: Sequence[str]) -> dict[str, Any]:
+    """What rounds of killed clients leave in the server, while one client is served."""
+    host, port = url.removeprefix("http://").split(":")
+    draw = random.Random(SEED)
+    before = resources(pid)
+    served: list[int] = []
+    stop = threading.Event()
+
+    def serve_one() -> None:
+        with httpx2.Client(timeout=120) as http:
+            while not stop.is_set():
+                body = {"questions": [draw.choice(questions)]}
+                served.append(http.post(f"{url}/v1/answers", json=body).status_code)
+
+    thread = threading.Thread(target=serve_one)
+    thread.start()
+    for number in range(KILLED_ROUNDS):
+        question = questions[number % len(questions)]
+        arguments = [sys.executable, "-S", "-c", _KILLED_CLIENT, host, port, question]
+        with subprocess.Popen(arguments, stdout=subprocess.PIPE) as client:
+            assert client.stdout is not None
+            client.stdout.readline()
+            time.sleep(draw.uniform(0, 0.2))
+            client.kill()
+    stop.set()
+    thread.join()
+    time.sleep(1)
+    with httpx2.Client(timeout=120) as http:
+        metrics = http.get(f"{url}/metrics").text
+    waiting = re.search(r"^glimmer_queue_length (\S+)$", metrics, re.MULTILINE)
+    return {
+        "rounds": KILLED_ROUNDS,
+        "served_beside": dict(Counter(served)),
+        "waiting": float(waiting[1]) if waiting else None,
+        "before": before,
+        "after": resources(pid),
+    }
+
+
 def resources(pid: int) -> dict[str, int]:
     """Resident MB and open descriptors of a process."""
     status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
@@ -155,6 +211,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         long_run = asyncio.run(closed_loop(url, questions, 32, args.requests))
         report["long_run"] = {**long_run, "before": before, "after": resources(process.pid)}
         print(json.dumps({"long_run": report["long_run"]}), flush=True)
+        report["killed_clients"] = killed_clients(url, process.pid, questions)
+        print(json.dumps({"killed_clients": report["killed_clients"]}), flush=True)
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

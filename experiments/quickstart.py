@@ -99,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             CHECKPOINT_PATH=weights[name],
             EVALUATOR_NUM_EXAMPLES=args.num_examples,
             EVAL_OUTPUT_DIR=runs / f"{name}_eval",
+            OVERWRITE=True,
             **shared,
             **memory_macros,
         )

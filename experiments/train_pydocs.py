@@ -340,7 +340,8 @@ class Training:
         # The start is exported as it was trained.
         files = () if model == START else ("sizes/tiny", f"models/{model}")
         cut = USED.get(model, {})
-        glimmer("export", "runs/export", *files, **cut, CHECKPOINT_PATH=run, OUTPUT_PATH=path)
+        places = {"CHECKPOINT_PATH": run, "OUTPUT_PATH": path, "OVERWRITE": True}
+        glimmer("export", "runs/export", *files, **cut, **places)
         # The package has the built-in vocabulary already.
         path.with_suffix(".spiece.model").unlink(missing_ok=True)
 

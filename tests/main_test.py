@@ -178,6 +178,11 @@ def test_all_modes_after_training(work, trained, capsys):
         assert metrics["pydocs_which_function/n"] == 10
         assert 0 < metrics["pydocs_which_function/retriever_recall_at_1"] <= 1
         assert ("seconds_waiting_for_memory" in metrics) == (name == "memory")
+    # The folder of another evaluation.
+    taken = {**shared, **evaluated, "DATA_DIR": data(work)["DATA_DIR"], "BATCH_SIZE": 16}
+    assert run("eval", "examples/pydocs_eval", **taken) == 2
+    message = capsys.readouterr().err
+    assert f"EVAL_OUTPUT_DIR: {out} holds" in message and "BATCH_SIZE: 8 -> 16" in message
     assert len(answers["tokens"]) == 10
     for one, other in zip(answers["tokens"], answers["memory"], strict=True):
         assert one["score"] == pytest.approx(other["score"], abs=1e-3)

@@ -1,5 +1,6 @@
 """Checks of settings, made before anything expensive."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,38 @@ def replaceable(name: str, path: str, overwrite: bool) -> None:
         raise ValueError(
             f"{name}: {path} exists. Set OVERWRITE=True to replace it, or write to another folder."
         )
+
+
+# Where and how results are written, not what they are.
+_PLACES = ("MODEL_DIR", "EVAL_OUTPUT_DIR", "OVERWRITE")
+
+
+def changed_settings(output_dir: str, config_text: str) -> list[str]:
+    """Bindings in which an operative configuration differs from `config.gin` of `output_dir`.
+
+    Args:
+      output_dir: local or in a bucket; without the file nothing differs.
+      config_text: the operative configuration now; empty without gin.
+
+    Returns:
+      Texts such as `LEARNING_RATE: 0.001 -> 0.0002`, sorted.
+    """
+    saved = folder.read_file(folder.open_folder(output_dir), "config.gin")
+    if saved is None or not config_text:
+        return []
+    old, new = _bindings(saved.decode(errors="replace")), _bindings(config_text)
+    return [
+        f"{name}: {old.get(name, 'unset')} -> {new.get(name, 'unset')}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and name not in _PLACES
+    ]
+
+
+def _bindings(config_text: str) -> dict[str, str]:
+    """Name -> value of each binding; gin continues a long value on indented lines."""
+    whole = re.sub(r"\\?\n[ \t]+", " ", config_text)
+    lines = (line.partition(" = ") for line in whole.splitlines() if not line.startswith("#"))
+    return {name: value.strip() for name, equals, value in lines if equals}
 
 
 def batch_size(name: str, size: int, mesh: Mesh, num_microbatches: int = 1) -> None:

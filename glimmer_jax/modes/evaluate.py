@@ -30,6 +30,7 @@ def evaluate(
     corpus: CorpusConfig,
     num_examples: int | None = None,
     output_dir: str | None = None,
+    overwrite: bool = False,
     operative_config: Callable[[], str] = str,
 ) -> dict[str, float]:
     """Prints and returns `{"task/metric": value}`.
@@ -41,10 +42,12 @@ def evaluate(
       num_examples: of each task; None for all.
       output_dir: local or in a bucket; gets `metrics.json`, `config.gin` and
         `predictions-<task>.jsonl`.
+      overwrite: replace an evaluation of other settings in `output_dir`.
       operative_config: returns the text of the operative configuration.
 
     Raises:
-      ValueError: settings, files or lengths that do not fit together.
+      ValueError: settings, files or lengths that do not fit together, or `output_dir` holds another
+        evaluation.
     """
     # Settings, without reading anything.
     checks.required(
@@ -62,9 +65,13 @@ def evaluate(
     candidates_NT = None
     if reader.candidates is not None:
         candidates_NT = encode_candidates(reader.candidates, vocabulary, lengths.target)
-    if output_dir is not None and jax.process_index() == 0:
-        # A folder that cannot be written must not be discovered after the evaluation.
-        folder.make_folder(output_dir)
+    config_text = operative_config()
+    if output_dir is not None:
+        if not overwrite:
+            _check_free(output_dir, config_text)
+        if jax.process_index() == 0:
+            # A folder that cannot be written must not be discovered after the evaluation.
+            folder.make_folder(output_dir)
 
     # Task, passages and examples. seqio and tensorflow take seconds to import.
     from glimmer_jax.data.evaluation import warn_of_reranking
@@ -106,8 +113,17 @@ def evaluate(
     warn_of_reranking(metrics)
     if output_dir is not None and jax.process_index() == 0:
         predictions = evaluation.predictions(predictor.passages)
-        _write(output_dir, predictions, metrics, operative_config())
+        _write(output_dir, predictions, metrics, config_text)
     return metrics
+
+
+def _check_free(output_dir: str, config_text: str) -> None:
+    """Raises ValueError where the folder holds an evaluation of other settings."""
+    if changed := checks.changed_settings(output_dir, config_text):
+        raise ValueError(
+            f"EVAL_OUTPUT_DIR: {output_dir} holds an evaluation of other settings ({changed[0]}; "
+            f"{len(changed)} in all). Set OVERWRITE=True to replace it, or write to another folder."
+        )
 
 
 def _write(

@@ -6,11 +6,19 @@ from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
 from glimmer_jax.modes.checkpoint import CheckpointConfig
 from glimmer_jax.serving.stablehlo import ProgramConfig, export_program
+from glimmer_jax.storage import folder
 from glimmer_jax.weights import huggingface, parameters, t5_names, t5x
 from glimmer_jax.weights.model_config import describe
 from glimmer_jax.weights.params_file import save_params_file
 
 FORMATS = ("huggingface", "t5x", "t5x_adapter")
+# File or folder -> what a folder with it holds.
+_OTHERS = {
+    "checkpoints/": "a run",
+    "manifest.json": "passages or a memory",
+    "config.json": "a model of Hugging Face",
+    "checkpoint": "a checkpoint of T5X",
+}
 
 
 def export(
@@ -18,6 +26,7 @@ def export(
     output_path: str,
     output_format: str = "huggingface",
     program: ProgramConfig | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Writes `NAME.safetensors` with its JSON, a float32 folder, or compiled programs.
 
@@ -29,16 +38,19 @@ def export(
         T5X's trainer starts our models (docs/t5x.md).
       program: lengths and platforms; writes the folder of `serving.stablehlo`, which answers questions
         with JAX alone.
+      overwrite: replace an existing parameter file.
 
     Raises:
       ValueError: the checkpoint is missing, damaged or not finite, does not fit the model or the
-        vocabulary, or the format is unknown.
+        vocabulary, the format is unknown, or something else is at `output_path`.
     """
     checks.required(CHECKPOINT_PATH=checkpoint.checkpoint_path, OUTPUT_PATH=output_path)
     if output_format not in FORMATS:
         raise ValueError(
             f"OUTPUT_FORMAT must be one of {', '.join(FORMATS)}, got {output_format!r}."
         )
+    if program is None:
+        _check_free(output_path, overwrite)
     trained = checkpoint.read()
     model, vocabulary = trained.model, trained.vocabulary
     for bucket in () if program is None else program.buckets:
@@ -64,6 +76,22 @@ def export(
         t5x.save_tree(output_path, params)
         content = f"{output_format}, the parameter tree of glimmer_jax"
     print(f"Wrote {output_path}: {content}.")
+
+
+def _check_free(path: str, overwrite: bool) -> None:
+    """Raises ValueError where the output would replace something, or mix with it."""
+    if path.endswith(".safetensors"):
+        # The JSON completes the pair.
+        described_path = f"{path.removesuffix('.safetensors')}.json"
+        checks.replaceable("OUTPUT_PATH", described_path, overwrite)
+        return
+    files = folder.list_files(folder.open_folder(path), "")
+    for name, content in _OTHERS.items():
+        if any(file.startswith(name) if name.endswith("/") else file == name for file in files):
+            raise ValueError(
+                f"OUTPUT_PATH: {path} holds {content} already ({name}). Remove it, or choose another "
+                "folder."
+            )
 
 
 def _names_of(model: GlimmerModel) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,8 @@ from glimmer_jax.weights.model_config import describe
 
 if TYPE_CHECKING:
     from glimmer_jax.data.evaluation import Evaluation
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,6 +308,12 @@ def check_best_metric(
 
 def _save_config(model_dir: str, text: str, vocabulary: Vocabulary) -> None:
     if jax.process_index() == 0:
+        if changed := checks.changed_settings(model_dir, text):
+            logger.warning(
+                "MODEL_DIR: %s was trained with other settings so far: %s.",
+                model_dir,
+                "; ".join(changed),
+            )
         store = folder.open_folder(model_dir)
         folder.write_file(store, huggingface.VOCABULARY, Path(vocabulary.path).read_bytes())
         if text:

@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
@@ -34,6 +34,7 @@ _PAGE_HEADERS = {
     "referrer-policy": "no-referrer",
 }
 _OPEN_PATHS = ("/", "/healthz", "/readyz")  # served without a token
+_GONE = "The client closed the connection."
 logger = logging.getLogger(__name__)
 
 
@@ -217,10 +218,13 @@ class Server:
     async def _body(self, request: Request) -> bytes:
         most = self._limits.body_bytes
         body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > most:
-                raise RequestError(413, f"The body is larger than {most} bytes.")
+        try:
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > most:
+                    raise RequestError(413, f"The body is larger than {most} bytes.")
+        except ClientDisconnect:
+            raise RequestError(499, _GONE) from None
         return bytes(body)
 
     async def _until_disconnected(
@@ -237,13 +241,13 @@ class Server:
         try:
             await asyncio.wait([answers, gone], return_when=asyncio.FIRST_COMPLETED)
             if not answers.done():
-                raise RequestError(499, "The client closed the connection.")
+                raise RequestError(499, _GONE)
             return answers.result()
         finally:
             gone.cancel()
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, gone, return_exceptions=True)
+            await asyncio.gather(*tasks, answers, gone, return_exceptions=True)
 
 
 async def _disconnected(request: Request) -> None:

@@ -84,3 +84,36 @@ def test_a_parameter_that_is_not_finite_is_not_exported(tmp_path):
     with pytest.raises(ValueError, match="token_embedder/embedding.*32768.*infinite"):
         export(CheckpointConfig(str(tmp_path / "t5")), str(tmp_path / "a.safetensors"))
     assert not list(tmp_path.glob("a.*"))
+
+
+def test_an_existing_parameter_file_is_replaced_only_on_request(tmp_path):
+    path, output = tmp_path / "fid.safetensors", tmp_path / "out.safetensors"
+    given = save(path, FID)
+    export(given, str(output))
+    before = output.read_bytes()
+    output.write_bytes(b"precious")
+    with pytest.raises(
+        ValueError, match=f"OUTPUT_PATH: {tmp_path}/out.json exists.*OVERWRITE=True"
+    ):
+        export(given, str(output))
+    assert output.read_bytes() == b"precious"
+    export(given, str(output), overwrite=True)
+    assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("checkpoints/100/state", "a run"),
+        ("manifest.json", "passages or a memory"),
+        ("config.json", "a model of Hugging Face"),
+        ("checkpoint", "a checkpoint of T5X"),
+    ],
+)
+@pytest.mark.parametrize("form", ["huggingface", "t5x", "t5x_adapter"])
+def test_a_folder_that_holds_something_else_is_rejected_first(tmp_path, form, name, content):
+    file = tmp_path / "checkpoint_0" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    with pytest.raises(ValueError, match=f"OUTPUT_PATH.*holds {content} already.*another folder"):
+        export(CheckpointConfig(str(tmp_path / "missing")), str(tmp_path / "checkpoint_0"), form)

@@ -35,7 +35,12 @@ def test_an_unknown_best_metric_is_rejected_before_training():
         check_best_metric("mean", Dev("a/f1"), LENGTHS, num_kept=2)
 
 
-def test_a_run_from_memory_resumes_without_its_initial_checkpoint(work, tmp_path, capfd):  # noqa: F811
+def test_a_run_from_memory_resumes_without_its_initial_checkpoint(
+    work,  # noqa: F811
+    tmp_path,
+    capfd,
+    caplog,
+):
     first, lumen = tmp_path / "first", ("examples/pydocs_lumen_train",)
     shared = {**ONE_TASK, "TRAIN_STEPS": 1}
     assert train(work, first, *lumen, **shared) == 0
@@ -60,4 +65,6 @@ def test_a_run_from_memory_resumes_without_its_initial_checkpoint(work, tmp_path
     shutil.rmtree(first)
     assert train(work, tmp_path / "run", *lumen, **shared, TRAIN_STEPS=2) == 0
     assert "from step 1 to 2" in capfd.readouterr().err
+    changed = "was trained with other settings so far: TRAIN_STEPS: 1 -> 2."
+    assert f"MODEL_DIR: {tmp_path / 'run'} {changed}" in caplog.text
     assert "TRAIN_STEPS = 2" in (tmp_path / "run" / "config.gin").read_text()

@@ -1,9 +1,13 @@
 """An engine without a model: answers are the question in capitals, after a set time."""
 
+import contextlib
 import threading
 import time
 
-from glimmer_jax.server.protocol import RequestError
+from glimmer_jax.server import run
+from glimmer_jax.server.app import Server
+from glimmer_jax.server.config import ServerConfig
+from glimmer_jax.server.protocol import Limits, RequestError
 
 PASSAGES = [
     {
@@ -70,3 +74,20 @@ class FakeEngine:
             "timings": {"retrieval": 0.001, "memory": 0.002, "read": 0.003, "decode": 0.004},
             "version": {"memory_version": version},
         }
+
+
+@contextlib.contextmanager
+def serving(token=None, seconds=0.0, **config):
+    """The address of a server over an engine without a model."""
+    limits = Limits(passages=3, kept=(1, 2))
+    server = Server(FakeEngine(seconds), limits, ServerConfig(**config), token)
+    listener, stop = run.bind("127.0.0.1", 0), threading.Event()
+    thread = threading.Thread(
+        target=run.run, args=(server, listener, lambda: None, stop.is_set, 5.0)
+    )
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+    finally:
+        stop.set()
+        thread.join()

@@ -2,18 +2,13 @@
 
 import contextlib
 import shutil
-import threading
 
 import pytest
 
 pytest.importorskip("starlette")
 sync_api = pytest.importorskip("playwright.sync_api")
 
-from glimmer_jax.server import run
-from glimmer_jax.server.app import Server
-from glimmer_jax.server.config import ServerConfig
-from glimmer_jax.server.protocol import Limits
-from tests.server.fake_engine import FakeEngine
+from tests.server.fake_engine import serving
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = (
@@ -29,22 +24,6 @@ pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
 ]
-
-
-@contextlib.contextmanager
-def serving(token=None):
-    """The address of a server over an engine without a model."""
-    server = Server(FakeEngine(), Limits(passages=3, kept=(1, 2)), ServerConfig(), token)
-    listener, stop = run.bind("127.0.0.1", 0), threading.Event()
-    thread = threading.Thread(
-        target=run.run, args=(server, listener, lambda: None, stop.is_set, 5.0)
-    )
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
-    finally:
-        stop.set()
-        thread.join()
 
 
 @pytest.fixture(scope="module")
