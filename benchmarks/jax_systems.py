@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import peaks
+from benchmarks.jax_worker import JaxWorker
 from benchmarks.memory import build_lookup
 from benchmarks.setting import Setting, glimmer_config
 from glimmer_jax.models.model import GlimmerModel
@@ -18,14 +18,11 @@ from glimmer_jax.serving.step import Predict
 NO_END = -1  # not a token: answers have full length
 
 
-class JaxSystem:
+class JaxSystem(JaxWorker):
     """Answers one question at a time; the order of passages varies."""
 
     def __init__(self, system: str, dtype: str, setting: Setting):
-        self.setting, self._dtype = setting, dtype
-        self._random = np.random.default_rng(0)
-        # Before allocating weights, so that peak memory is that of answering.
-        self._peaks = peaks.jax_peaks(dtype)
+        super().__init__(setting, dtype)
         on_cpu = jax.default_backend() == "cpu"
         config = glimmer_config(system, setting, dtype, on_cpu)
         model = GlimmerModel(config, eos_id=NO_END)
@@ -46,10 +43,6 @@ class JaxSystem:
         self._predict = Predict(model, mesh, lookup)
         decoder = jax.tree.leaves(params["decoder"])
         self.decoder_bytes = sum(leaf.nbytes for leaf in decoder)
-        self.details: dict[str, Any] = {
-            "framework": f"jax {jax.__version__}",
-            "device": jax.devices()[0].device_kind,
-        }
 
     def close(self) -> None:
         """Removes the store."""
@@ -83,18 +76,6 @@ class JaxSystem:
             batch.pop("passage_ids")
         traced = jax.make_jaxpr(self._model.predict_batch)(self._params, batch)
         return count_flops(traced, while_trips=self.setting.answer)
-
-    def peaks(self) -> dict[str, float]:
-        """Measured peak rates of the device (`peaks.jax_peaks`)."""
-        return self._peaks
-
-    def reset_peak(self) -> None:
-        """JAX cannot reset it; everything before the answers takes less memory."""
-
-    def peak_bytes(self) -> int | None:
-        """Peak device memory; None on a CPU."""
-        stats = jax.devices()[0].memory_stats()
-        return None if stats is None else int(stats["peak_bytes_in_use"])
 
 
 def _random_params(model: GlimmerModel) -> Any:

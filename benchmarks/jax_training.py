@@ -1,11 +1,10 @@
 """Training steps of our FiD, LUMEN and GLIMMER, which read all passages as tokens."""
 
-from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks import peaks
+from benchmarks.jax_worker import JaxWorker
 from benchmarks.setting import LEARNING_RATE, Setting, glimmer_config
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.partitioning import MeshConfig, make_mesh, put_batch
@@ -15,16 +14,13 @@ from glimmer_jax.training.state import init_state, state_shardings
 from glimmer_jax.training.step import jit_train_step, make_train_step
 
 
-class JaxTraining:
+class JaxTraining(JaxWorker):
     """Trains on one question at a time, with Adafactor and the default losses."""
 
     decoder_bytes = 0  # A step reads weights once, whatever the length of the answer.
 
     def __init__(self, system: str, dtype: str, setting: Setting):
-        self.setting = setting
-        self._random = np.random.default_rng(0)
-        # Before allocating weights, so that peak memory is that of training.
-        self._peaks = peaks.jax_peaks(dtype)
+        super().__init__(setting, dtype)
         config = glimmer_config(system, setting, dtype, jax.default_backend() == "cpu")
         self._vocab_size = config.t5.vocab_size
         model = GlimmerModel(config)
@@ -42,10 +38,6 @@ class JaxTraining:
         self._step = make_train_step(model, optimizer)
         shardings = state_shardings(optimizer, shapes, self._mesh)
         self._compiled = jit_train_step(self._step, shardings, self._mesh)
-        self.details: dict[str, Any] = {
-            "framework": f"jax {jax.__version__}",
-            "device": jax.devices()[0].device_kind,
-        }
 
     def close(self) -> None:
         """Nothing to clean up."""
@@ -81,15 +73,3 @@ class JaxTraining:
         """FLOPs of one step, counted in the jaxpr."""
         with jax.set_mesh(self._mesh):
             return count_flops(jax.make_jaxpr(self._step)(self._state, self.batch(passages)))
-
-    def peaks(self) -> dict[str, float]:
-        """Measured peak rates of the device (`peaks.jax_peaks`)."""
-        return self._peaks
-
-    def reset_peak(self) -> None:
-        """JAX cannot reset it; everything before the steps takes less memory."""
-
-    def peak_bytes(self) -> int | None:
-        """Peak device memory; None on a CPU."""
-        stats = jax.devices()[0].memory_stats()
-        return None if stats is None else int(stats["peak_bytes_in_use"])

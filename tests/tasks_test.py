@@ -1,12 +1,10 @@
 """seqio side: tasks over retrieved files, feature converter, batches, evaluation."""
 
 import functools
-import io
 import json
 
 import numpy as np
 import pytest
-import sentencepiece
 
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.corpus.passages_writer import write_passages
@@ -18,6 +16,7 @@ from glimmer_jax import axes as lengths_module
 from glimmer_jax.data import cache, evaluation, features, pipeline, preprocessors, retrieved_tasks
 from glimmer_jax.data.fit import check_fit
 from glimmer_jax.vocabulary import Vocabulary
+from tests.vocabularies import SPECIAL_IDS, train_sentencepiece
 
 LENGTHS = {"inputs": 8, "targets": 6, "passages": (3, 12)}
 TASK = "which_test"
@@ -281,21 +280,9 @@ def test_truncated_evaluation_data_is_counted_and_logged_as_a_warning(data_dir, 
 
 
 def test_unknown_tokens_are_counted_and_above_one_percent_a_warning(data_dir, caplog):
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["question: words answer 0123456789"]),
-        model_writer=model,
-        model_type="char",
-        vocab_size=40,
-        hard_vocab_limit=False,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
     path = data_dir.parent / "characters.model"
-    path.write_bytes(model.getvalue())
+    sentences = ["question: words answer 0123456789"]
+    train_sentencepiece(path, sentences, model_type="char", vocab_size=40, **SPECIAL_IDS)
     vocabulary = Vocabulary(path)
     retrieved_tasks.configure(data_dir, vocabulary=vocabulary)
     retrieved_tasks.register("characters", "which", [])

@@ -1,10 +1,9 @@
 import importlib.util
-import io
 
 import pytest
-import sentencepiece
 
 from glimmer_jax.vocabulary import EXTRA_IDS, PYDOCS_MODEL, Vocabulary
+from tests.vocabularies import SPECIAL_IDS, train_sentencepiece
 
 TEXTS = [
     "title: json.dumps context: dumps(obj, *, skipkeys=False) Serialize obj.",
@@ -68,21 +67,15 @@ def test_ids_outside_the_vocabulary_are_rejected(vocabulary):
 
 
 def train(path, **settings):
-    data = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([f"word{i} fox {chr(97 + i % 26) * 3}" for i in range(500)]),
-        model_writer=data, vocab_size=200, num_threads=1, minloglevel=2, hard_vocab_limit=False,
-        **settings,
-    )  # fmt: skip
-    path.write_bytes(data.getvalue())
+    sentences = [f"word{i} fox {chr(97 + i % 26) * 3}" for i in range(500)]
+    train_sentencepiece(path, sentences, vocab_size=200, **settings)
     return Vocabulary(path)
 
 
 def test_a_file_with_sentinels_of_its_own_gets_none_on_top(tmp_path):
     # mT5's file, in small.
     pieces = [f"<extra_id_{i}>" for i in range(99, -1, -1)]
-    special = dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
-    mt5 = train(tmp_path / "mt5.model", user_defined_symbols=pieces, **special)
+    mt5 = train(tmp_path / "mt5.model", user_defined_symbols=pieces, **SPECIAL_IDS)
     assert mt5.vocab_size == mt5.processor.GetPieceSize()
     assert mt5.sentinel(3) == mt5.processor.PieceToId("<extra_id_3>")
     assert mt5.decode([mt5.sentinel(0), *mt5.encode("fox"), mt5.sentinel(99)]).split() == [

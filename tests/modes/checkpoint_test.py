@@ -1,11 +1,9 @@
 """What modes take from a checkpoint: model, lengths and vocabulary, unless settings replace them."""
 
 import dataclasses
-import io
 import json
 
 import pytest
-import sentencepiece
 
 from glimmer_jax.modes.checkpoint import CheckpointConfig
 from glimmer_jax.vocabulary import PYDOCS_MODEL, Vocabulary
@@ -15,6 +13,7 @@ from glimmer_jax.weights.load import read_record
 from glimmer_jax.weights.model_config import describe
 from glimmer_jax.weights.params_file import save_params_file
 from tests.models import tiny
+from tests.vocabularies import SPECIAL_IDS, train_sentencepiece
 
 BUILT_IN = Vocabulary("pydocs")
 LENGTHS = {"inputs": 4, "targets": 3, "passages": (5, 6)}
@@ -27,21 +26,9 @@ def with_rows(config, rows=BUILT_IN.vocab_size):
 @pytest.fixture(scope="module")
 def own_model(tmp_path_factory):
     """A SentencePiece model of 24 pieces: 124 ids, which fill 128 rows."""
-    trained = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the quick brown fox jumps over the lazy dog"] * 5),
-        model_writer=trained,
-        vocab_size=24,
-        model_type="char",
-        hard_vocab_limit=False,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
     path = tmp_path_factory.mktemp("own") / "own.model"
-    path.write_bytes(trained.getvalue())
+    sentences = ["the quick brown fox jumps over the lazy dog"] * 5
+    train_sentencepiece(path, sentences, model_type="char", vocab_size=24, **SPECIAL_IDS)
     assert 120 < Vocabulary(path).vocab_size <= 128
     return path
 

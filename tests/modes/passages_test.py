@@ -1,19 +1,18 @@
 """Published corpora by the documented commands, on small files of the same form."""
 
 import gzip
-import io
 import json
 import pathlib
 import shlex
 
 import gin
 import pytest
-import sentencepiece
 
 from glimmer_jax import main as command_line
 from glimmer_jax import shipped
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.vocabulary import PYDOCS_MODEL
+from tests.vocabularies import SPECIAL_IDS, train_sentencepiece
 
 PAGES = [
     {
@@ -142,16 +141,11 @@ def test_beam_and_one_process_write_the_same_folder():
 def sentencepiece_model(path, **settings):
     """A model of lower-case English letters, without byte fallback."""
     lines = [f"word{i} brown fox {i * 37 % 101} over {chr(97 + i % 26) * 3}" for i in range(500)]
-    data = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=data, vocab_size=100, num_threads=1,
-        minloglevel=2, hard_vocab_limit=False, **settings,
-    )  # fmt: skip
-    pathlib.Path(path).write_bytes(data.getvalue())
+    train_sentencepiece(path, lines, vocab_size=100, **settings)
 
 
 def test_unknown_tokens_are_counted_and_many_get_a_warning(capsys, caplog):
-    sentencepiece_model("t5.model", pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    sentencepiece_model("t5.model", **SPECIAL_IDS)
     # "title:" and "context:" have two more.
     text = "brown fox " * 200
     write("few.jsonl", json.dumps({"id": 1, "title": "", "text": text + "{"}).encode())
