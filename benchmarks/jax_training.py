@@ -1,6 +1,5 @@
 """Training steps of our FiD, LUMEN and GLIMMER, which read all passages as tokens."""
 
-
 import jax
 import numpy as np
 

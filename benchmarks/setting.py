@@ -11,7 +11,8 @@ from glimmer_jax.models.t5 import T5Config
 
 JAX_SYSTEMS = ("fid", "lumen", "glimmer", "glimmer_fido")
 SYSTEMS = ("pytorch_fid", *JAX_SYSTEMS)
-DTYPES = ("float32", "bfloat16")
+# int8: PyTorch's dynamic quantisation of linear layers, of pytorch_fid's answers on a CPU alone.
+DTYPES = ("float32", "bfloat16", "int8")
 SIZES: dict[str, dict[str, Any]] = {
     "base": dict(
         vocab_size=32128,
@@ -72,9 +73,7 @@ def parser(
     parser = argparse.ArgumentParser(f"python -m benchmarks.{program}", description=description)
     parser.add_argument("--json", type=pathlib.Path, required=True, help="output")
     parser.add_argument("--systems", nargs="+", choices=systems, default=systems)
-    parser.add_argument(
-        "--dtypes", nargs="+", choices=DTYPES, help="default: both; a GPU: bfloat16"
-    )
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: all; a GPU: bfloat16")
     parser.add_argument("--runs", type=int, default=5, help="undisturbed runs per row")
     parser.add_argument("--size", default=default.size, help="base, or tiny for tests")
     parser.add_argument("--question", type=int, default=default.question, help="tokens")

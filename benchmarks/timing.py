@@ -74,7 +74,7 @@ def measure_all(
 
     Args:
       systems: each runs in one process per dtype.
-      dtypes: None is both on a CPU, and bfloat16 on a GPU.
+      dtypes: None is all on a CPU, and bfloat16 on a GPU.
       setting: the shape of a question.
       runs: undisturbed runs per row.
       path: of the JSON file.
@@ -85,6 +85,8 @@ def measure_all(
     try:
         for system in systems:
             for dtype in dtypes:
+                if dtype == "int8" and (system != "pytorch_fid" or setting.training):
+                    continue
                 print(f"starting {system} in {dtype}", flush=True)
                 workers.append(Worker(system, dtype, setting))
         for passages in setting.passages:

@@ -1,9 +1,10 @@
 """Hugging Face's T5 in PyTorch, used as FiD: passages are encoded separately and decoded together.
 
-Uses the fastest variant at each size: of two attentions and three ways to generate an answer, and of
-two attentions for a training step.
+Uses the fastest variant at each size: of two attentions, three ways to generate an answer and the
+encoder with and without `torch.compile`; and of two attentions for a training step.
 """
 
+import copy
 import itertools
 import time
 import warnings
@@ -17,15 +18,16 @@ from glimmer_jax.weights.huggingface_names import write_config
 
 ATTENTION = ("eager", "sdpa")
 GENERATION = ("generate", "loop_dynamic_cache", "loop_static_cache")
+ENCODER = ("plain", "compiled")
 TRIALS = 2  # per variant; the faster counts
 
 
 class TorchFid:
     """Answers one question at a time."""
 
-    VARIANTS: tuple[tuple[str, ...], ...] = tuple(itertools.product(ATTENTION, GENERATION))
+    VARIANTS: tuple[tuple[str, ...], ...] = tuple(itertools.product(ATTENTION, GENERATION, ENCODER))
     # PyTorch's counter supports the products of eager attention on every device.
-    COUNTED: tuple[str, ...] = ("eager", "loop_dynamic_cache")
+    COUNTED: tuple[str, ...] = ("eager", "loop_dynamic_cache", "plain")
 
     def __init__(self, system: str, dtype: str, setting: Setting):
         assert system == "pytorch_fid"
@@ -42,12 +44,21 @@ class TorchFid:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # from transformers
             model = transformers.T5ForConditionalGeneration(config)
-        self._model = model.eval().to(self.device, getattr(torch, dtype))
+        self._model = model.eval()
+        if dtype != "int8":
+            self._model.to(self.device, getattr(torch, dtype))
+        self._compiled: dict[str, Any] = {}
+        self._counted: dict[int, int] = {}
         self._vocab_size = t5.vocab_size
         self._random = np.random.default_rng(0)
         self._best: dict[int, tuple[str, ...]] = {}
         decoder = (*self._model.decoder.block.parameters(), *self._model.lm_head.parameters())
         self.decoder_bytes = sum(parameter.nbytes for parameter in decoder)
+        if dtype == "int8":
+            self.decoder_bytes //= 4
+            # PyTorch's counter leaves quantised products out.
+            self._counted = {passages: self.flops(passages) for passages in setting.passages}
+            self._model = _quantised(self._model)
         on = torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
         self.details: dict[str, Any] = {
             "framework": f"torch {torch.__version__}, transformers {transformers.__version__}",
@@ -85,22 +96,31 @@ class TorchFid:
         return self.run(passages, *self._best[passages])
 
     def run(self, passages: int, *variant: str) -> np.ndarray:
-        """Answers one question with the given attention and way to generate."""
-        attention, generation = variant
+        """Answers one question with the given attention, way to generate, and encoder."""
+        attention, generation, encoder = variant
         self._use(attention)
-        with self._torch.inference_mode():
-            answer = getattr(self, f"_{generation}")(*self._encode(self.batch(passages)))
+        with self._torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # from torch.compile
+            program = self._model.encoder if encoder == "plain" else self._compile(attention)
+            answer = getattr(self, f"_{generation}")(*self._encode(program, self.batch(passages)))
         return answer[0].cpu().numpy()
+
+    def _compile(self, attention: str) -> Any:
+        # One program per attention, since it is traced with the attention of its first run.
+        if attention not in self._compiled:
+            encoder = copy.deepcopy(self._model.encoder)
+            self._compiled[attention] = self._torch.compile(encoder)
+        return self._compiled[attention]
 
     def _use(self, attention: str) -> None:
         model = self._model
         for config in (model.config, model.encoder.config, model.decoder.config):
             config._attn_implementation = attention
 
-    def _encode(self, tokens: Any) -> tuple[Any, Any]:
+    def _encode(self, encoder: Any, tokens: Any) -> tuple[Any, Any]:
         """Float `[1, K * (Q + P), D]` and its mask."""
         mask = self._torch.ones_like(tokens)
-        states = self._model.encoder(tokens, attention_mask=mask).last_hidden_state
+        states = encoder(tokens, attention_mask=mask).last_hidden_state
         return states.reshape(1, -1, states.shape[-1]), mask.reshape(1, -1)
 
     def _generate(self, states: Any, mask: Any) -> Any:
@@ -144,13 +164,16 @@ class TorchFid:
         """FLOPs of one run, from PyTorch's counter."""
         from torch.utils.flop_counter import FlopCounterMode
 
+        if passages in self._counted:
+            return self._counted[passages]
         with FlopCounterMode(display=False) as counter:
             self.run(passages, *self.COUNTED)
         return int(counter.get_total_flops())
 
     def peaks(self) -> dict[str, float]:
-        """Measured peak rates of the device (`peaks.torch_peaks`)."""
-        return peaks.torch_peaks(self._dtype, self.device)
+        """Measured peak rates of the device (`peaks.torch_peaks`); int8 has those of float32."""
+        dtype = "float32" if self._dtype == "int8" else self._dtype
+        return peaks.torch_peaks(dtype, self.device)
 
     def reset_peak(self) -> None:
         """Starts a new measurement of peak memory."""
@@ -160,6 +183,15 @@ class TorchFid:
     def peak_bytes(self) -> int | None:
         """Peak device memory; None on a CPU."""
         return self._torch.cuda.max_memory_allocated() if self.device == "cuda" else None
+
+
+def _quantised(model: Any) -> Any:
+    """The model with int8 weights in its linear layers; activations are quantised as they come."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated in favour of torchao
+        return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
 
 
 class TorchTraining(TorchFid):
@@ -186,7 +218,7 @@ class TorchTraining(TorchFid):
         answer = torch.tensor(self._random.integers(2, self._vocab_size, size), device=self.device)
         mixed = self._dtype == "bfloat16"
         with torch.autocast(self.device, torch.bfloat16, enabled=mixed):
-            states, mask = self._encode(self.batch(passages))
+            states, mask = self._encode(self._model.encoder, self.batch(passages))
             output = self._transformers.modeling_outputs.BaseModelOutput(last_hidden_state=states)
             loss = self._model(encoder_outputs=output, attention_mask=mask, labels=answer).loss
         loss.backward()

@@ -22,6 +22,14 @@ from glimmer_jax.vocabulary import PYDOCS_MODEL
 ROOT = pathlib.Path(shipped.root())
 SHIPPED = str(shipped.CHECKPOINTS / "pydocs_glimmer.safetensors")
 ABLATIONS = sorted(path.stem for path in (ROOT / "gin" / "ablations").glob("*.gin"))
+# Those of a group can be combined. One by one they take minutes to compile.
+ABLATION_GROUPS = [
+    [
+        *("alpha", "frozen_memory", "kl_direction", "m", "separate_question_encoder"),
+        *("single_task", "temperature"),
+    ],
+    ["beta", "k", "no_distillation", "separate_reranker"],
+]
 
 # The examples at a size that compiles in seconds.
 TINY = [
@@ -240,17 +248,27 @@ def iter_lines(text):
     return io.StringIO(text)
 
 
-@pytest.mark.parametrize("ablation", ABLATIONS)
-def test_every_ablation_trains_for_five_steps(work, tmp_path, ablation):
-    files = ("examples/pydocs_glimmer_train", f"ablations/{ablation}")
+@pytest.mark.parametrize(
+    "ablations",
+    [
+        *(pytest.param(group, id="-".join(group)) for group in ABLATION_GROUPS),
+        *(pytest.param([name], id=name, marks=pytest.mark.slow) for name in ABLATIONS),
+    ],
+)
+def test_ablations_train_for_five_steps(work, tmp_path, ablations):
+    files = ("examples/pydocs_glimmer_train", *(f"ablations/{name}" for name in ablations))
     # One task, because reading three takes longer than training.
     macros = {"MIXTURE_OR_TASK_NAME": "pydocs_which_function"}
-    if ablation == "k":
+    if "k" in ablations:
         # The lengths of this test have to come after the file, and its K is what it changes.
         macros["TASK_FEATURE_LENGTHS"] = {"inputs": 24, "targets": 16, "passages": (2, 16)}
         macros["NUM_KEPT"] = 1
     assert train(work, tmp_path, *files, **macros) == 0
     assert len(losses(tmp_path)) >= 5
+
+
+def test_every_ablation_is_in_a_group():
+    assert sorted(name for group in ABLATION_GROUPS for name in group) == ABLATIONS
 
 
 @pytest.mark.parametrize(

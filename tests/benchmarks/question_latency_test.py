@@ -10,7 +10,7 @@ import pytest
 from benchmarks import peaks, question_latency, table, timing
 from benchmarks.jax_systems import JaxSystem
 from benchmarks.setting import JAX_SYSTEMS, Setting, glimmer_config
-from benchmarks.torch_fid import ATTENTION, GENERATION, TorchFid
+from benchmarks.torch_fid import TorchFid
 from glimmer_jax.models.cost import question_cost
 
 TINY = Setting("tiny", question=4, passage=12, answer=3, passages=(3, 6), kept=2, threads=2)
@@ -63,16 +63,21 @@ def test_counted_flops_are_those_of_the_formula_and_what_it_leaves_out():
     assert sorted(JAX_SYSTEMS, key=counted.__getitem__, reverse=True) == list(JAX_SYSTEMS)
 
 
+# Compiling takes PyTorch tens of seconds.
 @pytest.mark.parity
-def test_all_variants_of_pytorch_answer_alike_and_the_fastest_is_taken():
+@pytest.mark.parametrize(
+    "encoders", [("plain",), pytest.param(("plain", "compiled"), marks=pytest.mark.slow)]
+)
+def test_all_variants_of_pytorch_answer_alike_and_the_fastest_is_taken(encoders, monkeypatch):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
+    variants = tuple(variant for variant in TorchFid.VARIANTS if variant[2] in encoders)
+    monkeypatch.setattr(TorchFid, "VARIANTS", variants)
     theirs = TorchFid("pytorch_fid", "float32", TINY)
     answers = []
-    for attention in ATTENTION:
-        for generation in GENERATION:
-            theirs._random = np.random.default_rng(3)
-            answers.append(theirs.run(3, attention, generation).tolist())
+    for variant in variants:
+        theirs._random = np.random.default_rng(3)
+        answers.append(theirs.run(3, *variant).tolist())
     assert len(answers[0]) == 3
     assert all(one == answers[0] for one in answers)
     theirs.prepare(3)
@@ -81,6 +86,22 @@ def test_all_variants_of_pytorch_answer_alike_and_the_fastest_is_taken():
     assert len(times) == len(answers)
     assert times[theirs.details["variant"]] == min(times.values())
     assert theirs.flops(3) > 0
+
+
+@pytest.mark.parity
+def test_int8_encodes_almost_as_float32():
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    states, flops = {}, set()
+    for dtype in ("float32", "int8"):
+        theirs = TorchFid("pytorch_fid", dtype, TINY)
+        encoded, _ = theirs._encode(theirs._model.encoder, theirs.batch(3))
+        states[dtype] = encoded.detach().numpy()
+        flops.add(theirs.flops(3))
+    error = np.abs(states["int8"] - states["float32"]).mean() / np.abs(states["float32"]).mean()
+    assert 0 < error < 0.1
+    assert len(flops) == 1
+    assert theirs.run(3, "eager", "loop_dynamic_cache", "plain").shape == (3,)
 
 
 class Scripted:
