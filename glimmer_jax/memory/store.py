@@ -232,6 +232,20 @@ class MemoryStore:
             for name, (trailing, dtype) in self._specs.items()
         }
 
+    def passages(self, first: int, last: int) -> Iterator[tuple[int, Arrays]]:
+        """Rows `[first, last)` in order, each with the codec's arrays `[its tokens, ...]`.
+
+        Raises as `read` does. Withdrawn rows and rows without tokens are left out.
+        """
+        rows = np.arange(first, last)
+        self._check_rows(rows)
+        for begin, end, data in self._start_reads(rows):
+            for row in range(begin, end):
+                start = self._starts[row] - self._starts[begin]
+                tokens = slice(start, start + self.lengths[row])
+                if self.lengths[row]:
+                    yield row, {name: values[tokens] for name, values in data.items()}
+
     def _check_rows(self, rows: np.ndarray) -> None:
         if rows.size and not -1 <= rows.min() <= rows.max() < len(self):
             raise ValueError(

@@ -11,6 +11,7 @@ share. Evenly distributed requests take one round. If many requests go to few de
 follow, and no page is dropped.
 """
 
+import concurrent.futures
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -22,11 +23,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glimmer_jax import axes, codecs, partitioning
 from glimmer_jax.memory.store import MemoryStore
+from glimmer_jax.runtime.preemption import STOP
+from glimmer_jax.runtime.progress import Progress
 
 PAGE_TOKENS = 16
 
-# Rows read at a time while a table is loaded. The part of a device is assembled in the host's RAM.
-_LOAD_ROWS = 256
+# While a table is loaded, this many threads each read this many rows at a time: few enough that the C
+# library reuses their buffers. The part of a device is assembled in the host's RAM.
+_LOAD_THREADS = 8
+_LOAD_ROWS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +76,13 @@ def bytes_per_device(store: MemoryStore, mesh: jax.sharding.Mesh, page_tokens: i
 
 
 def load(store: MemoryStore, mesh: jax.sharding.Mesh, page_tokens: int = PAGE_TOKENS) -> Table:
-    """Loads the store onto the mesh; each process reads only the parts of its own devices."""
+    """Loads the store onto the mesh; each process reads only the parts of its own devices.
+
+    Raises:
+      ValueError: the store has too many pages.
+      DamagedStore, OSError: as `MemoryStore.read`.
+      StopRequested: a stop was requested.
+    """
     first_page = _first_pages(store.lengths, page_tokens)
     if first_page[-1] >= 2**31:
         raise ValueError(
@@ -81,17 +92,19 @@ def load(store: MemoryStore, mesh: jax.sharding.Mesh, page_tokens: int = PAGE_TO
     total = _num_pages(int(first_page[-1]), mesh.size)
     sharding = NamedSharding(mesh, partitioning.spec((axes.MEMORY_ROWS,)))
     shards: dict[str, list[jax.Array]] = {}
-    for device, index in sharding.addressable_devices_indices_map((total,)).items():
+    parts = sharding.addressable_devices_indices_map((total,))
+    progress = Progress("load memory", total // mesh.size * len(parts), "pages")
+    for device, index in parts.items():
         (rows,) = index or (slice(None),)
         begin, end, _ = rows.indices(total)
-        part = _read_pages(store, first_page, begin, end, page_tokens)
+        part = _read_pages(store, first_page, begin, end, page_tokens, progress)
         for name, values in part.items():
             shards.setdefault(name, []).append(jax.device_put(values, device))
     pages: dict[str, jax.Array] = {
         name: jax.make_array_from_single_device_arrays(
-            (total, *parts[0].shape[1:]), sharding, parts
+            (total, *arrays[0].shape[1:]), sharding, arrays
         )
-        for name, parts in shards.items()
+        for name, arrays in shards.items()
     }
     everywhere = partitioning.replicated(mesh)
     # An empty store gets one row of length 0, because indexing needs a row.
@@ -105,28 +118,39 @@ def load(store: MemoryStore, mesh: jax.sharding.Mesh, page_tokens: int = PAGE_TO
 
 
 def _read_pages(
-    store: MemoryStore, first_page: np.ndarray, begin: int, end: int, page_tokens: int
+    store: MemoryStore,
+    first_page: np.ndarray,
+    begin: int,
+    end: int,
+    page_tokens: int,
+    progress: Progress,
 ) -> dict[str, np.ndarray]:
     """Pages `[begin, end)`, `[end - begin, page_tokens, ...]`; zeros beyond the last passage."""
     identity = store.manifest.identity
     specs = codecs.get(identity.codec).array_specs(identity.emb_dim)
-    out = {
-        name: np.zeros((end - begin, page_tokens, *trailing), dtype)
-        for name, (trailing, dtype) in specs.items()
-    }
-    pages_a_row = -(-max(store.manifest.longest, 1) // page_tokens)
+    tokens = (end - begin) * page_tokens
+    out = {name: np.zeros((tokens, *trailing), dtype) for name, (trailing, dtype) in specs.items()}
     first_row = max(int(np.searchsorted(first_page, begin, side="right")) - 1, 0)
     last_row = min(int(np.searchsorted(first_page, end, side="left")), len(store))
-    for start in range(first_row, last_row, _LOAD_ROWS):
-        rows = np.arange(start, min(start + _LOAD_ROWS, last_row))
-        arrays, lengths = store.read(rows, pages_a_row * page_tokens)
-        used = np.arange(pages_a_row) < -(-lengths // page_tokens)[:, None]
-        page = (first_page[rows][:, None] + np.arange(pages_a_row))[used]
-        mine = (page >= begin) & (page < end)
-        for name, values in arrays.items():
-            cut = values.reshape(len(rows), pages_a_row, page_tokens, *values.shape[2:])[used]
-            out[name][page[mine] - begin] = cut[mine]
-    return out
+
+    def read(start: int) -> int:
+        stop = min(start + _LOAD_ROWS, last_row)
+        for row, arrays in store.passages(start, stop):
+            at = (int(first_page[row]) - begin) * page_tokens
+            for name, values in arrays.items():
+                # A passage at either end of the part may belong to it in part.
+                mine = values[max(-at, 0) : max(tokens - at, 0)]
+                out[name][max(at, 0) : max(at, 0) + len(mine)] = mine
+        return int(min(first_page[stop], end) - max(first_page[start], begin))
+
+    pool = concurrent.futures.ThreadPoolExecutor(_LOAD_THREADS, "load-memory")
+    try:
+        for pages in pool.map(read, range(first_row, last_row, _LOAD_ROWS)):
+            STOP.poll()
+            progress.advance(pages)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return {name: x.reshape(end - begin, page_tokens, *x.shape[1:]) for name, x in out.items()}
 
 
 def lookup(

@@ -19,6 +19,7 @@ from glimmer_jax import codecs, partitioning
 from glimmer_jax.memory import encoding, lookup, table
 from glimmer_jax.memory.lookup import LookupConfig
 from glimmer_jax.memory.store import MemoryStore
+from glimmer_jax.runtime.preemption import StopRequested
 
 ROWS = np.array([[0, 22, -1], [7, 7, 3], [-1, -1, -1], [21, 1, 13]])
 
@@ -43,7 +44,8 @@ def _same(a, b):
     [dict(data=1), dict(data=8), dict(data=2, fsdp=2, model=2)],
     ids=["1", "8", "2x2x2"],
 )
-def test_mesh_and_disk_give_the_same_bits(tiny_store, sizes):
+def test_mesh_and_disk_give_the_same_bits(tiny_store, sizes, monkeypatch):
+    monkeypatch.setattr(table, "_LOAD_ROWS", 4)
     store = MemoryStore.open(tiny_store)
     for length, page_tokens in ((12, 4), (14, 5)):
         on_mesh = lookup.MeshLookup(store, _mesh(**sizes), length, page_tokens=page_tokens)
@@ -237,6 +239,21 @@ def test_home_is_chosen_by_bytes(tiny_store):
     placed = lookup.MeshLookup(store, mesh, 12).table
     on_device = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(placed))
     assert on_device == need
+
+
+def test_loading_a_table_can_be_stopped(tiny_store, monkeypatch):
+    polls = []
+
+    def poll():
+        polls.append(len(polls))
+        if len(polls) == 3:
+            raise StopRequested("stop")
+
+    monkeypatch.setattr(table, "_LOAD_ROWS", 2)
+    monkeypatch.setattr(table.STOP, "poll", poll)
+    with pytest.raises(StopRequested):
+        table.load(MemoryStore.open(tiny_store), _mesh(data=1))
+    assert len(polls) == 3
 
 
 def test_too_many_pages_are_rejected(tiny_store, monkeypatch):
