@@ -16,6 +16,7 @@ from glimmer_jax.pydocs.questions import TASKS
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 FEW_SEEDS, NOT_RUN = "not enough seeds", "not run"
 MASS = "mass:"  # prefix of block G's selections
+IDLE = 0.2  # cores that other processes may keep busy during a measurement of speed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +127,8 @@ class Study:
 
 def judge(study: Study, claim: Claim) -> tuple[str, list[Judged]]:
     """The verdict on a claim, and its parts."""
-    needed = max(BLOCKS[block].seeds for block in claim.blocks)
+    # A contrast has the seeds that all its blocks have; speed is measured once.
+    needed = min(BLOCKS[block].seeds for block in claim.blocks if not BLOCKS[block].speed)
     parts = [_judge_part(study, part, needed) for part in claim.parts]
     verdicts = [part.verdict for part in parts if part.required]
     for verdict in (FAILS, NOT_RUN, FEW_SEEDS, UNDECIDED):
@@ -189,9 +191,16 @@ def _judge_rivals(study: Study, part: Rivals, needed: int) -> Judged:
         speeds = study.speed(part.arm, part.selection), study.speed(best, best_key)
         if speeds[0] is None or speeds[1] is None:
             verdict = NOT_RUN
+        elif not all(map(is_idle, speeds)):
+            verdict = FAILS if verdict == FAILS else UNDECIDED
         elif speeds[0]["questions_per_second"] <= speeds[1]["questions_per_second"]:
             verdict = FAILS
     return Judged(text, verdict, part.required, seeds, found)
+
+
+def is_idle(speed: Mapping[str, Any]) -> bool:
+    """Whether a speed was measured without other work beside it; False if that is unknown."""
+    return speed["other_load"] is not None and bool(speed["other_load"] <= IDLE)
 
 
 def adaptive(study: Study, arm: str = "glimmer") -> list[dict[str, Any]]:

@@ -148,8 +148,8 @@ BLOCKS = {
         "Distillation temperature",
         ("tau_1", "tau_0.3", "tau_0.1", "unranked"),
         5,
-        note="The reader first learns from gold passages alone. The scores are learned by "
-        "distillation only.",
+        note="The scores are learned by distillation only. The reader first learns from gold passages "
+        "alone,\nand the passages in training are those of the other blocks.",
     ),
     "D": Block("Separate reranker", ("separate",), 5),
     "E": Block(

@@ -173,7 +173,7 @@ CLAIMS = (
     ),
     Claim(
         "orders",
-        "The learned order is above the retriever's, and below the oracle's.",
+        "The learned order is above the retriever's.",
         "B",
         (
             _difference(

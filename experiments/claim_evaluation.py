@@ -162,10 +162,10 @@ class TrainedModel:
             batch_sizes=(BATCH,),
         )
 
-    def scores(self, lines: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        """The reranker's scores, float32 `[n, DEPTH]`; -inf for absent passages."""
+    def scores(self, lines: Sequence[Mapping[str, Any]], depth: int) -> np.ndarray:
+        """The reranker's scores of the first passages, float32 `[n, depth]`; -inf for absent ones."""
         assert self.reranker is not None
-        predictor = self.predictor(dataclasses.replace(self.reranker, num_kept=1), DEPTH)
+        predictor = self.predictor(dataclasses.replace(self.reranker, num_kept=1), depth)
         progress = Progress("scores", len(lines), "questions", emit=_print)
         rows = []
         for batch in _batches(lines):
@@ -207,7 +207,8 @@ def _quality(
     counted = [Selection(*fields) for fields in job.recalls]
     # The tasks are answered together: a program is compiled once.
     examples = [line for of_task in lines.values() for line in of_task]
-    scores = model.scores(examples) if job.reranks else None
+    depth = max((s.retrieved for s in (*selections, *counted) if s.order == "learned"), default=0)
+    scores = model.scores(examples, depth) if job.reranks and depth else None
     names = dict.fromkeys(selection.order for selection in (*selections, *counted))
     orders = {name: _order(name, examples, scores, model) for name in names}
     kept = {

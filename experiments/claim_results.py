@@ -47,10 +47,13 @@ class Results:
         self.units: list[dict[str, Any]] = []
         self.questions: dict[str, dict[str, Any]] = {}
         self.procedures: dict[str, dict[str, Any]] = {}
-        data = path.read_bytes() if path.is_file() else b""
-        self._size = data.rfind(b"\n") + 1
-        for number, line in enumerate(data[: self._size].splitlines(), start=1):
+        for number, line in enumerate(self._complete().splitlines(), start=1):
             self._add(parse_line(line, f"{path}:{number}"))
+
+    def _complete(self) -> bytes:
+        """The file without a last line that was not completely written."""
+        data = self.path.read_bytes() if self.path.is_file() else b""
+        return data[: data.rfind(b"\n") + 1]
 
     def _add(self, record: dict[str, Any]) -> None:
         if "pages" in record:
@@ -63,12 +66,13 @@ class Results:
     def append(self, record: dict[str, Any]) -> None:
         """Adds a line and waits until it is on the disk."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Read again: the file may have been replaced in the hours since, as git does.
+        size = len(self._complete())
         with self.path.open("ab") as file:
-            file.truncate(self._size)
+            file.truncate(size)
             file.write(dump_line(record).encode())
             file.flush()
             os.fsync(file.fileno())
-            self._size = file.tell()
         self._add(record)
 
     def find(self, **fields: Any) -> dict[str, Any] | None:

@@ -34,6 +34,8 @@ from experiments.train_pydocs import CUTS, SEEDS_PER_RUN, START, TASK, metrics, 
 from glimmer_jax.pydocs.questions import TASKS
 from glimmer_jax.runtime.progress import Progress
 from glimmer_jax.shipped import CHECKPOINTS
+from glimmer_jax.storage.folder import open_folder
+from glimmer_jax.storage.lease import WriterLock
 
 PASSAGES = "data/pydocs/passages"
 QUESTIONS = f"data/pydocs/retrieved_{claim_arms.DEPTH}"
@@ -106,12 +108,24 @@ class Study:
         self._questions = ""  # known once the files are written
 
     def run(self, blocks: Sequence[str], seeds: Sequence[int]) -> None:
-        """Runs the unfinished units of the blocks, seed by seed."""
+        """Runs the unfinished units of the blocks, seed by seed.
+
+        Raises ValueError if another process runs units in the same folder.
+        """
         self._output.mkdir(parents=True, exist_ok=True)
-        self._prepare()
-        if TUNING in blocks:
-            self._run_all(list(self._tuning()))
-        self._run_all(list(self._units([block for block in blocks if block != TUNING], seeds)))
+        with WriterLock(open_folder(self._output), "claims.lock"):
+            self._prepare()
+            if TUNING in blocks:
+                self._run_all(list(self._tuning()))
+            units = list(self._units([block for block in blocks if block != TUNING], seeds))
+            if untuned := [
+                arm for arm in dict.fromkeys(x.arm for x in units) if self._tuned(arm) is None
+            ]:
+                _print(
+                    f"claims: rates of the recipe for {', '.join(untuned)}. Units are repeated if block "
+                    f"{TUNING} chooses others; run it first."
+                )
+            self._run_all(units)
 
     def _tuning(self) -> Iterator[Unit]:
         for arm in claim_arms.TUNED:
@@ -157,7 +171,11 @@ class Study:
         """The factor of the learning rate: the unit's own, the best on dev, or 1 before tuning."""
         if unit.rate is not None:
             return unit.rate
-        arm = ARMS[unit.arm].rate_of or unit.arm
+        return self._tuned(unit.arm) or 1.0
+
+    def _tuned(self, name: str) -> float | None:
+        """The factor that was best on dev; None before all of them are known."""
+        arm = ARMS[name].rate_of or name
         found = {}
         for rate in claim_arms.RATES:
             tuned = self._results.find(
@@ -167,7 +185,7 @@ class Study:
                 by_task = tuned["results"][ARMS[arm].default.key]["exact_match"]
                 found[rate] = sum(by_task.values())
         if len(found) < len(claim_arms.RATES):
-            return 1.0
+            return None
         return max(found, key=lambda rate: found[rate])
 
     def _identity(self, unit: Unit) -> dict[str, Any]:
@@ -226,7 +244,8 @@ class Study:
                 "INITIAL_CHECKPOINT_PATH": previous,
             }
             # Equal runs of several arms have the same name and are trained once.
-            run = self._output / f"{stage.name}_{digest([gin_file, macros])}"
+            name = digest([claim_arms.RECIPE, gin_file, macros])
+            run = self._output / f"{stage.name}_{name}"
             finished = run / "finished"
             if not finished.is_file():
                 glimmer("train", gin_file, MODEL_DIR=run, **macros)
@@ -238,7 +257,8 @@ class Study:
     def _without_head(self) -> Path:
         """The start without its scoring head: in FiD's cut, which has none."""
         path = self._output / f"start_{self._checksum}.safetensors"
-        if not path.is_file():
+        # The JSON is written last.
+        if not path.with_suffix(".json").is_file():
             glimmer(
                 "export",
                 "runs/export",
@@ -267,16 +287,20 @@ class Study:
             else [],
             "questions": QUESTIONS,
             "passages": PASSAGES,
-            "scratch": str(self._output / "memory"),
             "split": "dev" if block is None else "test",
             "num_examples": self._scale.num_examples,
             "adaptive": kind == "adaptive",
             "speed_questions": self._scale.speed_questions if block and block.speed else None,
         }
-        given, result = self._output / "job.json", self._output / "result.json"
+        # Names of their own: an evaluation that outlived a killed study must not write another's.
+        name = digest(job)
+        given, result = self._output / f"job_{name}.json", self._output / f"result_{name}.json"
+        job["scratch"] = str(self._output / f"memory_{name}")
         given.write_text(json.dumps(job), encoding="utf-8")
         run_module("experiments.claim_evaluation", str(given), str(result))
         found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        given.unlink()
+        result.unlink()
         return found
 
 

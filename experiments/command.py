@@ -47,7 +47,7 @@ def cpu_environment(devices: int | None = None) -> dict[str, str]:
     It uses one virtual device per core, because small operations use one core each. The C library
     keeps memory between steps, in huge pages and one arena (those of threads are small and given
     back), because page faults take a quarter of a tiny model's step. Other devices ignore these
-    settings.
+    settings. Compiled programs are cached where `glimmer` caches them.
     """
     devices = devices or (2 if (os.cpu_count() or 1) > 1 else 1)
     keep = "1000000000000"
@@ -58,6 +58,7 @@ def cpu_environment(devices: int | None = None) -> dict[str, str]:
     }
     joined = {"XLA_FLAGS": " ", "GLIBC_TUNABLES": ":"}
     return {
+        "JAX_COMPILATION_CACHE_DIR": str(Path.home() / ".cache" / "glimmer_jax" / "xla"),
         **os.environ,
         # The user's own settings come last, so that they take precedence.
         **{k: joined[k].join(filter(None, (v, os.environ.get(k)))) for k, v in added.items()},

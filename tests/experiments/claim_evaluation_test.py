@@ -132,6 +132,24 @@ def test_adaptive_m_grows_with_the_share_of_the_scores(data, tmp_path):
     assert found["learned:10:1"]["gflop"] <= costs[0] <= costs[-1] <= found["learned:10:3"]["gflop"]
 
 
+def test_no_more_passages_are_scored_than_selections_ask_for(data, tmp_path, monkeypatch):
+    depths = []
+
+    def scores(model, lines, depth):
+        depths.append(depth)
+        return np.zeros((len(lines), depth), np.float32)
+
+    monkeypatch.setattr(TrainedModel, "scores", scores)
+    monkeypatch.setattr(
+        TrainedModel, "hits", lambda model, lines, sets: dict.fromkeys(sets[1], True)
+    )
+    one, few = [Selection("learned", 10, 1)], [list(Selection("learned", 5, 2))]
+    for recalls in ([], few, [list(Selection("learned", DEPTH, 1))]):
+        claim_evaluation.run(job(data, tmp_path, GLIMMER, one, recalls=recalls, num_examples=1))
+    claim_evaluation.run(job(data, tmp_path, GLIMMER, [Selection("rule", 10, 1)], num_examples=1))
+    assert depths == [10, 10, DEPTH]
+
+
 def test_m_is_the_smallest_that_reaches_the_share():
     selections = [Selection("learned", 4, m) for m in (1, 2, 3)]
     scores = np.log(np.array([[0.7, 0.1, 0.1, 0.1, 99], [0.3, 0.4, 0.2, 0.1, 99]]))

@@ -200,6 +200,27 @@ def test_speed_measured_beside_other_work_is_marked(tmp_path):
     assert "(beside other work)" in (tmp_path / "results.md").read_text()
 
 
+def test_no_speed_is_compared_that_was_measured_beside_other_work(tmp_path):
+    results = fill(tmp_path / "claims.jsonl", "AS")
+    assert verdicts(results)["1"] == HOLDS
+    for load in (1.5, None):
+        for record in results.units:
+            if record["block"] == "S" and record["arm"] == "glimmer":
+                for result in record["results"].values():
+                    result["other_load"] = load
+        verdict, (cheaper, faster) = judge_all(Study(results))["1"]
+        assert (verdict, cheaper.verdict, faster.verdict) == (UNDECIDED, HOLDS, UNDECIDED)
+
+
+def test_a_block_with_fewer_seeds_needs_no_more_of_them(tmp_path):
+    assert BLOCKS["F"].seeds < BLOCKS["A"].seeds
+    results = fill(tmp_path / "claims.jsonl", "AF", seeds=BLOCKS["F"].seeds)
+    found = verdicts(results)
+    assert found["2"] == HOLDS and found["3"] == FEW_SEEDS
+    results = fill(tmp_path / "fewer.jsonl", "AF", seeds=BLOCKS["F"].seeds - 1)
+    assert verdicts(results)["2"] == FEW_SEEDS
+
+
 def test_tuning_is_shown_with_the_arms_that_use_it(tmp_path):
     results = fill(tmp_path / "claims.jsonl", "CS", seeds=1)
     for rate, quality in zip(RATES, (0.4, 0.9, 0.5), strict=True):
@@ -244,3 +265,16 @@ def test_results_survive_an_interruption_while_writing(tmp_path):
     assert Results(results.path).units == again.units
     assert again.find(block="C", arm="tau_1", seed=1) is not None
     assert again.find(block="C", arm="tau_1", seed=2) is None
+
+
+def test_lines_that_others_wrote_meanwhile_are_kept(tmp_path):
+    results = fill(tmp_path / "claims.jsonl", "C", seeds=1)
+    other = Results(results.path)
+    results.append(unit("C", "tau_1", 1, QUALITY))
+    other.append(unit("C", "tau_1", 2, QUALITY))
+    again = Results(results.path)
+    assert {record["seed"] for record in again.units if record["arm"] == "tau_1"} == {0, 1, 2}
+    # A shorter file, such as that of another commit.
+    results.path.write_bytes(b"".join(results.path.read_bytes().splitlines(keepends=True)[:3]))
+    results.append(unit("C", "tau_1", 3, QUALITY))
+    assert [record["seed"] for record in Results(results.path).units] == [0, 3]

@@ -6,7 +6,7 @@ from pathlib import Path
 import gin
 import pytest
 
-from experiments import claims, train_pydocs
+from experiments import claim_arms, claims, train_pydocs
 from experiments.claim_arms import (
     ARMS,
     BLOCKS,
@@ -20,6 +20,8 @@ from experiments.claim_arms import (
 from experiments.claim_criteria import CLAIMS, Rivals
 from experiments.claim_results import Results, pack
 from glimmer_jax.pydocs.questions import TASKS
+from glimmer_jax.storage.folder import open_folder
+from glimmer_jax.storage.lease import WriterLock
 from tests.experiments.train_pydocs_test import Commands, configured
 
 COUNT = 4
@@ -167,6 +169,46 @@ def test_another_start_runs_again(study):
     Path("start.safetensors").write_bytes(b"others")
     units = run("--blocks=D", "--seeds=0")
     assert len(units) == 2 and len({unit["procedure"] for unit in units}) == 2
+
+
+def test_another_recipe_trains_and_evaluates_again(study, monkeypatch):
+    run("--blocks=D", "--seeds=0")
+    before = study.runs()
+    monkeypatch.setattr(claim_arms, "RECIPE", claim_arms.RECIPE + 1)
+    assert len(run("--blocks=D", "--seeds=0")) == 2
+    assert len(study.runs()) == 2 * len(before) == len(set(study.runs()))
+
+
+def test_a_start_that_was_not_completely_written_is_exported_again(study):
+    run("--blocks=D", "--seeds=0")
+    (described,) = Path("runs").glob("start_*.json")
+    described.unlink()
+    run("--blocks=D", "--seeds=1")
+    assert sum(mode == "export" for mode, *_ in study.ran) == 2
+
+
+def test_one_process_at_a_time_runs_units(study):
+    Path("runs").mkdir()
+    with (
+        WriterLock(open_folder("runs"), "claims.lock"),
+        pytest.raises(ValueError, match="runs.*One writer"),
+    ):
+        run("--blocks=D", "--seeds=0")
+    assert study.ran == []
+    assert len(run("--blocks=D", "--seeds=0")) == 1
+
+
+def test_evaluations_share_no_files(study):
+    run("--blocks=A,B,G", "--seeds=0")
+    assert len({job["scratch"] for job in study.jobs}) == len(study.jobs) == 5
+    assert [path for path in Path("runs").glob("*.json") if "start" not in path.name] == []
+
+
+def test_rates_that_are_not_tuned_are_named(study, capsys):
+    run("--blocks=D", "--seeds=0")
+    assert "rates of the recipe for separate" in capsys.readouterr().out
+    run("--blocks=T,D", "--seeds=0")
+    assert "rates of the recipe" not in capsys.readouterr().out
 
 
 def test_rates_are_tuned_on_dev_and_used(study):

@@ -42,7 +42,9 @@ class Commands:
             found = {"pydocs_slot_filling/accuracy": 0.5, "mean": 0.5, "tflop_per_question": 1.0}
             (macros["EVAL_OUTPUT_DIR"] / "metrics.json").write_text(json.dumps(found))
         elif mode == "export":
-            Path(macros["OUTPUT_PATH"]).write_bytes(b"parameters")
+            path = Path(macros["OUTPUT_PATH"])
+            path.write_bytes(b"parameters")
+            path.with_suffix(".json").write_text("{}")
 
     def runs(self):
         return [macros["MODEL_DIR"].name for mode, _, macros in self.ran if mode == "train"]
