@@ -27,7 +27,8 @@ def serve(
     Args:
       reader: the model and its checkpoint.
       task_feature_lengths: `{"inputs": Q, "targets": T, "passages": (K, P)}`; None: the checkpoint's.
-      batch_size: largest number of questions per batch, over all devices.
+      batch_size: largest number of questions per batch, over all devices; smaller batches are
+        compiled too (`batch_sizes`).
       corpus: titles, texts, retrieval, and tokens if there is no memory.
       server: address, access and operation.
       kept_choices: further values of m that requests may choose; each is compiled at the start.
@@ -60,10 +61,22 @@ def serve(
         mesh=reader.mesh,
         lookup=corpus.lookup,
         retriever=retriever,
-        batch_sizes=sorted({smallest, batch_size}),
+        batch_sizes=batch_sizes(smallest, batch_size),
         seed=reader.seed,
     )
     kept = dict.fromkeys((predictor.num_kept, *kept_choices))
     answering = engine.PredictorEngine(predictor, tuple(kept), server.max_candidates)
     served = app.Server(answering, answering.limits(), server, token)
     run.run(served, listener, answering.warm_up, lambda: STOP.requested, server.drain_timeout)
+
+
+def batch_sizes(smallest: int, largest: int) -> list[int]:
+    """Ascending sizes, each half of the next one as long as `smallest` divides it.
+
+    On a CPU the time of a batch grows with its size, so that two questions in a batch for eight take
+    as long as eight.
+    """
+    sizes = [largest]
+    while sizes[0] % (2 * smallest) == 0:
+        sizes.insert(0, sizes[0] // 2)
+    return sorted({smallest, *sizes})

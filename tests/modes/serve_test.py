@@ -15,10 +15,26 @@ import pytest
 pytest.importorskip("uvicorn")
 
 from glimmer_jax import shipped
+from glimmer_jax.modes.serve import batch_sizes
 from tests.children import running
 from tests.serving.predictor_test import corpus  # noqa: F401 - a fixture
 
 LENGTHS = {"inputs": 12, "targets": 6, "passages": (2, 12)}
+
+
+@pytest.mark.parametrize(
+    ("smallest", "largest", "sizes"),
+    [
+        (1, 8, [1, 2, 4, 8]),
+        (2, 8, [2, 4, 8]),
+        (8, 8, [8]),
+        (1, 12, [1, 3, 6, 12]),
+        (4, 12, [4, 12]),
+        (1, 7, [1, 7]),
+    ],
+)
+def test_the_largest_batch_is_halved_as_long_as_the_devices_divide_it(smallest, largest, sizes):
+    assert batch_sizes(smallest, largest) == sizes
 
 
 @contextlib.contextmanager
