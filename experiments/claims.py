@@ -1,6 +1,6 @@
 """Runs the experiments on the paper's claims and reports them.
 
-    python -m experiments.claims [--blocks=A,B] [--seeds=0,1,2,3,4] [--start=FILE] [--output=DIR]
+    python -m experiments.claims [--blocks=A,B] [--seeds=0,1] [--start=FILE] [--output=DIR]
     python -m experiments.claims --report    # rewrites the report from the results, runs nothing
     python -m experiments.claims --smoke     # the same procedure with tiny runs, in minutes
 
@@ -57,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs all unfinished units, then writes the report. Exits at the first failing command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--blocks", default=",".join(BLOCKS), help=f"{TUNING} tunes rates")
-    parser.add_argument("--seeds", default="0,1,2,3,4", help="separated by commas")
+    parser.add_argument(
+        "--seeds", help="separated by commas; default: as many as each block's verdict needs"
+    )
     parser.add_argument("--start", type=Path, default=CHECKPOINTS / f"pydocs_{START}.safetensors")
     parser.add_argument("--output", type=Path, default=Path("runs/claims"), help="of the runs")
     parser.add_argument("--report", action="store_true", help="only rewrite the report")
@@ -67,14 +69,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown := sorted(set(blocks) - {TUNING, *BLOCKS}):
         parser.error(f"--blocks must be among {TUNING}, {', '.join(BLOCKS)}; got {unknown}.")
     try:
-        seeds = [int(seed) for seed in args.seeds.split(",")]
+        seeds = None if args.seeds is None else [int(seed) for seed in args.seeds.split(",")]
     except ValueError:
         parser.error(f"--seeds must be numbers separated by commas, got {args.seeds!r}.")
     scale = claim_arms.SMOKE if args.smoke else Scale()
     folders = claim_report.Folders()
     path = RESULTS
     if args.smoke:
-        path, seeds = args.output / RESULTS.name, seeds[:1]
+        path, seeds = args.output / RESULTS.name, (seeds or [0])[:1]
         folders = claim_report.Folders(args.output, args.output)
     results = Results(path)
     if not args.report:
@@ -107,8 +109,8 @@ class Study:
         self._procedure = results.add_procedure(about)
         self._questions = ""  # known once the files are written
 
-    def run(self, blocks: Sequence[str], seeds: Sequence[int]) -> None:
-        """Runs the unfinished units of the blocks, seed by seed.
+    def run(self, blocks: Sequence[str], seeds: Sequence[int] | None) -> None:
+        """Runs the unfinished units of the blocks, seed by seed; None: as many seeds as each needs.
 
         Raises ValueError if another process runs units in the same folder.
         """
@@ -134,10 +136,11 @@ class Study:
                     Unit(TUNING, arm, claim_arms.TUNING_SEED, rate) for rate in claim_arms.RATES
                 )
 
-    def _units(self, blocks: Sequence[str], seeds: Sequence[int]) -> Iterator[Unit]:
+    def _units(self, blocks: Sequence[str], seeds: Sequence[int] | None) -> Iterator[Unit]:
         """Seed by seed within a block, so that an early stop leaves complete seeds."""
         for block in blocks:
-            for seed in seeds[:1] if BLOCKS[block].speed else seeds:
+            chosen = list(range(BLOCKS[block].seeds) if seeds is None else seeds)
+            for seed in chosen[:1] if BLOCKS[block].speed else chosen:
                 for arm in BLOCKS[block].arms:
                     if arm in self._scale.arms:
                         yield Unit(block, arm, seed)

@@ -91,6 +91,12 @@ def test_every_block_runs_its_arms_once_per_seed(study):
     assert {unit["rate"] for unit in units} == {1.0}
 
 
+def test_a_block_runs_as_many_seeds_as_its_verdict_needs(study):
+    units = run("--blocks=D,F,S")
+    seeds = {block: {unit["seed"] for unit in units if unit["block"] == block} for block in "DFS"}
+    assert seeds == {"D": {0, 1, 2, 3, 4}, "F": {0, 1, 2}, "S": {0}}
+
+
 def ids(units):
     return {(unit["block"], unit["arm"], unit["seed"]) for unit in units}
 
