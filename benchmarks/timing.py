@@ -86,6 +86,7 @@ def measure_all(
         for system in systems:
             for dtype in dtypes:
                 if dtype == "int8" and (system != "pytorch_fid" or setting.training):
+                    print(f"no {system} in int8: only answers of pytorch_fid", flush=True)
                     continue
                 print(f"starting {system} in {dtype}", flush=True)
                 workers.append(Worker(system, dtype, setting))
