@@ -40,6 +40,7 @@ from glimmer_jax.storage.json_lines import read_json_lines
 CLIENTS = (1, 2, 4, 8, 16, 32)
 SEED = 0
 KILLED_ROUNDS = 20
+SETTLE_SECONDS = 10.0  # for a closed connection to leave the table of descriptors
 # A client that sends 16 requests, every second one incomplete, and waits until it is killed.
 _KILLED_CLIENT = """
 import json, socket, sys, time
@@ -161,13 +162,17 @@ def killed_clients(url: str, pid: int, questions: Sequence[str]) -> dict[str, An
     time.sleep(1)
     with httpx2.Client(timeout=120) as http:
         metrics = http.get(f"{url}/metrics").text
+    after, deadline = resources(pid), time.monotonic() + SETTLE_SECONDS
+    while after["descriptors"] > before["descriptors"] and time.monotonic() < deadline:
+        time.sleep(0.1)
+        after = resources(pid)
     waiting = re.search(r"^glimmer_queue_length (\S+)$", metrics, re.MULTILINE)
     return {
         "rounds": KILLED_ROUNDS,
         "served_beside": dict(Counter(served)),
         "waiting": float(waiting[1]) if waiting else None,
         "before": before,
-        "after": resources(pid),
+        "after": after,
     }
 
 

@@ -187,6 +187,9 @@ def test_from_training_to_scores_of_a_submission(mini, tmp_path, capsys):
     assert "missing from the memory" in capsys.readouterr().out
     assert gone not in [p["id"] for one in lines(answers) for p in one["passages"]]
     evaluating["UNKNOWN_PASSAGES"] = "mask"
+    assert run("eval", *GLIMMER, "runs/eval", "data/kilt", **shared, **evaluating, **sized) == 2
+    assert "UNKNOWN_PASSAGES: 'error' -> 'mask'" in capsys.readouterr().err
+    evaluating["OVERWRITE"] = True
     assert run("eval", *GLIMMER, "runs/eval", "data/kilt", **shared, **evaluating, **sized) == 0
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     assert metrics["passages_not_in_memory"] > 0

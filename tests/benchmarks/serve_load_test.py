@@ -17,9 +17,6 @@ from tests.server.fake_engine import serving
 def url():
     with serving(seconds=0.02, max_queue=4) as address:
         address = address.rstrip("/")
-        with httpx2.Client() as http:
-            while http.get(f"{address}/readyz").status_code != 200:
-                pass
         yield address
 
 

@@ -29,7 +29,10 @@ from glimmer_jax.runtime.preemption import STOP
 report = pathlib.Path(flags.gin_bindings[0]) / str(jax.process_index())
 with STOP.installed():
     total = int(multihost_utils.process_allgather(np.int32(jax.process_index() + 1)).sum())
-    report.write_text(f"of {jax.process_count()} total {total}\n{os.getpid()}\n")
+    # Whoever waits for the file finds it complete.
+    written = report.with_suffix(".part")
+    written.write_text(f"of {jax.process_count()} total {total}\n{os.getpid()}\n")
+    written.replace(report)
     step = 0
     while not STOP.agreed():
         multihost_utils.process_allgather(np.int32(step))

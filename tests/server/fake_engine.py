@@ -3,6 +3,7 @@
 import contextlib
 import threading
 import time
+import urllib.request
 
 from glimmer_jax.server import run
 from glimmer_jax.server.app import Server
@@ -76,9 +77,20 @@ class FakeEngine:
         }
 
 
+def wait_until_ready(address, seconds=60):
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with urllib.request.urlopen(f"{address}readyz"):
+                return
+        except OSError:  # It does not listen yet, or answers 503.
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
 @contextlib.contextmanager
 def serving(token=None, seconds=0.0, **config):
-    """The address of a server over an engine without a model."""
+    """The address of a ready server over an engine without a model."""
     limits = Limits(passages=3, kept=(1, 2))
     server = Server(FakeEngine(seconds), limits, ServerConfig(**config), token)
     listener, stop = run.bind("127.0.0.1", 0), threading.Event()
@@ -86,8 +98,10 @@ def serving(token=None, seconds=0.0, **config):
         target=run.run, args=(server, listener, lambda: None, stop.is_set, 5.0)
     )
     thread.start()
+    address = f"http://127.0.0.1:{listener.getsockname()[1]}/"
     try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        wait_until_ready(address)
+        yield address
     finally:
         stop.set()
         thread.join()

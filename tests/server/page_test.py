@@ -90,7 +90,8 @@ def test_settings_are_sent_and_an_error_is_announced(browser):
         with page.expect_response("**/v1/answers") as answered:
             page.select_option("#kept", "1")
         assert answered.value.request.post_data_json["num_kept"] == 1
-        page.wait_for_function("document.querySelectorAll('#reranker li.kept').length === 1")
+        page.locator("#reranker li.kept").nth(1).wait_for(state="detached")
+        assert page.locator("#reranker li.kept").count() == 1
         with page.expect_response("**/v1/answers") as answered:
             page.uncheck("#rerank")
         assert answered.value.request.post_data_json["rerank"] is False
