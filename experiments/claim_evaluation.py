@@ -36,6 +36,7 @@ from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes.build_memory import build_memory
 from glimmer_jax.modes.settings import EncoderConfig
 from glimmer_jax.pydocs import baselines
+from glimmer_jax.runtime.host_memory import keep_freed_memory
 from glimmer_jax.runtime.progress import Progress
 from glimmer_jax.serving.predictor import Predictor
 from glimmer_jax.weights.load import load
@@ -67,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("job", type=Path)
     parser.add_argument("result", type=Path)
     args = parser.parse_args(argv)
+    keep_freed_memory()
     job = Job(**json.loads(args.job.read_text(encoding="utf-8")))
     args.result.write_text(json.dumps(run(job)) + "\n", encoding="utf-8")
 

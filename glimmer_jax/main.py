@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from glimmer_jax.runtime import exit_codes
+from glimmer_jax.runtime.host_memory import keep_freed_memory
 from glimmer_jax.runtime.preemption import STOP, StopRequested
 
 
@@ -340,6 +341,7 @@ def run() -> None:
         work_in_child(exit_codes.RETRY)
     STOP.install()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    keep_freed_memory()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # Compiled programs are cached between runs; set the variable to "" to disable the cache.
     cache = Path.home() / ".cache" / "glimmer_jax" / "xla"

@@ -65,7 +65,8 @@ class Batcher:
 
     Args:
       engine: answers batches.
-      max_delay: seconds that the first question of a batch waits for others.
+      max_delay: seconds that the first question of a batch waits for as many others as the batch
+        before it had, so that a lone client never waits.
       max_queue: questions that may wait; further ones are rejected with 429.
       observer: is told about queue and batches.
     """
@@ -82,6 +83,7 @@ class Batcher:
         # the queue, where the next batch fills up.
         self._places = threading.Semaphore(1)
         self._closed = False
+        self._expected = engine.max_batch_size  # questions of the next batch
         self._rate = 0.0  # questions per second, smoothed
         self._threads = [
             threading.Thread(target=self._prepare_batches, name="prepare", daemon=True),
@@ -125,13 +127,18 @@ class Batcher:
         with self._changed:
             self._waiting.append(item)
             self._observer.queued(len(self._waiting))
-            self._changed.notify_all()
+        # The other questions of a request come before the batch is formed.
+        asyncio.get_running_loop().call_soon(self._wake)
         try:
             return await asyncio.wait_for(future, timeout)
         except TimeoutError:
             raise RequestError(504, f"No answer within {timeout:g} s.") from None
         finally:
             self._forget(item)
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     def _forget(self, item: _Item) -> None:
         with self._changed, contextlib.suppress(ValueError):
@@ -158,7 +165,7 @@ class Batcher:
                 self._changed.wait()
             first = self._waiting[0]
             full = self._engine.max_batch_size
-            while sum(item.key == first.key for item in self._waiting) < full:
+            while sum(item.key == first.key for item in self._waiting) < self._expected:
                 left = first.arrived + self._max_delay - time.monotonic()
                 if left <= 0 or self._closed:
                     break
@@ -167,6 +174,7 @@ class Batcher:
             for item in batch:
                 self._waiting.remove(item)
             self._observer.queued(len(self._waiting))
+            self._expected = max(1, len(batch))
             # The first may have given its place up meanwhile; then the next call takes the rest.
             return batch or [first]
 

@@ -17,7 +17,7 @@ class ServerConfig:
     # GLIMMER_SERVE_TOKEN is read, and without either every client is served.
     token_file: str | None = None
     cors_origins: tuple[str, ...] = ()
-    max_batch_delay_ms: float = 5.0  # milliseconds that a question waits for others
+    max_batch_delay_ms: float = 5.0  # milliseconds; see `batching.Batcher`
     max_queue: int = 256  # questions
     max_candidates: int = 2  # candidates of one request; their programs are compiled at the start
     request_timeout: float = 60.0  # seconds

@@ -79,8 +79,9 @@ def post(url, body, timeout=60):
 def test_the_command_answers_and_drains_at_sigterm(corpus):  # noqa: F811
     with serving(corpus, "--gin.MAX_BATCH_DELAY_MS=1500") as (process, lines):
         url = address(process, lines)
-        (first,) = post(url, {"questions": ["red thing"]})["answers"]
-        assert {passage["title"] for passage in first["passages"]} <= {"red", "green", "blue"}
+        answers = post(url, {"questions": ["red thing", "green thing"]})["answers"]
+        for answer in answers:
+            assert {passage["title"] for passage in answer["passages"]} <= {"red", "green", "blue"}
         last = []
         body = {"questions": ["blue thing"]}
         client = threading.Thread(target=lambda: last.append(post(url, body)))

@@ -51,6 +51,19 @@ def test_a_lone_question_waits_no_longer_than_the_delay():
     assert answer["answer"] == "A" and engine.batches == [["a"]]
 
 
+def test_a_question_waits_only_for_as_many_as_the_last_batch_had():
+    async def work(batcher, engine):
+        queues = []
+        for texts in ("ab", "c", "d", "efg"):
+            answers = await asyncio.gather(*(batcher.answer(asked(t), 10) for t in texts))
+            queues.append(answers[0]["timings"]["queue"])
+        return queues
+
+    (first, second, third, last), engine, _ = run(work, max_delay=0.5)
+    assert engine.batches == [["a", "b"], ["c"], ["d"], ["e", "f", "g"]]
+    assert min(first, second) >= 0.5 and max(third, last) < 0.4
+
+
 def test_only_questions_with_one_key_share_a_batch():
     async def work(batcher, engine):
         questions = [asked("a"), asked("b", num_kept=1), asked("c")]
