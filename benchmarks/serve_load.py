@@ -34,6 +34,7 @@ import httpx2
 from glimmer_jax import axes, configuration, partitioning
 from glimmer_jax.modes import checks, serve
 from glimmer_jax.partitioning import make_mesh
+from glimmer_jax.runtime.host_memory import keep_freed_memory
 from glimmer_jax.serving.predictor import Predictor
 from glimmer_jax.storage.json_lines import read_json_lines
 
@@ -67,23 +68,60 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     }
 
 
+class Connections(contextlib.AbstractAsyncContextManager):
+    """Kept-alive connections, as many as requests are under way.
+
+    An HTTP library would take a tenth of the cores that it shares with the server.
+    """
+
+    def __init__(self, url: str):
+        host, port = url.removeprefix("http://").split(":")
+        self._address = host, int(port)
+        self._head = f"POST /v1/answers HTTP/1.1\r\nHost: {host}\r\nContent-Length: "
+        self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def ask(self, question: str) -> int:
+        """The status of one request; its answer is read and dropped."""
+        reader, writer = await self._connection()
+        body = json.dumps({"questions": [question]}).encode()
+        writer.write(f"{self._head}{len(body)}\r\n\r\n".encode() + body)
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
+        assert length is not None
+        await reader.readexactly(int(length[1]))
+        self._free.append((reader, writer))
+        return int(head.split(None, 2)[1])
+
+    async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        while self._free:
+            reader, writer = self._free.pop()
+            if not reader.at_eof():
+                return reader, writer
+            writer.close()
+        return await asyncio.open_connection(*self._address)
+
+    async def __aexit__(self, *exc: object) -> None:
+        for _, writer in self._free:
+            writer.close()
+            await writer.wait_closed()
+
+
 async def closed_loop(url: str, questions: Sequence[str], clients: int, count: int) -> Any:
     """`clients` that each send their next question when the last one is answered."""
     seconds: list[float] = []
     statuses: Counter[int] = Counter()
     remaining = iter(range(count))
 
-    async def client(http: httpx2.AsyncClient) -> None:
+    async def client() -> None:
         for number in remaining:
             begun = time.perf_counter()
-            status = await ask(http, url, questions[number % len(questions)])
+            status = await connections.ask(questions[number % len(questions)])
             statuses[status] += 1
             seconds.append(time.perf_counter() - begun)
 
     begun = time.perf_counter()
-    limits = httpx2.Limits(max_connections=clients)
-    async with httpx2.AsyncClient(limits=limits, timeout=120) as http:
-        await asyncio.gather(*(client(http) for _ in range(clients)))
+    async with Connections(url) as connections:
+        await asyncio.gather(*(client() for _ in range(clients)))
     wall = time.perf_counter() - begun
     return {
         "clients": clients,
@@ -99,19 +137,18 @@ async def open_loop(url: str, questions: Sequence[str], rate: float, seconds: fl
     draw = random.Random(SEED)
     by_status: dict[int, list[float]] = {}
 
-    async def one(http: httpx2.AsyncClient, question: str) -> None:
+    async def one(question: str) -> None:
         begun = time.perf_counter()
-        status = await ask(http, url, question)
+        status = await connections.ask(question)
         by_status.setdefault(status, []).append(time.perf_counter() - begun)
 
     tasks = []
     begun = time.perf_counter()
-    limits = httpx2.Limits(max_connections=None)
-    async with httpx2.AsyncClient(limits=limits, timeout=120) as http:
+    async with Connections(url) as connections:
         due = begun
         while due - begun < seconds:
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            tasks.append(asyncio.ensure_future(one(http, draw.choice(questions))))
+            tasks.append(asyncio.ensure_future(one(draw.choice(questions))))
             due += draw.expovariate(rate)
         await asyncio.gather(*tasks)
     wall = time.perf_counter() - begun
@@ -125,12 +162,6 @@ async def open_loop(url: str, questions: Sequence[str], rate: float, seconds: fl
     if rejected := by_status.get(429):
         report["rejected"] = percentiles(rejected)
     return report
-
-
-async def ask(http: httpx2.AsyncClient, url: str, question: str) -> int:
-    """The status of one request."""
-    response = await http.post(f"{url}/v1/answers", json={"questions": [question]})
-    return response.status_code
 
 
 def killed_clients(url: str, pid: int, questions: Sequence[str]) -> dict[str, Any]:
@@ -197,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, bindings = parser.parse_known_args(argv)
     questions = [line["input"] for _, line in read_json_lines(args.questions)]
     files = [f"--gin_file={path}" for path in args.gin_file]
+    keep_freed_memory()
     report: dict[str, Any] = {"predictor": sequential(args.gin_file, bindings, questions)}
     print(json.dumps(report), flush=True)
     with serving([*files, *bindings]) as (process, url):

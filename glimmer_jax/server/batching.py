@@ -27,7 +27,9 @@ class Engine(Protocol):
     """What answers a batch; the calls of `prepare` and of `compute` each come from one thread."""
 
     @property
-    def max_batch_size(self) -> int: ...
+    def batch_sizes(self) -> Sequence[int]:
+        """Sizes of the compiled programs, ascending; a batch in between costs as much as the next."""
+        ...
 
     def key(self, question: Question) -> Hashable:
         """Questions with equal keys may share a batch."""
@@ -83,8 +85,9 @@ class Batcher:
         # the queue, where the next batch fills up.
         self._places = threading.Semaphore(1)
         self._closed = False
-        self._expected = engine.max_batch_size  # questions of the next batch
-        self._rate = 0.0  # questions per second, smoothed
+        self._expected = engine.batch_sizes[-1]  # questions of the next batch
+        self._rate: float | None = None  # questions per second, smoothed
+        self._seconds: dict[tuple[Hashable, int], float] = {}  # of a program, smoothed
         self._threads = [
             threading.Thread(target=self._prepare_batches, name="prepare", daemon=True),
             threading.Thread(target=self._compute_batches, name="compute", daemon=True),
@@ -164,19 +167,36 @@ class Batcher:
                     return []
                 self._changed.wait()
             first = self._waiting[0]
-            full = self._engine.max_batch_size
             while sum(item.key == first.key for item in self._waiting) < self._expected:
                 left = first.arrived + self._max_delay - time.monotonic()
                 if left <= 0 or self._closed:
                     break
                 self._changed.wait(left)
-            batch = [item for item in self._waiting if item.key == first.key][:full]
+            batch = [item for item in self._waiting if item.key == first.key]
+            batch = batch[: self._size(first.key, len(batch))]
             for item in batch:
                 self._waiting.remove(item)
             self._observer.queued(len(self._waiting))
             self._expected = max(1, len(batch))
             # The first may have given its place up meanwhile; then the next call takes the rest.
             return batch or [first]
+
+    def _size(self, key: Hashable, waiting: int) -> int:
+        """How many of the questions that wait are answered next.
+
+        All that fit, unless a smaller program and one for the rest take less time than the larger one
+        with empty rows: where the time of a batch grows with its size, as on a CPU.
+        """
+        sizes = self._engine.batch_sizes
+        below = [size for size in sizes if size <= waiting]
+        if not below or below[-1] in (waiting, sizes[-1]):
+            return min(waiting, sizes[-1])
+        programs = [below[-1], _program(sizes, waiting - below[-1]), _program(sizes, waiting)]
+        seconds = [self._seconds.get((key, size)) for size in programs]
+        if None in seconds:
+            return waiting
+        first, rest, all_at_once = (value or 0.0 for value in seconds)
+        return below[-1] if first + rest < all_at_once else waiting
 
     def _prepared(self, items: list[_Item]) -> Iterator[tuple[list[_Item], Any]]:
         now = time.monotonic()
@@ -215,8 +235,9 @@ class Batcher:
             self._fail(items, error)
             return
         seconds = time.monotonic() - begun
-        rate = len(items) / max(seconds, 1e-6)
-        self._rate = 0.8 * self._rate + 0.2 * rate if self._rate else rate
+        self._rate = _smoothed(self._rate, len(items) / max(seconds, 1e-6))
+        program = items[0].key, _program(self._engine.batch_sizes, len(items))
+        self._seconds[program] = _smoothed(self._seconds.get(program), seconds)
         self._observer.computed(len(items), seconds)
         for item, answer in zip(items, answers, strict=True):
             timings = {"queue": item.started - item.arrived, **answer["timings"]}
@@ -227,6 +248,14 @@ class Batcher:
         logger.error("A batch of %d questions failed.", len(items), exc_info=error)
         for item in items:
             _finish(item, error=RequestError(500, "Internal error; the server's log has details."))
+
+
+def _program(sizes: Sequence[int], questions: int) -> int:
+    return next(size for size in sizes if size >= questions)
+
+
+def _smoothed(before: float | None, value: float) -> float:
+    return value if before is None else 0.8 * before + 0.2 * value
 
 
 def _finish(item: _Item, answer: Any = None, error: Exception | None = None) -> None:

@@ -60,8 +60,8 @@ class PredictorEngine:
         return self._version.by_kept[self._kept[0]]
 
     @property
-    def max_batch_size(self) -> int:
-        return self._predictor.batch_sizes[-1]
+    def batch_sizes(self) -> Sequence[int]:
+        return self._predictor.batch_sizes
 
     @property
     def num_kept(self) -> int:

@@ -1,6 +1,7 @@
 """Questions that arrive together share batches; places are freed; one fault fails one question."""
 
 import asyncio
+import time
 
 import pytest
 
@@ -62,6 +63,22 @@ def test_a_question_waits_only_for_as_many_as_the_last_batch_had():
     (first, second, third, last), engine, _ = run(work, max_delay=0.5)
     assert engine.batches == [["a", "b"], ["c"], ["d"], ["e", "f", "g"]]
     assert min(first, second) >= 0.5 and max(third, last) < 0.4
+
+
+@pytest.mark.parametrize(("seconds", "batches"), [({1: 0.01, 2: 0.02, 4: 0.06}, [2, 1]), ({}, [3])])
+def test_a_batch_is_split_where_empty_rows_cost_more_than_a_second_one(seconds, batches):
+    class Timed(FakeEngine):
+        def compute(self, prepared):
+            count = len(prepared[1])
+            time.sleep(seconds.get(next(s for s in self.batch_sizes if s >= count), 0.02))
+            return super().compute(prepared)
+
+    async def work(batcher, engine):
+        for texts in ("a", "bc", "defg", "hij"):
+            await asyncio.gather(*(batcher.answer(asked(t), 10) for t in texts))
+
+    _, engine, _ = run(work, Timed(), max_delay=0.1)
+    assert list(map(len, engine.batches)) == [1, 2, 4, *batches]
 
 
 def test_only_questions_with_one_key_share_a_batch():

@@ -22,7 +22,7 @@ PASSAGES = [
 
 
 class FakeEngine:
-    max_batch_size = 4
+    batch_sizes = (1, 2, 4)
     num_kept = 2
 
     def __init__(self, seconds=0.0):
