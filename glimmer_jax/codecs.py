@@ -7,9 +7,8 @@ memory and retrieval share this module.
 
     bf16    2 D bytes per token
     int8    about D bytes per token
-    pq      D / 8 bytes per token: 8-bit codes of 8 channels; needs codebooks
-    pq16    D / 8 bytes per token: 16-bit codes of 16 channels, as MEMORY-VQ (arXiv 2308.14903);
-            encoding takes 256 times as long as with `pq`
+    pq      D / 8 bytes per token: 8-bit codes of 8 channels (MEMORY-VQ, arXiv 2308.14903); needs
+            codebooks
     f16     2 D bytes per token: vectors of a dense index; token states may exceed its range
     f32     for tests of exact equality, and as the baseline of error measurements
 
@@ -28,8 +27,7 @@ import numpy as np
 
 Arrays = Mapping[str, jax.Array]
 
-# Block sizes of the nearest-centroid search: the distances of one block take 1 GiB.
-_CENTROID_BLOCK = 4096
+# Points of one block of the nearest-centroid search: its distances take 64 MiB.
 _POINT_BLOCK = 65536
 
 
@@ -80,19 +78,75 @@ def _round(x: jax.Array, dtype: Any) -> jax.Array:
     return jax.lax.reduce_precision(x, info.nexp, info.nmant).astype(dtype)
 
 
-def straight_through(codec: Codec, states: jax.Array, codebooks: Arrays | None = None) -> jax.Array:
+def straight_through(
+    codec: Codec,
+    states: jax.Array,
+    codebooks: Arrays | None = None,
+    counted: jax.Array | None = None,
+) -> jax.Array:
     """States after a round trip through the store, with the gradient of the identity.
 
     Training and evaluation from tokens call this at the cut, so that the model always reads states
-    as the store returns them. Shape and dtype are those of `states`. `codebooks` receive the
-    gradient of the decoded states; callers stop it where codebooks are not trained.
+    as the store returns them. Shape and dtype are those of `states`.
+
+    Args:
+      codec: of the store.
+      states: float `[..., D]`.
+      codebooks: of the codec, if it has any.
+      counted: bool `[...]`. If given, the "gradients" of `centroids` and `frequencies` are sums over
+        the tokens where it is True, for the moving averages of `training.codebooks`: for a code with
+        centroid e that n tokens x were assigned to, n e - sum(x) and -n. They add up over
+        microbatches and devices as gradients do. If None, codebooks have no gradient.
     """
     fixed = jax.lax.stop_gradient(states)
+    fixed_books = jax.lax.stop_gradient(codebooks)
     # Encode in float32: a codec may need more precision than a bfloat16 activation has left.
-    arrays = codec.encode(fixed.astype(jnp.float32), jax.lax.stop_gradient(codebooks))
-    stored = codec.decode(arrays, states.dtype, codebooks)
+    arrays = codec.encode(fixed.astype(jnp.float32), fixed_books)
+    stored = codec.decode(arrays, states.dtype, fixed_books)
+    if counted is not None and isinstance(codec, ProductQuantisation):
+        assert codebooks is not None and fixed_books is not None
+        parts = codec.project(fixed, fixed_books)
+        learned = (codebooks["centroids"], codebooks["frequencies"])
+        stored = _with_assignments(stored, *learned, parts, arrays["codes"], counted)
     # `states - fixed` is exactly zero, so the value is exactly `stored`.
     return stored + (states - fixed)
+
+
+@jax.custom_vjp
+def _with_assignments(
+    stored: jax.Array,
+    centroids_GCS: jax.Array,
+    frequencies_GC: jax.Array,
+    parts: jax.Array,
+    codes: jax.Array,
+    counted: jax.Array,
+) -> jax.Array:
+    """`stored`, with the gradients of `straight_through`."""
+    return stored
+
+
+def _assignments_fwd(stored: Any, centroids_GCS: Any, _: Any, *assigned: Any) -> Any:
+    return stored, (centroids_GCS, *assigned)
+
+
+def _assignments_bwd(saved: Any, gradient: jax.Array) -> Any:
+    centroids_GCS, parts, codes, counted = saved
+    weights_N = counted.reshape(-1).astype(jnp.float32)
+    parts_GNS = jnp.moveaxis(parts.reshape(-1, *parts.shape[-2:]), 1, 0)
+    codes_GN = codes.reshape(-1, codes.shape[-1]).T.astype(jnp.int32)
+
+    def one_subspace(of_one: Any) -> tuple[jax.Array, jax.Array]:
+        centroids_CS, parts_NS, codes_N = of_one
+        count = len(centroids_CS)
+        counts_C = jax.ops.segment_sum(weights_N, codes_N, count)
+        sums_CS = jax.ops.segment_sum(parts_NS * weights_N[:, None], codes_N, count)
+        return counts_C[:, None] * centroids_CS - sums_CS, -counts_C
+
+    sums = jax.lax.map(one_subspace, (centroids_GCS, parts_GNS, codes_GN))
+    return gradient, *sums, None, None, None
+
+
+_with_assignments.defvjp(_assignments_fwd, _assignments_bwd)
 
 
 class _WithoutCodebooks:
@@ -187,13 +241,14 @@ class ProductQuantisation:
     al., 2013, "Optimized Product Quantization", section 3.2); and cut into G subspaces of S
     channels. Each subspace has C centroids, and stores the index of the nearest one.
 
-    The codebooks are learned once per encoder (`memory.codebooks`) and are parameters of the model
-    that reads the memory.
+    The codebooks are parameters of the model that reads the memory: `memory.codebooks` learns them
+    for an encoder, and training may move the centroids with it (`training.codebooks`).
+    `frequencies` are the shares of tokens that have each code; only training reads them.
     """
 
     name: str
     channels: int  # S, of a subspace
-    bits: int  # per code
+    bits: int  # per code; at most 8
 
     @property
     def num_codes(self) -> int:
@@ -214,13 +269,14 @@ class ProductQuantisation:
         return emb_dim // self.channels
 
     def array_specs(self, emb_dim: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        dtype = np.dtype(np.uint8 if self.bits <= 8 else np.uint16)
-        return {"codes": ((self.num_subspaces(emb_dim),), dtype)}
+        return {"codes": ((self.num_subspaces(emb_dim),), np.dtype(np.uint8))}
 
     def codebook_specs(self, emb_dim: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the float32 codebook arrays by name."""
+        groups = self.num_subspaces(emb_dim)
         return {
-            "centroids": (self.num_subspaces(emb_dim), self.num_codes, self.channels),
+            "centroids": (groups, self.num_codes, self.channels),
+            "frequencies": (groups, self.num_codes),
             "basis": (emb_dim, emb_dim),
             "scale": (emb_dim,),
             "mean": (emb_dim,),
@@ -243,8 +299,7 @@ class ProductQuantisation:
         parts_GNS = jnp.moveaxis(parts.reshape(-1, *parts.shape[-2:]), 1, 0)
         # One subspace at a time: the distances of all of them would not fit in memory.
         codes_GN = jax.lax.map(lambda pair: nearest(*pair), (parts_GNS, codebooks["centroids"]))
-        _, dtype = self.array_specs(states.shape[-1])["codes"]
-        return {"codes": codes_GN.T.reshape(parts.shape[:-1]).astype(dtype)}
+        return {"codes": codes_GN.T.reshape(parts.shape[:-1]).astype(jnp.uint8)}
 
     def decode(self, arrays: Arrays, dtype: Any, codebooks: Arrays | None = None) -> jax.Array:
         assert codebooks is not None
@@ -274,38 +329,22 @@ def nearest(points_NS: jax.Array, centroids_CS: jax.Array) -> jax.Array:
 
 
 def _nearest(points_NS: jax.Array, centroids_CS: jax.Array) -> jax.Array:
-    num_codes, channels = centroids_CS.shape
-    size = min(num_codes, _CENTROID_BLOCK)
-
-    def closest(best: tuple[jax.Array, jax.Array], block: tuple[jax.Array, jax.Array]):
-        offset, block_CS = block
-        # Half the squared distance, without the term that all centroids share.
-        distance_CN = 0.5 * jnp.sum(block_CS * block_CS, -1)[:, None] - jnp.matmul(
-            block_CS, points_NS.T, precision="highest"
-        )
-        # Two plain reductions along columns: on a CPU 17 times faster than `argmin`.
-        least_N = jnp.min(distance_CN, 0)
-        numbers = jnp.arange(size, dtype=jnp.int32)[:, None]
-        code = jnp.min(jnp.where(distance_CN == least_N[None], numbers, size - 1), 0)
-        is_nearer = least_N < best[1]
-        return (
-            jnp.where(is_nearer, offset + code, best[0]),
-            jnp.where(is_nearer, least_N, best[1]),
-        )
-
-    # Derived from the points, so that inside a `shard_map` it varies over devices as they do.
-    start = (jnp.zeros_like(points_NS[:, 0], jnp.int32), jnp.full_like(points_NS[:, 0], jnp.inf))
-    offsets = jnp.arange(0, num_codes, size, dtype=jnp.int32)
-    blocks = centroids_CS.reshape(-1, size, channels)
-    best, _ = jax.lax.scan(lambda b, at: (closest(b, at), None), start, (offsets, blocks))
-    return best[0]
+    # Half the squared distance, without the term that all centroids share.
+    distance_CN = 0.5 * jnp.sum(centroids_CS * centroids_CS, -1)[:, None] - jnp.matmul(
+        centroids_CS, points_NS.T, precision="highest"
+    )
+    # Two plain reductions along columns: on a CPU 17 times faster than `argmin`.
+    least_N = jnp.min(distance_CN, 0)
+    numbers = jnp.arange(len(centroids_CS), dtype=jnp.int32)[:, None]
+    # Distances that are not numbers equal nothing; their code must exist all the same.
+    last = len(centroids_CS) - 1
+    return jnp.min(jnp.where(distance_CN == least_N[None], numbers, last), 0)
 
 
 _CODECS: dict[str, Codec] = {
     "bf16": Cast("bf16", jnp.bfloat16),
     "int8": Int8(),
     "pq": ProductQuantisation("pq", channels=8, bits=8),
-    "pq16": ProductQuantisation("pq16", channels=16, bits=16),
     "f16": Cast("f16", jnp.float16),
     "f32": Cast("f32", jnp.float32),
 }

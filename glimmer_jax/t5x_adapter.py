@@ -71,6 +71,12 @@ class T5XModel:
                 f"LOSS_NORMALIZING_FACTOR={loss_normalizing_factor} is not supported: our loss is the "
                 "mean per target token. Remove it, and scale LEARNING_RATE instead."
             )
+        if optimizer_def is not None and model.config.train_codebooks:
+            raise ValueError(
+                "TRAIN_CODEBOOKS=True is not supported: codebooks follow the encoder as moving "
+                "averages, which T5X's optimisers do not compute. Set TRAIN_CODEBOOKS = False, or "
+                "train with glimmer --run_mode=train."
+            )
         if vocabulary is None or isinstance(vocabulary, str):
             vocabulary = find_vocabulary(vocabulary)
         if not hasattr(vocabulary, "fingerprint"):

@@ -33,7 +33,7 @@ CONTRACT = {
 STANDARD = {"vocab", "embed", "mlp", "heads", "kv", "joined_kv", "relpos_buckets", "layers"}
 FACTORED = STANDARD | {"codebook", "code", "code_channel"}
 LENGTHS = {"inputs": tiny.Q, "targets": tiny.T, "passages": (tiny.K, tiny.P)}
-CODEBOOKS = dataclasses.replace(tiny.GLIMMER, memory_codec="pq", train_codebooks=True)
+CODEBOOKS = dataclasses.replace(tiny.GLIMMER, memory_codec="pq")
 FAMILY = {"fid": tiny.FID, "lumen": tiny.FROZEN, "glimmer": tiny.GLIMMER, "codebooks": CODEBOOKS}
 
 
@@ -196,6 +196,12 @@ def test_frozen_memory_has_zero_gradients_under_any_trainer():
         if is_frozen
     ]
     assert still and all(still)
+
+
+def test_t5x_cannot_train_codebooks():
+    config = dataclasses.replace(CODEBOOKS, train_codebooks=True)
+    with pytest.raises(ValueError, match="TRAIN_CODEBOOKS.*run_mode=train"):
+        adapter(config)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 Each channel is normalised to mean 0 and variance 1; principal directions are allocated to the subspaces
 so that the products of their variances are balanced (Ge et al., 2013, "Optimized Product Quantization",
 section 3.2); k-means then finds the centroids of every subspace, each device summing over its own part of
-the sample.
+the sample. It starts from k-means++ (Arthur and Vassilvitskii, 2007) on up to 65,536 of the tokens.
 
 A sample of N tokens takes 4 N D bytes of the host's RAM, and as much again distributed over the devices:
 31 GB each for ten million tokens of 768 channels. Everything else is small in comparison.
@@ -25,6 +25,7 @@ from glimmer_jax.runtime.preemption import STOP
 
 Codebooks = dict[str, np.ndarray]
 _ROWS = 16384  # of a sample at a time: bounds RAM for samples of millions
+_START_TOKENS = 65536  # that initial centroids are drawn from
 # Iterations of k-means in one call: a stop is noticed between calls.
 _ITERATIONS = 5
 
@@ -118,16 +119,40 @@ def learn(
     products = jax.jit(lambda x: jnp.matmul(x.T, x, precision="highest"))(scaled_ND)
     books["basis"] = even_basis(np.asarray(products, np.float64) / count, codec.channels)
 
-    draw = np.random.default_rng(seed)
+    drawn = np.random.default_rng(seed).permutation(count)[: max(_START_TOKENS, codec.num_codes)]
+    rotated = ((states_ND[drawn] - books["mean"]) / books["scale"]) @ books["basis"]
+    points_GNS = rotated.reshape(len(drawn), -1, codec.channels).swapaxes(0, 1)
+    keys = jax.random.split(jax.random.key(seed), len(points_GNS))
+    start = [
+        np.asarray(plus_plus(points_NS, key, codec.num_codes))
+        for points_NS, key in zip(points_GNS, keys, strict=True)
+    ]
+    spare_GCS = points_GNS[:, : codec.num_codes].copy()
+    centroids, counts = _kmeans(
+        scaled_ND, weights, books["basis"], np.stack(start), spare_GCS, iterations, mesh
+    )
+    frequencies = (counts / count).astype(np.float32)
+    return {"centroids": centroids, "frequencies": frequencies, **books}
 
-    def draw_points() -> np.ndarray:
-        points_CD = states_ND[draw.permutation(count)[: codec.num_codes]]
-        rotated_CD = ((points_CD - books["mean"]) / books["scale"]) @ books["basis"]
-        return rotated_CD.reshape(len(points_CD), -1, codec.channels).swapaxes(0, 1).copy()
 
-    start_GCS, spare_GCS = draw_points(), draw_points()
-    centroids = _kmeans(scaled_ND, weights, books["basis"], start_GCS, spare_GCS, iterations, mesh)
-    return {"centroids": centroids, **books}
+@functools.partial(jax.jit, static_argnames="num_codes")
+def plus_plus(points_NS: jax.Array, key: jax.Array, num_codes: int) -> jax.Array:
+    """Initial centroids float32 `[num_codes, S]`, drawn from the points by k-means++.
+
+    Each is drawn with a probability proportional to the squared distance to the nearest one so far.
+    """
+    keys = jax.random.split(key, num_codes)
+
+    def draw(c: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        centroids_CS, square_N = state
+        # All are infinite before the first draw, which is uniform.
+        logits_N = jnp.where(c > 0, jnp.log(square_N), 0.0)
+        new_S = points_NS[jax.random.categorical(keys[c], logits_N)]
+        square_N = jnp.minimum(square_N, jnp.square(points_NS - new_S[None]).sum(-1))
+        return centroids_CS.at[c].set(new_S), square_N
+
+    start = jnp.zeros((num_codes, points_NS.shape[1])), jnp.full(len(points_NS), jnp.inf)
+    return jax.lax.fori_loop(0, num_codes, draw, start)[0]
 
 
 def _pieces(states_ND: np.ndarray) -> Iterator[np.ndarray]:
@@ -190,8 +215,10 @@ def _kmeans(
     spare_GCS: np.ndarray,
     iterations: int,
     mesh: Mesh,
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
     """Lloyd's iterations in every subspace; a centroid without points is replaced by a spare point.
+
+    Returns the centroids and the number of points nearest to each.
 
     Letters: N points, D channels, G subspaces of S channels, C centroids of a subspace.
     """
@@ -205,22 +232,31 @@ def _kmeans(
     def rotate(scaled_ND, basis_DS):
         return jnp.matmul(scaled_ND, basis_DS, precision="highest")
 
+    def assign(points_NS, weights_N, centroids_CS):
+        codes_N = nearest(points_NS, centroids_CS)
+        sums = jax.ops.segment_sum(points_NS * weights_N[:, None], codes_N, num_codes)
+        counts = jax.ops.segment_sum(weights_N, codes_N, num_codes)
+        return jax.lax.psum((sums, counts), axes)
+
     @jax.jit
     @functools.partial(sharded, in_specs=(rows, rows, *(replicated,) * 4), out_specs=replicated)
     def lloyd(points_NS, weights_N, centroids_CS, spare_CS, first, last):
         def iterate(step, centroids_CS):
-            codes_N = nearest(points_NS, centroids_CS)
-            sums = jax.ops.segment_sum(points_NS * weights_N[:, None], codes_N, num_codes)
-            counts = jax.ops.segment_sum(weights_N, codes_N, num_codes)[:, None]
-            sums, counts = jax.lax.psum((sums, counts), axes)
+            sums, counts = assign(points_NS, weights_N, centroids_CS)
+            counts = counts[:, None]
             others_CS = jnp.roll(spare_CS, step, axis=0)
             return jnp.where(counts > 0, sums / jnp.maximum(counts, 1), others_CS)
 
         return jax.lax.fori_loop(first, last, iterate, centroids_CS)
 
+    @jax.jit
+    @functools.partial(sharded, in_specs=(rows, rows, replicated), out_specs=replicated)
+    def count(points_NS, weights_N, centroids_CS):
+        return assign(points_NS, weights_N, centroids_CS)[1]
+
     everywhere = NamedSharding(mesh, replicated)
     basis_GDS = basis_DD.reshape(len(basis_DD), -1, channels).swapaxes(0, 1)
-    learnt_GCS = np.empty_like(start_GCS)
+    learnt_GCS, counts_GC = np.empty_like(start_GCS), np.empty(start_GCS.shape[:2], np.float32)
     for group, inputs in enumerate(zip(basis_GDS, start_GCS, spare_GCS, strict=True)):
         basis_DS, centroids_CS, spare_CS = jax.device_put(inputs, everywhere)
         # Rotated one subspace at a time: a device has room for only one copy of its part.
@@ -231,7 +267,8 @@ def _kmeans(
             centroids_CS = lloyd(points_NS, weights_N, centroids_CS, spare_CS, *steps)
             centroids_CS.block_until_ready()
         learnt_GCS[group] = centroids_CS
-    return learnt_GCS
+        counts_GC[group] = count(points_NS, weights_N, centroids_CS)
+    return learnt_GCS, counts_GC
 
 
 def relative_error(codec: Codec, books: Codebooks | None, states_ND: np.ndarray) -> float:

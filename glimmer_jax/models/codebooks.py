@@ -6,13 +6,14 @@ import jax.numpy as jnp
 
 from glimmer_jax import axes, codecs
 
-# Codebooks that may be fine-tuned; the others define the space of the centroids.
-TRAINED = ("centroids",)
+# Codebooks that training may move (`training.codebooks`); the others define the centroids' space.
+TRAINED = ("centroids", "frequencies")
 
 _INIT = {
     "basis": lambda key, shape, dtype: jnp.eye(shape[0], dtype=dtype),
     "scale": nn.initializers.ones,
     "mean": nn.initializers.zeros,
+    "frequencies": lambda key, shape, dtype: jnp.full(shape, 1 / shape[-1], dtype),
 }
 
 

@@ -63,7 +63,7 @@ class GlimmerConfig:
     separate_reranker: bool = False  # R separate layers for the scores, not reused for reading
     read_chunk: int | None = None  # passages in Live-B at a time when answering; None is all
     memory_codec: str = "bf16"  # of stored memory; training rounds the same way
-    train_codebooks: bool = False  # trains the codec's centroids, straight-through
+    train_codebooks: bool = False  # the codec's centroids follow the encoder (`training.codebooks`)
 
     def __post_init__(self):
         m, r, layers = self.memory_layers, self.rerank_layers, self.t5.num_encoder_layers
@@ -269,7 +269,8 @@ class Glimmer(nn.Module):
         tokens = constrain(batch["passage_tokens"], (axes.BATCH, axes.PASSAGES, axes.LENGTH))
         states = self.memory_states(tokens)
         if self.config.memory_layers:
-            states = codecs.straight_through(codec, states, self._codebooks())
+            counted = tokens > 0 if self.config.train_codebooks else None
+            states = codecs.straight_through(codec, states, self._codebooks(), counted)
         return states, tokens > 0
 
     def rerank(self, batch: Batch) -> Live:

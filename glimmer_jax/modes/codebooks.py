@@ -31,7 +31,7 @@ def learn_codebooks(
     """Writes the checkpoint's parameters with codebooks; prints and returns the codec's error.
 
     Args:
-      encoder: a checkpoint whose codec has codebooks (`pq`, `pq16`), and the passages to sample.
+      encoder: a checkpoint whose codec has codebooks (`pq`), and the passages to sample.
         Codebooks that the checkpoint has are replaced.
       output_path: a file `NAME.safetensors`, for training, building memory and answering.
       sample_tokens: tokens that the codebooks are learned from, 4 D bytes of RAM each. As many
@@ -52,7 +52,7 @@ def learn_codebooks(
     codec = codecs.get(model.config.memory_codec)
     if not isinstance(codec, ProductQuantisation):
         raise ValueError(
-            f"MEMORY_CODEC={model.config.memory_codec!r} has no codebooks. Set it to pq or pq16, or "
+            f"MEMORY_CODEC={model.config.memory_codec!r} has no codebooks. Set it to pq, or "
             "build memory with the checkpoint as it is."
         )
     corpus = Passages.open(str(encoder.passages_dir), fingerprint)

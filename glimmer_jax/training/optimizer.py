@@ -1,6 +1,7 @@
 """The optimiser of a run: trained parameters, learning rate, and the sharding of its state.
 
 Frozen parameters are removed from the tree first: they have no gradients, no moments and no updates.
+Codebooks are updated apart from the others (`training.codebooks`): their "gradients" are no gradients.
 """
 
 import dataclasses
@@ -12,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from glimmer_jax import axes
+from glimmer_jax.training import codebooks
 from glimmer_jax.training.adafactor import adafactor, adafactor_names
 from glimmer_jax.training.schedule import Schedule, make_schedule
 
@@ -79,11 +82,12 @@ class Optimizer:
 
     def split(self, tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """A tree of the parameters' structure -> (trained part, frozen part)."""
-        flat = flax.traverse_util.flatten_dict(tree)
-        trained = {path: leaf for path, leaf in flat.items() if path not in self.frozen}
-        frozen = {path: leaf for path, leaf in flat.items() if path in self.frozen}
-        unflatten = flax.traverse_util.unflatten_dict
-        return unflatten(trained), unflatten(frozen)
+        frozen, trained = _split(tree, self.frozen)
+        return trained, frozen
+
+    def global_norm(self, grads: dict[str, Any]) -> jax.Array:
+        """Norm of the gradients of the trained part, float32 scalar."""
+        return global_norm(_split(grads, _of_codes(self.names))[1])
 
     def init(self, params: dict[str, Any]) -> Any:
         """The state before the first update. `params` includes frozen parameters."""
@@ -131,6 +135,8 @@ def make_optimizer(
     trained_names = flax.traverse_util.unflatten_dict(
         {path: leaf for path, leaf in flat_names.items() if path not in frozen_paths}
     )
+    of_codes = _of_codes(trained_names)
+    _, trained_names = _split(trained_names, of_codes)
     if not trained_names:
         raise ValueError("Every parameter is frozen. Train at least one of them.")
     schedule = config.make_schedule()
@@ -144,7 +150,45 @@ def make_optimizer(
             optax.clip_by_global_norm(config.max_grad_norm), transformation
         )
         state_names = lambda shapes: (optax.EmptyState(), inner_names(shapes))  # noqa: E731
+    if of_codes:
+        transformation = _beside_codebooks(transformation, of_codes)
+        names_of_others = state_names
+        state_names = lambda shapes: names_of_others(_split(shapes, of_codes)[1])  # noqa: E731
     return Optimizer(transformation, schedule, names, frozen_paths, state_names)
+
+
+def _of_codes(names: dict[str, Any]) -> frozenset[tuple[str, ...]]:
+    """Paths of codebooks, which have a dimension of codes."""
+    flat = flax.traverse_util.flatten_dict(names)
+    return frozenset(path for path, dims in flat.items() if axes.CODE in dims)
+
+
+def _split(
+    tree: dict[str, Any], paths: frozenset[tuple[str, ...]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A nested dict -> (its part at `paths`, the rest)."""
+    flat = flax.traverse_util.flatten_dict(tree)
+    parts = ({p: x for p, x in flat.items() if (p in paths) == chosen} for chosen in (True, False))
+    here, rest = (flax.traverse_util.unflatten_dict(part) for part in parts)
+    return here, rest
+
+
+def _beside_codebooks(
+    transformation: optax.GradientTransformation, of_codes: frozenset[tuple[str, ...]]
+) -> optax.GradientTransformation:
+    """`transformation` for all parameters but the codebooks; its state is the only one."""
+    averages = codebooks.moving_average()
+
+    def init(params: dict[str, Any]) -> Any:
+        return transformation.init(_split(params, of_codes)[1])
+
+    def update(grads: dict[str, Any], state: Any, params: dict[str, Any] | None = None):
+        (sums, grads), (books, others) = (_split(x, of_codes) for x in (grads, params or {}))
+        updates, state = transformation.update(grads, state, others)
+        moved, _ = averages.update(sums, optax.EmptyState(), books)
+        return merge(updates, moved), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def _adafactor(config: OptimizerConfig, schedule: Schedule, names: dict[str, Any]):

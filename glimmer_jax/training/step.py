@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from glimmer_jax import axes, partitioning
-from glimmer_jax.training.optimizer import Optimizer, global_norm, merge
+from glimmer_jax.training.optimizer import Optimizer, merge
 from glimmer_jax.training.state import TrainState
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]
@@ -56,7 +56,7 @@ def make_train_step(
             return loss, sums, _constrain_like_params(grads, optimizer)
 
         loss, sums, grads = accumulate(loss_and_grads, batch, step_key, num_microbatches)
-        grad_norm = global_norm(grads)
+        grad_norm = optimizer.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updated = optimizer.update(grads, state.opt_state, state.params)
         params, opt_state = jax.tree.map(

@@ -40,10 +40,11 @@ def test_learned_codebooks_equal_lloyds_on_every_mesh():
     assert {k: v.shape for k, v in books.items()} == SMALL.codebook_specs(16)
     turned = ((states - books["mean"]) / books["scale"]) @ books["basis"]
     points = turned.reshape(500, 2, 8).swapaxes(0, 1)
-    draw = np.random.default_rng(0)
-    start, spare = (points[:, draw.permutation(500)[:16]] for _ in range(2))
+    drawn = points[:, np.random.default_rng(0).permutation(500)]
+    keys = jax.random.split(jax.random.key(0), 2)
+    spare = drawn[:, :16]
     for group in range(2):
-        centroids = start[group]
+        centroids = np.asarray(codebooks.plus_plus(drawn[group], keys[group], 16))
         for step in range(4):
             far = np.square(points[group][:, None] - centroids).sum(-1)
             near = far.argmin(1)
@@ -56,9 +57,30 @@ def test_learned_codebooks_equal_lloyds_on_every_mesh():
                 ]
             )
         np.testing.assert_allclose(books["centroids"][group], centroids, rtol=1e-3, atol=1e-3)
+        near = np.square(points[group][:, None] - centroids).sum(-1).argmin(1)
+        shares = np.bincount(near, minlength=16) / 500
+        np.testing.assert_allclose(books["frequencies"][group], shares, atol=1e-6)
     many = codebooks.learn(SMALL, states, _mesh(8), iterations=4)
     for name, value in books.items():
         np.testing.assert_allclose(many[name], value, rtol=1e-3, atol=1e-3)
+
+
+def test_initial_centroids_are_far_apart():
+    """k-means++ finds nearly all of 16 distant clusters of unequal size; a uniform draw does not."""
+    rng = np.random.default_rng(0)
+    sizes = np.repeat(np.arange(16), np.arange(16) * 8 + 1)
+    points = (rng.normal(size=(16, 4)) * 100)[sizes] + rng.normal(size=(len(sizes), 4))
+    points = rng.permutation(points).astype(np.float32)
+
+    def far(centroids):
+        return np.square(points[:, None] - centroids).sum(-1).min(1).mean()
+
+    starts = [np.asarray(codebooks.plus_plus(points, jax.random.key(n), 16)) for n in range(8)]
+    assert all((start[:, None] == points).all(-1).any(1).all() for start in starts)
+    uniform = np.mean([far(rng.permutation(points)[:16]) for _ in range(8)])
+    assert np.mean([far(start) for start in starts]) < 0.2 * uniform
+    # Fewer different points than codes are no error.
+    assert np.isfinite(codebooks.plus_plus(points[:3], jax.random.key(0), 16)).all()
 
 
 def test_the_basis_is_orthogonal_and_balances_subspace_variance():
@@ -207,7 +229,7 @@ def test_the_model_reads_codes_as_it_reads_tokens():
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_only_centroids_are_trained_and_only_if_enabled(train):
+def test_only_centroids_and_their_frequencies_follow_and_only_if_enabled(train):
     model, params = _params(dataclasses.replace(PQ, train_codebooks=train))
     batch = {"passage_tokens": np.arange(2, 17, dtype=np.int32).reshape(1, 3, 5)}
 
@@ -218,7 +240,7 @@ def test_only_centroids_are_trained_and_only_if_enabled(train):
     grads = jax.jit(jax.grad(loss))(params)
     assert np.asarray(grads["token_embedder"]["embedding"]).any()
     moved = {name for name, g in grads["memory_codebooks"].items() if np.asarray(g).any()}
-    assert moved == ({"centroids"} if train else set())
+    assert moved == ({"centroids", "frequencies"} if train else set())
     _, names = model.abstract_variables()
     optimizer = make_optimizer(OptimizerConfig(), names, model.frozen(params))
     trained, frozen = optimizer.split(params)

@@ -148,7 +148,7 @@ def _moved_bytes(text):
     return moved
 
 
-@pytest.mark.parametrize("codec", ["bf16", "int8", "pq", "pq16"])
+@pytest.mark.parametrize("codec", ["bf16", "int8", "pq"])
 @pytest.mark.parametrize("sizes", [dict(data=8), dict(data=4, fsdp=2)], ids=["8", "4x2"])
 def test_a_device_receives_at_most_twice_its_part_of_the_batch(sizes, codec):
     batch, passages, length, emb_dim, page = 16, 10, 64, 32, 16

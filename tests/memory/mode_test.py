@@ -42,10 +42,10 @@ def test_plan_prints_sizes_and_hours_before_anything_runs(capsys):
     layer = 4 * 768 * 768 + 3 * 768 * 2048
     hours = 2 * 200e6 / 1e14 / 3600
     assert planned["device_hours"] == pytest.approx(8 * layer * hours, rel=0.001)
-    # pq16's codes cost most of it: the turn, and 65,536 centroids in each subspace.
+    # The codes of pq: the turn, and 256 centroids in each subspace.
     gin.clear_config()
-    assert run("plan", *model, NUM_PASSAGES=1_000_000, MEMORY_CODEC="pq16") == 0
-    codes = (65536 + 768) * 768
+    assert run("plan", *model, NUM_PASSAGES=1_000_000, MEMORY_CODEC="pq") == 0
+    codes = (256 + 768) * 768
     assert printed(capsys)["device_hours"] == pytest.approx((8 * layer + codes) * hours, rel=0.001)
 
 
