@@ -30,11 +30,13 @@ scratch on the built-in corpus, and evaluated on held-out modules. `python -m ex
 wrote this page from `experiments/claims.jsonl`; `experiments/claims.json` has the same figures.
 Quality is exact match in percent, averaged over the three tasks.
 
-All arms start from the same parameters, which know reading exercises only, without a scoring head.
-A seed determines the examples, their order and their synthetic names, and is shared by all arms, so
-that differences are paired. Intervals are 95 % intervals of the mean over seeds: Student's t over
-seeds, and a bootstrap over seeds and pages. A criterion must be met by the outer bounds of both.
-The criteria are in `experiments/claim_criteria.py` and were fixed before the first run.
+All arms start from the same parameters, which know reading exercises only, without a scoring head,
+and read single passages once for all seeds. From then on a seed determines the examples, their
+order and their synthetic names, and is shared by all arms, so that differences are paired.
+Intervals are 95 % intervals of the mean over seeds: Student's t over seeds, and a bootstrap over
+seeds and pages; how the first stage varies is no part of them. A criterion must be met by the outer
+bounds of both. The criteria are in `experiments/claim_criteria.py` and were fixed before the first
+run.
 
 Encoders have seven layers. Unless stated otherwise, three of them are live, LUMEN's memory is
 frozen and GLIMMER's is trained, and two of GLIMMER's live layers rerank. GLIMMER keeps three

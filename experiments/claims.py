@@ -105,6 +105,7 @@ class Study:
             "task": TASK,
             "cuts": CUTS,
             "first_seed": claim_arms.FIRST_SEED,
+            "shared": claim_arms.SHARED,
         }
         self._procedure = results.add_procedure(about)
         self._questions = ""  # known once the files are written
@@ -239,10 +240,11 @@ class Study:
                 mixture = macros["MIXTURE_OR_TASK_NAME"]
                 macros["MIXTURE_OR_TASK_NAME"] = mixture.replace("_", f"_{task}_", 1)
             steps = claim_arms.task_steps(stage, task)
+            own_seed = 0 if stage.name in claim_arms.SHARED else seed
             macros |= {
                 "TRAIN_STEPS": steps,
                 "WARMUP_STEPS": min(macros["WARMUP_STEPS"], steps // 5),
-                "RANDOM_SEED": SEEDS_PER_RUN * (claim_arms.FIRST_SEED + seed) + stage.number,
+                "RANDOM_SEED": SEEDS_PER_RUN * (claim_arms.FIRST_SEED + own_seed) + stage.number,
                 "KEEP_LATEST": 1,
                 "INITIAL_CHECKPOINT_PATH": previous,
             }
