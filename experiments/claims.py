@@ -1,13 +1,14 @@
 """Runs the experiments on the paper's claims and reports them.
 
-    python -m experiments.claims [--blocks=A,B] [--seeds=0,1] [--start=FILE] [--output=DIR]
+    python -m experiments.claims [--blocks=A,B] [--arms=fid,lumen] [--seeds=0,1] [--start=FILE]
+                                 [--output=DIR]
     python -m experiments.claims --report    # rewrites the report from the results, runs nothing
     python -m experiments.claims --smoke     # the same procedure with tiny runs, in minutes
 
 A unit is a block, an arm and a seed (`claim_arms`). Its result is appended to
 `experiments/claims.jsonl` as soon as it is known, and finished units are skipped, so that rerunning
-the command resumes it and an interruption loses at most the current stage. Runs that arms share are
-trained once. Block T tunes learning rates on dev; run it before the others, or they use the rates of
+the command resumes it and an interruption loses at most the current stage. Runs that units share are
+trained once per output folder: where that folder does not last, finish one arm after the other. Block T tunes learning rates on dev; run it before the others, or they use the rates of
 the recipe. Block S measures speed; run it alone on an idle machine.
 
     experiments/claims.jsonl    a line per unit
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs all unfinished units, then writes the report. Exits at the first failing command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--blocks", default=",".join(BLOCKS), help=f"{TUNING} tunes rates")
+    parser.add_argument("--arms", help="separated by commas; default: all of each block")
     parser.add_argument(
         "--seeds", help="separated by commas; default: as many as each block's verdict needs"
     )
@@ -73,6 +75,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError:
         parser.error(f"--seeds must be numbers separated by commas, got {args.seeds!r}.")
     scale = claim_arms.SMOKE if args.smoke else Scale()
+    if args.arms is not None:
+        arms = tuple(args.arms.split(","))
+        if unknown := sorted(set(arms) - set(scale.arms)):
+            parser.error(f"--arms must be among {', '.join(scale.arms)}; got {unknown}.")
+        scale = dataclasses.replace(scale, arms=arms)
     folders = claim_report.Folders()
     path = RESULTS
     if args.smoke:

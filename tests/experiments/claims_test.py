@@ -173,6 +173,17 @@ def test_an_interrupted_study_resumes_and_a_finished_one_runs_nothing(study):
     assert len(run("--blocks=A", "--seeds=2")) == 9
 
 
+def test_an_arm_can_be_finished_before_the_others(study):
+    units = run("--blocks=T,A,B", "--arms=glimmer", "--seeds=0,1")
+    assert {unit["arm"] for unit in units} == {"glimmer"}
+    assert len(units) == len(RATES) + 2 + 2
+    assert sum(name.startswith("read") for name in study.runs()) == 1
+    # The other arms add theirs to the same study.
+    everything = run("--blocks=A", "--seeds=0,1")
+    assert [unit["procedure"] for unit in everything] == [units[0]["procedure"]] * len(everything)
+    assert {unit["arm"] for unit in everything} == {"fid", "lumen", "glimmer"}
+
+
 def test_another_start_runs_again(study):
     assert len(run("--blocks=D", "--seeds=0")) == 1
     Path("start.safetensors").write_bytes(b"others")
@@ -265,6 +276,7 @@ def test_invalid_flags_are_rejected(study, capsys):
     for flags, message in (
         (["--blocks=A,X"], "X"),
         (["--seeds=one"], "'one'"),
+        (["--arms=fid,bert"], "'bert'"),
         (["--start=missing.safetensors"], "--models=start"),
     ):
         with pytest.raises(SystemExit):
