@@ -7,9 +7,10 @@
 
 A unit is a block, an arm and a seed (`claim_arms`). Its result is appended to
 `experiments/claims.jsonl` as soon as it is known, and finished units are skipped, so that rerunning
-the command resumes it and an interruption loses at most the current stage. Runs that units share are
-trained once per output folder: where that folder does not last, finish one arm after the other. Block T tunes learning rates on dev; run it before the others, or they use the rates of
-the recipe. Block S measures speed; run it alone on an idle machine.
+the command resumes it and an interruption loses at most the current stage. Runs that units share
+are trained once per output folder: where that folder does not last, finish one arm after the other.
+Block T tunes learning rates on dev; run it before the others, or they use the rates of the recipe.
+Block S measures speed; run it alone on an idle machine.
 
     experiments/claims.jsonl    a line per unit
     experiments/claims.json     statistics and verdicts
