@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments.claim_arms import ARMS, BLOCKS, TUNING
 from experiments.claim_criteria import CLAIMS, Claim, Part, Rivals, Term
-from experiments.claim_results import Results, decode_numbers, unpack
+from experiments.claim_results import NATS_UNIT, Results, decode_numbers, unpack
 from experiments.claim_statistics import Estimate, estimate
 from glimmer_jax.pydocs.questions import TASKS
 
@@ -28,6 +28,7 @@ class Judged:
     required: bool
     seeds: tuple[int, ...]
     estimate: Estimate | None = None
+    nats: bool = False  # of nats per token instead of exact match
 
 
 class Study:
@@ -68,12 +69,14 @@ class Study:
         tuning = [unit for unit in results.units if unit["block"] == TUNING]
         self.tuning = [unit for unit in tuning if unit["procedure"] == newest["procedure"]]
 
-    def seeds(self, arm: str, selection: str) -> dict[int, Mapping[str, Any]]:
-        """Seed -> result of an arm under a selection, from any block that has it."""
+    def seeds(
+        self, arm: str, selection: str, measure: str = "hits"
+    ) -> dict[int, Mapping[str, Any]]:
+        """Seed -> result of an arm under a selection, from any block that has this measure of it."""
         found = {}
         for (_, name, seed), unit in sorted(self.units.items(), reverse=True):
             result = unit["results"].get(selection, {})
-            if name == arm and "hits" in result:
+            if name == arm and measure in result:
                 found[seed] = result
         return dict(sorted(found.items()))
 
@@ -100,9 +103,12 @@ class Study:
                 return found
         return None
 
-    def contrast(self, terms: Sequence[Term]) -> tuple[tuple[int, ...], Estimate | None]:
-        """Weighted sum of exact match, over the seeds that have all terms."""
-        by_term = [self.seeds(arm, selection) for arm, selection, _ in terms]
+    def contrast(
+        self, terms: Sequence[Term], nats: bool = False
+    ) -> tuple[tuple[int, ...], Estimate | None]:
+        """Weighted sum of exact match, or of nats per token, over the seeds that have all terms."""
+        measure = "nats" if nats else "hits"
+        by_term = [self.seeds(arm, selection, measure) for arm, selection, _ in terms]
         seeds = tuple(sorted(set.intersection(*(set(found) for found in by_term))))
         if not seeds:
             return seeds, None
@@ -111,7 +117,7 @@ class Study:
             count = len(self.pages[task])
             rows = [
                 sum(
-                    weight * unpack(found[seed]["hits"][task], count)
+                    weight * _values(found[seed], measure, task, count)
                     for (_, _, weight), found in zip(terms, by_term, strict=True)
                 )
                 for seed in seeds
@@ -123,6 +129,14 @@ class Study:
         """Training and evaluation of all units of some blocks."""
         units = [unit for (block, _, _), unit in self.units.items() if block in blocks]
         return sum(sum(unit["seconds"].values()) for unit in units) / 3600
+
+
+def _values(result: Mapping[str, Any], measure: str, task: str, count: int) -> np.ndarray:
+    """A measure of each question of a task, `[count]`."""
+    packed = result[measure][task]
+    if measure == "hits":
+        return unpack(packed, count)
+    return decode_numbers(packed) * NATS_UNIT
 
 
 def judge(study: Study, claim: Claim) -> tuple[str, list[Judged]]:
@@ -145,12 +159,12 @@ def judge_all(study: Study) -> dict[str, tuple[str, list[Judged]]]:
 def _judge_part(study: Study, part: Part | Rivals, needed: int) -> Judged:
     if isinstance(part, Rivals):
         return _judge_rivals(study, part, needed)
-    seeds, found = study.contrast(part.terms)
+    seeds, found = study.contrast(part.terms, part.nats)
     verdict = _verdict(found, len(seeds), needed, part.above, part.below)
     if part.costs_more and found is not None:
         first, second = (study.gflop(arm, key) for arm, key, _ in part.terms)
         verdict = verdict if first > second else FAILS
-    return Judged(part.text, verdict, part.required, seeds, found)
+    return Judged(part.text, verdict, part.required, seeds, found, part.nats)
 
 
 def _verdict(

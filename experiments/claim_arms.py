@@ -82,12 +82,15 @@ class Block:
     selections: str = "default"  # a kind of `Scale.selections`
     note: str = ""  # for the report
     speed: bool = False  # measures questions per second, once per arm, instead of quality
+    nats: bool = False  # also measures the negative log-likelihood of the right answers
 
 
 def _distilled(temperature: float) -> dict[str, Any]:
     return {"DISTILLATION_WEIGHT": 1.0, "TEMPERATURE": temperature, "SUPERVISED_WEIGHT": 0.0}
 
 
+# The memory is stored as codes in the stages with several passages; before them codebooks are learned.
+CODES = {"MEMORY_CODEC": "pq"}
 SMALL = {"ALPHA": 0.29, "BETA": 0.5}  # two live layers of seven, one of which reranks
 _ARMS = (
     Arm("fid", "fid", "FiD"),
@@ -115,6 +118,20 @@ _ARMS = (
         "glimmer",
         "GLIMMER, frozen memory and a trained question encoder",
         {"FREEZE_MEMORY": True, "SHARE_QUESTION_ENCODER": False},
+    ),
+    Arm(
+        "pq",
+        "glimmer",
+        "codes, 1/16 of the size, that follow the encoder",
+        ranking={**CODES, "TRAIN_CODEBOOKS": True},
+        rate_of="glimmer",
+    ),
+    Arm(
+        "pq_fixed",
+        "glimmer",
+        "codes, 1/16 of the size, that stay as they are",
+        ranking=CODES,
+        rate_of="glimmer",
     ),
     Arm("lumen_small", "lumen", "LUMEN, two live layers", SMALL, rate_of="lumen"),
     Arm("glimmer_small", "glimmer", "GLIMMER, two live layers", SMALL, rate_of="glimmer"),
@@ -169,6 +186,14 @@ BLOCKS = {
         note="A model per task sees as many examples of its task as the model of all tasks does.",
     ),
     "G": Block("Number of kept passages per question", ("glimmer",), 5, "adaptive"),
+    "H": Block(
+        "Memory as codes",
+        ("glimmer", "pq", "pq_fixed"),
+        5,
+        note="Codebooks are learned from the encoder after the first stage. They follow it as moving "
+        "averages,\nor stay as they are.",
+        nats=True,
+    ),
     "S": Block("Measured speed", MODELS, 1, "grid", speed=True),
 }
 # Learning rates of these arms are tuned by block T, before the other blocks.
@@ -214,7 +239,7 @@ SMOKE = Scale(
     num_examples=8,
     speed_questions=32,
     arms=("fid", "lumen", "glimmer", "tau_1", "tau_0.1", "separate", "glimmer_frozen")
-    + ("glimmer_single",),
+    + ("glimmer_single", "pq"),
 )
 
 

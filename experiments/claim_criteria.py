@@ -1,10 +1,11 @@
 """The criteria of the paper's claims, fixed before the experiments ran.
 
-A part of a claim is a contrast: a weighted sum of exact match, averaged over the three tasks, of arms
-under selections of passages. All arms of a seed share data and order, so a contrast is paired. It is
-met if its lower bound is above `above`, or its upper bound below `below`; the bounds are the outer
-ones of two 95 % intervals (`claim_statistics`). A claim holds if all its required parts are met, does
-not hold if one is contradicted by its interval, and is undecided otherwise.
+A part of a claim is a contrast: a weighted sum of exact match (or of nats per token), averaged over
+the three tasks, of arms under selections of passages. All arms of a seed share data and order, so a
+contrast is paired. It is met if its lower bound is above `above`, or its upper bound below `below`;
+the bounds are the outer ones of two 95 % intervals (`claim_statistics`). A claim holds if all its
+required parts are met, does not hold if one is contradicted by its interval, and is undecided
+otherwise.
 """
 
 import dataclasses
@@ -13,6 +14,8 @@ from collections.abc import Sequence
 # (arm, key of a selection, weight)
 Term = tuple[str, str, float]
 MARGIN = 0.02  # of equivalence and non-inferiority
+CODE_MARGIN = 0.01  # of memory as codes
+NATS_MARGIN = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Part:
     below: float | None = None  # the upper bound must stay below this
     required: bool = True  # otherwise it is only shown
     costs_more: bool = False  # the first of two terms must also have the higher counted cost
+    nats: bool = False  # of negative log-likelihood per token instead of exact match
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +209,34 @@ CLAIMS = (
         (
             _difference("trained above frozen memory, LUMEN", "lumen_trained", "lumen", READ_ALL),
             _difference("trained above frozen memory, GLIMMER", "glimmer", "glimmer_frozen"),
+        ),
+    ),
+    Claim(
+        "codes",
+        "Memory stored as codes, in a sixteenth of the bytes, costs nothing.",
+        "H",
+        (
+            Part(
+                "codes that follow the encoder at most 1 point below bfloat16",
+                (("pq", BEST_ONE, 1.0), ("glimmer", BEST_ONE, -1.0)),
+                above=-CODE_MARGIN,
+            ),
+            Part(
+                "the same, at most 0.02 nats per token above bfloat16",
+                (("pq", BEST_ONE, 1.0), ("glimmer", BEST_ONE, -1.0)),
+                above=None,
+                below=NATS_MARGIN,
+                nats=True,
+            ),
+            _difference("following above fixed codes", "pq", "pq_fixed", required=False),
+            Part(
+                "the same, in nats per token",
+                (("pq", BEST_ONE, 1.0), ("pq_fixed", BEST_ONE, -1.0)),
+                above=None,
+                below=0.0,
+                required=False,
+                nats=True,
+            ),
         ),
     ),
 )

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from experiments.claim_arms import DEPTH, THRESHOLDS, Selection
-from experiments.claim_results import pack
+from experiments.claim_results import NATS_UNIT, encode_numbers, pack
 from experiments.train_pydocs import LENGTHS
 from glimmer_jax.axes import Lengths, check_lengths
 from glimmer_jax.corpus.passages import Passages
@@ -59,6 +59,7 @@ class Job:
     recalls: list[list[Any]] = dataclasses.field(default_factory=list)  # selections without answers
     num_examples: int | None = None  # of each task
     adaptive: bool = False  # also choose m per question
+    nats: bool = False  # also measure the likelihood of the right answers
     speed_questions: int | None = None  # measures speed with so many questions, and nothing else
 
 
@@ -200,11 +201,35 @@ class TrainedModel:
                 progress.advance(len(chunk))
         return found
 
+    def nats(
+        self, lines: Sequence[Mapping[str, Any]], sets: Mapping[int, set[tuple[int, ...]]]
+    ) -> dict[tuple[int, ...], float]:
+        """Negative log-likelihood per token of the first right answer; arguments of `hits`."""
+        found: dict[tuple[int, ...], float] = {}
+        for kept, keys in sorted(sets.items()):
+            predictor = self.predictor(self.reader, kept)
+            for chunk in _batches(sorted(keys)):
+                asked = [
+                    {**lines[number], "retrieved": [{"id": x} for x in ids]}
+                    for number, *ids in chunk
+                ]
+                right = [answers(lines[number])[:1] for number, *_ in chunk]
+                tokens_B1T = np.stack([predictor.encode_candidates(one) for one in right])
+                batch = predictor.prepare(asked, tokens_B1T).batch
+                _, aux = predictor.predict(predictor.load_memory(batch))
+                sums = np.asarray(aux["candidate_scores"])[: len(chunk), 0]
+                counts = (tokens_B1T[:, 0] > 0).sum(-1)
+                found |= dict(zip(chunk, (-sums / counts).tolist(), strict=True))
+        return found
+
 
 def _quality(
     model: TrainedModel, lines: Mapping[str, list[dict[str, Any]]], job: Job
 ) -> dict[str, Any]:
-    """By selection: `gflop` and, by task, packed `hits`, `exact_match` and `recall` of the kept."""
+    """By selection: `gflop` and, by task, packed `hits`, `exact_match` and `recall` of the kept.
+
+    With `job.nats` also `nats` by task: encoded, in units of 0.0001.
+    """
     selections = [Selection(*fields) for fields in job.selections]
     counted = [Selection(*fields) for fields in job.recalls]
     # The tasks are answered together: a program is compiled once.
@@ -235,6 +260,11 @@ def _quality(
     hits = {selection: np.array([right[key] for key in rows]) for selection, rows in keys.items()}
     costs = {selection: np.full(len(examples), model.gflop(selection)) for selection in selections}
     tables = {"gflop": costs, "hits": hits, "recall": recall}
+    if job.nats:
+        nats = model.nats(examples, sets)
+        tables["nats"] = {
+            selection: np.array([nats[key] for key in rows]) for selection, rows in keys.items()
+        }
     by_key: dict[str, dict[str, np.ndarray]] = {
         selection.key: {
             name: found[selection] for name, found in tables.items() if selection in found
@@ -263,6 +293,11 @@ def _by_task(found: Mapping[str, np.ndarray], lines: Mapping[str, Sequence[Any]]
     if "hits" in parts:
         result["hits"] = {task: pack(part) for task, part in parts["hits"].items()}
         result["exact_match"] = {task: float(part.mean()) for task, part in parts["hits"].items()}
+        if "nats" in parts:
+            result["nats"] = {
+                task: encode_numbers(np.rint(part / NATS_UNIT).astype(int).tolist())
+                for task, part in parts["nats"].items()
+            }
         result["gflop"] = float(np.mean([part.mean() for part in parts["gflop"].values()]))
     return result
 

@@ -110,7 +110,7 @@ def as_json(study: Study, judged: dict[str, tuple[str, list[Judged]]]) -> dict[s
     units = []
     for (block, arm, seed), unit in sorted(study.units.items()):
         results = {
-            key: {name: value for name, value in result.items() if name != "hits"}
+            key: {name: value for name, value in result.items() if name not in ("hits", "nats")}
             for key, result in unit["results"].items()
         }
         units.append(
@@ -158,23 +158,32 @@ def _parts(judged: dict[str, tuple[str, list[Judged]]]) -> str:
     for claim in CLAIMS:
         for part in judged[claim.name][1]:
             kind = part.text if part.required else f"{part.text} (not part of the criterion)"
-            rows.append([claim.name, kind, *_estimate(part.estimate), part.verdict])
-    head = ["claim", "contrast", "points", "t over seeds", "bootstrap", "each seed", "verdict"]
-    return "## Criteria and contrasts\n\n" + table(head, rows)
+            estimate = _estimate(part.estimate, part.nats)
+            rows.append([claim.name, kind, *estimate, part.verdict])
+    head = ["claim", "contrast", "difference", "t over seeds", "bootstrap", "each seed", "verdict"]
+    return (
+        "## Criteria and contrasts\n\nDifferences are in points of exact match, or in nats.\n\n"
+        + table(head, rows)
+    )
 
 
-def _estimate(found: Estimate | None) -> list[str]:
+def _estimate(found: Estimate | None, nats: bool = False) -> list[str]:
+    """Points of exact match, or nats."""
     if found is None:
         return ["", "", "", ""]
+
+    def show(value: float) -> str:
+        return f"{value:+.3f}" if nats else f"{100 * value:+.1f}"
+
     bounds = [
-        "-" if abs(low) == float("inf") else f"{100 * low:+.1f} to {100 * high:+.1f}"
+        "-" if abs(low) == float("inf") else f"{show(low)} to {show(high)}"
         for low, high in (found.t, found.bootstrap)
     ]
-    return [f"{100 * found.mean:+.1f}", *bounds, _each(found, "+")]
+    return [show(found.mean), *bounds, " ".join(map(show, found.by_seed))]
 
 
-def _each(found: Estimate, sign: str = "") -> str:
-    return " ".join(f"{100 * value:{sign}.1f}" for value in found.by_seed)
+def _each(found: Estimate) -> str:
+    return " ".join(f"{100 * value:.1f}" for value in found.by_seed)
 
 
 def _block(study: Study, letter: str) -> str:

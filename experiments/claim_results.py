@@ -134,6 +134,9 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+NATS_UNIT = 1e-3  # of encoded nats
+
+
 def encode_numbers(numbers: Sequence[int]) -> str:
     """Numbers below 65,536 as text; `decode_numbers` is the inverse."""
     return base64.b64encode(zlib.compress(np.asarray(numbers, "<u2").tobytes(), 9)).decode()

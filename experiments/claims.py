@@ -235,13 +235,15 @@ class Study:
     def _train(self, arm: Arm, seed: int, rate: float, task: str | None) -> tuple[Path, float]:
         """The last run of an arm's chain, and the seconds of training that it still took."""
         gin_file, cut = CUTS[arm.model]
-        previous, spent = self._without_head(), 0.0
+        previous, spent, coded = self._without_head(), 0.0, False
         for stage in self._scale.stages:
             num_passages = stage.settings["TASK_FEATURE_LENGTHS"]["passages"][0]
             macros = {**TASK, **stage.settings, **cut, **arm.settings}
             if arm.reranks:
                 macros["NUM_KEPT"] = min(claim_arms.KEPT, num_passages)
             if num_passages > 1:
+                if "MEMORY_CODEC" in arm.ranking and not coded:
+                    previous, coded = self._with_codebooks(previous), True
                 macros |= arm.ranking
                 macros["LEARNING_RATE"] *= rate
             if task is not None:
@@ -282,6 +284,20 @@ class Study:
             )
         return path
 
+    def _with_codebooks(self, run: Path) -> Path:
+        """The parameters of a run with codebooks for its memory."""
+        path = self._output / f"{run.name}_codes.safetensors"
+        if not path.with_suffix(".json").is_file():
+            glimmer(
+                "codebooks",
+                "runs/codebooks",
+                CHECKPOINT_PATH=run,
+                PASSAGES_DIR=PASSAGES,
+                OUTPUT_PATH=path,
+                **claim_arms.CODES,
+            )
+        return path
+
     def _evaluate(self, unit: Unit, arm: Arm, runs: dict[str, str]) -> dict[str, Any]:
         block = BLOCKS.get(unit.block)
         kind = "default" if block is None else block.selections
@@ -303,6 +319,7 @@ class Study:
             "split": "dev" if block is None else "test",
             "num_examples": self._scale.num_examples,
             "adaptive": kind == "adaptive",
+            "nats": bool(block and block.nats),
             "speed_questions": self._scale.speed_questions if block and block.speed else None,
         }
         # Names of their own: an evaluation that outlived a killed study must not write another's.

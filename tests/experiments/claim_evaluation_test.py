@@ -8,7 +8,14 @@ import pytest
 from experiments import claim_evaluation
 from experiments.claim_arms import DEPTH, THRESHOLDS, Selection
 from experiments.claim_evaluation import Job, TrainedModel, sizes
-from experiments.claim_results import Results, decode_numbers, encode_numbers, pack, unpack
+from experiments.claim_results import (
+    NATS_UNIT,
+    Results,
+    decode_numbers,
+    encode_numbers,
+    pack,
+    unpack,
+)
 from glimmer_jax import shipped
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.corpus.passages_writer import write_passages
@@ -98,6 +105,22 @@ def test_answers_of_sets_are_those_of_the_complete_model(data, tmp_path):
         assert result["recall"]["which_function"] == pytest.approx(recall)
         assert result["gflop"] > 0
     assert not (tmp_path / "memory").exists()
+
+
+def test_nats_are_those_of_the_right_answer_per_token(data, tmp_path):
+    selections = [Selection("retriever", 3, 1), Selection("retriever", 3, 3)]
+    found = claim_evaluation.run(job(data, tmp_path, GLIMMER, selections, nats=True))["results"]
+    model = TrainedModel(GLIMMER, True, Passages.open(data / "passages"), None)
+    lines = claim_evaluation.read_questions(job(data, tmp_path, GLIMMER, []))["slot_filling"]
+    for selection in selections:
+        measured = decode_numbers(found[selection.key]["nats"]["slot_filling"]) * NATS_UNIT
+        predictor = model.predictor(model.reader, selection.kept)
+        for line, nats in zip(lines, measured, strict=True):
+            right = answers(line)[:1]
+            read = {**line, "retrieved": line["retrieved"][: selection.kept]}
+            ((candidate,),) = (one["candidates"] for one in predictor.answer([read], right))
+            count = (predictor.encode_candidates(right) > 0).sum()
+            assert nats == pytest.approx(-candidate["score"] / count, abs=0.02)
 
 
 def test_orders_have_the_recall_of_their_names(data, tmp_path):

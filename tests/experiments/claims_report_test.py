@@ -41,6 +41,7 @@ QUALITY = {
     "unranked": 0.5, "separate": 0.8, "lumen_trained": 0.7, "glimmer_frozen": 0.7,
     "lumen_small": 0.45, "glimmer_small": 0.75, "fid_single": 0.4, "lumen_single": 0.45,
     "glimmer_single": 0.75, "lumen_small_single": 0.25, "glimmer_small_single": 0.55,
+    "pq": 0.85, "pq_fixed": 0.75,
 }  # fmt: skip
 
 
@@ -82,6 +83,11 @@ def unit(block, arm, seed, quality):
             "exact_match": {task: float(bits.mean()) for task, bits in found.items()},
             "recall": dict.fromkeys(TASKS, 0.9),
         }
+        if BLOCKS[block].nats:
+            nats = np.random.default_rng(seed).integers(0, 500, COUNT) + {"pq_fixed": 40}.get(
+                arm, 0
+            )
+            results[key]["nats"] = dict.fromkeys(TASKS, encode_numbers(nats))
     for threshold in THRESHOLDS if block == "G" else ():
         results[f"mass:{threshold}"] = {**results["learned:10:2"], "gflop": 0.35 + 0.1 * threshold}
     return {
@@ -91,7 +97,7 @@ def unit(block, arm, seed, quality):
     }  # fmt: skip
 
 
-def fill(path, blocks="ABCDEFGS", seeds=5, quality=QUALITY):
+def fill(path, blocks="ABCDEFGHS", seeds=5, quality=QUALITY):
     results = Results(path)
     pages = {task: encode_numbers(np.arange(COUNT) // 2) for task in TASKS}
     rules = {task: {"signature_rule": 0.9, "recall_at_1": 0.8} for task in TASKS}
@@ -122,10 +128,19 @@ def test_all_claims_hold_where_the_answers_are_made_so(complete):
     assert set(verdicts(complete).values()) == {HOLDS}
 
 
+def test_nats_are_compared_apart_from_matches(complete):
+    _, (match, nats, _, fixed) = judge_all(Study(complete))["codes"]
+    assert not match.nats and match.estimate.mean > 0.02
+    assert nats.nats and nats.estimate.mean == pytest.approx(0, abs=1e-9)
+    assert fixed.nats and fixed.estimate.mean == pytest.approx(-0.04)
+
+
 def test_claims_fail_or_stay_undecided_where_the_answers_are_made_so(tmp_path):
     other = {**QUALITY, "glimmer": 0.3, "tau_1": 0.9, "separate": 0.9, "lumen_trained": 0.501}
     found = verdicts(fill(tmp_path / "claims.jsonl", quality=other))
     assert [found[name] for name in "1245"] == [FAILS] * 4
+    coarse = {**QUALITY, "pq": 0.6}
+    assert verdicts(fill(tmp_path / "coarse.jsonl", "H", quality=coarse))["codes"] == FAILS
     equal = {**QUALITY, "tau_0.1": QUALITY["tau_1"]}
     found = verdicts(fill(tmp_path / "equal.jsonl", "C", quality=equal))
     assert found["5"] in (FAILS, UNDECIDED)
@@ -174,9 +189,20 @@ def test_the_report_shows_every_claim_seed_and_baseline(complete, tmp_path):
         for part in parts:
             text = part.text if part.required else f"{part.text} (not part of the criterion)"
             (row,) = [row for row in page.splitlines() if f"| {text} |" in row]
-            each = [f"{100 * value:+.1f}" for value in part.estimate.by_seed]
+            show = "{:+.3f}" if part.nats else "{:+.1f}"
+            scale = 1 if part.nats else 100
+            each = [show.format(scale * value) for value in part.estimate.by_seed]
             assert " ".join(each) in row and len(each) == 5
-    for title in ("Block A", "Block B", "Block C", "Block D", "Block E", "Block F", "Block G"):
+    for title in (
+        "Block A",
+        "Block B",
+        "Block C",
+        "Block D",
+        "Block E",
+        "Block F",
+        "Block G",
+        "Block H",
+    ):
         assert title in page
     assert "signature rule | 90.0" in page
     assert "beside other work" not in page

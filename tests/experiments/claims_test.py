@@ -126,6 +126,23 @@ def test_arms_that_differ_later_share_their_first_runs(study):
     assert sum(name.startswith("ten") for name in names) == 3 + 4 + 1
 
 
+def test_codebooks_are_learned_from_the_encoder_before_memory_is_stored_as_codes(study):
+    run("--blocks=H", "--seeds=0,1")
+    learned = [macros for mode, _, macros in study.ran if mode == "codebooks"]
+    (reading,) = [m for m in trainings(study) if m["MODEL_DIR"].name.startswith("read")]
+    assert {macros["CHECKPOINT_PATH"] for macros in learned} == {reading["MODEL_DIR"]}
+    assert "MEMORY_CODEC" not in reading
+    for macros in trainings(study):
+        codec, follows = macros.get("MEMORY_CODEC"), macros.get("TRAIN_CODEBOOKS")
+        starts = macros["INITIAL_CHECKPOINT_PATH"]
+        if macros["MODEL_DIR"].name.startswith("choose"):
+            assert (codec == "pq") == (starts in {one["OUTPUT_PATH"] for one in learned})
+        assert not follows or codec == "pq"
+    choose = [m for m in trainings(study) if m["MODEL_DIR"].name.startswith("choose")]
+    assert sorted(m.get("TRAIN_CODEBOOKS", False) for m in choose) == [False] * 4 + [True] * 2
+    assert {job["nats"] for job in study.jobs} == {True}
+
+
 def test_all_arms_start_from_the_start_without_its_head(study):
     run("--blocks=A", "--seeds=0")
     exports = [(files, macros) for mode, files, macros in study.ran if mode == "export"]
