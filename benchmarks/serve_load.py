@@ -82,6 +82,10 @@ class Connections(contextlib.AbstractAsyncContextManager):
 
     async def ask(self, question: str) -> int:
         """The status of one request; its answer is read and dropped."""
+        async with asyncio.timeout(120):
+            return await self._ask(question)
+
+    async def _ask(self, question: str) -> int:
         reader, writer = await self._connection()
         body = json.dumps({"questions": [question]}).encode()
         writer.write(f"{self._head}{len(body)}\r\n\r\n".encode() + body)

@@ -33,7 +33,11 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
             # The processes share the device, so that none may preallocate its memory.
-            env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+            env={
+                "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path.home() / ".cache/glimmer_jax/xla"),
+                **os.environ,
+                "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            },
         )
         self._answer()
 
@@ -63,6 +67,25 @@ class Worker:
         self._process.stdout.close()
 
 
+class OneAtATime:
+    """A `Worker` whose process lives only during a request: a training step takes up to 8 GB."""
+
+    def __init__(self, system: str, dtype: str, setting: Setting):
+        self.system, self.dtype, self._setting = system, dtype, setting
+
+    def request(self, action: str, passages: int) -> dict[str, Any]:
+        """As `Worker.request`; every process prepares first."""
+        worker = Worker(self.system, self.dtype, self._setting)
+        try:
+            ready = worker.request("prepare", passages)
+            return ready if action == "prepare" else worker.request(action, passages)
+        finally:
+            worker.close()
+
+    def close(self) -> None:
+        """Nothing is left to end."""
+
+
 def measure_all(
     systems: Sequence[str],
     dtypes: Sequence[str] | None,
@@ -80,7 +103,8 @@ def measure_all(
       path: of the JSON file.
     """
     dtypes = dtypes or _default_dtypes()
-    workers: list[Worker] = []
+    workers: list[Worker | OneAtATime] = []
+    kind = OneAtATime if setting.training else Worker
     rows = []
     try:
         for system in systems:
@@ -89,7 +113,7 @@ def measure_all(
                     print(f"no {system} in int8: only answers of pytorch_fid", flush=True)
                     continue
                 print(f"starting {system} in {dtype}", flush=True)
-                workers.append(Worker(system, dtype, setting))
+                workers.append(kind(system, dtype, setting))
         for passages in setting.passages:
             rows += measure(workers, passages, runs, lambda line: print(line, flush=True))
             # After each size, so that an interrupted run keeps its results.
@@ -110,7 +134,7 @@ def _default_dtypes() -> Sequence[str]:
 
 
 def measure(
-    workers: Sequence[Worker], passages: int, runs: int, log: Callable[[str], None]
+    workers: Sequence[Worker | OneAtATime], passages: int, runs: int, log: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """One row per worker, over `runs` undisturbed runs.
 
@@ -148,7 +172,11 @@ def _undisturbed(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _row(
-    worker: Worker, passages: int, ready: dict[str, Any], done: list[dict[str, Any]], runs: int
+    worker: Worker | OneAtATime,
+    passages: int,
+    ready: dict[str, Any],
+    done: list[dict[str, Any]],
+    runs: int,
 ) -> dict[str, Any]:
     undisturbed = _undisturbed(done)
     best = sorted(done, key=lambda run: -run["cpu_share"])[:runs]

@@ -64,6 +64,7 @@ class Study:
             (unit["block"], unit["arm"], unit["seed"]): unit
             for unit in same
             if current[unit["arm"]] == (unit["settings"], unit["rate"])
+            and _has_rate_of_its_source(unit, current)
         }
         self.stale = len(known) - len(self.units)
         tuning = [unit for unit in results.units if unit["block"] == TUNING]
@@ -129,6 +130,14 @@ class Study:
         """Training and evaluation of all units of some blocks."""
         units = [unit for (block, _, _), unit in self.units.items() if block in blocks]
         return sum(sum(unit["seconds"].values()) for unit in units) / 3600
+
+
+def _has_rate_of_its_source(
+    unit: Mapping[str, Any], current: Mapping[str, tuple[str, float]]
+) -> bool:
+    """Whether an arm that uses another arm's learning rate has the one that this arm has now."""
+    source = ARMS[unit["arm"]].rate_of
+    return source not in current or current[source][1] == unit["rate"]
 
 
 def _values(result: Mapping[str, Any], measure: str, task: str, count: int) -> np.ndarray:

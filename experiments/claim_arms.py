@@ -190,8 +190,8 @@ BLOCKS = {
         "Memory as codes",
         ("glimmer", "pq", "pq_fixed"),
         5,
-        note="Codebooks are learned from the encoder after the first stage. They follow it as moving "
-        "averages,\nor stay as they are.",
+        note="Codebooks are learned from the encoder after the first stage, which rounds its "
+        "parameters to bfloat16.\nThey follow the encoder as moving averages, or stay as they are.",
         nats=True,
     ),
     "S": Block("Measured speed", MODELS, 1, "grid", speed=True),
@@ -233,7 +233,7 @@ class Scale:
 
 
 SMOKE = Scale(
-    stages=(dataclasses.replace(STAGES[1], steps=2),),
+    stages=tuple(dataclasses.replace(stage, steps=2) for stage in STAGES[:2]),
     retrieved=(1, 10),
     kept=(1, 3),
     num_examples=8,

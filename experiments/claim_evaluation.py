@@ -228,7 +228,7 @@ def _quality(
 ) -> dict[str, Any]:
     """By selection: `gflop` and, by task, packed `hits`, `exact_match` and `recall` of the kept.
 
-    With `job.nats` also `nats` by task: encoded, in units of 0.0001.
+    With `job.nats` also `nats` by task: encoded, in units of `NATS_UNIT`.
     """
     selections = [Selection(*fields) for fields in job.selections]
     counted = [Selection(*fields) for fields in job.recalls]
@@ -294,6 +294,7 @@ def _by_task(found: Mapping[str, np.ndarray], lines: Mapping[str, Sequence[Any]]
         result["hits"] = {task: pack(part) for task, part in parts["hits"].items()}
         result["exact_match"] = {task: float(part.mean()) for task, part in parts["hits"].items()}
         if "nats" in parts:
+            result["mean_nats"] = {task: float(x.mean()) for task, x in parts["nats"].items()}
             result["nats"] = {
                 task: encode_numbers(np.rint(part / NATS_UNIT).astype(int).tolist())
                 for task, part in parts["nats"].items()

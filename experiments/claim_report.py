@@ -199,7 +199,7 @@ def _block(study: Study, letter: str) -> str:
             seeds, found = study.contrast([(arm, key, 1.0)])
             if found is None:
                 continue
-            results = study.seeds(arm, key).values()
+            results = study.seeds(arm, key, "nats" if block.nats else "hits").values()
             order, retrieved, kept = key.split(":")
             by_task = [
                 f"{100 * sum(x['exact_match'][task] for x in results) / len(seeds):.1f}"
@@ -207,18 +207,20 @@ def _block(study: Study, letter: str) -> str:
             ]
             recall = sum(sum(x["recall"].values()) / len(TASKS) for x in results) / len(seeds)
             speed = study.speed(arm, key)
+            nats = [sum(x["mean_nats"].values()) / len(TASKS) for x in results if block.nats]
             rows.append(
                 [
                     ARMS[arm].about, order, retrieved, kept, *by_task,
                     f"{100 * found.mean:.1f}", _each(found), f"{100 * recall:.1f}",
                     f"{study.gflop(arm, key):.3f}", "" if speed is None else _rate(speed),
+                    *([f"{sum(nats) / len(nats):.3f}"] if block.nats else []),
                 ]
             )  # fmt: skip
     if not rows:
         return ""
     head = [
         "arm", "order", "K", "m", *TITLES.values(), "mean", "each seed", "recall of the kept",
-        "GFLOP", "questions/s",
+        "GFLOP", "questions/s", *(["nats per token"] if block.nats else []),
     ]  # fmt: skip
     note = f"{block.note}\n\n" if block.note else ""
     title = f"## Block {letter}: {block.title}\n\n"

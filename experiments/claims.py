@@ -286,7 +286,7 @@ class Study:
 
     def _with_codebooks(self, run: Path) -> Path:
         """The parameters of a run with codebooks for its memory."""
-        path = self._output / f"{run.name}_codes.safetensors"
+        path = self._output / f"{run.name}_codes_{digest(claim_arms.CODES)}.safetensors"
         if not path.with_suffix(".json").is_file():
             glimmer(
                 "codebooks",

@@ -18,6 +18,7 @@ learned and initialised (`memory.codebooks`, `models.codebooks`).
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -105,19 +106,20 @@ def straight_through(
     stored = codec.decode(arrays, states.dtype, fixed_books)
     if counted is not None and isinstance(codec, ProductQuantisation):
         assert codebooks is not None and fixed_books is not None
-        parts = codec.project(fixed, fixed_books)
-        learned = (codebooks["centroids"], codebooks["frequencies"])
-        stored = _with_assignments(stored, *learned, parts, arrays["codes"], counted)
+        stored = _with_assignments(
+            codec, stored, codebooks, fixed, fixed_books, arrays["codes"], counted
+        )
     # `states - fixed` is exactly zero, so the value is exactly `stored`.
     return stored + (states - fixed)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _with_assignments(
+    codec: "ProductQuantisation",
     stored: jax.Array,
-    centroids_GCS: jax.Array,
-    frequencies_GC: jax.Array,
-    parts: jax.Array,
+    codebooks: Arrays,
+    states: jax.Array,
+    fixed_books: Arrays,
     codes: jax.Array,
     counted: jax.Array,
 ) -> jax.Array:
@@ -125,12 +127,14 @@ def _with_assignments(
     return stored
 
 
-def _assignments_fwd(stored: Any, centroids_GCS: Any, _: Any, *assigned: Any) -> Any:
-    return stored, (centroids_GCS, *assigned)
+def _assignments_fwd(codec: Any, stored: jax.Array, _: Any, *assigned: Any) -> Any:
+    # States and not subspaces: they are kept for the backward pass anyway.
+    return stored, assigned
 
 
-def _assignments_bwd(saved: Any, gradient: jax.Array) -> Any:
-    centroids_GCS, parts, codes, counted = saved
+def _assignments_bwd(codec: "ProductQuantisation", assigned: Any, gradient: jax.Array) -> Any:
+    states, books, codes, counted = assigned
+    parts = codec.project(states, books)
     weights_N = counted.reshape(-1).astype(jnp.float32)
     parts_GNS = jnp.moveaxis(parts.reshape(-1, *parts.shape[-2:]), 1, 0)
     codes_GN = codes.reshape(-1, codes.shape[-1]).T.astype(jnp.int32)
@@ -142,8 +146,9 @@ def _assignments_bwd(saved: Any, gradient: jax.Array) -> Any:
         sums_CS = jax.ops.segment_sum(parts_NS * weights_N[:, None], codes_N, count)
         return counts_C[:, None] * centroids_CS - sums_CS, -counts_C
 
-    sums = jax.lax.map(one_subspace, (centroids_GCS, parts_GNS, codes_GN))
-    return gradient, *sums, None, None, None
+    errors, counts = jax.lax.map(one_subspace, (books["centroids"], parts_GNS, codes_GN))
+    sums = jax.tree.map(jnp.zeros_like, dict(books)) | {"centroids": errors, "frequencies": counts}
+    return gradient, sums, None, None, None, None
 
 
 _with_assignments.defvjp(_assignments_fwd, _assignments_bwd)

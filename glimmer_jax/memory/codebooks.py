@@ -123,10 +123,10 @@ def learn(
     rotated = ((states_ND[drawn] - books["mean"]) / books["scale"]) @ books["basis"]
     points_GNS = rotated.reshape(len(drawn), -1, codec.channels).swapaxes(0, 1)
     keys = jax.random.split(jax.random.key(seed), len(points_GNS))
-    start = [
-        np.asarray(plus_plus(points_NS, key, codec.num_codes))
-        for points_NS, key in zip(points_GNS, keys, strict=True)
-    ]
+    start = []
+    for points_NS, key in zip(points_GNS, keys, strict=True):
+        STOP.poll_together()
+        start.append(np.asarray(plus_plus(points_NS, key, codec.num_codes)))
     spare_GCS = points_GNS[:, : codec.num_codes].copy()
     centroids, counts = _kmeans(
         scaled_ND, weights, books["basis"], np.stack(start), spare_GCS, iterations, mesh

@@ -31,6 +31,8 @@ class Codebooks(nn.Module):
         for name, shape in codecs.get(self.codec).codebook_specs(self.emb_dim).items():
             init = _INIT.get(name, nn.initializers.normal(1.0))
             names = (axes.CODEBOOK, axes.CODE, axes.CODE_CHANNEL)[: len(shape)]
+            if name not in TRAINED:
+                names = (axes.CODE_CHANNEL,) * len(shape)
             value = self.param(name, nn.with_logical_partitioning(init, names), shape, jnp.float32)
             is_trained = self.trained and name in TRAINED
             codebooks[name] = value if is_trained else jax.lax.stop_gradient(value)

@@ -30,8 +30,10 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    values = {_M_ARENA_MAX: 1, _M_MMAP_THRESHOLD: _LARGEST, _M_TRIM_THRESHOLD: _LARGEST}
-    kept = [mallopt(name, value) for name, value in values.items()]
+    # Older versions limit this threshold to 32 MB. Setting the others alone would do harm.
+    if not mallopt(_M_MMAP_THRESHOLD, _LARGEST):
+        return False
+    kept = [mallopt(_M_TRIM_THRESHOLD, _LARGEST), mallopt(_M_ARENA_MAX, 1)]
     return all(kept)
 
 

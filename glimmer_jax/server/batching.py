@@ -196,7 +196,11 @@ class Batcher:
         if None in seconds:
             return waiting
         first, rest, all_at_once = (value or 0.0 for value in seconds)
-        return below[-1] if first + rest < all_at_once else waiting
+        if first + rest >= all_at_once:
+            return waiting
+        # A program that is not used is not measured: one slow run must not rule it out for ever.
+        self._seconds[key, programs[-1]] = 0.95 * all_at_once
+        return below[-1]
 
     def _prepared(self, items: list[_Item]) -> Iterator[tuple[list[_Item], Any]]:
         now = time.monotonic()

@@ -34,9 +34,6 @@ FACTOR_RULES: Mapping[str | None, str] = {
     axes.JOINED_KV: COLUMN,
     axes.KV: COLUMN,
     axes.RELPOS_BUCKETS: WHOLE,
-    axes.CODEBOOK: WHOLE,
-    axes.CODE: WHOLE,
-    axes.CODE_CHANNEL: WHOLE,
     axes.LAYERS: LAYER,
     None: WHOLE,
 }

@@ -13,12 +13,9 @@ the most frequent one, and the two share its tokens from then on.
 """
 
 import functools
-from typing import Any
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
-import optax
 
 DECAY = 0.999
 # A code is moved if its frequency falls below this share of an even one.
@@ -26,30 +23,23 @@ RARE = 0.03
 # Distance of a moved centroid from its neighbour, in standard deviations of a channel.
 _APART = 0.01
 
+Books = dict[str, jax.Array]
 
-def moving_average(decay: float = DECAY, rare: float = RARE) -> optax.GradientTransformation:
-    """Updates trees of `{"centroids": [G, C, S], "frequencies": [G, C]}` from their assignments.
 
-    A step whose batch has no tokens changes nothing. In each subspace at most one code is moved per
-    step.
+def follow(books: Books, sums: Books, decay: float = DECAY, rare: float = RARE) -> Books:
+    """The codebooks after a step.
+
+    Args:
+      books: float32 `{"centroids": [G, C, S], "frequencies": [G, C]}`.
+      sums: their "gradients" of `codecs.straight_through`. Without any token nothing changes.
+      decay: d.
+      rare: at most one code of each subspace is moved per step; 0 moves none.
     """
-
-    def update(sums: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        flat_params = flax.traverse_util.flatten_dict(params)
-        updates = {}
-        for path, error in flax.traverse_util.flatten_dict(sums).items():
-            if path[-1] != "centroids":
-                continue
-            other = (*path[:-1], "frequencies")
-            counts = -flax.traverse_util.flatten_dict(sums)[other]
-            books = flat_params[path], flat_params[other]
-            one_subspace = functools.partial(_one_subspace, decay=decay, rare=rare)
-            new = jax.vmap(one_subspace)(*books, error, counts)
-            for name, value, old in zip((path, other), new, books, strict=True):
-                updates[name] = value - old
-        return flax.traverse_util.unflatten_dict(updates), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    one_subspace = functools.partial(_one_subspace, decay=decay, rare=rare)
+    centroids, frequencies = jax.vmap(one_subspace)(
+        books["centroids"], books["frequencies"], sums["centroids"], -sums["frequencies"]
+    )
+    return {"centroids": centroids, "frequencies": frequencies}
 
 
 def _one_subspace(
@@ -60,11 +50,11 @@ def _one_subspace(
     decay: float,
     rare: float,
 ) -> tuple[jax.Array, jax.Array]:
-    total = jnp.maximum(counts_C.sum(), 1)
-    share_C = jnp.where(counts_C.sum() > 0, counts_C / total, frequencies_C)
+    total = counts_C.sum()
+    share_C = jnp.where(total > 0, counts_C / jnp.maximum(total, 1), frequencies_C)
     new_C = decay * frequencies_C + (1 - decay) * share_C
     # A code without tokens has no error either, so that its quotient does not matter.
-    step_CS = (1 - decay) * error_CS / total / jnp.maximum(new_C, 1e-12)[:, None]
+    step_CS = (1 - decay) * error_CS / jnp.maximum(total, 1) / jnp.maximum(new_C, 1e-12)[:, None]
     new_CS = centroids_CS - step_CS
 
     least, most = jnp.argmin(new_C), jnp.argmax(new_C)
@@ -73,5 +63,5 @@ def _one_subspace(
     # In the direction in which the most frequent centroid moves: there are tokens on that side.
     away_S = jnp.where(step_CS[most] > 0, -_APART, _APART)
     moved_CS = new_CS.at[least].set(new_CS[most] + away_S)
-    is_rare = new_C[least] < rare * new_C.sum() / len(new_C)
+    is_rare = (total > 0) & (new_C[least] < rare * new_C.sum() / len(new_C))
     return jnp.where(is_rare, moved_CS, new_CS), jnp.where(is_rare, moved_C, new_C)

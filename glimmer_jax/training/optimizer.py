@@ -177,7 +177,6 @@ def _beside_codebooks(
     transformation: optax.GradientTransformation, of_codes: frozenset[tuple[str, ...]]
 ) -> optax.GradientTransformation:
     """`transformation` for all parameters but the codebooks; its state is the only one."""
-    averages = codebooks.moving_average()
 
     def init(params: dict[str, Any]) -> Any:
         return transformation.init(_split(params, of_codes)[1])
@@ -185,7 +184,11 @@ def _beside_codebooks(
     def update(grads: dict[str, Any], state: Any, params: dict[str, Any] | None = None):
         (sums, grads), (books, others) = (_split(x, of_codes) for x in (grads, params or {}))
         updates, state = transformation.update(grads, state, others)
-        moved, _ = averages.update(sums, optax.EmptyState(), books)
+        # The modules that hold codebooks.
+        moved = {
+            module: jax.tree.map(jnp.subtract, codebooks.follow(books[module], sums[module]), old)
+            for module, old in books.items()
+        }
         return merge(updates, moved), state
 
     return optax.GradientTransformation(init, update)

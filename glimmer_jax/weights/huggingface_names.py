@@ -53,7 +53,7 @@ _ALONE = {
     "memory_embedder/embedding": "memory_shared.weight",
     **{
         f"memory_codebooks/{name}": f"memory_codebooks.{name}"
-        for name in ("centroids", "basis", "scale", "mean")
+        for name in ("centroids", "frequencies", "basis", "scale", "mean")
     },
     "decoder/logits_dense/kernel": OUTPUT,
     "reranker/norm/scale": "reranker.final_layer_norm.weight",

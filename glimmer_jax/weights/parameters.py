@@ -59,9 +59,10 @@ def fit(
             "first (--run_mode=export)."
         )
     if problems:
-        raise ValueError(
-            f"Checkpoint {path} does not match its model_config: {listed}. Download or write it again."
-        )
+        remedy = "Download or write it again."
+        if all("memory_codebooks/" in problem for problem in problems):
+            remedy = "Learn its codebooks again: --run_mode=codebooks."
+        raise ValueError(f"Checkpoint {path} does not match its model_config: {listed}. {remedy}")
     return params
 
 

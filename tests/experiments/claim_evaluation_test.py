@@ -114,6 +114,8 @@ def test_nats_are_those_of_the_right_answer_per_token(data, tmp_path):
     lines = claim_evaluation.read_questions(job(data, tmp_path, GLIMMER, []))["slot_filling"]
     for selection in selections:
         measured = decode_numbers(found[selection.key]["nats"]["slot_filling"]) * NATS_UNIT
+        mean = found[selection.key]["mean_nats"]["slot_filling"]
+        assert measured.mean() == pytest.approx(mean, abs=1e-3)
         predictor = model.predictor(model.reader, selection.kept)
         for line, nats in zip(lines, measured, strict=True):
             right = answers(line)[:1]

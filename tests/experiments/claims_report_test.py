@@ -88,6 +88,7 @@ def unit(block, arm, seed, quality):
                 arm, 0
             )
             results[key]["nats"] = dict.fromkeys(TASKS, encode_numbers(nats))
+            results[key]["mean_nats"] = dict.fromkeys(TASKS, float(nats.mean()) / 1000)
     for threshold in THRESHOLDS if block == "G" else ():
         results[f"mass:{threshold}"] = {**results["learned:10:2"], "gflop": 0.35 + 0.1 * threshold}
     return {
@@ -126,6 +127,17 @@ def complete(tmp_path_factory):
 
 def test_all_claims_hold_where_the_answers_are_made_so(complete):
     assert set(verdicts(complete).values()) == {HOLDS}
+
+
+def test_an_arm_with_another_rate_than_its_source_is_left_out(tmp_path):
+    results = Results(tmp_path / "claims.jsonl")
+    for record in fill(tmp_path / "all.jsonl", "AH", seeds=2).units:
+        results.append({**record, "rate": 2.0 if record["arm"] == "pq" else 1.0})
+    results.append({"questions": "q", "pages": {}, "baselines": {}})
+    results.append({"procedure": "p", "about": ABOUT})
+    study = Study(results)
+    assert {arm for _, arm, _ in study.units} == {"fid", "lumen", "glimmer", "pq_fixed"}
+    assert study.stale == 2
 
 
 def test_nats_are_compared_apart_from_matches(complete):

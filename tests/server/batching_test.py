@@ -81,6 +81,22 @@ def test_a_batch_is_split_where_empty_rows_cost_more_than_a_second_one(seconds, 
     assert list(map(len, engine.batches)) == [1, 2, 4, *batches]
 
 
+def test_one_slow_batch_does_not_rule_its_program_out():
+    class Slow(FakeEngine):
+        def compute(self, prepared):
+            first_of_four = len(prepared[1]) == 4 and not any(len(b) == 4 for b in self.batches)
+            time.sleep(0.2 if first_of_four else 0.02)
+            return super().compute(prepared)
+
+    async def work(batcher, engine):
+        for texts in ("a", "bc", "defg", *["hij"] * 60):
+            await asyncio.gather(*(batcher.answer(asked(t), 10) for t in texts))
+
+    _, engine, _ = run(work, Slow(), max_delay=0.02)
+    sizes = list(map(len, engine.batches))
+    assert sizes[3:5] == [2, 1] and sizes[-1] == 3
+
+
 def test_only_questions_with_one_key_share_a_batch():
     async def work(batcher, engine):
         questions = [asked("a"), asked("b", num_kept=1), asked("c")]
