@@ -218,12 +218,12 @@ CLAIMS = (
         (
             Part(
                 "codes that follow the encoder at most 1 point below bfloat16",
-                (("pq", BEST_ONE, 1.0), ("glimmer", BEST_ONE, -1.0)),
+                (("pq", BEST_ONE, 1.0), ("bf16", BEST_ONE, -1.0)),
                 above=-CODE_MARGIN,
             ),
             Part(
                 "the same, at most 0.02 nats per token above bfloat16",
-                (("pq", BEST_ONE, 1.0), ("glimmer", BEST_ONE, -1.0)),
+                (("pq", BEST_ONE, 1.0), ("bf16", BEST_ONE, -1.0)),
                 above=None,
                 below=NATS_MARGIN,
                 nats=True,

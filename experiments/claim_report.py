@@ -30,20 +30,18 @@ scratch on the built-in corpus, and evaluated on held-out modules. `python -m ex
 wrote this page from `experiments/claims.jsonl`; `experiments/claims.json` has the same figures.
 Quality is exact match in percent, averaged over the three tasks.
 
-All arms start from the same parameters, which know reading exercises only, without a scoring head,
-and read single passages once for all seeds. From then on a seed determines the examples, their
-order and their synthetic names, and is shared by all arms, so that differences are paired.
-Intervals are 95 % intervals of the mean over seeds: Student's t over seeds, and a bootstrap over
-seeds and pages; how the first stage varies is no part of them. A criterion must be met by the outer
-bounds of both. The criteria are in `experiments/claim_criteria.py` and were fixed before the first
-run.
+All arms start from the same parameters, which know reading exercises only, without a scoring head.
+A seed determines the examples, their order and their synthetic names, and is shared by all arms, so
+that differences are paired. Intervals are 95 % intervals of the mean over seeds: Student's t over
+seeds, and a bootstrap over seeds and pages. A criterion must be met by the outer bounds of both.
+The criteria are in `experiments/claim_criteria.py` and were fixed before the first run.
 
 Encoders have seven layers. Unless stated otherwise, three of them are live, LUMEN's memory is
 frozen and GLIMMER's is trained, and two of GLIMMER's live layers rerank. GLIMMER keeps three
 passages in training. FiD and LUMEN train with the same supervised scores and drop the scoring head.
 
-In training, a gold passage is always among the first three, and the first stage reads it alone. The
-exercises of the start mark the passages that answer them. Compute is counted as in the paper, in
+In training, a gold passage is always among the first three. The exercises of the start mark the
+passages that answer them. Compute is counted as in the paper, in
 10^9 multiply-adds of a question with all lengths full, without the memory, which is encoded ahead.
 """
 COMMANDS = """\
@@ -301,8 +299,8 @@ def _procedure(study: Study) -> str:
         f"## Procedure\n\n{study.hours(list(BLOCKS)):.1f} hours in {len(study.units)} units, and "
         f"{tuning:.1f} hours of tuning.\n{left_out}\n"
         + table(["stage", "task", "K", "steps", "rate"], stages)
-        + "\nFactors of the learning rates of the stages with K above 1. Tuned ones were chosen on dev, "
-        "with a\nseed of their own:\n\n"
+        + "\nFactors of the stages' learning rates, chosen on dev with a seed of their own for FiD, "
+        "LUMEN and\nGLIMMER; variants use those of their model:\n\n"
         + table(["arm", "factor", f"exact match on dev at {factors}"], rows)
     )
 

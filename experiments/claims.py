@@ -113,7 +113,6 @@ class Study:
             "task": TASK,
             "cuts": CUTS,
             "first_seed": claim_arms.FIRST_SEED,
-            "shared": claim_arms.SHARED,
         }
         self._procedure = results.add_procedure(about)
         self._questions = ""  # known once the files are written
@@ -208,7 +207,7 @@ class Study:
             "arm": unit.arm,
             "seed": unit.seed,
             "rate": rate,
-            "settings": digest([arm.model, arm.settings, arm.ranking, arm.single]),
+            "settings": digest([arm.model, arm.settings, arm.adapted, arm.single]),
             "questions": self._questions,
             "procedure": self._procedure,
         }
@@ -235,26 +234,28 @@ class Study:
     def _train(self, arm: Arm, seed: int, rate: float, task: str | None) -> tuple[Path, float]:
         """The last run of an arm's chain, and the seconds of training that it still took."""
         gin_file, cut = CUTS[arm.model]
-        previous, spent, coded = self._without_head(), 0.0, False
+        previous, spent = self._without_head(), 0.0
+        macros_of_arm = dict(arm.settings)
         for stage in self._scale.stages:
+            if stage.name == claim_arms.ADAPT.name:
+                if arm.adapted is None:
+                    continue
+                macros_of_arm |= arm.adapted
+                if "MEMORY_CODEC" in arm.adapted:
+                    previous = self._with_codebooks(previous)
             num_passages = stage.settings["TASK_FEATURE_LENGTHS"]["passages"][0]
-            macros = {**TASK, **stage.settings, **cut, **arm.settings}
+            macros = {**TASK, **stage.settings, **cut, **macros_of_arm}
             if arm.reranks:
                 macros["NUM_KEPT"] = min(claim_arms.KEPT, num_passages)
-            if num_passages > 1:
-                if "MEMORY_CODEC" in arm.ranking and not coded:
-                    previous, coded = self._with_codebooks(previous), True
-                macros |= arm.ranking
-                macros["LEARNING_RATE"] *= rate
+            macros["LEARNING_RATE"] *= rate
             if task is not None:
                 mixture = macros["MIXTURE_OR_TASK_NAME"]
                 macros["MIXTURE_OR_TASK_NAME"] = mixture.replace("_", f"_{task}_", 1)
             steps = claim_arms.task_steps(stage, task)
-            own_seed = 0 if stage.name in claim_arms.SHARED else seed
             macros |= {
                 "TRAIN_STEPS": steps,
                 "WARMUP_STEPS": min(macros["WARMUP_STEPS"], steps // 5),
-                "RANDOM_SEED": SEEDS_PER_RUN * (claim_arms.FIRST_SEED + own_seed) + stage.number,
+                "RANDOM_SEED": SEEDS_PER_RUN * (claim_arms.FIRST_SEED + seed) + stage.number,
                 "KEEP_LATEST": 1,
                 "INITIAL_CHECKPOINT_PATH": previous,
             }

@@ -41,7 +41,7 @@ QUALITY = {
     "unranked": 0.5, "separate": 0.8, "lumen_trained": 0.7, "glimmer_frozen": 0.7,
     "lumen_small": 0.45, "glimmer_small": 0.75, "fid_single": 0.4, "lumen_single": 0.45,
     "glimmer_single": 0.75, "lumen_small_single": 0.25, "glimmer_small_single": 0.55,
-    "pq": 0.85, "pq_fixed": 0.75,
+    "bf16": 0.8, "pq": 0.85, "pq_fixed": 0.75,
 }  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def test_an_arm_with_another_rate_than_its_source_is_left_out(tmp_path):
     results.append({"questions": "q", "pages": {}, "baselines": {}})
     results.append({"procedure": "p", "about": ABOUT})
     study = Study(results)
-    assert {arm for _, arm, _ in study.units} == {"fid", "lumen", "glimmer", "pq_fixed"}
+    assert {arm for _, arm, _ in study.units} == {"fid", "lumen", "glimmer", "bf16", "pq_fixed"}
     assert study.stale == 2
 
 
@@ -260,16 +260,17 @@ def test_a_block_with_fewer_seeds_needs_no_more_of_them(tmp_path):
 
 
 def test_tuning_is_shown_with_the_arms_that_use_it(tmp_path):
-    results = fill(tmp_path / "claims.jsonl", "CS", seeds=1)
+    results = fill(tmp_path / "claims.jsonl", "AC", seeds=1)
     for rate, quality in zip(RATES, (0.4, 0.9, 0.5), strict=True):
-        record = unit("C", "tau_1", 500, {**QUALITY, "tau_1": quality})
+        record = unit("A", "glimmer", 500, {**QUALITY, "glimmer": quality})
         for result in record["results"].values():
             result["exact_match"] = dict.fromkeys(TASKS, quality)
         results.append({**record, "block": TUNING, "rate": rate})
     claim_report.write(results, Folders(tmp_path, tmp_path))
     page = (tmp_path / "results.md").read_text()
-    assert "| distillation, temperature 1 | 1 | 40.0 / 90.0 / 50.0 |" in page
-    assert "| distillation, temperature 0.1 | 1 | not tuned |" in page
+    assert "| GLIMMER | 1 | 40.0 / 90.0 / 50.0 |" in page
+    assert "| distillation, temperature 1 | 1 | 40.0 / 90.0 / 50.0 (GLIMMER) |" in page
+    assert "| LUMEN | 1 | not tuned |" in page
 
 
 def test_adaptive_m_is_compared_at_equal_compute(complete):

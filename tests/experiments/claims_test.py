@@ -102,44 +102,42 @@ def ids(units):
 
 
 def test_arms_of_a_seed_read_the_same_examples_and_seeds_differ(study):
-    run("--blocks=A,C,D,E", "--seeds=0,1")
+    run("--blocks=A,C,D,E,H", "--seeds=0,1")
     streams = {}
     for macros in trainings(study):
         stage = macros["MODEL_DIR"].name.partition("_")[0]
         streams.setdefault(stage, set()).add(macros["RANDOM_SEED"])
     assert streams.keys() == {stage.name for stage in STAGES}
-    # Single passages are read once for all seeds.
-    assert {stage: len(seeds) for stage, seeds in streams.items()} == {
-        "read": 1, "choose": 2, "ten": 2
-    }  # fmt: skip
-    assert len(set.union(*streams.values())) == 5
+    assert all(len(seeds) == 2 for seeds in streams.values())
+    assert len(set.union(*streams.values())) == 6
     # Not the streams of the shipped models of any plausible seed.
     assert min(set.union(*streams.values())) >= 100 * train_pydocs.SEEDS_PER_RUN
 
 
 def test_arms_that_differ_later_share_their_first_runs(study):
-    run("--blocks=A,B,C,D,G", "--seeds=0")
+    run("--blocks=A,B,D,G,H", "--seeds=0")
     names = study.runs()
     assert len(names) == len(set(names))
-    reading = [name for name in names if name.startswith("read")]
-    assert len(reading) == 3  # FiD, LUMEN and GLIMMER; those of blocks C and D read like GLIMMER
-    assert sum(name.startswith("ten") for name in names) == 3 + 4 + 1
+    # FiD, LUMEN, GLIMMER and its separate reranker; block H trains on from GLIMMER's first run.
+    assert sum(name.startswith("choose") for name in names) == 4
+    assert sum(name.startswith("adapt") for name in names) == 3
+    assert sum(name.startswith("ten") for name in names) == 4 + 3
 
 
 def test_codebooks_are_learned_from_the_encoder_before_memory_is_stored_as_codes(study):
-    run("--blocks=H", "--seeds=0,1")
-    learned = [macros for mode, _, macros in study.ran if mode == "codebooks"]
-    (reading,) = [m for m in trainings(study) if m["MODEL_DIR"].name.startswith("read")]
-    assert {macros["CHECKPOINT_PATH"] for macros in learned} == {reading["MODEL_DIR"]}
-    assert "MEMORY_CODEC" not in reading
+    run("--blocks=H", "--seeds=0")
+    learned, *again = [macros for mode, _, macros in study.ran if mode == "codebooks"]
+    assert again in ([], [learned])  # no files here
+    runs = {}
     for macros in trainings(study):
-        codec, follows = macros.get("MEMORY_CODEC"), macros.get("TRAIN_CODEBOOKS")
-        starts = macros["INITIAL_CHECKPOINT_PATH"]
-        if macros["MODEL_DIR"].name.startswith("choose"):
-            assert (codec == "pq") == (starts in {one["OUTPUT_PATH"] for one in learned})
-        assert not follows or codec == "pq"
-    choose = [m for m in trainings(study) if m["MODEL_DIR"].name.startswith("choose")]
-    assert sorted(m.get("TRAIN_CODEBOOKS", False) for m in choose) == [False] * 4 + [True] * 2
+        runs.setdefault(macros["MODEL_DIR"].name.partition("_")[0], []).append(macros)
+    (first,) = runs["choose"]
+    assert learned["CHECKPOINT_PATH"] == first["MODEL_DIR"] and "MEMORY_CODEC" not in first
+    for stage in ("adapt", "ten"):
+        ways = [(m.get("MEMORY_CODEC"), m.get("TRAIN_CODEBOOKS")) for m in runs[stage]]
+        assert ways == [(None, None), ("pq", True), ("pq", None)]
+    starts = [macros["INITIAL_CHECKPOINT_PATH"] for macros in runs["adapt"]]
+    assert starts == [first["MODEL_DIR"], *[learned["OUTPUT_PATH"]] * 2]
     assert {job["nats"] for job in study.jobs} == {True}
 
 
@@ -148,13 +146,13 @@ def test_all_arms_start_from_the_start_without_its_head(study):
     exports = [(files, macros) for mode, files, macros in study.ran if mode == "export"]
     ((files, macros),) = exports
     assert "models/fid" in files and macros["CHECKPOINT_PATH"] == Path("start.safetensors")
-    first = [m for m in trainings(study) if m["MODEL_DIR"].name.startswith("read")]
+    first = [m for m in trainings(study) if m["MODEL_DIR"].name.startswith("choose")]
     assert {m["INITIAL_CHECKPOINT_PATH"] for m in first} == {macros["OUTPUT_PATH"]}
 
 
 def test_distillation_sees_no_labels(study):
     run("--blocks=C", "--seeds=0")
-    ranking = [m for m in trainings(study) if not m["MODEL_DIR"].name.startswith("read")]
+    ranking = trainings(study)
     assert {m["SUPERVISED_WEIGHT"] for m in ranking} == {0.0}
     distilled = [m for m in ranking if m["DISTILLATION_WEIGHT"]]
     assert len(ranking) == 8 and sorted(m["TEMPERATURE"] for m in distilled) == [
@@ -169,13 +167,13 @@ def test_single_tasks_have_as_many_examples_as_the_mixture_has_of_them(study):
     steps = {task: task_steps(STAGES[0], task) for task in TASKS}
     assert steps["slot_filling"] == steps["fact_verification"] == 2 * steps["which_function"]
     names = {m["MIXTURE_OR_TASK_NAME"] for m in trainings(study)}
-    assert {f"pydocs_{task}_renamed{x}" for task in TASKS for x in ("", "_gold")} <= names
+    assert {f"pydocs_{task}_renamed" for task in TASKS} <= names
     job = study.jobs[-1]
     assert set(job["runs"]) == set(TASKS) and len(set(job["runs"].values())) == 3
 
 
 def test_an_interrupted_study_resumes_and_a_finished_one_runs_nothing(study):
-    study.fail_at = 8
+    study.fail_at = 6
     with pytest.raises(SystemExit):
         run("--blocks=A", "--seeds=0,1")
     first = Results(Path("experiments/claims.jsonl")).units
@@ -183,7 +181,7 @@ def test_an_interrupted_study_resumes_and_a_finished_one_runs_nothing(study):
     before = study.runs()
     study.fail_at = None
     assert len(run("--blocks=A", "--seeds=0,1")) == 6
-    assert len(study.runs()) == 3 + 2 * 3 * 2 and len(set(before)) == len(before)
+    assert len(study.runs()) == 2 * 3 * 2 and len(set(before)) == len(before)
     count = len(study.ran)
     assert len(run("--blocks=A", "--seeds=0,1")) == 6
     assert len(study.ran) == count
@@ -194,7 +192,7 @@ def test_an_arm_can_be_finished_before_the_others(study):
     units = run("--blocks=T,A,B", "--arms=glimmer", "--seeds=0,1")
     assert {unit["arm"] for unit in units} == {"glimmer"}
     assert len(units) == len(RATES) + 2 + 2
-    assert sum(name.startswith("read") for name in study.runs()) == 1
+    assert sum(name.startswith("choose") for name in study.runs()) == len(RATES) + 2
     # The other arms add theirs to the same study.
     everything = run("--blocks=A", "--seeds=0,1")
     assert [unit["procedure"] for unit in everything] == [units[0]["procedure"]] * len(everything)
@@ -261,10 +259,7 @@ def test_rates_are_tuned_on_dev_and_used(study):
     assert {job["split"] for job in study.jobs[len(tuning) :]} == {"test"}
     assert {unit["rate"] for unit in units if unit["block"] == "C"} == {max(RATES)}
     rates = {m["LEARNING_RATE"] for m in trainings(study) if "choose" in m["MODEL_DIR"].name}
-    assert rates == {rate * STAGES[1].settings["LEARNING_RATE"] for rate in RATES}
-    # Reading runs are shared by all rates and seeds.
-    streams = [m["RANDOM_SEED"] for m in trainings(study) if "read" in m["MODEL_DIR"].name]
-    assert len(streams) == 5  # five structures
+    assert rates == {rate * STAGES[0].settings["LEARNING_RATE"] for rate in RATES}
 
 
 def test_every_training_is_a_valid_configuration(study):
