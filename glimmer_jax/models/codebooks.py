@@ -32,7 +32,7 @@ class Codebooks(nn.Module):
             init = _INIT.get(name, nn.initializers.normal(1.0))
             names = (axes.CODEBOOK, axes.CODE, axes.CODE_CHANNEL)[: len(shape)]
             if name not in TRAINED:
-                names = (axes.CODE_CHANNEL,) * len(shape)
+                names = (axes.CODEBOOK, axes.CODE_CHANNEL)[: len(shape)]
             value = self.param(name, nn.with_logical_partitioning(init, names), shape, jnp.float32)
             is_trained = self.trained and name in TRAINED
             codebooks[name] = value if is_trained else jax.lax.stop_gradient(value)
