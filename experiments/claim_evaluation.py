@@ -16,7 +16,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,17 +188,11 @@ class TrainedModel:
         """
         found: dict[tuple[int, ...], bool] = {}
         progress = Progress("answers", sum(map(len, sets.values())), "answers", emit=_print)
-        for kept, keys in sorted(sets.items()):
-            predictor = self.predictor(self.reader, kept)
-            for chunk in _batches(sorted(keys)):
-                asked = [
-                    {**lines[number], "retrieved": [{"id": x} for x in ids]}
-                    for number, *ids in chunk
-                ]
-                for key, answer in zip(chunk, predictor.answer(asked), strict=True):
-                    text = answer["output"][0]["answer"]
-                    found[key] = bool(qa.match_of(answers(lines[key[0]]), text))
-                progress.advance(len(chunk))
+        for predictor, chunk, asked in self._batches(lines, sets):
+            for key, answer in zip(chunk, predictor.answer(asked), strict=True):
+                text = answer["output"][0]["answer"]
+                found[key] = bool(qa.match_of(answers(lines[key[0]]), text))
+            progress.advance(len(chunk))
         return found
 
     def nats(
@@ -206,21 +200,31 @@ class TrainedModel:
     ) -> dict[tuple[int, ...], float]:
         """Negative log-likelihood per token of the first right answer; arguments of `hits`."""
         found: dict[tuple[int, ...], float] = {}
+        for predictor, chunk, asked in self._batches(lines, sets):
+            right = [answers(lines[number])[:1] for number, *_ in chunk]
+            tokens_B1T = np.stack([predictor.encode_candidates(one) for one in right])
+            batch = predictor.prepare(asked, tokens_B1T).batch
+            _, aux = predictor.predict(predictor.load_memory(batch))
+            sums = np.asarray(aux["candidate_scores"])[: len(chunk), 0]
+            counts = (tokens_B1T[:, 0] > 0).sum(-1)
+            found |= dict(zip(chunk, (-sums / counts).tolist(), strict=True))
+        return found
+
+    def _batches(
+        self, lines: Sequence[Mapping[str, Any]], sets: Mapping[int, set[tuple[int, ...]]]
+    ) -> Iterator[tuple[Predictor, Sequence[tuple[int, ...]], list[dict[str, Any]]]]:
+        """The predictor, the keys and the questions of each batch; arguments of `hits`."""
         for kept, keys in sorted(sets.items()):
             predictor = self.predictor(self.reader, kept)
             for chunk in _batches(sorted(keys)):
-                asked = [
-                    {**lines[number], "retrieved": [{"id": x} for x in ids]}
-                    for number, *ids in chunk
-                ]
-                right = [answers(lines[number])[:1] for number, *_ in chunk]
-                tokens_B1T = np.stack([predictor.encode_candidates(one) for one in right])
-                batch = predictor.prepare(asked, tokens_B1T).batch
-                _, aux = predictor.predict(predictor.load_memory(batch))
-                sums = np.asarray(aux["candidate_scores"])[: len(chunk), 0]
-                counts = (tokens_B1T[:, 0] > 0).sum(-1)
-                found |= dict(zip(chunk, (-sums / counts).tolist(), strict=True))
-        return found
+                yield (
+                    predictor,
+                    chunk,
+                    [
+                        {**lines[number], "retrieved": [{"id": x} for x in ids]}
+                        for number, *ids in chunk
+                    ],
+                )
 
 
 def _quality(
