@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.setting import DTYPES, Setting
 from benchmarks.table import render
+from glimmer_jax.runtime import compilation_cache
 
 MIN_CPU_SHARE = 0.9  # of the work of all cores during a run
 MAX_ROUNDS_PER_RUN = 4
@@ -34,7 +35,7 @@ class Worker:
             text=True,
             # The processes share the device, so that none may preallocate its memory.
             env={
-                "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path.home() / ".cache/glimmer_jax/xla"),
+                compilation_cache.VARIABLE: compilation_cache.FOLDER,
                 **os.environ,
                 "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             },

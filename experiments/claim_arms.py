@@ -18,8 +18,8 @@ RECIPE = 3
 # Two stages of the shipped models, shortened so that a unit takes about ten minutes. They have one
 # mixture of tasks, so that block F can give a single task as many examples. The shipped models read
 # single passages before; in pilots of FiD that unlearned how to choose a passage: exact match on dev,
-# at a factor of 1 and a similar cost, was 0.16, 0.68 and 0.50 with 4,000 such steps before 1,200 and
-# 100, and 0.53, 0.62 and 0.73 with 1,600 and 100 alone.
+# at a factor of 1, was 0.16, 0.68 and 0.50 with 4,000 such steps before 1,200 and 100, and 0.53, 0.62
+# and 0.73 with 1,600 and 100 alone, in half of the time.
 STEPS = {"choose": 2000, "ten": 100}
 _SHIPPED = tuple(
     dataclasses.replace(stage, steps=STEPS[stage.name])
@@ -66,7 +66,11 @@ class Arm:
     # Macros of the stage `adapt` and the last one; None leaves out `adapt`.
     adapted: Mapping[str, Any] | None = None
     single: bool = False  # a model per task, each with as many examples of it as the mixture has
-    rate_of: str | None = None  # arm whose learning rate is used; None tunes this arm's own
+
+    @property
+    def rate_of(self) -> str:
+        """The arm whose learning rate is used: that of the model."""
+        return self.model
 
     @property
     def reranks(self) -> bool:
@@ -96,13 +100,6 @@ def _distilled(temperature: float) -> dict[str, Any]:
     return {"DISTILLATION_WEIGHT": 1.0, "TEMPERATURE": temperature, "SUPERVISED_WEIGHT": 0.0}
 
 
-def _variant(
-    name: str, model: str, about: str, settings: Mapping[str, Any] | None = None, **more: Any
-) -> Arm:
-    """An arm with the learning rate of its model's arm."""
-    return Arm(name, model, about, settings or {}, rate_of=model, **more)
-
-
 # Memory stored as codes; before it, codebooks are learned from the encoder.
 CODES = {"MEMORY_CODEC": "pq"}
 SMALL = {"ALPHA": 0.29, "BETA": 0.5}  # two live layers of seven, one of which reranks
@@ -110,37 +107,35 @@ _ARMS = (
     Arm("fid", "fid", "FiD"),
     Arm("lumen", "lumen", "LUMEN"),
     Arm("glimmer", "glimmer", "GLIMMER"),
-    _variant("tau_1", "glimmer", "distillation, temperature 1", _distilled(1.0)),
-    _variant("tau_0.3", "glimmer", "distillation, temperature 0.3", _distilled(0.3)),
-    _variant("tau_0.1", "glimmer", "distillation, temperature 0.1", _distilled(0.1)),
-    _variant(
+    Arm("tau_1", "glimmer", "distillation, temperature 1", _distilled(1.0)),
+    Arm("tau_0.3", "glimmer", "distillation, temperature 0.3", _distilled(0.3)),
+    Arm("tau_0.1", "glimmer", "distillation, temperature 0.1", _distilled(0.1)),
+    Arm(
         "unranked",
         "glimmer",
         "no distillation: the retriever's order",
         {"DISTILLATION_WEIGHT": 0.0, "SUPERVISED_WEIGHT": 0.0},
     ),
-    _variant("separate", "glimmer", "separate reranker of two layers", {"SEPARATE_RERANKER": True}),
-    _variant("lumen_trained", "lumen", "LUMEN, trained memory", {"FREEZE_MEMORY": False}),
-    _variant(
+    Arm("separate", "glimmer", "separate reranker of two layers", {"SEPARATE_RERANKER": True}),
+    Arm("lumen_trained", "lumen", "LUMEN, trained memory", {"FREEZE_MEMORY": False}),
+    Arm(
         "glimmer_frozen",
         "glimmer",
         "GLIMMER, frozen memory and a trained question encoder",
         {"FREEZE_MEMORY": True, "SHARE_QUESTION_ENCODER": False},
     ),
-    _variant("bf16", "glimmer", "bfloat16", adapted={}),
-    _variant(
+    Arm("bf16", "glimmer", "bfloat16", adapted={}),
+    Arm(
         "pq",
         "glimmer",
         "codes, 1/16 of the size, that follow the encoder",
         adapted={**CODES, "TRAIN_CODEBOOKS": True},
     ),
-    _variant(
-        "pq_fixed", "glimmer", "codes, 1/16 of the size, that stay as they are", adapted=CODES
-    ),
-    _variant("lumen_small", "lumen", "LUMEN, two live layers", SMALL),
-    _variant("glimmer_small", "glimmer", "GLIMMER, two live layers", SMALL),
+    Arm("pq_fixed", "glimmer", "codes, 1/16 of the size, that stay as they are", adapted=CODES),
+    Arm("lumen_small", "lumen", "LUMEN, two live layers", SMALL),
+    Arm("glimmer_small", "glimmer", "GLIMMER, two live layers", SMALL),
     *(
-        _variant(
+        Arm(
             f"{name}_single",
             name.partition("_")[0],
             f"{about}, a model per task",
@@ -202,7 +197,7 @@ BLOCKS = {
 }
 # Learning rates of these arms are tuned by block T, before the other blocks.
 TUNING = "T"
-TUNED = tuple(arm.name for arm in _ARMS if arm.rate_of is None)
+TUNED = MODELS
 
 RETRIEVED = (1, 2, 3, 5, 10, 20)  # K
 KEPT_PASSAGES = (1, 2, 3, 5)  # m

@@ -41,8 +41,8 @@ frozen and GLIMMER's is trained, and two of GLIMMER's live layers rerank. GLIMME
 passages in training. FiD and LUMEN train with the same supervised scores and drop the scoring head.
 
 In training, a gold passage is always among the first three. The exercises of the start mark the
-passages that answer them. Compute is counted as in the paper, in
-10^9 multiply-adds of a question with all lengths full, without the memory, which is encoded ahead.
+passages that answer them. Compute is counted as in the paper, in 10^9 multiply-adds of a question
+with all lengths full, without the memory, which is encoded ahead.
 """
 COMMANDS = """\
 ## Commands
@@ -288,7 +288,7 @@ def _procedure(study: Study) -> str:
     rates = {arm: unit["rate"] for (_, arm, _), unit in study.units.items()}
     rows = []
     for arm, rate in rates.items():
-        source = ARMS[arm].rate_of or arm
+        source = ARMS[arm].rate_of
         dev = [f"{100 * value:.1f}" for value in _on_dev(study, source)]
         of = "" if source == arm else f" ({ARMS[source].about})"
         rows.append([ARMS[arm].about, f"{rate:g}", " / ".join(dev) + of if dev else "not tuned"])

@@ -186,7 +186,7 @@ class Study:
 
     def _tuned(self, name: str) -> float | None:
         """The factor that was best on dev; None before all of them are known."""
-        arm = ARMS[name].rate_of or name
+        arm = ARMS[name].rate_of
         found = {}
         for rate in claim_arms.RATES:
             tuned = self._results.find(

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from glimmer_jax.runtime import compilation_cache
+
 
 def glimmer(mode: str, *gin_files: str, devices: int | None = None, **macros: Any) -> None:
     """Prints and runs `glimmer --run_mode=<mode>` with gin files and macros.
@@ -56,7 +58,7 @@ def cpu_environment(devices: int | None = None) -> dict[str, str]:
     }
     joined = {"XLA_FLAGS": " ", "GLIBC_TUNABLES": ":"}
     return {
-        "JAX_COMPILATION_CACHE_DIR": str(Path.home() / ".cache" / "glimmer_jax" / "xla"),
+        compilation_cache.VARIABLE: compilation_cache.FOLDER,
         **os.environ,
         # The user's own settings come last, so that they take precedence.
         **{k: joined[k].join(filter(None, (v, os.environ.get(k)))) for k, v in added.items()},

@@ -104,7 +104,8 @@ def straight_through(
     # Encode in float32: a codec may need more precision than a bfloat16 activation has left.
     arrays = codec.encode(fixed.astype(jnp.float32), fixed_books)
     stored = codec.decode(arrays, states.dtype, fixed_books)
-    if counted is not None and isinstance(codec, ProductQuantisation):
+    if counted is not None:
+        assert isinstance(codec, ProductQuantisation)
         assert codebooks is not None and fixed_books is not None
         stored = _with_assignments(
             codec, stored, codebooks, fixed, fixed_books, arrays["codes"], counted

@@ -15,10 +15,9 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from glimmer_jax.runtime import exit_codes
+from glimmer_jax.runtime import compilation_cache, exit_codes
 from glimmer_jax.runtime.host_memory import keep_freed_memory
 from glimmer_jax.runtime.preemption import STOP, StopRequested
 
@@ -343,9 +342,7 @@ def run() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     keep_freed_memory()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # Compiled programs are cached between runs; set the variable to "" to disable the cache.
-    cache = Path.home() / ".cache" / "glimmer_jax" / "xla"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault(compilation_cache.VARIABLE, compilation_cache.FOLDER)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # File names and titles may hold what the terminal's encoding lacks.
         sys.stdout.reconfigure(errors="backslashreplace")

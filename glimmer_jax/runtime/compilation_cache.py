@@ -1,0 +1,6 @@
+"""Where compiled programs are kept between processes."""
+
+from pathlib import Path
+
+VARIABLE = "JAX_COMPILATION_CACHE_DIR"  # JAX's; "" disables the cache
+FOLDER = str(Path.home() / ".cache" / "glimmer_jax" / "xla")
