@@ -124,3 +124,12 @@ def test_parameters_that_contradict_their_configuration_are_reported(tmp_path):
     )
     with pytest.raises(ValueError, match=message):
         parameters.load(tmp_path / "fid.safetensors", GlimmerModel(tiny.FID), "v")
+
+
+def test_codebooks_of_another_version_are_learned_again(tmp_path):
+    config = dataclasses.replace(tiny.GLIMMER, memory_codec="pq")
+    params = tiny.params(config)
+    del params["memory_codebooks"]["frequencies"]
+    save_params_file(tmp_path / "pq.safetensors", params, describe(config, "v"))
+    with pytest.raises(ValueError, match="frequencies.*missing.*run_mode=codebooks"):
+        parameters.load(tmp_path / "pq.safetensors", GlimmerModel(config), "v")
