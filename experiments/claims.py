@@ -9,6 +9,9 @@ A unit is a block, an arm and a seed (`claim_arms`). Its result is appended to
 `experiments/claims.jsonl` as soon as it is known, and finished units are skipped, so that rerunning
 the command resumes it and an interruption loses at most the current stage. Runs that units share
 are trained once per output folder: where that folder does not last, finish one arm after the other.
+Training and evaluation use one core, on which a run costs a fifth less than on two. Several clones,
+each with its own `--arms` and core (`taskset -c N`), work side by side; their results files, one after
+the other, are a results file.
 Block T tunes learning rates on dev; run it before the others, or they use the rates of the recipe.
 Block S measures speed; run it alone on an idle machine.
 
@@ -32,7 +35,7 @@ from experiments import claim_arms, claim_report
 from experiments.claim_arms import ARMS, BLOCKS, TUNING, Arm, Scale, Selection
 from experiments.claim_results import Results, digest
 from experiments.command import glimmer, run_module
-from experiments.train_pydocs import CUTS, SEEDS_PER_RUN, START, TASK, metrics, write_data
+from experiments.train_pydocs import CUTS, SEEDS_PER_RUN, START, TASK, Stage, metrics, write_data
 from glimmer_jax.pydocs.questions import TASKS
 from glimmer_jax.runtime.progress import Progress
 from glimmer_jax.shipped import CHECKPOINTS
@@ -110,6 +113,7 @@ class Study:
             "recipe": claim_arms.RECIPE,
             "start": self._checksum,
             "stages": [dataclasses.asdict(stage) for stage in scale.stages],
+            "tuning_stages": [dataclasses.asdict(stage) for stage in scale.tuning_stages],
             "task": TASK,
             "cuts": CUTS,
             "first_seed": claim_arms.FIRST_SEED,
@@ -215,10 +219,12 @@ class Study:
     def _run(self, unit: Unit) -> dict[str, Any]:
         """Trains what is missing, evaluates, and returns the record."""
         arm, identity = ARMS[unit.arm], self._identity(unit)
-        runs, spent = {}, 0.0
+        stages = self._scale.tuning_stages if unit.block == TUNING else self._scale.stages
+        runs: dict[str, str] = {}
+        spent = 0.0
         for tasks in [(task,) for task in TASKS] if arm.single else [TASKS]:
             task = tasks[0] if arm.single else None
-            run, seconds = self._train(arm, unit.seed, identity["rate"], task)
+            run, seconds = self._train(arm, stages, unit.seed, identity["rate"], task)
             spent += seconds
             runs |= dict.fromkeys(tasks, str(run))
         trained = time.monotonic()
@@ -227,16 +233,18 @@ class Study:
         return {
             **identity,
             "seconds": {"train": round(spent), "evaluate": round(evaluated)},
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "machine": f"{platform.machine()}, {_cores()} cores",
             **found,
         }
 
-    def _train(self, arm: Arm, seed: int, rate: float, task: str | None) -> tuple[Path, float]:
+    def _train(
+        self, arm: Arm, stages: Sequence[Stage], seed: int, rate: float, task: str | None
+    ) -> tuple[Path, float]:
         """The last run of an arm's chain, and the seconds of training that it still took."""
         gin_file, cut = CUTS[arm.model]
         previous, spent = self._without_head(), 0.0
         macros_of_arm = dict(arm.settings)
-        for stage in self._scale.stages:
+        for stage in stages:
             if stage.name == claim_arms.ADAPT.name:
                 if arm.adapted is None:
                     continue
@@ -264,7 +272,7 @@ class Study:
             run = self._output / f"{stage.name}_{name}"
             finished = run / "finished"
             if not finished.is_file():
-                glimmer("train", gin_file, MODEL_DIR=run, **macros)
+                glimmer("train", gin_file, devices=1, MODEL_DIR=run, **macros)
                 finished.touch()
                 spent += metrics(run)[-1]["train/alive_seconds"]
             previous = run
@@ -328,11 +336,17 @@ class Study:
         given, result = self._output / f"job_{name}.json", self._output / f"result_{name}.json"
         job["scratch"] = str(self._output / f"memory_{name}")
         given.write_text(json.dumps(job), encoding="utf-8")
-        run_module("experiments.claim_evaluation", str(given), str(result))
+        devices = None if job["speed_questions"] else 1
+        run_module("experiments.claim_evaluation", str(given), str(result), devices=devices)
         found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
         given.unlink()
         result.unlink()
         return found
+
+
+def _cores() -> int | None:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _print(line: str) -> None:

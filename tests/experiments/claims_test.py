@@ -35,7 +35,7 @@ class Study(Commands):
         self.jobs = []
         self.quality = lambda job: 0.5
 
-    def run_module(self, module, job_path, result_path):
+    def run_module(self, module, job_path, result_path, devices=None):
         assert module == "experiments.claim_evaluation"
         job = json.loads(Path(job_path).read_text())
         self.jobs.append(job)
@@ -258,8 +258,12 @@ def test_rates_are_tuned_on_dev_and_used(study):
     assert {job["split"] for job in study.jobs[: len(tuning)]} == {"dev"}
     assert {job["split"] for job in study.jobs[len(tuning) :]} == {"test"}
     assert {unit["rate"] for unit in units if unit["block"] == "C"} == {max(RATES)}
-    rates = {m["LEARNING_RATE"] for m in trainings(study) if "choose" in m["MODEL_DIR"].name}
+    choosing = [m for m in trainings(study) if "choose" in m["MODEL_DIR"].name]
+    rates = {m["LEARNING_RATE"] for m in choosing}
     assert rates == {rate * STAGES[0].settings["LEARNING_RATE"] for rate in RATES}
+    steps = [m["TRAIN_STEPS"] for m in choosing]
+    assert set(steps[: len(tuning)]) == {STAGES[0].steps // 3}
+    assert set(steps[len(tuning) :]) == {STAGES[0].steps}
 
 
 def test_every_training_is_a_valid_configuration(study):
