@@ -102,8 +102,16 @@ def from_flags(flags: argparse.Namespace, training: bool = False) -> Setting:
 
 
 def t5_config(setting: Setting, dtype: str, on_cpu: bool, **decoder: Any) -> T5Config:
-    """The T5 in `dtype`; on a CPU bfloat16 applies only to the operands of projections."""
-    sizes = {**SIZES[setting.size], "dropout_rate": DROPOUT if setting.training else 0.0}
+    """The T5 in `dtype`; on a CPU bfloat16 applies only to the operands of projections.
+
+    A CPU runs layer after layer, without a scan, which converts and copies stacked parameters and
+    gradients.
+    """
+    sizes: dict[str, Any] = {
+        **SIZES[setting.size],
+        "dropout_rate": DROPOUT if setting.training else 0.0,
+        "scan_layers": not on_cpu,
+    }
     if dtype == "float32":
         return T5Config(**sizes, **decoder)
     if on_cpu:

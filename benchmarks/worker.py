@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.peaks import bound_seconds
 from benchmarks.setting import Setting
+from glimmer_jax.runtime.host_memory import keep_freed_memory
 
 
 def main() -> None:
@@ -23,6 +24,8 @@ def main() -> None:
     os.dup2(2, 1)
     system, dtype, setting = json.loads(sys.argv[1])
     setting = Setting(**setting)
+    # As `glimmer` does. PyTorch is as fast without.
+    keep_freed_memory()
     if hasattr(os, "sched_setaffinity"):
         # XLA uses as many threads as the process may use cores.
         cores = sorted(os.sched_getaffinity(0))

@@ -2,15 +2,16 @@
 
 XLA's CPU programs allocate their temporary arrays anew at each call. The GNU C library returns large
 ones to the kernel when they are freed, and the next call pays for every page again: a batch of eight
-questions to the tiny GLIMMER takes 53 ms instead of 36.
+questions to the tiny GLIMMER takes 53 ms instead of 36, a training step of T5 Base used as FiD 8.1 s of
+CPU time instead of 5.9.
 """
 
 import ctypes
 import glob
 import os
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
-_LARGEST = 2**31 - 1
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # malloc.h
+_NEVER = -1  # of trimming
 # What NVIDIA, AMD and TPU drivers create.
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
 
@@ -22,7 +23,7 @@ def keep_freed_memory() -> bool:
     their memory. The resident size stays at its peak.
 
     Nothing changes where an accelerator may compute, where the C library is another one, or where the
-    environment sets one of the three parameters of malloc (mallopt(3)).
+    environment sets one of the parameters of malloc that decide this (mallopt(3)).
     """
     if _accelerated() or _set_by_user():
         return False
@@ -30,10 +31,9 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    # Older versions limit this threshold to 32 MB. Setting the others alone would do harm.
-    if not mallopt(_M_MMAP_THRESHOLD, _LARGEST):
-        return False
-    kept = [mallopt(_M_TRIM_THRESHOLD, _LARGEST), mallopt(_M_ARENA_MAX, 1)]
+    # Without mappings of their own, allocations of any size come from the heap, which keeps them.
+    # (The threshold of such mappings cannot be above 2 GB, and a training step's arrays are.)
+    kept = [mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, _NEVER), mallopt(_M_ARENA_MAX, 1)]
     return all(kept)
 
 
@@ -45,8 +45,8 @@ def _accelerated() -> bool:
 
 def _set_by_user() -> bool:
     tunables = os.environ.get("GLIBC_TUNABLES", "")
-    names = ("arena_max", "mmap_threshold", "trim_threshold")
-    variables = ("MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+    names = ("arena_max", "mmap_max", "mmap_threshold", "trim_threshold")
+    variables = ("ARENA_MAX", "MMAP_MAX_", "MMAP_THRESHOLD_", "TRIM_THRESHOLD_")
     return any(f"malloc.{name}=" in tunables for name in names) or any(
-        name in os.environ for name in variables
+        f"MALLOC_{name}" in os.environ for name in variables
     )

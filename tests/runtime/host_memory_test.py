@@ -9,16 +9,17 @@ import pytest
 
 from glimmer_jax.runtime import host_memory
 
-# Page faults of a thread that fills 64 MB again and again.
+# Page faults of a thread that fills an array of so many MB again and again.
 FAULTS = """
-import resource, sys, threading
+import ctypes, resource, sys, threading
 from glimmer_jax.runtime.host_memory import keep_freed_memory
 kept = keep_freed_memory()
 def fill():
-    bytearray(64 << 20)
+    size = int(sys.argv[1]) << 20
+    ctypes.memset((ctypes.c_char * size)(), 1, size)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(4):
-        bytearray(b"x") * (64 << 20)
+        ctypes.memset((ctypes.c_char * size)(), 1, size)
     print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 thread = threading.Thread(target=fill)
 thread.start()
@@ -26,10 +27,10 @@ thread.join()
 """
 
 
-def faults(**environment):
+def faults(megabytes=64, **environment):
     plain = {k: v for k, v in os.environ.items() if "MALLOC" not in k and k != "GLIBC_TUNABLES"}
     environment = {**plain, "JAX_PLATFORMS": "cpu", **environment}
-    command = [sys.executable, "-c", FAULTS]
+    command = [sys.executable, "-c", FAULTS, str(megabytes)]
     output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     kept, count = output.stdout.split()
     return kept == "True", int(count)
@@ -38,6 +39,9 @@ def faults(**environment):
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_freed_memory_is_kept_unless_the_user_decides():
     kept, few = faults()
+    assert kept and few < 1000
+    # Above the largest threshold that the C library accepts.
+    kept, few = faults(megabytes=2100)
     assert kept and few < 1000
     kept, many = faults(MALLOC_ARENA_MAX="8")
     assert not kept and many > 4000
