@@ -16,6 +16,9 @@ import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from benchmarks import kernel_cycles
+from glimmer_jax.preflight.chips import CHIPS
+
 GIB = 2**30
 # Size, slice, extra settings: training as the paper does it, 128 questions a step.
 TRAIN: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -59,6 +62,16 @@ settings do not fit, *change* is the nearest that does, and the rest of the row 
 is per step on all chips. *Bound* is the larger of two times: FLOPs at peak, and least memory
 traffic at HBM bandwidth. *Estimate* is the compiler's step time without data loading.
 
+"""
+KERNEL = """
+## Attention kernel
+
+`ATTENTION = "tpu"` in T5 Base, bfloat16, sequences of 352 tokens: instruction bundles that the
+compiler schedules for one step of the kernel (one sequence, two heads). A core issues one per cycle
+if it never waits. *Of peak* are the products of the step against the matrix units' peak.
+
+| chip | forward | backward | forward, of peak | backward, of peak |
+|---|---|---|---|---|
 """
 
 
@@ -147,6 +160,7 @@ def main() -> None:
     args = parser.parse_args()
     output = pathlib.Path(args.output)
     lines = output.read_text().splitlines() if output.exists() else []
+    kernel = [line for line in lines if line.startswith(tuple(f"| {chip} " for chip in CHIPS))]
     lines = [line for line in lines if line.startswith(("| train ", "| infer "))]
     try:
         compiler = f"libtpu {version('libtpu')}"
@@ -154,6 +168,7 @@ def main() -> None:
         sys.exit(
             "preflight_table: libtpu is not installed: pip install -c constraints.txt -e '.[preflight]'"
         )
+    kernel = kernel or [kernel_cycles.row(topology) for topology in kernel_cycles.TOPOLOGIES]
     for job, rows in (("train", TRAIN), ("infer", INFER)):
         for size, topology, changes in rows:
             if args.only not in (None, size) or args.job not in (None, job):
@@ -164,9 +179,9 @@ def main() -> None:
                 lines.append(measure(job, model, size, topology, changes))
                 lines.sort(key=place)
                 # After every setting, so that an interrupted run keeps its rows.
-                output.write_text(
-                    TEXT.format(compiler=compiler) + "\n".join([*HEAD, *lines]) + "\n"
-                )
+                table = "\n".join([*HEAD, *lines]) + "\n"
+                kernels = KERNEL + "\n".join(kernel) + "\n"
+                output.write_text(TEXT.format(compiler=compiler) + table + kernels)
 
 
 if __name__ == "__main__":
