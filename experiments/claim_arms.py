@@ -39,7 +39,7 @@ FIRST_SEED = 1000
 # Learning rates are chosen on dev with a seed of their own, as multiples of the stages' rates, for FiD,
 # LUMEN and GLIMMER, in a third of the steps. Their variants use the same ones.
 TUNING_SEED = 500
-RATES = (0.5, 1.0, 2.0)
+RATES = (0.5, 1.0, 2.0, 4.0)
 TUNING_SHARE = 3
 
 
