@@ -24,7 +24,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
@@ -34,7 +33,7 @@ from typing import Any, NamedTuple
 from experiments import claim_arms, claim_report
 from experiments.claim_arms import ARMS, BLOCKS, TUNING, Arm, Scale, Selection
 from experiments.claim_results import Results, digest
-from experiments.command import glimmer, run_module
+from experiments.command import cores, glimmer, run_module
 from experiments.train_pydocs import CUTS, SEEDS_PER_RUN, START, TASK, Stage, metrics, write_data
 from glimmer_jax.pydocs.questions import TASKS
 from glimmer_jax.runtime.progress import Progress
@@ -233,7 +232,7 @@ class Study:
         return {
             **identity,
             "seconds": {"train": round(spent), "evaluate": round(evaluated)},
-            "machine": f"{platform.machine()}, {_cores()} cores",
+            "machine": f"{platform.machine()}, {cores()} cores",
             **found,
         }
 
@@ -342,11 +341,6 @@ class Study:
         given.unlink()
         result.unlink()
         return found
-
-
-def _cores() -> int | None:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _print(line: str) -> None:

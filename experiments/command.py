@@ -43,6 +43,13 @@ def run_module(module: str, *args: str, devices: int | None = None) -> None:
         sys.exit(result.returncode)
 
 
+def cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def cpu_environment(devices: int | None = None) -> dict[str, str]:
     """This process's environment with settings that make a tiny model fast on a CPU.
 
@@ -51,7 +58,7 @@ def cpu_environment(devices: int | None = None) -> dict[str, str]:
     memory, `glimmer` sees to. Other devices ignore these settings. Compiled programs are cached where
     `glimmer` caches them.
     """
-    devices = devices or (2 if (os.cpu_count() or 1) > 1 else 1)
+    devices = devices or min(2, cores())
     added = {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
