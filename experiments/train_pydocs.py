@@ -5,8 +5,8 @@
 
 Hours on two CPU cores. A killed run resumes: finished stages are skipped, the others resume at their
 last checkpoint. The start learns only reading exercises, no task; it has one position table, so it
-can be recut into any model. Dev is evaluated after each stage of a model; test is evaluated once per model,
-at the end.
+can be recut into any model. Dev is evaluated after each stage of a model; test is evaluated once per
+model, at the end.
 
     <output>/<stage>                         run of a stage
     <output>/record.json                     duration and results of each stage
