@@ -90,7 +90,7 @@ MODEL_STAGES = (
         {
             "MIXTURE_OR_TASK_NAME": "pydocs_renamed",
             "TASK_FEATURE_LENGTHS": short_lengths(3),
-            "LEARNING_RATE": 0.016,
+            "LEARNING_RATE": 0.024,
             **LINEAR,
         },
     ),
