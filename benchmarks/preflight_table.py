@@ -62,6 +62,9 @@ settings do not fit, *change* is the nearest that does, and the rest of the row 
 is per step on all chips. *Bound* is the larger of two times: FLOPs at peak, and least memory
 traffic at HBM bandwidth. *Estimate* is the compiler's step time without data loading.
 
+The `train` rows were compiled before projections gathered their kernel on fsdp meshes. To update a
+row, delete it and run the command again.
+
 """
 KERNEL = """
 ## Attention kernel
@@ -137,6 +140,12 @@ def changed(report: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in report["nearest"][0].items() if (k, v) not in chosen}
 
 
+def page(compiler: str, rows: list[str], kernel: list[str]) -> str:
+    """The document with rows of jobs and of the attention kernel."""
+    table = "\n".join([*HEAD, *rows]) + "\n"
+    return TEXT.format(compiler=compiler) + table + KERNEL + "\n".join(kernel) + "\n"
+
+
 def key(line: str) -> tuple[str, ...]:
     """Job, model, size and slice of a row."""
     job, names, topology = (cell.strip() for cell in line.split("|")[1:4])
@@ -179,9 +188,8 @@ def main() -> None:
                 lines.append(measure(job, model, size, topology, changes))
                 lines.sort(key=place)
                 # After every setting, so that an interrupted run keeps its rows.
-                table = "\n".join([*HEAD, *lines]) + "\n"
-                kernels = KERNEL + "\n".join(kernel) + "\n"
-                output.write_text(TEXT.format(compiler=compiler) + table + kernels)
+                output.write_text(page(compiler, lines, kernel))
+    output.write_text(page(compiler, lines, kernel))
 
 
 if __name__ == "__main__":
