@@ -69,6 +69,6 @@ def check_lengths(lengths: Mapping[str, Any]) -> Lengths:
         sizes = Lengths(lengths["inputs"], lengths["targets"], passages, passage)
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"TASK_FEATURE_LENGTHS must be {expected}; got {lengths!r}.") from None
-    if not all(isinstance(size, int) and size >= 1 for size in sizes):
+    if not all(type(size) is int and size >= 1 for size in sizes):
         raise ValueError(f"TASK_FEATURE_LENGTHS must be {expected}; got {lengths!r}.")
     return sizes

@@ -8,6 +8,7 @@ an error with a suggestion, as are a used macro without a value and a value of t
 import ast
 import contextlib
 import difflib
+import functools
 import importlib.util  # noqa: F401 (gin uses it without importing it)
 import inspect
 import logging
@@ -227,7 +228,31 @@ def configured(function: Callable[..., Any]) -> Callable[..., Any]:
     place = f"{function.__module__}.{function.__name__}"
     if not any(selector == place for _, selector in _bindings()):
         raise ConfigError(f"No gin file configures {place}. Add one of gin/runs with --gin_file.")
-    return gin.get_configurable(function)
+    configurable = gin.get_configurable(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return configurable(*args, **kwargs)
+        except Exception as error:
+            # A plain `raise` keeps the cause, which `from` would replace.
+            raise _without_proxy(error)  # noqa: B904
+
+    return call
+
+
+def _without_proxy(error: Exception) -> Exception:
+    """The error itself, where gin raised a copy that has neither its `errno` nor its cause.
+
+    gin adds the configurable's name to the message, in a class that keeps the error in a closure
+    (`gin.utils.augment_exception_message_and_reraise`).
+    """
+    while True:
+        cells = getattr(vars(type(error)).get("__getattr__"), "__closure__", None) or ()
+        inner = [x.cell_contents for x in cells if isinstance(x.cell_contents, Exception)]
+        if not inner:
+            return error
+        error = inner[0]
 
 
 def settings(function: Callable[..., Any]) -> dict[str, Any]:

@@ -316,6 +316,12 @@ def _classify(error: Exception) -> tuple[object, int] | None:
         return errors.describe_error(error), code
     if isinstance(error, (ValueError, FileNotFoundError, NonFiniteError)) and _is_ours(error):
         return error, exit_codes.INVALID_INPUT
+    if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
+        reason = str(error).splitlines()[0]
+        return (
+            f"The devices have too little memory: {reason}. Lower BATCH_SIZE, BEAM_SIZE or "
+            "TASK_FEATURE_LENGTHS, or use more devices; --run_mode=preflight says what fits."
+        ), exit_codes.INVALID_INPUT
     return None
 
 

@@ -1,6 +1,7 @@
 """Every shipped gin file parses, finalises, and builds what it configures without computing."""
 
 import ast
+import errno
 import importlib.metadata
 import pathlib
 import re
@@ -13,6 +14,7 @@ from glimmer_jax import configuration, shipped
 from glimmer_jax.main import MODES
 from glimmer_jax.models.model import DecodeConfig, GlimmerModel
 from glimmer_jax.modes.settings import CorpusConfig, DatasetConfig, flatten
+from glimmer_jax.storage import errors as storage_errors
 
 ROOT = shipped.root() / "gin"
 SIZES = sorted(
@@ -354,3 +356,18 @@ def test_a_mode_that_no_file_configures_is_reported():
     configuration.parse(["gin/sizes/tiny.gin"], ["NUM_ENCODER_LAYERS = 6"])
     with pytest.raises(ValueError, match=r"glimmer_jax\.modes\.score\.score"):
         arguments("score")
+
+
+def test_errors_keep_their_number_and_their_cause(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError(errno.ESTALE, "stale") from ConnectionResetError(104, "by peer")
+
+    monkeypatch.setattr("glimmer_jax.modes.memory.checks.required", unreachable)
+    configuration.parse(["gin/runs/memory.gin"], ["MEMORY_DIR = 'x'", "ACTION = 'inspect'"])
+    from glimmer_jax.modes import memory
+
+    with pytest.raises(OSError, match="stale") as caught:
+        configuration.configured(memory.memory)()
+    assert caught.value.errno == errno.ESTALE
+    assert isinstance(caught.value.__cause__, ConnectionResetError)
+    assert storage_errors.classify_error(caught.value) == "temporary"

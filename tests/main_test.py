@@ -599,6 +599,11 @@ class UnavailableError(Exception):
         ),
         (refused_to_our_own_reader, 2, "gs://b/m could not be read or written: PERMISSION_DENIED"),
         (library(UnavailableError, "libcurl code 6"), 42, "libcurl code 6"),
+        (
+            library(jax.errors.JaxRuntimeError, "RESOURCE_EXHAUSTED: Out of memory allocating 9"),
+            2,
+            "too little memory: RESOURCE_EXHAUSTED: Out of memory allocating 9. Lower BATCH_SIZE",
+        ),
         (connection_reset, 42, "The storage did not answer: [Errno 104] by peer"),
         (
             library(ValueError, "PERMISSION_DENIED: gs://bucket/run: 403"),

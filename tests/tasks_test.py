@@ -157,6 +157,8 @@ def test_training_answers_need_sound_provenance():
     poor = line(0, answers=("poor",), bleu=0.2)
     assert preprocessors.example_features(poor, min_bleu=0.5) is None
     assert preprocessors.example_features(poor)["answers"] == ["poor"]
+    absent = {name: value for name, value in poor.items() if name != "output"}
+    assert preprocessors.example_features(absent, min_bleu=0.5) is None
     mixed = {**poor, "output": poor["output"] + line(0, answers=("good",))["output"]}
     assert preprocessors.example_features(mixed, min_bleu=0.5)["answers"] == ["good"]
     unscored = {**poor, "output": [{"answer": "trusted", "provenance": [{"wikipedia_id": "x"}]}]}
@@ -235,7 +237,7 @@ def test_bad_data_ends_before_anything_is_computed(data_dir, passages):
     with pytest.raises(ValueError, match=r"which-train\.jsonl:1: not a JSON object"):
         pipeline.batches(TASK, "train", LENGTHS, 4)
     write_lines(data_dir, [line(0, bleu=0.1)])
-    with pytest.raises(ValueError, match="MIN_BLEU_SCORE=0.5 drops all 1"):
+    with pytest.raises(ValueError, match="All 1 examples .* below MIN_BLEU_SCORE=0.5. Lower it"):
         pipeline.batches(TASK, "train", LENGTHS, 4)
     with pytest.raises(ValueError, match=r"MIXTURE_OR_TASK_MODULE.*'tasks\.typo'"):
         pipeline.import_tasks("tasks.typo")
@@ -244,7 +246,7 @@ def test_bad_data_ends_before_anything_is_computed(data_dir, passages):
 def test_fit_is_checked_before_training(data_dir):
     fit = functools.partial(check_fit, vocabulary=Vocabulary("pydocs"), has_passages=True)
     counts = fit(TASK, "validation", LENGTHS)
-    assert counts.pop("examples") == 5 and len(counts) == 5 and not any(counts.values())
+    assert counts.pop("examples") == 5 and len(counts) == 6 and not any(counts.values())
     too_many = {**LENGTHS, "passages": (4, 12)}
     with pytest.raises(ValueError, match="has K=4 .* at most 3"):
         fit(TASK, "validation", too_many)

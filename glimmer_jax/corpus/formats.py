@@ -7,8 +7,9 @@
 
 A record is `{"id", "title", "text"}` with an external id (`ids`) and optional fields, where null
 equals absent: `page`, the `wikipedia_id` of KILT's provenance; `paragraphs`, the first and the last
-paragraph of the page that the passage covers, or `chunk`, the only one; `split`. Pieces of a long record
-carry its id as `document`. Other fields are kept in JSON Lines and not read from Parquet.
+paragraph of the page that the passage covers, or `chunk`, the only one; `split`; `document`, which the
+pieces of a long record have from it, or else its id. "" equals absent in page, document and split. Other
+fields are kept in JSON Lines and not read from Parquet.
 
 DPR's file is not a quoted table: tabs and line ends always separate, but most texts stand in quotation
 marks with the inner ones doubled, which is undone here.
@@ -26,7 +27,9 @@ from glimmer_jax.storage.parquet import read_rows
 FORMATS = ("passages", "kilt", "dpr", "parquet")
 DPR_HEADER = ("id", "text", "title")
 _REQUIRED = ("id", "title", "text")
-_OPTIONAL = ("page", "paragraphs", "chunk", "split")
+_OPTIONAL = ("page", "document", "paragraphs", "chunk", "split")
+# Optional texts, which a table without absent fields holds as "".
+_TEXTS = ("page", "document", "split")
 
 
 class Document(NamedTuple):
@@ -58,8 +61,10 @@ def parse(format: str, data: bytes) -> Document | None:
 
 
 def document(record: dict[str, Any]) -> Document:
-    """A record as a document, without its null fields. Raises ValueError."""
-    record = {k: v for k, v in record.items() if v is not None or k in _REQUIRED}
+    """A record as a document, without its absent fields. Raises ValueError."""
+    absent = {k for k, v in record.items() if v is None and k not in _REQUIRED}
+    absent |= {k for k in _TEXTS if record.get(k) == ""}
+    record = {k: v for k, v in record.items() if k not in absent}
     check_record(record)
     return Document(f"the id {record['id']!r}", id_number(record["id"]), record)
 
@@ -91,7 +96,9 @@ def _is_paragraph(value: Any) -> bool:
 
 
 def _is_paragraphs(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_is_paragraph, value))
+    if not isinstance(value, list) or not value or not all(map(_is_paragraph, value)):
+        return False
+    return value[0] <= value[-1]
 
 
 _FIELD_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -116,13 +123,18 @@ def _parse_dpr(data: bytes) -> Document | None:
         fields = data.decode("utf-8").rstrip("\r\n").split("\t")
     except UnicodeDecodeError as error:
         raise ValueError(f"expected UTF-8, got {error}. Re-encode the file.") from None
-    if tuple(fields) == DPR_HEADER:
+    names = tuple(map(_unquote, fields))
+    if names == DPR_HEADER:
         return None
+    if sorted(names) == sorted(DPR_HEADER):
+        raise ValueError(
+            f"expected the columns {', '.join(DPR_HEADER)}, found {', '.join(names)}. Reorder them."
+        )
     if len(fields) != len(DPR_HEADER):
         raise ValueError(
             f"expected id, text and title between tabs, got {len(fields)} fields. Copy the file again."
         )
-    name, text, title = fields
+    name, text, title = _unquote(fields[0]), *fields[1:]
     # An integer stays one, as in JSON Lines; "007" and "a7" are strings.
     identifier = id_number(name) if name and str(id_number(name)) == name else name
     return document({"id": identifier, "title": _unquote(title), "text": _unquote(text)})
@@ -157,7 +169,7 @@ def passages(format: str, record: dict[str, Any], limit: int | None) -> list[dic
         {
             **record,
             "id": stable_hash("passage", record["id"], limit, index),
-            "document": record["id"],
+            "document": record.get("document", record["id"]),
             "text": piece.text,
         }
         for index, piece in enumerate(pieces([(0, text)], limit))

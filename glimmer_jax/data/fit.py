@@ -49,9 +49,10 @@ def check_fit(
     Returns:
       Counts over all tasks: `examples`, and the number of them with a truncated question
       (`questions_cut`), a truncated answer (`answers_cut`), a truncated passage among those that the
-      example itself holds (`passages_cut`), and without a gold passage (`without_gold`); and
-      `unknown_tokens`, tokens of these texts that the vocabulary cannot spell. `Passages.warn_of_cuts`
-      and mode `passages` report on the passages of a folder.
+      example itself holds (`passages_cut`), without a gold passage (`without_gold`), and without an
+      answer, which no metric counts (`without_answer`); and `unknown_tokens`, tokens of these texts
+      that the vocabulary cannot spell. `Passages.warn_of_cuts` and mode `passages` report on the
+      passages of a folder.
 
     Raises:
       ValueError: a task has another vocabulary, it names passages by id but there is no folder or
@@ -60,7 +61,7 @@ def check_fit(
     """
     checked = check_lengths(lengths)
     names = ("examples", "questions_cut", "answers_cut", "passages_cut", "without_gold")
-    totals = dict.fromkeys((*names, "unknown_tokens"), 0)
+    totals = dict.fromkeys((*names, "without_answer", "unknown_tokens"), 0)
     check_vocabulary(mixture_or_task_name, vocabulary)
     for task in seqio.get_subtasks(find_mixture_or_task(mixture_or_task_name)):
         _check_task(task, split, has_passages)
@@ -70,6 +71,7 @@ def check_fit(
         _check_examples(task.name, split, counts, checked)
         totals["examples"] += counts.examples
         totals["without_gold"] += counts.without_gold
+        totals["without_answer"] += counts.examples - counts.answered
         for key, text in counts.texts.items():
             _report(f"{task.name} ({split})", key, counts, max_cut, vocabulary, split != "train")
             totals[f"{_TEXTS[key]}_cut"] += text.cut

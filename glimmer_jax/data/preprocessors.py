@@ -51,7 +51,7 @@ def example_features(line: Mapping[str, Any], min_bleu: float = 0.0) -> dict[str
       min_bleu: drops answers with a lower `bleu_score`, from 0 to 1.
 
     Returns:
-      The features, or None if no answer reaches `min_bleu`.
+      The features, or None if it has no answer that reaches `min_bleu`.
 
     Raises:
       ValueError: the line has no `retrieved` field.
@@ -63,7 +63,9 @@ def example_features(line: Mapping[str, Any], min_bleu: float = 0.0) -> dict[str
         )
     texts = answers(line)
     if min_bleu > 0:
-        outputs = [output for output in line["output"] if answered_by_source(output, min_bleu)]
+        outputs = [
+            output for output in line.get("output", []) if answered_by_source(output, min_bleu)
+        ]
         texts = answers({"output": outputs})
         if not texts:
             return None

@@ -119,6 +119,8 @@ def read_split(
     def features() -> Iterator[dict[str, Any]]:
         for line in read_examples(path):
             example = preprocessors.example_features(line, threshold)
+            if split == "train" and example is not None and not example["answers"]:
+                example = None  # it would teach to answer nothing
             seen[example is not None] += 1
             if example is not None:
                 yield example
@@ -127,13 +129,14 @@ def read_split(
     num_dropped = seen[False]
     if not len(kept) and num_dropped:
         raise ValueError(
-            f"MIN_BLEU_SCORE={threshold:g} drops all {num_dropped} examples of {path}. Lower it."
+            f"All {num_dropped} examples of {path} are dropped: they have no answers, or only ones "
+            f"with a bleu_score below MIN_BLEU_SCORE={threshold:g}. Lower it, or check `output`."
         )
     if not len(kept):
         raise ValueError(f"DATA_DIR: {path} has no examples. Rerun --run_mode=retrieve.")
     if num_dropped:
         logger.info(
-            "%s: %d of %d examples are dropped, because all their answers have a bleu_score below %g.",
+            "%s: %d of %d examples are dropped: no answers, or only ones with a bleu_score below %g.",
             path, num_dropped, num_dropped + len(kept), threshold,
         )  # fmt: skip
     return kept

@@ -112,6 +112,9 @@ def check_example(example: Mapping[str, Any]) -> str | None:
         if not _is_list_of_objects(places):
             return "expected a list of objects in `provenance`"
         for place in places:
+            for name in ("wikipedia_id", "title"):
+                if type(place.get(name, "")) not in (int, str):
+                    return f"expected a string or an integer in `{name}`, got {place[name]!r:.80}"
             for name in ("start_paragraph_id", "end_paragraph_id", "bleu_score"):
                 if not isinstance(place.get(name), int | float | None):
                     return f"expected a number or null in `{name}`, got {place[name]!r}"
@@ -141,6 +144,8 @@ def _check_retrieved(retrieved: Any) -> str | None:
     for passage in retrieved:
         if not isinstance(passage, dict) or type(passage.get("id")) not in (int, str):
             return f"expected {{'id': …}} in `retrieved`, got {json.dumps(passage)[:80]}"
+        if passage.get("gold") not in (None, False, True):
+            return f"expected true or false in `gold`, got {passage['gold']!r:.80}"
     return None
 
 
@@ -159,16 +164,23 @@ def provenance(example: Mapping[str, Any]) -> list[dict[str, Any]]:
 def read_parquet(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (number from 1, line) of a task's table. Raises ValueError as `parquet.read_rows`."""
     for number, row in enumerate(read_rows(path, ("id", "input", "output")), start=1):
-        outputs = [_output(output) for output in row["output"] or ()]
+        outputs = row["output"]
+        if _is_list_of_objects(outputs):
+            outputs = [_output(output) for output in outputs]
         yield number, {"id": row["id"], "input": row["input"], "output": outputs, "meta": {}}
 
 
 def _output(output: Mapping[str, Any]) -> dict[str, Any]:
-    fields = {"answer": output["answer"]} if output["answer"] else {}
-    return fields | {"provenance": [_provenance(place) for place in output["provenance"] or ()]}
+    fields = {"answer": output["answer"]} if output.get("answer") else {}
+    places = output.get("provenance") or []
+    if _is_list_of_objects(places):
+        places = [_provenance(place) for place in places]
+    return fields | {"provenance": places}
 
 
 def _provenance(place: Mapping[str, Any]) -> dict[str, Any]:
     texts = {name: place[name] for name in _TEXTS if place.get(name)}
-    numbers = {name: place[name] for name in _NUMBERS if (place.get(name) or 0) >= 0}
-    return texts | {name: number for name, number in numbers.items() if number is not None}
+    numbers = {name: place[name] for name in _NUMBERS if place.get(name) is not None}
+    # What is no number stays, and is rejected with its line.
+    absent = {name for name, x in numbers.items() if isinstance(x, int | float) and x < 0}
+    return texts | {name: number for name, number in numbers.items() if name not in absent}

@@ -101,7 +101,7 @@ def find_files(pattern: str) -> dict[str, list[Path]]:
     Raises ValueError where nothing matches, two files hold one split, or a shard is missing.
     """
     files: dict[str, list[Path]] = {}
-    for path in sorted(map(Path, glob.glob(pattern))):
+    for path in map(Path, _matching(pattern)):
         if not path.is_dir():
             files.setdefault(task_file(regular_file(path)), []).append(path)
     if not files:
@@ -124,6 +124,11 @@ def find_files(pattern: str) -> dict[str, list[Path]]:
     return files
 
 
+def _matching(pattern: str) -> list[str]:
+    """Paths that match, in order. An existing path is itself, also with brackets in its name."""
+    return [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern))
+
+
 def _warn_of_name(path: Path, name: str) -> None:
     advice = ""
     if match := _MISNAMED.fullmatch(name):
@@ -140,7 +145,7 @@ def read_questions(pattern: str) -> dict[str, str]:
 
     Raises ValueError where no file matches, a file has another form, or an id has two questions.
     """
-    paths = sorted(glob.glob(pattern))
+    paths = _matching(pattern)
     if not paths:
         raise ValueError(
             f"TRIVIAQA: no file matches {pattern!r}. Give TriviaQA's own files, such as "

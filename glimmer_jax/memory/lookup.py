@@ -30,6 +30,16 @@ class LookupConfig:
     bytes_per_device: int = 0  # a memory that fits into this is kept on the devices
     unknown: Literal["error", "mask"] = "error"  # raise, or treat as absent and count
 
+    def __post_init__(self) -> None:
+        if self.bytes_per_device < 0:
+            raise ValueError(
+                f"MEMORY_BYTES_PER_DEVICE must not be negative, got {self.bytes_per_device}."
+            )
+        if self.unknown not in ("error", "mask"):
+            raise ValueError(
+                f"UNKNOWN_PASSAGES must be 'error' or 'mask', got {self.unknown!r:.80}."
+            )
+
 
 class Lookup(abc.ABC):
     """The interface of both: ids to rows, and batches with their memory.

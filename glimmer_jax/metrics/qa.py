@@ -107,7 +107,10 @@ def _mean(
             f"Expected one prediction per target, got {len(predictions)} predictions and "
             f"{len(targets)} targets."
         )
-    scores = [score(target, text) for target, text in zip(targets, predictions, strict=True)]
+    # A question without answers says nothing about its prediction.
+    scores = [
+        score(target, text) for target, text in zip(targets, predictions, strict=True) if target
+    ]
     return float(np.mean(scores)) if scores else 0.0
 
 

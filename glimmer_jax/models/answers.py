@@ -5,6 +5,7 @@ candidates share them.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -31,11 +32,13 @@ class DecodeConfig:
     def __post_init__(self):
         if self.beams < 1:
             raise ValueError(f"beams must be at least 1, got {self.beams}.")
-        if self.length_penalty < 0:
-            raise ValueError(f"length_penalty must not be negative, got {self.length_penalty}.")
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.length_penalty < math.inf:
             raise ValueError(
-                "temperature and top_k must not be negative, top_p must be in (0, 1]; got "
+                f"length_penalty must be finite and not negative, got {self.length_penalty}."
+            )
+        if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                "temperature and top_k must be finite and not negative, top_p in (0, 1]; got "
                 f"temperature={self.temperature}, top_k={self.top_k} and top_p={self.top_p}."
             )
         if self.temperature and self.beams > 1:

@@ -74,7 +74,7 @@ class Trained:
         Raises:
           ValueError: neither is known, or they are malformed.
         """
-        lengths = given or self.record.task_feature_lengths
+        lengths = self.record.task_feature_lengths if given is None else given
         if lengths is None:
             raise ValueError(
                 f"TASK_FEATURE_LENGTHS is required: {self.record.what} does not record the lengths that "

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from glimmer_jax import axes, partitioning
 from glimmer_jax.axes import Lengths, check_lengths
 from glimmer_jax.corpus.passages import Passages
+from glimmer_jax.models.answers import DecodeConfig
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.retrieval import corpus_check
 from glimmer_jax.storage import folder, local_copy
@@ -52,6 +53,9 @@ def existing_file(name: str, path: Any) -> Path:
 def replaceable(name: str, path: str, overwrite: bool) -> None:
     """Raises ValueError for an output file that exists, unless it may be replaced."""
     kvstore, key = folder.of_file(path)
+    parent = Path(path).parent
+    if not folder.in_bucket(path) and parent.exists() and not parent.is_dir():
+        raise ValueError(f"{name}: {parent} is a file. Choose a folder.")
     if not overwrite and key in folder.list_files(kvstore, key):
         raise ValueError(
             f"{name}: {path} exists. Set OVERWRITE=True to replace it, or write to another folder."
@@ -115,9 +119,23 @@ def passages_divide(lengths: Lengths, mesh: Mesh) -> None:
         )
 
 
+def one_answer_rule(candidates: Any, decode: DecodeConfig) -> None:
+    """Raises ValueError for settings of a search where answers are chosen from candidates."""
+    if candidates is not None and (decode.beams > 1 or decode.temperature):
+        raise ValueError(
+            "CANDIDATES are chosen from by log-likelihood, without a search: leave out BEAM_SIZE and "
+            "SAMPLING_TEMPERATURE, or CANDIDATES."
+        )
+
+
 def lengths_for(config: GlimmerConfig, lengths: Any) -> Lengths:
     """The lengths, if they fit the model."""
     checked = check_lengths(lengths)
+    if unknown := sorted(lengths.keys() - {"inputs", "targets", "passages"}):
+        raise ValueError(
+            f"TASK_FEATURE_LENGTHS has {', '.join(map(repr, unknown))}, which nothing reads. Its keys "
+            "are 'inputs', 'targets' and 'passages'."
+        )
     if config.num_kept is not None and config.num_kept > checked.passages:
         raise ValueError(
             f"NUM_KEPT: the model keeps {config.num_kept} passages, but TASK_FEATURE_LENGTHS has "

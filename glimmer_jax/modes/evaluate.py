@@ -63,6 +63,7 @@ def evaluate(
     checks.batch_size("BATCH_SIZE", dataset.batch_size, mesh)
     checks.passages_divide(lengths, mesh)
     candidates_NT = None
+    checks.one_answer_rule(reader.candidates, model.decode)
     if reader.candidates is not None:
         candidates_NT = encode_candidates(reader.candidates, vocabulary, lengths.target)
     config_text = operative_config()

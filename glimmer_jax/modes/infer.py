@@ -57,7 +57,8 @@ def infer(
     retriever.check()
     if questions is not None:
         checks.required(INFER_OUTPUT_DIR=output_dir)
-        path = os.path.join(str(output_dir), f"predictions-{Path(questions).stem}.jsonl")
+        stem = Path(questions.removesuffix(".gz")).stem
+        path = os.path.join(str(output_dir), f"predictions-{stem}.jsonl")
         checks.replaceable("INFER_OUTPUT_DIR", path, overwrite)
     trained = reader.read(corpus.memory_dir)
     model, vocabulary = trained.model, trained.vocabulary
@@ -65,6 +66,7 @@ def infer(
     mesh = make_mesh(reader.mesh)
     checks.batch_size("BATCH_SIZE", batch_size, mesh)
     checks.passages_divide(lengths, mesh)
+    checks.one_answer_rule(reader.candidates, model.decode)
     if reader.candidates is not None:
         encode_candidates(reader.candidates, vocabulary, lengths.target)
     examples: list[Example] | None = None

@@ -205,7 +205,8 @@ def merge(memory_dir: str | None, parts: Sequence[str]) -> Any:
 
 def _checked_list(name: str, values: Any, kind: type | tuple[type, ...]) -> list[Any]:
     """A list from the command line; raises ValueError for another value."""
-    if isinstance(values, str | int) or not all(isinstance(value, kind) for value in values):
+    listed = isinstance(values, list | tuple | set)
+    if not listed or not all(isinstance(value, kind) for value in values):
         example = [0, 1] if kind is not str else ["runs/a", "runs/b"]
         raise ValueError(
             f"{name} must be a list, such as --gin.{name}={example!r}; got {values!r}."

@@ -82,6 +82,8 @@ def retrieve(
     checks.required(PASSAGES_DIR=passages_dir, QUESTIONS=questions, DATA_DIR=data_dir)
     if num_passages < 1:
         raise ValueError(f"NUM_PASSAGES must be 1 or more, got {num_passages}.")
+    if question_words is not None and question_words < 1:
+        raise ValueError(f"QUESTION_WORDS must be 1 or more, got {question_words}.")
     retriever.check()
     by_task = files.find_files(questions)
     _check_data_dir(data_dir, by_task)
@@ -98,7 +100,7 @@ def retrieve(
         "num_passages": num_passages,
         **_used_settings(retriever),
         "question_words": question_words,
-        "triviaqa": triviaqa,
+        "triviaqa": None if by_id is None else sorted(by_id.items()),
     }
     requests = {
         name: {**request, "questions": [_sha256(path) for path in paths]}
@@ -148,9 +150,15 @@ def _used_settings(retriever: RetrieverConfig) -> dict[str, Any]:
     return {
         "retriever": method,
         "bm25": dataclasses.asdict(retriever.bm25) if method != "dense" else None,
-        "encoder": [dense.encoder_dir, dense.dtype] if method != "bm25" else None,
+        "encoder": [_files(dense.encoder_dir), dense.dtype] if method != "bm25" else None,
         "dense_weight": retriever.dense_weight if method == "hybrid" else None,
     }
+
+
+def _files(folder: str | None) -> list[Any]:
+    """Path, size and time of the files of a local folder: other weights are another encoder."""
+    found = [(path, path.stat()) for path in sorted(Path(str(folder)).rglob("*")) if path.is_file()]
+    return [folder, *([str(path), stat.st_size, stat.st_mtime_ns] for path, stat in found)]
 
 
 def _is_training(name: str) -> bool:

@@ -141,6 +141,10 @@ class CorpusConfig:
     # Ids that are missing from the memory raise an error, or are masked and counted.
     unknown_passages: Literal["error", "mask"] = "error"
 
+    def __post_init__(self) -> None:
+        # Invalid values are rejected also where there is no memory.
+        _ = self.lookup
+
     @property
     def lookup(self) -> LookupConfig:
         """Settings of the memory's lookup."""
@@ -155,6 +159,10 @@ class AnsweringConfig(CheckpointConfig):
     # The only answers allowed, for all questions; None generates answers.
     candidates: Sequence[str] | None = None
     seed: int = 0  # of sampled answers
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"RANDOM_SEED must be from 0 to {2**32 - 1}, got {self.seed}.")
 
 
 @dataclasses.dataclass(frozen=True)

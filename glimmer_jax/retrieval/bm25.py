@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ class Bm25Config:
     stem: str | None = None
 
     def __post_init__(self) -> None:
-        if self.k1 <= 0:
-            raise ValueError(f"BM25_K1: k1 must be above 0, got {self.k1}.")
+        if not 0 < self.k1 < math.inf:
+            raise ValueError(f"BM25_K1: k1 must be above 0 and finite, got {self.k1}.")
         if not 0 <= self.b <= 1:
             raise ValueError(f"BM25_B: b must be from 0 to 1, got {self.b}.")
         if self.title_weight < 0:

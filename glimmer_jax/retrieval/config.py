@@ -28,8 +28,8 @@ class RetrieverConfig:
             self.bm25.check_stemmer()
         if self.method != "bm25":
             self.dense.check_given()
-        if self.method == "hybrid":
-            check_weight(self.dense_weight)
+        # Also where the method does not use it: a wrong value must not wait for another method.
+        check_weight(self.dense_weight)
 
     def open(self, passages: Passages) -> Retriever:
         """The retriever over a corpus; builds or resumes an unfinished dense index.

@@ -92,7 +92,7 @@ def _notes(path: Any) -> tuple[ts.KvStore, list[str]]:
 
 
 def _note_name(file: str) -> str:
-    return os.path.splitext(file)[0] + _SUFFIX
+    return os.path.splitext(file.removesuffix(".gz"))[0] + _SUFFIX
 
 
 def _digest(request: Mapping[str, Any]) -> str:

@@ -57,7 +57,13 @@ class TextEncoder:
             rows, buckets, dtype, None, jax.default_backend(), jax.__version__
         )
         self._processor = sentencepiece.SentencePieceProcessor()
-        self._processor.LoadFromSerializedProto(loaded.vocabulary)
+        try:
+            self._processor.LoadFromSerializedProto(loaded.vocabulary)
+        except RuntimeError as error:
+            raise ValueError(
+                f"ENCODER_DIR: its spiece.model is not a SentencePiece model ({error}). Copy the file "
+                "again; a Git LFS pointer is not the file itself."
+            ) from None
         pieces = int(self._processor.GetPieceSize())
         if pieces > t5.vocab_size or self._processor.eos_id() != EOS_ID:
             raise ValueError(

@@ -22,8 +22,13 @@ _UNSPACED = (
     "\u0e01-\u0e4e\u0e81-\u0ece\u1000-\u103f\u1780-\u17d3\u3005-\u3007\u3041-\u30ff"
     "\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
 )
-# Soft hyphen, zero-width non-joiner and joiner, word joiner, byte order mark.
-_INVISIBLE = dict.fromkeys((0xAD, 0x200C, 0x200D, 0x2060, 0xFEFF))
+# Soft hyphen, tatweel, zero-width space, non-joiner and joiner, word joiner, byte order mark, variation
+# selectors; and the dot that lower case leaves of a Turkish capital I.
+_INVISIBLE = dict.fromkeys(
+    (0xAD, 0x640, 0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF, *range(0xFE00, 0xFE10))
+    + (*range(0xE0100, 0xE01F0),)
+)
+_DOTTED = "i\u0307"
 _LAST_MARK = 0x1FFFF
 _ASCII_WORD = re.compile(r"[^\W_]+", re.ASCII)
 _NAME = re.compile(r"[^\W\d]\w*(?:\.\w+)+|\w*_\w+")
@@ -34,7 +39,9 @@ def words(text: str) -> list[str]:
     if text.isascii():
         text = text.lower()
         return _ASCII_WORD.findall(text) + _NAME.findall(text)
-    text = unicodedata.normalize("NFKC", text.translate(_INVISIBLE)).casefold()
+    text = (
+        unicodedata.normalize("NFKC", text.translate(_INVISIBLE)).casefold().replace(_DOTTED, "i")
+    )
     # Lower case can have decomposed letters.
     text = unicodedata.normalize("NFKC", text)
     unspaced, spaced = _patterns()

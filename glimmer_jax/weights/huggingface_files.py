@@ -49,6 +49,9 @@ def open_tensors(path: Any, kvstore: ts.KvStore) -> Tensors:
         (FLAX, _open_flax, "Flax msgpack"),
     )
     for file, open_file, kind in readers:
+        # As transformers: an index beside a complete file is left over.
+        if exists(kvstore, file):
+            return Tensors(open_file(kvstore, file), file)
         if exists(kvstore, file + INDEX):
             files = _indexed_files(path, kvstore, file + INDEX)
             opened: dict[str, ts.TensorStore] = {}
@@ -61,8 +64,6 @@ def open_tensors(path: Any, kvstore: ts.KvStore) -> Tensors:
                     )
                 opened |= tensors
             return Tensors(opened, f"{len(files)} {kind} files")
-        if exists(kvstore, file):
-            return Tensors(open_file(kvstore, file), file)
     present = [file for file in _PICKLED if exists(kvstore, file)]
     raise InvalidWeights(
         f"{path} has {CONFIG}, but neither {SAFETENSORS} nor {FLAX} nor an index of several such files. "

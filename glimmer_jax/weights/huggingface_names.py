@@ -120,7 +120,7 @@ def transposed(name: str) -> bool:
 
 def check_type(path: Any, config: Mapping[str, Any]) -> None:
     """Raises InvalidWeights if a `config.json` is not that of a T5."""
-    if config.get("model_type") not in _DEFAULTS:
+    if str(config.get("model_type")) not in _DEFAULTS:
         raise InvalidWeights(
             f"{path}/config.json has model_type {config.get('model_type')!r:.40}. Supported are "
             f"{', '.join(_DEFAULTS)}."
@@ -142,7 +142,7 @@ def read_config(path: Any, config: Mapping[str, Any], tie_output: bool) -> T5Con
     defaults = _DEFAULTS[config["model_type"]]
     config = {**defaults, **{name: x for name, x in config.items() if x is not None}}
     activation = config["feed_forward_proj"]
-    if activation not in ACTIVATIONS:
+    if str(activation) not in ACTIVATIONS:
         raise InvalidWeights(
             f"{path}/config.json has feed_forward_proj {activation!r:.40}. Supported are "
             f"{', '.join(ACTIVATIONS)}."

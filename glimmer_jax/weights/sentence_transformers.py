@@ -158,8 +158,10 @@ def _check_pooling(path: pathlib.Path) -> None:
     config = _read_json(path)
     modes = {name for name, value in config.items() if name.startswith("pooling_mode_") and value}
     # Newer folders have one name instead of many flags.
-    if "pooling_mode" in config:
-        modes |= {f"pooling_mode_{config['pooling_mode']}_tokens"}
+    names = config.get("pooling_mode") or []
+    modes |= {
+        f"pooling_mode_{name}_tokens" for name in ([names] if isinstance(names, str) else names)
+    }
     if modes != {"pooling_mode_mean_tokens"}:
         raise InvalidWeights(
             f"{path} has {sorted(modes)}, expected pooling_mode_mean_tokens alone. Give the folder of a "

@@ -45,11 +45,34 @@ def test_the_head_line_of_dprs_file_holds_nothing():
     assert record("dpr", "id\ttext\ttitle\n") is None
 
 
+def test_a_quoted_dpr_file_is_read():
+    assert record("dpr", '"id"\t"text"\t"title"\n') is None
+    assert record("dpr", '"1"\t"x ""y"""\t"t"') == {"id": 1, "text": 'x "y"', "title": "t"}
+
+
+def test_texts_that_are_empty_equal_absent():
+    line = {"id": 1, "title": "", "text": "a", "page": "", "split": "", "document": ""}
+    assert record("passages", json.dumps(line)) == {"id": 1, "title": "", "text": "a"}
+
+
+def test_pieces_keep_the_document_of_their_record():
+    long = {"id": "D-0", "document": "D", "title": "", "text": "a b. c d. e f."}
+    assert [x["document"] for x in formats.passages("passages", long, 2)] == ["D"] * 3
+    del long["document"]
+    assert [x["document"] for x in formats.passages("passages", long, 2)] == ["D-0"] * 3
+
+
 @pytest.mark.parametrize(
     "format, line, message",
     [
         ("dpr", "1\ttext", "id, text and title between tabs, got 2 fields"),
         ("dpr", "1\ta\tb\tc", "got 4 fields"),
+        ("dpr", "id\ttitle\ttext", "columns id, text, title, found id, title, text. Reorder"),
+        (
+            "passages",
+            '{"id": 1, "title": "", "text": "a", "paragraphs": [5, 3]}',
+            "`paragraphs` must be the numbers of the first and the last",
+        ),
         ("passages", '{"id": true, "title": "", "text": ""}', "an integer or .* got True"),
         ("passages", '{"id": "", "title": "", "text": ""}', "non-empty string, got ''"),
         ("passages", '{"title": "", "text": ""}', "an `id`, found none"),
@@ -114,6 +137,7 @@ def test_parquet_gives_what_json_lines_give(tmp_path):
         "title": ["a", "b", "c", "d"],
         "page": ["p", None, "q", "r"],
         "paragraphs": [[0, 1], None, [2, 2], [3, 3]],
+        "document": ["D", "", None, "E"],
         "embeddings": [[0.5]] * 4,
     }
     parquet.write_table(pyarrow.table(columns), path)
@@ -122,7 +146,14 @@ def test_parquet_gives_what_json_lines_give(tmp_path):
     parquet.write_table(pyarrow.table(columns).slice(0, 3), path)
     report = Report()
     assert list(read_passages([path], Reading("parquet"), report)) == [
-        {"id": "1", "title": "a", "text": "one", "page": "p", "paragraphs": [0, 1]},
+        {
+            "id": "1",
+            "title": "a",
+            "text": "one",
+            "page": "p",
+            "paragraphs": [0, 1],
+            "document": "D",
+        },
         {"id": "2", "title": "b", "text": "two"},
         {"id": "x", "title": "c", "text": "three", "page": "q", "paragraphs": [2, 2]},
     ]

@@ -68,6 +68,12 @@ def test_two_files_of_one_split_are_rejected(tmp_path):
         files.find_files(f"{tmp_path}/*.json")
 
 
+def test_a_path_with_brackets_is_itself(tmp_path):
+    touch(tmp_path, "br[1]/nq-dev.jsonl")
+    found = files.find_files(f"{tmp_path}/br[1]/nq-dev.jsonl")
+    assert found == {"nq-dev.jsonl": [tmp_path / "br[1]/nq-dev.jsonl"]}
+
+
 @pytest.mark.parametrize(
     ("name", "better"),
     [

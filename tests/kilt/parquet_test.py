@@ -47,6 +47,46 @@ def test_the_hubs_tables_read_as_kilts_lines(tmp_path, task):
         assert examples.provenance(got) == wanted
 
 
+PLACE = {"wikipedia_id": "7", "title": "T", "bleu_score": -1.0}
+
+
+@pytest.mark.parametrize(
+    ("outputs", "read"),
+    [
+        (
+            [{"answer": "x", "provenance": [PLACE]}],
+            [{"answer": "x", "provenance": [{"wikipedia_id": "7", "title": "T"}]}],
+        ),
+        ([{"answer": "x"}], [{"answer": "x", "provenance": []}]),
+        ([{"provenance": [PLACE]}], [{"provenance": [{"wikipedia_id": "7", "title": "T"}]}]),
+    ],
+)
+def test_tables_with_fewer_fields_are_read(tmp_path, outputs, read):
+    path = tmp_path / "dev.parquet"
+    row = {"id": "a", "input": "who", "output": outputs}
+    parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    assert [line["output"] for line in examples.read_examples(path)] == [read]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        (["x"], "list of objects in `output`"),
+        ('[{"answer": "x"}]', "list of objects in `output`"),
+        ({"answer": "x"}, "list of objects in `output`"),
+        ([{"answer": "x", "provenance": ["7"]}], "list of objects in `provenance`"),
+        ([{"answer": "x", "provenance": [None, PLACE]}], "list of objects in `provenance`"),
+        ([{"provenance": [{"start_paragraph_id": "3"}]}], "number or null in `start_paragraph_id`"),
+    ],
+)
+def test_tables_of_other_types_are_rejected_by_row(tmp_path, outputs, message):
+    path = tmp_path / "dev.parquet"
+    row = {"id": "a", "input": "who", "output": outputs}
+    parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    with pytest.raises(ValueError, match=f"dev.parquet:1: .*{message}"):
+        list(examples.read_examples(path))
+
+
 def test_files_of_another_kind_are_rejected(tmp_path):
     with pytest.raises(ValueError, match="No file: .*absent.parquet"):
         list(read_parquet(tmp_path / "absent.parquet"))

@@ -21,6 +21,11 @@ def test_the_best_of_several_answers_counts():
     assert qa.accuracy(targets, predictions) == {"accuracy": pytest.approx(2 / 3)}
 
 
+def test_questions_without_answers_do_not_count():
+    assert qa.exact_match([["x"], [], ["y"]], ["x", "x", "x"]) == {"exact_match": 0.5}
+    assert qa.exact_match([[]], ["x"]) == {"exact_match": 0.0}
+
+
 def test_f1_is_over_words_with_their_counts():
     assert qa.f1_of("a b b c", "b b d") == pytest.approx(2 * 2 / (3 + 3))
     assert qa.f1_of(["x", "x y"], "x y") == 1.0

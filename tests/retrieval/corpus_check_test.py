@@ -25,6 +25,8 @@ def test_a_file_belongs_to_its_corpus_however_that_is_tokenised(tmp_path):
         corpus_check.check(place, shorter)
         with pytest.raises(ValueError, match="data/nq-dev.jsonl .*mine"):
             corpus_check.check(place, other)
+    with pytest.raises(ValueError, match="data/nq-dev.jsonl .*mine"):
+        corpus_check.check(data / "nq-dev.jsonl.gz", other)
     # As it is with the file itself there, in a folder that has others, and a dot in its name.
     (data / "nq-dev.jsonl").write_text("{}")
     (data / "below").mkdir(mode=0)

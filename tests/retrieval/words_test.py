@@ -30,6 +30,11 @@ def test_composed_and_decomposed_text_has_the_same_words(text):
         ("می\u200cخواهم", "میخواهم"),
         ("ｶﾞｷﾞ", "ガギ"),
         ("İstanbul", "i\u0307stanbul"),
+        ("İstanbul", "istanbul"),
+        ("葛\U000e0100城", "葛城"),
+        ("辻\ufe00堂", "辻堂"),
+        ("so\u200bup", "soup"),
+        ("مـــدينة", "مدينة"),
     ],
 )
 def test_letters_that_look_alike_have_the_same_words(one, other):

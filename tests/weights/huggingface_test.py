@@ -111,6 +111,16 @@ def test_several_files_with_an_index_are_read_bit_exactly(folder):
         load(folder)
 
 
+def test_an_index_beside_a_complete_file_is_left_over(folder):
+    want = load(folder).params
+    weight_map = dict.fromkeys(tensors_of(folder), "model-00001-of-00001.safetensors")
+    index = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(index)
+    loaded = load(folder)
+    tiny.assert_trees_equal(loaded.params, want)
+    assert "(model.safetensors)" in loaded.what
+
+
 @pytest.mark.parametrize("num_files", [1, 3])
 def test_flax_files_are_read_bit_exactly(folder, num_files):
     want = load(folder).params

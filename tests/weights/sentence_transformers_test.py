@@ -142,8 +142,16 @@ def test_modules_outside_the_folder_are_rejected(folder):
         load_gtr(folder)
 
 
-def test_the_pooling_mode_of_newer_folders_is_read(folder):
-    tiny_gtr.save_json(folder / "1_Pooling" / "config.json", {"pooling_mode": "mean"})
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"pooling_mode": "mean"},
+        {"pooling_mode": ["mean"]},
+        {"pooling_mode": None, "pooling_mode_mean_tokens": 1},
+    ],
+)
+def test_the_pooling_mode_of_newer_folders_is_read(folder, config):
+    tiny_gtr.save_json(folder / "1_Pooling" / "config.json", config)
     assert load_gtr(folder).vector_dim == tiny_gtr.VECTOR_DIM
 
 
