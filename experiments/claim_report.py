@@ -299,8 +299,8 @@ def _procedure(study: Study) -> str:
         f"## Procedure\n\n{study.hours(list(BLOCKS)):.1f} hours of one core in {len(study.units)} "
         f"units, and {tuning:.1f} hours of tuning.\n{left_out}\n"
         + table(["stage", "task", "K", "steps", "rate"], stages)
-        + "\nFactors of the stages' learning rates, chosen on dev in a third of the steps, with a seed "
-        "of their\nown, for FiD, LUMEN and GLIMMER; variants use those of their model:\n\n"
+        + "\nFactors of the stages' learning rates, chosen on dev with a seed of their own for FiD, "
+        "LUMEN and\nGLIMMER; variants use those of their model:\n\n"
         + table(["arm", "factor", f"exact match on dev at {factors}"], rows)
     )
 

@@ -34,7 +34,7 @@ from experiments import claim_arms, claim_report
 from experiments.claim_arms import ARMS, BLOCKS, TUNING, Arm, Scale, Selection
 from experiments.claim_results import Results, digest
 from experiments.command import cores, glimmer, run_module
-from experiments.train_pydocs import CUTS, SEEDS_PER_RUN, START, TASK, Stage, metrics, write_data
+from experiments.train_pydocs import CUTS, SEEDS_PER_RUN, START, TASK, metrics, write_data
 from glimmer_jax.pydocs.questions import TASKS
 from glimmer_jax.runtime.progress import Progress
 from glimmer_jax.shipped import CHECKPOINTS
@@ -112,7 +112,6 @@ class Study:
             "recipe": claim_arms.RECIPE,
             "start": self._checksum,
             "stages": [dataclasses.asdict(stage) for stage in scale.stages],
-            "tuning_stages": [dataclasses.asdict(stage) for stage in scale.tuning_stages],
             "task": TASK,
             "cuts": CUTS,
             "first_seed": claim_arms.FIRST_SEED,
@@ -218,12 +217,11 @@ class Study:
     def _run(self, unit: Unit) -> dict[str, Any]:
         """Trains what is missing, evaluates, and returns the record."""
         arm, identity = ARMS[unit.arm], self._identity(unit)
-        stages = self._scale.tuning_stages if unit.block == TUNING else self._scale.stages
         runs: dict[str, str] = {}
         spent = 0.0
         for tasks in [(task,) for task in TASKS] if arm.single else [TASKS]:
             task = tasks[0] if arm.single else None
-            run, seconds = self._train(arm, stages, unit.seed, identity["rate"], task)
+            run, seconds = self._train(arm, unit.seed, identity["rate"], task)
             spent += seconds
             runs |= dict.fromkeys(tasks, str(run))
         trained = time.monotonic()
@@ -236,14 +234,12 @@ class Study:
             **found,
         }
 
-    def _train(
-        self, arm: Arm, stages: Sequence[Stage], seed: int, rate: float, task: str | None
-    ) -> tuple[Path, float]:
+    def _train(self, arm: Arm, seed: int, rate: float, task: str | None) -> tuple[Path, float]:
         """The last run of an arm's chain, and the seconds of training that it still took."""
         gin_file, cut = CUTS[arm.model]
         previous, spent = self._without_head(), 0.0
         macros_of_arm = dict(arm.settings)
-        for stage in stages:
+        for stage in self._scale.stages:
             if stage.name == claim_arms.ADAPT.name:
                 if arm.adapted is None:
                     continue

@@ -48,6 +48,9 @@ ACT_VOCAB = "activation_vocab"
 MEMORY_ROWS = "memory_rows"
 
 
+MAX_LENGTH = 2**20  # of anything that a batch has; no model or memory takes more
+
+
 class Lengths(NamedTuple):
     """Static sizes of a batch: TASK_FEATURE_LENGTHS."""
 
@@ -63,12 +66,15 @@ def check_lengths(lengths: Mapping[str, Any]) -> Lengths:
     Raises:
       ValueError: `lengths` has another form, or a size is not a positive integer.
     """
-    expected = '{"inputs": Q, "targets": T, "passages": (K, P)} with positive integers'
+    expected = (
+        '{"inputs": Q, "targets": T, "passages": (K, P)} with positive integers of at most '
+        f"{MAX_LENGTH}"
+    )
     try:
         passages, passage = lengths["passages"]
         sizes = Lengths(lengths["inputs"], lengths["targets"], passages, passage)
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"TASK_FEATURE_LENGTHS must be {expected}; got {lengths!r}.") from None
-    if not all(type(size) is int and size >= 1 for size in sizes):
+    if not all(type(size) is int and 1 <= size <= MAX_LENGTH for size in sizes):
         raise ValueError(f"TASK_FEATURE_LENGTHS must be {expected}; got {lengths!r}.")
     return sizes

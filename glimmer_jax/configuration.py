@@ -234,7 +234,7 @@ def configured(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return configurable(*args, **kwargs)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (raised again)
             # A plain `raise` keeps the cause, which `from` would replace.
             raise _without_proxy(error)  # noqa: B904
 

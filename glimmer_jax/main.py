@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from glimmer_jax.runtime import compilation_cache, exit_codes
 from glimmer_jax.runtime.host_memory import keep_freed_memory
-from glimmer_jax.runtime.preemption import STOP, StopRequested
+from glimmer_jax.runtime.preemption import STOP, StopRequested, stop_signals
 
 
 class Mode(NamedTuple):
@@ -337,7 +337,7 @@ def _is_ours(error: BaseException) -> bool:
 def run() -> None:
     """Entry of the `glimmer` script."""
     # Until the handlers are set a signal would end the process without a meaningful exit code.
-    signals = (signal.SIGTERM, signal.SIGINT)
+    signals = stop_signals()
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     flags = parse_flags(sys.argv[1:])
     if flags.distributed or flags.coordinator_address is not None:
@@ -362,6 +362,11 @@ def run() -> None:
         filter_stderr()
     try:
         code = main()
+    except BrokenPipeError:
+        # Whoever read the output is gone; Python would fail again when it flushes the rest.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        print("glimmer: Standard output was closed before the end.", file=sys.stderr)
+        code = exit_codes.INVALID_INPUT
     except Exception:  # noqa: BLE001
         traceback.print_exc()
         print(

@@ -38,7 +38,13 @@ def read_manifest(kvstore: ts.KvStore, version: int | None = None) -> Manifest:
     if version is not None:
         earlier = folder.read_file(kvstore, _version_file(version))
         if earlier is not None:
-            return Manifest.from_bytes(earlier, f"{kvstore.url}{_version_file(version)}")
+            where = f"{kvstore.url}{_version_file(version)}"
+            manifest = Manifest.from_bytes(earlier, where)
+            if manifest.version != version:
+                raise DamagedStore(
+                    f"{where} is damaged: it holds version {manifest.version}. Copy it again."
+                )
+            return manifest
     try:
         newest = Manifest.from_bytes(data, f"{kvstore.url}{MANIFEST}")
     except DamagedStore as damage:

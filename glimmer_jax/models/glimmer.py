@@ -72,12 +72,13 @@ class GlimmerConfig:
                 f"memory_layers={m} and rerank_layers={r} must fit into the encoder's {layers} "
                 "layers."
             )
-        if self.num_kept is not None and self.num_kept < 1:
-            raise ValueError(f"num_kept must be at least 1, or None for all; got {self.num_kept}.")
-        if self.read_chunk is not None and self.read_chunk < 1:
-            raise ValueError(
-                f"read_chunk must be at least 1, or None for all; got {self.read_chunk}."
-            )
+        for name in ("num_kept", "read_chunk"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= axes.MAX_LENGTH:
+                raise ValueError(
+                    f"{name} must be at least 1 and at most {axes.MAX_LENGTH}, or None for all; got "
+                    f"{value}."
+                )
         if self.num_kept is not None and r == 0:
             raise ValueError(
                 f"num_kept={self.num_kept} needs scores, and rerank_layers is 0. Set rerank_layers, or "

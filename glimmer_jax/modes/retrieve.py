@@ -239,6 +239,8 @@ def _write(
 ) -> None:
     """Writes a task file and its note. All processes search, one writes."""
     if jax.process_index() == 0:
+        # A note must not outlive its file.
+        corpus_check.remove_note(path)
         write_json_lines(path, retrieved)
         corpus_check.write_note(path, passages, request)
     else:

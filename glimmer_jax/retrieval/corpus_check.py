@@ -1,9 +1,11 @@
 """Notes beside retrieved files: which corpus their passage ids belong to, and which request made them.
 
     nq-dev.jsonl
-    nq-dev.passages.json    {"corpus_sha256": "…", "passages_dir": "data/passages", "request_sha256": "…"}
+    nq-dev.passages.json    {"corpus_sha256": "…", "passages_dir": "data/passages", "request_sha256": "…",
+                             "bytes": 81723, "file_sha256": "…"}
 
-Retrieval writes the note after the file, and modes that read passages for the file compare the corpus.
+Retrieval removes the note before it replaces the file, and writes it afterwards. Modes that read passages
+for the file compare the corpus and the file's size.
 Its hash covers ids, titles and texts, so the corpus may be tokenised again. The request is everything
 that determines the file, so that a rerun can keep files that are complete. A file without a note is
 accepted.
@@ -22,35 +24,49 @@ from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.storage.folder import (
     in_bucket,
     list_files,
+    local_path,
     of_file,
     open_folder,
     read_file,
     write_file,
 )
 from glimmer_jax.storage.json_lines import parse_line
+from glimmer_jax.storage.lines import file_size, is_regular_file
 
 _SUFFIX = ".passages.json"
 
 
 def write_note(path: Any, passages: Passages, request: Mapping[str, Any]) -> None:
     """Writes the note of a retrieved file, local or in a bucket, atomically."""
-    note = {
+    note: dict[str, Any] = {
         "corpus_sha256": corpus_sha256(passages),
         "passages_dir": passages.place,
         "request_sha256": _digest(request),
     }
     folder, file = of_file(path)
+    data = read_file(folder, file)
+    if data is not None:
+        note |= {"bytes": len(data), "file_sha256": hashlib.sha256(data).hexdigest()}
     write_file(folder, _note_name(file), (json.dumps(note, indent=2) + "\n").encode())
 
 
+def remove_note(path: Any) -> None:
+    """Removes the note of a retrieved file that is about to be replaced."""
+    folder, file = of_file(path)
+    folder.delete_range(ts.KvStore.KeyRange(_note_name(file), _note_name(file) + "\0")).result()
+
+
 def answers_request(path: Any, request: Mapping[str, Any]) -> bool:
-    """Whether the note of a retrieved file has this request."""
+    """Whether a retrieved file is that of its note, and the note has this request."""
     folder, file = of_file(path)
     data = read_file(folder, _note_name(file))
     if data is None:
         return False
     note = parse_line(data, f"{folder.url}{_note_name(file)}")
-    return note.get("request_sha256") == _digest(request)
+    if note.get("request_sha256") != _digest(request):
+        return False
+    data = read_file(folder, file)
+    return data is not None and note.get("file_sha256") == hashlib.sha256(data).hexdigest()
 
 
 def check(path: Any, passages: Passages) -> None:
@@ -69,6 +85,13 @@ def check(path: Any, passages: Passages) -> None:
                 f"{folder.url}{name.removesuffix(_SUFFIX)}.jsonl was retrieved from "
                 f"{note.get('passages_dir')}, and {passages.place} holds another corpus. Set "
                 "PASSAGES_DIR to the former, or rerun --run_mode=retrieve."
+            )
+        file = local_path(f"{folder.url}{name.removesuffix(_SUFFIX)}.jsonl")
+        if "bytes" in note and is_regular_file(file) and file_size(file) != note["bytes"]:
+            raise ValueError(
+                f"{file} has {file_size(file)} bytes, and --run_mode=retrieve wrote {note['bytes']}. "
+                "Copy it again or rerun that mode; if it was changed on purpose, remove "
+                f"{name} beside it."
             )
 
 

@@ -1,4 +1,4 @@
-"""The stop signal: SIGTERM and Ctrl-C set a flag, every loop polls it, and the process ends with 42.
+"""The stop signal: SIGTERM, Ctrl-C and SIGHUP set a flag, loops poll it, and the process ends with 42.
 
 A preempted machine sends SIGTERM and allows some seconds. The handler only sets a flag, since an
 exception raised from a handler can be swallowed (in a finaliser or a garbage-collection callback) or
@@ -34,10 +34,16 @@ from glimmer_jax.runtime import exit_codes
 T = TypeVar("T")
 
 GRACE_SECONDS = 10.0
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # `timeout` and process groups may deliver one request twice; the copies arrive together.
 _REPEAT_SECONDS = 1.0
 _TICK_SECONDS = 0.25
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """The signals that ask for a stop; SIGHUP too, unless it is ignored, as under nohup."""
+    asked = (signal.SIGTERM, signal.SIGINT)
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return asked if ignored else (*asked, signal.SIGHUP)
 
 
 class StopRequested(BaseException):
@@ -149,7 +155,7 @@ class StopSignal:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Handles SIGTERM and SIGINT inside. Nested contexts, and those of other threads, do nothing."""
+        """Handles `stop_signals` inside. Nested contexts, and those of other threads, do nothing."""
         if self._previous or threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -160,8 +166,8 @@ class StopSignal:
             self._uninstall()
 
     def install(self) -> None:
-        """Handles SIGTERM and SIGINT for the rest of the process. Main thread only."""
-        self._previous = {n: (signal.getsignal(n), _NativeHandler(n)) for n in _SIGNALS}
+        """Handles `stop_signals` for the rest of the process. Main thread only."""
+        self._previous = {n: (signal.getsignal(n), _NativeHandler(n)) for n in stop_signals()}
         read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)
         self._wakeup = write_end, signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
@@ -194,7 +200,7 @@ class StopSignal:
         if not self._previous:
             return
         before = _NativeHandler(signal.SIGTERM).address
-        for number in _SIGNALS:
+        for number in self._previous:
             signal.signal(number, self._on_signal)
         python = _NativeHandler(signal.SIGTERM).address
         if before not in (signal.SIG_DFL, signal.SIG_IGN, python):
@@ -208,6 +214,10 @@ class StopSignal:
         self._acknowledged = self._agreed = False
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        # Python runs handlers in the order of their numbers. A preempted job must be restarted, also
+        # where its launcher sends both.
+        if number == signal.SIGTERM:
+            self._signal = signal.SIGTERM
         if not self._requested.is_set():
             self._signal = signal.Signals(number)
             self._requested.set()
@@ -224,7 +234,7 @@ class StopSignal:
                 if not received:
                     os.close(read_end)
                     return
-                for number in set(received) & set(_SIGNALS):
+                for number in sorted(set(received) & self._previous.keys(), reverse=True):
                     self._receive(number)
             if self._received_at is not None and not self._acknowledged:
                 if time.monotonic() >= max(self._received_at, self._last_poll) + self._grace:
@@ -269,7 +279,7 @@ class _NativeHandler:
 
 
 def _ignore_signals() -> None:
-    for number in _SIGNALS:
+    for number in stop_signals():
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -16,6 +16,8 @@ import sys
 import threading
 from types import FrameType
 
+from glimmer_jax.runtime.preemption import stop_signals
+
 _FATAL = "JAX distributed service detected fatal errors"
 _SILENT = re.compile(
     r"stopped sending heartbeats\):\n((?:[\d, ]+\n)+)|Task (\d+) heartbeat timeout"
@@ -26,7 +28,6 @@ _UNREACHABLE = re.compile(
 _RETRY = "Run the same command again: it resumes from the last save."
 _LINES = 1000  # of the child's last output that are searched; an abort prints about 30
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def work_in_child(retry_code: int) -> None:
@@ -39,7 +40,7 @@ def work_in_child(retry_code: int) -> None:
     """
     read_end, write_end = os.pipe()
     # Signals that arrive before the parent forwards them wait.
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
     parent, child = os.getpid(), os.fork()
     if child:
         os.close(write_end)
@@ -90,9 +91,10 @@ def _wait(child: int, read_end: int, retry_code: int) -> int:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, number)
 
-    for number in _SIGNALS:
+    signals = stop_signals()
+    for number in signals:
         signal.signal(number, forward_signal)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     last_lines: collections.deque[bytes] = collections.deque(maxlen=_LINES)
 
     def forward_output() -> None:

@@ -4,6 +4,8 @@ import dataclasses
 import os
 from pathlib import Path
 
+from glimmer_jax.storage.json_lines import regular_file
+
 TOKEN_VARIABLE = "GLIMMER_SERVE_TOKEN"
 
 
@@ -52,8 +54,8 @@ class ServerConfig:
         if self.token_file is None:
             return os.environ.get(TOKEN_VARIABLE) or None
         try:
-            token = Path(self.token_file).read_text("utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
+            token = Path(regular_file(self.token_file)).read_text("utf-8").strip()
+        except (OSError, ValueError) as error:
             raise ValueError(f"TOKEN_FILE: {self.token_file} cannot be read: {error}.") from None
         if not token or not token.isascii() or not token.isprintable():
             raise ValueError(

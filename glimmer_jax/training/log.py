@@ -14,6 +14,7 @@ from etils import epath
 
 from glimmer_jax.runtime.progress import Progress
 from glimmer_jax.storage.folder import in_bucket
+from glimmer_jax.storage.lines import is_regular_file
 from glimmer_jax.training.goodput import Goodput, PreviousRuns
 
 
@@ -209,6 +210,10 @@ class MetricWriter:
         self._log = self._path / "metrics.jsonl"
         self._lines: list[str] = []
         if self._log.exists():
+            if not is_regular_file(self._log):
+                raise ValueError(
+                    f"{self._log} is not a regular file. Remove it, or change MODEL_DIR."
+                )
             text = self._log.read_bytes().decode(errors="replace")
             lines = [line for line in text.splitlines() if _parse(line)]
             self._lines = [line for line in lines if _parse(line)["step"] <= start_step]

@@ -6,6 +6,7 @@ the folder was complete. It lies inside the folder, so that copies of the folder
 
 import hashlib
 import json
+import os
 from typing import Any
 
 from etils import epath
@@ -102,6 +103,11 @@ def _files(folder: epath.Path, prefix: str = "") -> list[str]:
     names = []
     for child in sorted(folder.iterdir()):
         if child.is_dir():
+            if os.path.islink(child):
+                raise DamagedCheckpoint(
+                    f"{child} is a symbolic link to a folder, and a checkpoint has none. Remove it, or "
+                    "copy the checkpoint again."
+                )
             names += _files(child, f"{prefix}{child.name}/")
         elif prefix + child.name != SIDECAR and not child.name.endswith(_PARTIAL):
             names.append(prefix + child.name)

@@ -9,6 +9,7 @@ from glimmer_jax.weights.file_errors import InvalidWeights, check_dtype, parsing
 from glimmer_jax.weights.lazy_arrays import ByteRange, checked_shape
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+_MAX_BYTES = 2**50  # of a file; more is no weights, and no position in a file
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 
 
@@ -70,7 +71,12 @@ def parse_header(where: str, file: str, header: bytes, size: int) -> dict[str, B
             shape = checked_shape(where, name, entry["shape"])
             begin, end = entry["data_offsets"]
             tensor = ByteRange(file, 8 + size + begin, shape, np.dtype(_DTYPES[kind]))
-            if type(begin) is not int or begin < 0 or end - begin != tensor.num_bytes:
+            if (
+                type(begin) is not int
+                or begin < 0
+                or end - begin != tensor.num_bytes
+                or end > _MAX_BYTES
+            ):
                 raise ValueError(f"{name} has the offsets {begin}, {end} and the shape {shape}")
             tensors[name] = tensor
         position = 8 + size

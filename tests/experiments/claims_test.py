@@ -261,9 +261,6 @@ def test_rates_are_tuned_on_dev_and_used(study):
     choosing = [m for m in trainings(study) if "choose" in m["MODEL_DIR"].name]
     rates = {m["LEARNING_RATE"] for m in choosing}
     assert rates == {rate * STAGES[0].settings["LEARNING_RATE"] for rate in RATES}
-    steps = [m["TRAIN_STEPS"] for m in choosing]
-    assert set(steps[: len(tuning)]) == {STAGES[0].steps // 3}
-    assert set(steps[len(tuning) :]) == {STAGES[0].steps}
 
 
 def test_every_training_is_a_valid_configuration(study):

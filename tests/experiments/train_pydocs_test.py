@@ -75,8 +75,8 @@ def test_one_start_then_every_model_from_it(commands):
     assert commands.runs()[2:] == [f"{m}_{s}" for m in train_pydocs.CUTS for s in stages]
     began = {m["MODEL_DIR"].name: m.get("INITIAL_CHECKPOINT_PATH") for _, _, m in trained(commands)}
     for model in train_pydocs.CUTS:
-        assert began[f"{model}_choose"] == Path("out/pydocs_start.safetensors")
-        assert began[f"{model}_titles"] == Path(f"runs/{model}_choose")
+        assert began[f"{model}_read"] == Path("out/pydocs_start.safetensors")
+        assert began[f"{model}_choose"] == Path(f"runs/{model}_read")
         assert Path(f"out/pydocs_{model}.safetensors").is_file()
         last = record()["stages"][f"{model}_{stages[-1]}"]
         assert last["test"]["mean"] == 0.5 and last["dev"]["mean"] == 0.5
@@ -182,9 +182,9 @@ def test_every_command_of_the_training_is_a_valid_configuration(commands):
         arguments = configured(mode, gin_files, macros)
         if mode == "train":
             seen[macros["MODEL_DIR"].name] = arguments["model"].config
-    assert seen["lumen_choose"].freeze_memory and not seen["glimmer_choose"].freeze_memory
-    assert seen["fid_choose"].memory_layers == 0
-    assert [seen[f"glimmer_{name}"].num_kept for name in ("choose", "ten")] == [3, 3]
+    assert seen["lumen_read"].freeze_memory and not seen["glimmer_read"].freeze_memory
+    assert seen["fid_read"].memory_layers == 0
+    assert [seen[f"glimmer_{name}"].num_kept for name in ("read", "choose", "ten")] == [1, 3, 3]
 
 
 def test_the_start_can_be_recut_anywhere_after_training(commands):

@@ -54,6 +54,26 @@ def test_a_note_is_replaced_and_not_written_over(tmp_path):
 def test_a_note_knows_the_request_of_its_file(tmp_path):
     path = tmp_path / "nq-dev.jsonl"
     assert not corpus_check.answers_request(path, {"k": 5})
+    path.write_text("{}\n")
     corpus_check.write_note(path, passages(tmp_path / "p"), {"k": 5})
     assert corpus_check.answers_request(path, {"k": 5})
     assert not corpus_check.answers_request(path, {"k": 6})
+
+
+def test_a_file_that_is_not_the_notes_is_not_kept_and_not_read(tmp_path):
+    path, mine = tmp_path / "nq-dev.jsonl", passages(tmp_path / "p")
+    path.write_text("{}\n{}\n")
+    corpus_check.write_note(path, mine, {"k": 5})
+    assert corpus_check.answers_request(path, {"k": 5})
+    corpus_check.check(tmp_path, mine)
+    path.write_text("{}\n[]\n")
+    assert not corpus_check.answers_request(path, {"k": 5})
+    path.write_text("{}\n")
+    with pytest.raises(
+        ValueError, match="nq-dev.jsonl has 3 bytes, and .* wrote 6.*remove nq-dev.p"
+    ):
+        corpus_check.check(tmp_path, mine)
+    corpus_check.remove_note(path)
+    corpus_check.check(tmp_path, mine)
+    corpus_check.remove_note(path)
+    assert not (tmp_path / "nq-dev.passages.json").exists()
