@@ -126,6 +126,8 @@ def test_converter_takes_inline_passages_of_more_passages_than_tokens():
         {"inputs": 8, "targets": 6, "passages": 3},
         {"inputs": 8, "targets": 0, "passages": (3, 12)},
         {"inputs": 8, "targets": 6, "passages": (3, 12.5)},
+        {"inputs": True, "targets": 6, "passages": (3, 12)},
+        {"inputs": 8, "targets": 6, "passages": (2**40, 12)},
     ],
 )
 def test_invalid_lengths_are_rejected(lengths):

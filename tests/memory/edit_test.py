@@ -45,6 +45,9 @@ def test_append_adds_what_is_new_and_readers_keep_their_version(tiny, tmp_path):
         MemoryStore.open(path, version=7)
     # Nothing new: nothing happens.
     assert tiny.append_tiny(path, whole).version == 2
+    (path / "versions" / "000001.json").write_bytes((path / "manifest.json").read_bytes())
+    with pytest.raises(manifest.DamagedStore, match="000001.json is damaged: it holds version 2"):
+        MemoryStore.open(path, version=1)
     with pytest.raises(ValueError, match="version 2: .*changed"):
         tiny.build_tiny(path)
 

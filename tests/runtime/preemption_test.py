@@ -46,6 +46,33 @@ def test_ctrl_c_has_an_exit_code_of_its_own():
         assert STOP.exit_code == 130
 
 
+@pytest.mark.parametrize(
+    "order", [(signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)]
+)
+def test_a_preemption_is_restarted_whatever_else_arrives(order):
+    with STOP.installed():
+        for number in order:
+            signal.raise_signal(number)
+        assert STOP.exit_code == 42
+
+
+def test_a_closed_terminal_stops_the_work_unless_it_is_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with STOP.installed():
+            signal.raise_signal(signal.SIGHUP)
+            with pytest.raises(StopRequested, match="SIGHUP"):
+                STOP.poll()
+            assert STOP.exit_code == 42
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with STOP.installed():
+            signal.raise_signal(signal.SIGHUP)
+            STOP.poll()
+            assert not STOP.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_native_handler_is_called_and_comes_back():
     libc = ctypes.CDLL(None)
     called = []

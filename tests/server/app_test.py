@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import string
 
 import hypothesis
@@ -270,5 +271,7 @@ def test_the_token_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
         file.write_text(content, encoding="utf-8")
         with pytest.raises(ValueError, match="TOKEN_FILE"):
             ServerConfig(token_file=str(file)).token()
-    with pytest.raises(ValueError, match="TOKEN_FILE"):
-        ServerConfig(token_file=str(tmp_path / "missing")).token()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("missing", "pipe"):
+        with pytest.raises(ValueError, match="TOKEN_FILE"):
+            ServerConfig(token_file=str(tmp_path / name)).token()

@@ -1,5 +1,6 @@
 import gzip
 import os
+import time
 
 import pytest
 
@@ -65,3 +66,12 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 def test_a_complete_surrogate_pair_is_a_character():
     assert parse_line(b'{"a": "\\ud83d\\ude42"}', "x:1") == {"a": "🙂"}
+
+
+def test_a_key_that_is_repeated_at_the_end_of_many_is_found_at_once():
+    keys = [*range(200_000), 199_999]
+    line = ("{" + ",".join(f'"k{key}":0' for key in keys) + "}").encode()
+    began = time.process_time()
+    with pytest.raises(ValueError, match="the key 'k199999' occurs twice"):
+        parse_line(line, "a:1")
+    assert time.process_time() - began < 10

@@ -141,6 +141,14 @@ def test_truncated_and_missing_files_are_reported(damaged):
         verify_sidecar(damaged / "4")
 
 
+@pytest.mark.timeout(60)
+def test_links_to_folders_are_not_followed(damaged):
+    for name in ("a", "b"):
+        (damaged / "4" / name).symlink_to(".")
+    with pytest.raises(ValueError, match="4/a is a symbolic link to a folder"):
+        verify_sidecar(damaged / "4")
+
+
 def test_a_damaged_newest_step_is_skipped_and_kept(damaged, state, mesh, caplog):
     victim = largest_file(damaged / "4" / "training")
     victim.write_bytes(victim.read_bytes()[:-1])

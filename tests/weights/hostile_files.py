@@ -87,6 +87,17 @@ def tensor_offsets(folder, draw):
     return entry(folder, draw, "data_offsets", values)
 
 
+def enormous_tensor(folder, draw):
+    path = safetensors_of(folder, draw)
+    header, data = split(path)
+    name = max(header.keys() - {"__metadata__"}, key=lambda name: header[name]["data_offsets"])
+    begin, _ = header[name]["data_offsets"]
+    size = draw.choice([2**61, 2**70])
+    header[name] |= {"dtype": "F32", "shape": [size], "data_offsets": [begin, begin + 4 * size]}
+    join(path, header, data)
+    return name, size
+
+
 def tensors_overlap(folder, draw):
     path = safetensors_of(folder, draw)
     header, data = split(path)
@@ -343,6 +354,7 @@ CHANGES = {
         tensor_shape,
         tensor_dtype,
         tensor_offsets,
+        enormous_tensor,
         tensors_overlap,
         tensor_entry,
         repeated_tensor,
