@@ -575,6 +575,10 @@ def connection_reset():
     raise OSError(errno.ECONNRESET, "by peer")
 
 
+class DataLossError(Exception):
+    """As TensorFlow names what it cannot decode."""
+
+
 class UnavailableError(Exception):
     """Named as TensorFlow's."""
 
@@ -599,6 +603,7 @@ class UnavailableError(Exception):
         ),
         (refused_to_our_own_reader, 2, "gs://b/m could not be read or written: PERMISSION_DENIED"),
         (library(UnavailableError, "libcurl code 6"), 42, "libcurl code 6"),
+        (library(DataLossError, "corrupted record at 0"), 2, "A file is damaged: corrupted record"),
         (
             library(jax.errors.JaxRuntimeError, "RESOURCE_EXHAUSTED: Out of memory allocating 9"),
             2,

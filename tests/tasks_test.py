@@ -350,6 +350,18 @@ def test_a_cache_gives_the_same_examples(data_dir, tmp_path, capsys):
         )
         assert task.num_input_examples("train") == 10
         assert task.get_cached_stats("train") == {"examples": 10}
+        cache.check(task)
+        shard = next((tmp_path / "cache").rglob("train.tfrecord-00001-of-00003"))
+        whole = shard.read_bytes()
+        shard.write_bytes(whole[:-1])
+        with pytest.raises(
+            ValueError, match="cache of which_test is damaged: .*00001-of-00003 has"
+        ):
+            cache.check(task)
+        shard.unlink()
+        with pytest.raises(ValueError, match="has 0 bytes instead of"):
+            cache.check(task)
+        shard.write_bytes(whole)
     finally:
         seqio.set_global_cache_dirs(monkey)
         task._cache_dir = None
@@ -366,6 +378,9 @@ def test_a_cache_gives_the_same_examples(data_dir, tmp_path, capsys):
     with pytest.raises(ValueError, match="DATA_DIR.*which-dev"):
         cache.write(TASK, str(tmp_path / "other"))
     assert not list((tmp_path / "other").rglob(cache.COMPLETED))
+    with pytest.raises(SystemExit, match="2"):
+        cache.main([TASK, *flags[:2], f"--cache_dir={tmp_path / 'third'}"])
+    assert "DATA_DIR" in capsys.readouterr().err
 
 
 def test_lines_are_counted_for_mixing_rates(data_dir):

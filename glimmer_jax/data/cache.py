@@ -17,6 +17,7 @@ from pathlib import Path
 
 import seqio
 import tensorflow as tf
+from etils import epath
 
 from glimmer_jax.data import pipeline, retrieved_tasks
 
@@ -59,8 +60,27 @@ def write(
         for split in task.splits
         if split in splits
     }
-    (folder / COMPLETED).write_text("")
+    # seqio asks only whether this file exists.
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    (folder / COMPLETED).write_text(json.dumps({"bytes": sizes}, indent=2) + "\n")
     return counts
+
+
+def check(task: seqio.Task) -> None:
+    """Raises ValueError if files of the task's cache are missing or cut.
+
+    seqio reads what is there. A cache that seqio's own tool wrote has no table of sizes.
+    """
+    folder = epath.Path(task.cache_dir)
+    text = (folder / COMPLETED).read_text()
+    for name, size in json.loads(text)["bytes"].items() if text.strip() else ():
+        path = folder / name
+        found = path.stat().length if path.exists() else 0
+        if found != size:
+            raise ValueError(
+                f"The cache of {task.name} is damaged: {path} has {found} bytes instead of {size}. "
+                f"Remove {folder} and run python -m glimmer_jax.data.cache again."
+            )
 
 
 def is_complete(task_name: str, cache_dir: str | Path) -> bool:
@@ -112,6 +132,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache_dir", required=True, help="the folder to write")
     parser.add_argument("--min_bleu_score", type=float, help="the MIN_BLEU_SCORE of training")
     args = parser.parse_args(argv)
+    try:
+        _cache_all(args)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def _cache_all(args: argparse.Namespace) -> None:
     retrieved_tasks.configure(args.data_dir, args.min_bleu_score)
     pipeline.import_tasks(args.module)
     for task in seqio.get_subtasks(pipeline.find_mixture_or_task(args.name)):

@@ -9,6 +9,7 @@ import numpy as np
 import seqio
 
 from glimmer_jax.axes import Lengths, check_lengths
+from glimmer_jax.data import cache
 from glimmer_jax.data.pipeline import check_vocabulary, find_mixture_or_task
 from glimmer_jax.vocabulary import Vocabulary
 
@@ -65,6 +66,8 @@ def check_fit(
     check_vocabulary(mixture_or_task_name, vocabulary)
     for task in seqio.get_subtasks(find_mixture_or_task(mixture_or_task_name)):
         _check_task(task, split, has_passages)
+        if use_cached:
+            cache.check(task)
         ds = task.get_dataset(None, split, use_cached, shuffle=False, num_epochs=1)
         first = ds.take(-1 if examples is None else examples).as_numpy_iterator()
         counts = _count(first, checked, vocabulary)

@@ -32,6 +32,7 @@ _LIMITED = re.compile(r"RESOURCE_EXHAUSTED: ")
 _DENIED = re.compile(
     r"(PERMISSION_DENIED|UNAUTHENTICATED): |(PermissionDenied|Unauthenticated)Error$"
 )
+_DAMAGED = re.compile(r"DataLossError$")
 _FULL = re.compile(r"No space left on device|Disk quota exceeded")
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 
@@ -68,6 +69,8 @@ def describe_error(error: BaseException) -> str:
         )
     if kind == "temporary":
         return f"The storage did not answer: {cause} Run the same command again."
+    if _DAMAGED.match(_status(cause)):
+        return f"A file is damaged: {cause}. Write or copy it again."
     if _DENIED.match(_status(cause)):
         return f"The storage refused: {cause} Check permissions and credentials."
     return f"{cause}. Check the path, permissions and limits of the disk."
@@ -100,7 +103,7 @@ def _kind(error: BaseException) -> Kind | None:
         return "permanent"
     if _TEMPORARY.match(status) or _LIMITED.match(status):
         return "temporary"
-    return "permanent" if _DENIED.match(status) else None
+    return "permanent" if _DENIED.match(status) or _DAMAGED.match(status) else None
 
 
 def _errno(error: BaseException) -> int | None:
