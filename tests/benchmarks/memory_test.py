@@ -25,7 +25,9 @@ def test_the_raw_readers_read_the_bytes_of_the_rows(tmp_path):
     assert b"".join(chunks)[start : start + 1600] == states["states"][:2].tobytes()
 
 
-def test_every_codec_reader_and_state_has_a_figure(tmp_path):
+def test_every_codec_reader_and_state_has_a_figure(tmp_path, monkeypatch):
+    # Not for the rest of this process.
+    monkeypatch.setattr(memory_lookup, "keep_freed_memory", lambda: None)
     out = tmp_path / "out.json"
     small = "--passages 8 --tokens 9 --emb_dim 16 --batches 2 --batch 3 --rounds 1"
     memory_lookup.main([*small.split(), "--folder", str(tmp_path), "--json", str(out)])
