@@ -177,7 +177,11 @@ def main() -> None:
         sys.exit(
             "preflight_table: libtpu is not installed: pip install -c constraints.txt -e '.[preflight]'"
         )
-    kernel = kernel or [kernel_cycles.row(topology) for topology in kernel_cycles.TOPOLOGIES]
+    known = {line.split("|")[1].strip(): line for line in kernel}
+    kernel = [
+        known.get(topology.partition(":")[0]) or kernel_cycles.row(topology)
+        for topology in kernel_cycles.TOPOLOGIES
+    ]
     for job, rows in (("train", TRAIN), ("infer", INFER)):
         for size, topology, changes in rows:
             if args.only not in (None, size) or args.job not in (None, job):

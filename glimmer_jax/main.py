@@ -344,9 +344,9 @@ def run() -> None:
         from glimmer_jax.runtime.supervisor import work_in_child
 
         work_in_child(exit_codes.RETRY)
+    keep_freed_memory()  # before any thread starts
     STOP.install()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-    keep_freed_memory()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault(compilation_cache.VARIABLE, compilation_cache.FOLDER)
     if isinstance(sys.stdout, io.TextIOWrapper):

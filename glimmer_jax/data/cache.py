@@ -73,7 +73,11 @@ def check(task: seqio.Task) -> None:
     """
     folder = epath.Path(task.cache_dir)
     text = (folder / COMPLETED).read_text()
-    for name, size in json.loads(text)["bytes"].items() if text.strip() else ():
+    try:
+        sizes = json.loads(text)["bytes"]
+    except (ValueError, KeyError, TypeError):
+        sizes = {}
+    for name, size in sizes.items():
         path = folder / name
         found = path.stat().length if path.exists() else 0
         if found != size:

@@ -66,7 +66,7 @@ def check_fit(
     check_vocabulary(mixture_or_task_name, vocabulary)
     for task in seqio.get_subtasks(find_mixture_or_task(mixture_or_task_name)):
         _check_task(task, split, has_passages)
-        if use_cached:
+        if use_cached and task.cache_dir is not None:
             cache.check(task)
         ds = task.get_dataset(None, split, use_cached, shuffle=False, num_epochs=1)
         first = ds.take(-1 if examples is None else examples).as_numpy_iterator()

@@ -129,8 +129,8 @@ def read_split(
     num_dropped = seen[False]
     if not len(kept) and num_dropped:
         raise ValueError(
-            f"All {num_dropped} examples of {path} are dropped: they have no answers, or only ones "
-            f"with a bleu_score below MIN_BLEU_SCORE={threshold:g}. Lower it, or check `output`."
+            f"All {num_dropped} examples of {path} are dropped: they have no answers in `output`, or "
+            f"only ones with a bleu_score below MIN_BLEU_SCORE={threshold:g}."
         )
     if not len(kept):
         raise ValueError(f"DATA_DIR: {path} has no examples. Rerun --run_mode=retrieve.")

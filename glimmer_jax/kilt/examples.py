@@ -113,8 +113,8 @@ def check_example(example: Mapping[str, Any]) -> str | None:
             return "expected a list of objects in `provenance`"
         for place in places:
             for name in ("wikipedia_id", "title"):
-                if type(place.get(name, "")) not in (int, str):
-                    return f"expected a string or an integer in `{name}`, got {place[name]!r:.80}"
+                if place.get(name) is not None and type(place[name]) not in (int, str):
+                    return f"expected a string, an integer or null in `{name}`, got {place[name]!r:.80}"
             for name in ("start_paragraph_id", "end_paragraph_id", "bleu_score"):
                 if not isinstance(place.get(name), int | float | None):
                     return f"expected a number or null in `{name}`, got {place[name]!r}"

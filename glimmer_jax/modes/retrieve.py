@@ -156,9 +156,11 @@ def _used_settings(retriever: RetrieverConfig) -> dict[str, Any]:
 
 
 def _files(folder: str | None) -> list[Any]:
-    """Path, size and time of the files of a local folder: other weights are another encoder."""
-    found = [(path, path.stat()) for path in sorted(Path(str(folder)).rglob("*")) if path.is_file()]
-    return [folder, *([str(path), stat.st_size, stat.st_mtime_ns] for path, stat in found)]
+    """Checksums of the weights and settings in a local folder: others are another encoder."""
+    found = sorted(Path(str(folder)).rglob("*"))
+    kinds = (".safetensors", ".json", ".model")
+    files = [path for path in found if path.suffix in kinds and path.is_file()]
+    return [[str(path.relative_to(str(folder))), _sha256(path)] for path in files]
 
 
 def _is_training(name: str) -> bool:
@@ -193,8 +195,8 @@ def _complete_files(
     if _OTHER in states:
         name = list(requests)[states.index(_OTHER)]
         raise ValueError(
-            f"DATA_DIR: {os.path.join(data_dir, name)} exists, with other settings, questions or "
-            "passages. Set OVERWRITE=True to replace it, or write to another folder."
+            f"DATA_DIR: {os.path.join(data_dir, name)} exists, with other settings, questions, "
+            "encoder or passages. Set OVERWRITE=True to replace it, or write to another folder."
         )
     return {name for name, state in zip(requests, states, strict=True) if state == _COMPLETE}
 

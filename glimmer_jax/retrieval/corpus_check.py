@@ -5,7 +5,7 @@
                              "bytes": 81723, "file_sha256": "…"}
 
 Retrieval removes the note before it replaces the file, and writes it afterwards. Modes that read passages
-for the file compare the corpus and the file's size.
+for the file compare the corpus, and the size of a file on a local disk.
 Its hash covers ids, titles and texts, so the corpus may be tokenised again. The request is everything
 that determines the file, so that a rerun can keep files that are complete. A file without a note is
 accepted.
@@ -31,7 +31,6 @@ from glimmer_jax.storage.folder import (
     write_file,
 )
 from glimmer_jax.storage.json_lines import parse_line
-from glimmer_jax.storage.lines import file_size, is_regular_file
 
 _SUFFIX = ".passages.json"
 
@@ -44,9 +43,7 @@ def write_note(path: Any, passages: Passages, request: Mapping[str, Any]) -> Non
         "request_sha256": _digest(request),
     }
     folder, file = of_file(path)
-    data = read_file(folder, file)
-    if data is not None:
-        note |= {"bytes": len(data), "file_sha256": hashlib.sha256(data).hexdigest()}
+    note |= _content(path)
     write_file(folder, _note_name(file), (json.dumps(note, indent=2) + "\n").encode())
 
 
@@ -66,8 +63,8 @@ def answers_request(path: Any, request: Mapping[str, Any]) -> bool:
     if note.get("request_sha256") != _digest(request):
         return False
     # Notes of earlier versions have no checksum.
-    data, wanted = read_file(folder, file), note.get("file_sha256")
-    return data is not None and wanted in (None, hashlib.sha256(data).hexdigest())
+    found, wanted = _content(path), note.get("file_sha256")
+    return bool(found) and wanted in (None, found["file_sha256"])
 
 
 def check(path: Any, passages: Passages) -> None:
@@ -87,12 +84,14 @@ def check(path: Any, passages: Passages) -> None:
                 f"{note.get('passages_dir')}, and {passages.place} holds another corpus. Set "
                 "PASSAGES_DIR to the former, or rerun --run_mode=retrieve."
             )
-        file = local_path(f"{folder.url}{name.removesuffix(_SUFFIX)}.jsonl")
-        if "bytes" in note and is_regular_file(file) and file_size(file) != note["bytes"]:
+        # The URL of a local folder is percent-encoded.
+        place = folder.path if folder.url.startswith("file://") else ""
+        file = f"{place}{name.removesuffix(_SUFFIX)}.jsonl"
+        if "bytes" in note and os.path.isfile(file) and os.path.getsize(file) != note["bytes"]:
             raise ValueError(
-                f"{file} has {file_size(file)} bytes, and --run_mode=retrieve wrote {note['bytes']}. "
-                "Copy it again or rerun that mode; if it was changed on purpose, remove "
-                f"{name} beside it."
+                f"{file} has {os.path.getsize(file)} bytes, and --run_mode=retrieve wrote "
+                f"{note['bytes']}. Copy it again or rerun that mode; if it was changed on purpose, "
+                f"remove {name} beside it."
             )
 
 
@@ -117,6 +116,20 @@ def _notes(path: Any) -> tuple[ts.KvStore, list[str]]:
 
 def _note_name(file: str) -> str:
     return os.path.splitext(file.removesuffix(".gz"))[0] + _SUFFIX
+
+
+def _content(path: Any) -> dict[str, Any]:
+    """Size and checksum of a file; empty if there is none."""
+    if in_bucket(path):
+        data = read_file(*of_file(path))
+        if data is None:
+            return {}
+        return {"bytes": len(data), "file_sha256": hashlib.sha256(data).hexdigest()}
+    if not os.path.isfile(local_path(path)):
+        return {}
+    with open(local_path(path), "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": os.fstat(file.fileno()).st_size, "file_sha256": digest}
 
 
 def _digest(request: Mapping[str, Any]) -> str:

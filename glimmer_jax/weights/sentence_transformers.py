@@ -160,7 +160,7 @@ def _check_pooling(path: pathlib.Path) -> None:
     # Newer folders have one name instead of many flags.
     names = config.get("pooling_mode") or []
     modes |= {
-        f"pooling_mode_{name}_tokens" for name in ([names] if isinstance(names, str) else names)
+        f"pooling_mode_{name}_tokens" for name in (names if isinstance(names, list) else [names])
     }
     if modes != {"pooling_mode_mean_tokens"}:
         raise InvalidWeights(

@@ -55,6 +55,12 @@ def test_invalid_examples_are_rejected_by_line(tmp_path, change, message):
         list(kilt.read_examples(path))
 
 
+def test_names_of_provenance_may_be_null(tmp_path):
+    place = {"wikipedia_id": "7", "title": None}
+    path = lines(tmp_path, {**GOOD, "output": [{"answer": "x", "provenance": [place]}]})
+    assert kilt.provenance(next(kilt.read_examples(path))) == [{"wikipedia_id": "7"}]
+
+
 def test_null_equals_absent(tmp_path):
     place = {"wikipedia_id": None, "title": "T", "start_paragraph_id": None}
     outputs = [{"answer": None, "provenance": [place]}, {"answer": "x", "provenance": None}]
