@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
+from glimmer_jax.runtime.preemption import stop_signals
 from launch.plans import Argv, shell
 
 # Seconds until the other processes of a job are killed after the first has failed. JAX notices a
@@ -72,12 +73,6 @@ class Interrupts:
     def exit_code(self) -> int:
         """The code that shells report for a process ended by the last interrupt."""
         return 128 + self.last
-
-
-def stop_signals() -> tuple[signal.Signals, ...]:
-    """Signals that stop a launcher: also SIGHUP, except under nohup."""
-    hangup = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
-    return (signal.SIGINT, signal.SIGTERM, *hangup)
 
 
 def say(text: str) -> None:

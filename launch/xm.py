@@ -13,7 +13,8 @@ import sys
 
 from glimmer_jax import shipped
 from glimmer_jax.runtime.exit_codes import BUG, DONE, RETRY
-from launch.processes import TIED, say, stop_signals
+from glimmer_jax.runtime.preemption import stop_signals
+from launch.processes import TIED, say
 from launch.sweep import Sweep
 
 
