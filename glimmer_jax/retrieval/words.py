@@ -23,11 +23,12 @@ _UNSPACED = (
     "\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
 )
 # Soft hyphen, tatweel, zero-width space, non-joiner and joiner, word joiner, byte order mark, variation
-# selectors; and the dot that lower case leaves of a Turkish capital I.
+# selectors.
 _INVISIBLE = dict.fromkeys(
     (0xAD, 0x640, 0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF, *range(0xFE00, 0xFE10))
     + (*range(0xE0100, 0xE01F0),)
 )
+# What lower case makes of a Turkish capital I.
 _DOTTED = "i\u0307"
 _LAST_MARK = 0x1FFFF
 _ASCII_WORD = re.compile(r"[^\W_]+", re.ASCII)
