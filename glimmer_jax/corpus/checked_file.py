@@ -82,8 +82,8 @@ class CheckedFile:
             if (digest := _digest(data)) != expected:
                 raise ValueError(
                     f"{self.path} is damaged in bytes {start} to {start + len(data)}: expected "
-                    f"checksum {expected.hex()}, got {digest.hex()}. Copy the folder again, or rerun "
-                    "--run_mode=passages."
+                    f"checksum {expected.hex()}, got {digest.hex()}. Delete the folder and copy it "
+                    "again, or rerun --run_mode=passages."
                 )
             self._verified[block] = True
 
@@ -106,7 +106,7 @@ class CheckedArray:
         if file.read(0, NPY_HEADER_BYTES).tobytes() != npy_header(dtype, length):
             raise ValueError(
                 f"{file.path}: expected the .npy header of {length} values of {dtype}, found another. "
-                "Copy the folder again, or rerun --run_mode=passages."
+                "Delete the folder and copy it again, or rerun --run_mode=passages."
             )
         self._file = file
         self._values = file.bytes[NPY_HEADER_BYTES:].view(dtype)

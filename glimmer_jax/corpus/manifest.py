@@ -28,7 +28,7 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 FILES = ("tokens.npy", "offsets.npy", "ids.npy", "passages.jsonl", "text_offsets.npy")
 _MAX_BYTES = 2**28
-_REMEDY = "Copy the folder again, or rerun --run_mode=passages."
+_REMEDY = "Delete the folder and copy it again, or rerun --run_mode=passages."
 # Rows are int32, and so are token ids.
 _RANGES = {
     "num_passages": (1, 2**31 - 2),

@@ -136,7 +136,7 @@ class Passages:
             if digest != entry["sha256"]:
                 raise ValueError(
                     f"{self.path / name} is damaged: expected sha256 {entry['sha256']}, got {digest}. "
-                    "Copy the folder again, or rerun --run_mode=passages."
+                    "Delete the folder and copy it again, or rerun --run_mode=passages."
                 )
         for start in range(0, len(self), 2**20):
             self.lengths(np.arange(start, min(start + 2**20, len(self))))

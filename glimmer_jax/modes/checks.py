@@ -1,9 +1,11 @@
 """Checks of settings, made before anything expensive."""
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from glimmer_jax import axes, partitioning
@@ -12,8 +14,9 @@ from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.models.answers import DecodeConfig
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.retrieval import corpus_check
-from glimmer_jax.storage import folder, local_copy
+from glimmer_jax.storage import folder, lease, local_copy
 from glimmer_jax.vocabulary import Vocabulary
+from glimmer_jax.weights import params_file
 
 
 def required(**values: Any) -> None:
@@ -60,6 +63,25 @@ def replaceable(name: str, path: str, overwrite: bool) -> None:
         raise ValueError(
             f"{name}: {path} exists. Set OVERWRITE=True to replace it, or write to another folder."
         )
+
+
+def new_params_file(path: str, overwrite: bool) -> None:
+    """Raises ValueError for a path that is no `NAME.safetensors`, or exists and may not be replaced."""
+    described = params_file.check_name(path).with_suffix(".json")  # It completes the pair.
+    replaceable("OUTPUT_PATH", str(described), overwrite)
+
+
+def sole_writer(path: str | None) -> contextlib.AbstractContextManager[Any]:
+    """Holds an output, from before the work on it: of two commands that write it, one is rejected.
+
+    Only process 0 writes, so it alone holds the lock. None is no output.
+
+    Raises:
+      ValueError: on entry, if another process is writing it.
+    """
+    if path is None or jax.process_index():
+        return contextlib.nullcontext()
+    return lease.output_lock(path)
 
 
 # Where and how results are written, not what they are.

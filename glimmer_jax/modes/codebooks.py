@@ -27,6 +27,7 @@ def learn_codebooks(
     sample_tokens: int = 131072,
     iterations: int = 25,
     seed: int = 0,
+    overwrite: bool = False,
 ) -> float:
     """Writes the checkpoint's parameters with codebooks; prints and returns the codec's error.
 
@@ -38,14 +39,15 @@ def learn_codebooks(
         others are held out to measure the error, 131,072 at most.
       iterations: of k-means.
       seed: of the sample and of the initial centroids.
+      overwrite: replace an existing file.
 
     Raises:
       ValueError: missing settings, a model without memory, a codec without codebooks, a sample that
-        is too small, or files that do not belong together.
+        is too small, files that do not belong together, or `output_path` exists.
     """
     encoder.check_given()
     checks.required(OUTPUT_PATH=output_path)
-    params_file.check_name(output_path)
+    checks.new_params_file(output_path, overwrite)
     trained = encoder.read()
     model, fingerprint = trained.model, trained.vocabulary.fingerprint
     check_model(model)
@@ -56,39 +58,40 @@ def learn_codebooks(
             "build memory with the checkpoint as it is."
         )
     corpus = Passages.open(str(encoder.passages_dir), fingerprint)
-    plain = GlimmerModel(
-        dataclasses.replace(model.config, memory_codec="f32", train_codebooks=False)
-    )
-    host_params = parameters.load(encoder.checkpoint_path, plain, fingerprint)
-    # Every process computes the same on its own devices; process 0 writes.
-    devices = make_mesh(encoder.mesh, jax.local_devices())
-    params = parameters.place(host_params, plain, devices)
-    sample = codebooks.sample_states(
-        encoding.bind_states(plain.memory_states, params, devices),
-        corpus,
-        tokens=sample_tokens + min(sample_tokens, _TEST_TOKENS),
-        rows=encoder.batch_size,
-        buckets=encoding.default_buckets(encoder.passage_length(trained, corpus)),
-        devices=devices.size,
-        seed=seed,
-    )
-    # A small corpus may have fewer tokens than requested; at least a tenth is kept for the error.
-    num_training = min(sample_tokens, len(sample) - min(_TEST_TOKENS, -(-len(sample) // 10)))
-    if jax.process_index() == 0:
-        groups = codec.num_subspaces(sample.shape[1])
-        print(
-            f"Learning the codebooks of {groups} subspaces from {num_training} tokens, in "
-            f"{iterations} iterations each.",
-            flush=True,
+    with checks.sole_writer(output_path):
+        plain = GlimmerModel(
+            dataclasses.replace(model.config, memory_codec="f32", train_codebooks=False)
         )
-    books = codebooks.learn(codec, sample[:num_training], devices, iterations, seed)
-    error = codebooks.relative_error(codec, books, sample[num_training:])
-    if jax.process_index() == 0:
-        tree = {**host_params, "memory_codebooks": books}
-        described = describe(model.config, fingerprint, trained.record.task_feature_lengths)
-        params_file.save_params_file(output_path, tree, described, trained.own_vocabulary())
-        print(
-            f"Wrote {output_path}: codebooks of {codec.name} from {num_training} tokens; relative error "
-            f"{error:.4f} on {len(sample) - num_training} others."
+        host_params = parameters.load(encoder.checkpoint_path, plain, fingerprint)
+        # Every process computes the same on its own devices; process 0 writes.
+        devices = make_mesh(encoder.mesh, jax.local_devices())
+        params = parameters.place(host_params, plain, devices)
+        sample = codebooks.sample_states(
+            encoding.bind_states(plain.memory_states, params, devices),
+            corpus,
+            tokens=sample_tokens + min(sample_tokens, _TEST_TOKENS),
+            rows=encoder.batch_size,
+            buckets=encoding.default_buckets(encoder.passage_length(trained, corpus)),
+            devices=devices.size,
+            seed=seed,
         )
+        # A small corpus may have fewer tokens than requested; at least a tenth is kept for the error.
+        num_training = min(sample_tokens, len(sample) - min(_TEST_TOKENS, -(-len(sample) // 10)))
+        if jax.process_index() == 0:
+            groups = codec.num_subspaces(sample.shape[1])
+            print(
+                f"Learning the codebooks of {groups} subspaces from {num_training} tokens, in "
+                f"{iterations} iterations each.",
+                flush=True,
+            )
+        books = codebooks.learn(codec, sample[:num_training], devices, iterations, seed)
+        error = codebooks.relative_error(codec, books, sample[num_training:])
+        if jax.process_index() == 0:
+            tree = {**host_params, "memory_codebooks": books}
+            described = describe(model.config, fingerprint, trained.record.task_feature_lengths)
+            params_file.save_params_file(output_path, tree, described, trained.own_vocabulary())
+            print(
+                f"Wrote {output_path}: codebooks of {codec.name} from {num_training} tokens; relative "
+                f"error {error:.4f} on {len(sample) - num_training} others."
+            )
     return error

@@ -67,54 +67,55 @@ def evaluate(
     if reader.candidates is not None:
         candidates_NT = encode_candidates(reader.candidates, vocabulary, lengths.target)
     config_text = operative_config()
-    if output_dir is not None:
-        if not overwrite:
-            _check_free(output_dir, config_text)
-        if jax.process_index() == 0:
-            # A folder that cannot be written must not be discovered after the evaluation.
-            folder.make_folder(output_dir)
+    with checks.sole_writer(output_dir):
+        if output_dir is not None:
+            if not overwrite:
+                _check_free(output_dir, config_text)
+            if jax.process_index() == 0:
+                # A folder that cannot be written must not be discovered after the evaluation.
+                folder.make_folder(output_dir)
 
-    # Task, passages and examples. seqio and tensorflow take seconds to import.
-    from glimmer_jax.data.evaluation import warn_of_reranking
-    from glimmer_jax.metrics import qa
+        # Task, passages and examples. seqio and tensorflow take seconds to import.
+        from glimmer_jax.data.evaluation import warn_of_reranking
+        from glimmer_jax.metrics import qa
 
-    dataset.register(vocabulary)
-    passages = checks.open_passages(corpus.passages_dir, dataset.data_dir, vocabulary)
-    dataset.check_fit(vocabulary, has_passages=True, num_examples=num_examples)
+        dataset.register(vocabulary)
+        passages = checks.open_passages(corpus.passages_dir, dataset.data_dir, vocabulary)
+        dataset.check_fit(vocabulary, has_passages=True, num_examples=num_examples)
 
-    # The model.
-    predictor = Predictor.load(
-        reader.checkpoint_path,
-        lengths,
-        model=model,
-        passages_dir=passages,
-        memory_dir=corpus.memory_dir,
-        vocabulary=vocabulary,
-        mesh=reader.mesh,
-        lookup=corpus.lookup,
-        batch_sizes=(dataset.batch_size,),
-        seed=reader.seed,
-    )
-    encoded_now = None if predictor.from_memory else predictor.passages
-    evaluation = dataset.evaluation(encoded_now, num_examples)
+        # The model.
+        predictor = Predictor.load(
+            reader.checkpoint_path,
+            lengths,
+            model=model,
+            passages_dir=passages,
+            memory_dir=corpus.memory_dir,
+            vocabulary=vocabulary,
+            mesh=reader.mesh,
+            lookup=corpus.lookup,
+            batch_sizes=(dataset.batch_size,),
+            seed=reader.seed,
+        )
+        encoded_now = None if predictor.from_memory else predictor.passages
+        evaluation = dataset.evaluation(encoded_now, num_examples)
 
-    # Answers and metrics.
-    throughput = _Throughput(predictor, candidates_NT)
-    metrics = qa.with_mean(evaluation.run(throughput.predict, prefetch=predictor.prefetch))
-    metrics |= evaluation.retriever(predictor.passages)
-    metrics["tflop_per_question"] = _tflop_per_question(model, lengths)
-    if throughput.answered:
-        metrics["questions_per_second"] = throughput.rate
-    if corpus.memory_dir is not None:
-        metrics["seconds_waiting_for_memory"] = predictor.waited
-    if corpus.unknown_passages == "mask":
-        metrics["passages_not_in_memory"] = predictor.masked
-    for name, value in sorted(metrics.items()):
-        print(f"{name:48} {value:.4f}")
-    warn_of_reranking(metrics)
-    if output_dir is not None and jax.process_index() == 0:
-        predictions = evaluation.predictions(predictor.passages)
-        _write(output_dir, predictions, metrics, config_text)
+        # Answers and metrics.
+        throughput = _Throughput(predictor, candidates_NT)
+        metrics = qa.with_mean(evaluation.run(throughput.predict, prefetch=predictor.prefetch))
+        metrics |= evaluation.retriever(predictor.passages)
+        metrics["tflop_per_question"] = _tflop_per_question(model, lengths)
+        if throughput.answered:
+            metrics["questions_per_second"] = throughput.rate
+        if corpus.memory_dir is not None:
+            metrics["seconds_waiting_for_memory"] = predictor.waited
+        if corpus.unknown_passages == "mask":
+            metrics["passages_not_in_memory"] = predictor.masked
+        for name, value in sorted(metrics.items()):
+            print(f"{name:48} {value:.4f}")
+        warn_of_reranking(metrics)
+        if output_dir is not None and jax.process_index() == 0:
+            predictions = evaluation.predictions(predictor.passages)
+            _write(output_dir, predictions, metrics, config_text)
     return metrics
 
 

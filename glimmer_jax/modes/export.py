@@ -49,41 +49,40 @@ def export(
         raise ValueError(
             f"OUTPUT_FORMAT must be one of {', '.join(FORMATS)}, got {output_format!r}."
         )
-    if program is None:
-        _check_free(output_path, overwrite)
-    trained = checkpoint.read()
-    model, vocabulary = trained.model, trained.vocabulary
-    for bucket in () if program is None else program.buckets:
-        checks.lengths_for(model.config, bucket)
-    params = parameters.load(checkpoint.checkpoint_path, model, vocabulary.fingerprint)
-    lengths = trained.record.task_feature_lengths
-    config, described = model.config, describe(model.config, vocabulary.fingerprint, lengths)
-    if program is not None:
-        params = parameters.read(params)
-        export_program(output_path, model, params, program, vocabulary.fingerprint)
-        content = "programs that need JAX alone"
-    elif output_path.endswith(".safetensors"):
-        save_params_file(output_path, params, described, trained.own_vocabulary())
-        content = "a parameter file"
-    elif output_format == "huggingface":
-        sentencepiece_model = Path(vocabulary.path).read_bytes()
-        huggingface.save(output_path, params, config, described, sentencepiece_model)
-        content = f"{output_format}, {_names_of(model)}"
-    elif output_format == "t5x":
-        t5x.save(output_path, params, config, described)
-        content = f"{output_format}, {_names_of(model)}"
-    else:
-        t5x.save_tree(output_path, params)
-        content = f"{output_format}, the parameter tree of glimmer_jax"
+    with checks.sole_writer(output_path):
+        if program is None:
+            _check_free(output_path, overwrite)
+        trained = checkpoint.read()
+        model, vocabulary = trained.model, trained.vocabulary
+        for bucket in () if program is None else program.buckets:
+            checks.lengths_for(model.config, bucket)
+        params = parameters.load(checkpoint.checkpoint_path, model, vocabulary.fingerprint)
+        lengths = trained.record.task_feature_lengths
+        config, described = model.config, describe(model.config, vocabulary.fingerprint, lengths)
+        if program is not None:
+            params = parameters.read(params)
+            export_program(output_path, model, params, program, vocabulary.fingerprint)
+            content = "programs that need JAX alone"
+        elif output_path.endswith(".safetensors"):
+            save_params_file(output_path, params, described, trained.own_vocabulary())
+            content = "a parameter file"
+        elif output_format == "huggingface":
+            sentencepiece_model = Path(vocabulary.path).read_bytes()
+            huggingface.save(output_path, params, config, described, sentencepiece_model)
+            content = f"{output_format}, {_names_of(model)}"
+        elif output_format == "t5x":
+            t5x.save(output_path, params, config, described)
+            content = f"{output_format}, {_names_of(model)}"
+        else:
+            t5x.save_tree(output_path, params)
+            content = f"{output_format}, the parameter tree of glimmer_jax"
     print(f"Wrote {output_path}: {content}.")
 
 
 def _check_free(path: str, overwrite: bool) -> None:
     """Raises ValueError where the output would replace something, or mix with it."""
     if path.endswith(".safetensors"):
-        # The JSON completes the pair.
-        described_path = f"{path.removesuffix('.safetensors')}.json"
-        checks.replaceable("OUTPUT_PATH", described_path, overwrite)
+        checks.new_params_file(path, overwrite)
         return
     files = folder.list_files(folder.open_folder(path), "")
     for name, content in _OTHERS.items():

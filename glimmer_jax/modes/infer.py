@@ -98,7 +98,10 @@ def infer(
     if jax.process_index():
         deque(answers, maxlen=0)  # all processes compute, one writes
         return
-    count = write_json_lines(path, answers)
+    with checks.sole_writer(path):
+        # It may have appeared while the model was loaded.
+        checks.replaceable("INFER_OUTPUT_DIR", path, overwrite)
+        count = write_json_lines(path, answers)
     print(f"Wrote {count} answers to {path}.")
     if predictor.truncated:
         print(

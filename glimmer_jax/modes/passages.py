@@ -51,35 +51,36 @@ def passages(
     check_absent(passages_dir, overwrite)
     text = find_vocabulary(vocabulary)
     unk_id = text.unk_id  # An unfit vocabulary is rejected before the corpus is read.
-    if corpus == BUILT_IN:
-        checks.required(CORPUS_DIR=corpus_dir)
-        from glimmer_jax.pydocs import corpus_files
+    with checks.sole_writer(passages_dir):
+        if corpus == BUILT_IN:
+            checks.required(CORPUS_DIR=corpus_dir)
+            from glimmer_jax.pydocs import corpus_files
 
-        counts = corpus_files.write_corpus(str(corpus_dir))
-        for name, count in counts.items():
-            print(f"{Path(str(corpus_dir)) / name}: {count} lines")
-        corpus = str(Path(str(corpus_dir)) / "corpus.jsonl")
-    paths, report = find_files(corpus), Report()
-    if beam_options is not None:
-        checks.required(CORPUS_DIR=corpus_dir)
-        options = shlex.split(beam_options)
-        paths, report = beam.write_passages(
-            paths, str(corpus_dir), reading, options, overwrite=overwrite
+            counts = corpus_files.write_corpus(str(corpus_dir))
+            for name, count in counts.items():
+                print(f"{Path(str(corpus_dir)) / name}: {count} lines")
+            corpus = str(Path(str(corpus_dir)) / "corpus.jsonl")
+        paths, report = find_files(corpus), Report()
+        if beam_options is not None:
+            checks.required(CORPUS_DIR=corpus_dir)
+            options = shlex.split(beam_options)
+            paths, report = beam.write_passages(
+                paths, str(corpus_dir), reading, options, overwrite=overwrite
+            )
+            print(f"{corpus_dir}: {len(paths)} shards\n{report.summary()}")
+            reading, report = Reading(), Report()
+        manifest = write_passages(
+            passages_dir,
+            read_passages(paths, reading, report),
+            text.encode,
+            text.fingerprint,
+            max_length,
+            vocab_size=text.vocab_size,
+            eos_id=text.eos_id,
+            unk_id=unk_id,
+            source=Path(corpus).name,
+            overwrite=overwrite,
         )
-        print(f"{corpus_dir}: {len(paths)} shards\n{report.summary()}")
-        reading, report = Reading(), Report()
-    manifest = write_passages(
-        passages_dir,
-        read_passages(paths, reading, report),
-        text.encode,
-        text.fingerprint,
-        max_length,
-        vocab_size=text.vocab_size,
-        eos_id=text.eos_id,
-        unk_id=unk_id,
-        source=Path(corpus).name,
-        overwrite=overwrite,
-    )
     print(
         f"{report.summary()}\n{passages_dir}: {manifest['num_passages']} passages, "
         f"{manifest['num_tokens']} tokens; {manifest['num_truncated']} were truncated at {max_length} "

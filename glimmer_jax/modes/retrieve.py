@@ -106,30 +106,31 @@ def retrieve(
         name: {**request, "questions": [_sha256(path) for path in paths]}
         for name, paths in by_task.items()
     }
-    complete = _complete_files(data_dir, requests, overwrite)
-    everything = training = retriever.open(passages)
-    if any(_is_training(name) for name in by_task.keys() - complete):
-        training = _of_split(everything, TRAIN)
+    with checks.sole_writer(data_dir):
+        complete = _complete_files(data_dir, requests, overwrite)
+        everything = training = retriever.open(passages)
+        if any(_is_training(name) for name in by_task.keys() - complete):
+            training = _of_split(everything, TRAIN)
 
-    ks = sorted({k for k in KS if k <= num_passages} | {num_passages})
-    report: dict[str, Report] = {"passages": {}, "pages": {}}
-    for name, paths in by_task.items():
-        _print_once(f"{', '.join(str(path) for path in paths)}: {counts[name]} questions")
-        scores, path = RetrievalScores(ks), os.path.join(data_dir, name)
-        if name in complete:
-            _print_once(f"  {path} is complete and kept")
-            for example in read_examples(local_copy.fetch_file("DATA_DIR", path)):
-                scores.add(example, _pages(everything, example["retrieved"]))
-        else:
-            chosen = training if _is_training(name) else everything
-            asked = read_task(name, paths, by_id, question_words)
-            retrieved = _retrieve_file(asked, counts[name], chosen, num_passages, scores)
-            _write(path, retrieved, passages, requests[name])
-        if scores.passages().get(f"recall_at_{ks[-1]}") == 0 and jax.process_index() == 0:
-            _warn_of_provenance(name, read_task(name, paths, by_id), passages)
-        for kind, row in (("passages", scores.passages()), ("pages", scores.pages())):
-            if row:
-                report[kind][Path(name).stem] = row
+        ks = sorted({k for k in KS if k <= num_passages} | {num_passages})
+        report: dict[str, Report] = {"passages": {}, "pages": {}}
+        for name, paths in by_task.items():
+            _print_once(f"{', '.join(str(path) for path in paths)}: {counts[name]} questions")
+            scores, path = RetrievalScores(ks), os.path.join(data_dir, name)
+            if name in complete:
+                _print_once(f"  {path} is complete and kept")
+                for example in read_examples(local_copy.fetch_file("DATA_DIR", path)):
+                    scores.add(example, _pages(everything, example["retrieved"]))
+            else:
+                chosen = training if _is_training(name) else everything
+                asked = read_task(name, paths, by_id, question_words)
+                retrieved = _retrieve_file(asked, counts[name], chosen, num_passages, scores)
+                _write(path, retrieved, passages, requests[name])
+            if scores.passages().get(f"recall_at_{ks[-1]}") == 0 and jax.process_index() == 0:
+                _warn_of_provenance(name, read_task(name, paths, by_id), passages)
+            for kind, row in (("passages", scores.passages()), ("pages", scores.pages())):
+                if row:
+                    report[kind][Path(name).stem] = row
     _print("Recall of gold passages", report["passages"])
     _print("KILT's R-precision and recall of pages", report["pages"])
     return report

@@ -14,7 +14,11 @@ from glimmer_jax.storage import folder
 
 
 def score(
-    predictions: str, questions: str, output_path: str | None = None, seed: int = 0
+    predictions: str,
+    questions: str,
+    output_path: str | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Prints and returns `{metric: {"n", "mean", "low", "high"}}`.
 
@@ -23,10 +27,13 @@ def score(
       questions: labelled task file.
       output_path: gets the metrics as JSON.
       seed: of the bootstrap.
+      overwrite: replace an existing `output_path`.
 
     Raises:
-      ValueError: a file is missing or malformed.
+      ValueError: a file is missing or malformed, or `output_path` exists.
     """
+    if output_path is not None:
+        checks.replaceable("OUTPUT_PATH", output_path, overwrite)
     predictions_path = checks.existing_file("PREDICTIONS", predictions)
     scores = score_file(predictions_path, checks.existing_file("QUESTIONS", questions), seed)
     for name, row in scores.items():

@@ -27,7 +27,13 @@ import tensorstore as ts
 
 from glimmer_jax.runtime.preemption import STOP
 from glimmer_jax.storage.errors import storage_error
-from glimmer_jax.storage.folder import reject_special_files
+from glimmer_jax.storage.folder import (
+    in_bucket,
+    local_path,
+    of_file,
+    open_folder,
+    reject_special_files,
+)
 
 LEASE_SECONDS = 60.0
 MAX_LEASE_SECONDS = 3600.0  # a longer one in a file is not ours
@@ -310,6 +316,15 @@ class WriterLock:
             except (ValueError, OSError) as error:
                 # The next renewal may succeed; `check` looks at how long ago the last one did.
                 _logger.warning("%s could not be renewed: %s", self._where, error)
+
+
+def output_lock(path: str | os.PathLike) -> WriterLock:
+    """The lock of a file or folder that is about to be written: `.NAME.lock` beside it."""
+    text = local_path(path).rstrip("/")
+    if in_bucket(text) and "/" not in text.partition("://")[2]:
+        return WriterLock(open_folder(text), ".lock")  # Nothing is beside a bucket.
+    folder, name = of_file(text)
+    return WriterLock(folder, f".{name}.lock")
 
 
 def _here() -> dict[str, Any]:

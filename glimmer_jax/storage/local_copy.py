@@ -1,6 +1,6 @@
 """Local copies of files in buckets, for memory maps and libraries that only read local files.
 
-    ~/.cache/glimmer_jax/fetched/<SHA-256 of the URL>/<generation>-<bytes>/<file>
+    ~/.cache/glimmer_jax/fetched/<SHA-256 of the URL>/<generation>-<SHA-256>/<file>
     ~/.cache/glimmer_jax/fetched/<SHA-256 of the manifest>/<file>
 
 The names identify the content, so that the copy of a replaced file is never used for the new one.
@@ -53,18 +53,18 @@ def fetch_file(name: str, path: Any) -> Path:
     if not in_bucket(path):
         return Path(path)
     bucket, file = folder.of_file(path)
-    place = _cache() / hashlib.sha256(os.fspath(path).encode()).hexdigest()
+    place = _cache() / _sha256(os.fspath(path).encode())
     known, copies = None, sorted(place.glob(f"*/{file}"), key=os.path.getmtime) if file else []
     if copies:
-        of, _, size = copies[-1].parent.name.partition("-")
-        known = bytes.fromhex(of) if copies[-1].stat().st_size == int(size) else None
+        of, _, sha256 = copies[-1].parent.name.partition("-")
+        known = bytes.fromhex(of) if _sha256(copies[-1].read_bytes()) == sha256 else None
     result = folder.read_if_new(bucket, file, known) if file else None
     if result is None:
         raise ValueError(f"{name}: there is no file {path}. Check the path.")
     data, generation = result
     if data is None:
         return copies[-1]
-    target = place / f"{generation.hex()}-{len(data)}" / file
+    target = place / f"{generation.hex()}-{_sha256(data)}" / file
     folder.write_file(*folder.of_file(target), data)
     return target
 
@@ -89,7 +89,7 @@ def fetch_folder(name: str, path: Any, manifest: str, files: Sequence[str]) -> P
     data = folder.read_file(kvstore, manifest)
     if data is None:
         raise ValueError(f"{name}: there is no {kvstore.url}{manifest}. Check the path.")
-    target = _cache() / hashlib.sha256(data).hexdigest()
+    target = _cache() / _sha256(data)
     try:
         listed = parse_line(data, f"{kvstore.url}{manifest}")["files"]
         wanted = {file: (int(listed[file]["bytes"]), listed[file]["sha256"]) for file in files}
@@ -98,11 +98,15 @@ def fetch_folder(name: str, path: Any, manifest: str, files: Sequence[str]) -> P
             f"{name}: {kvstore.url}{manifest} does not list {', '.join(files)} correctly "
             f"({error!r}). Write the folder again."
         ) from None
-    wanted[manifest] = len(data), hashlib.sha256(data).hexdigest()
+    wanted[manifest] = len(data), _sha256(data)
     if _missing(target, wanted):
         with _alone(target) as locked:
             _copy(name, kvstore, wanted, target, locked)
     return target
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _cache() -> Path:
