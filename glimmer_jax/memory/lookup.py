@@ -8,6 +8,7 @@ size alone.
 import abc
 import dataclasses
 import functools
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -68,16 +69,20 @@ class Lookup(abc.ABC):
           The codec's arrays `[B, K, P, ...]`, zero beyond each passage; int32 lengths `[B, K]`.
         """
 
-    def newest_store(self) -> MemoryStore:
-        """The newest version of the store, opened, of the same encoder and vocabulary."""
+    def reopened(self) -> "Lookup":
+        """A lookup over the newest version of the store; this one, if that is its version.
+
+        Raises ValueError for a store of another encoder or vocabulary.
+        """
         identity = self.store.manifest.identity
-        return MemoryStore.open(
+        store = MemoryStore.open(
             self.store.path, identity.encoder_fingerprint, identity.vocabulary_fingerprint
         )
+        return self if store.manifest == self.store.manifest else self._over(store)
 
     @abc.abstractmethod
-    def reopened(self) -> "Lookup":
-        """A lookup over the newest version of the store; this one stays usable."""
+    def _over(self, store: MemoryStore) -> "Lookup":
+        """The same lookup over another version of the store."""
 
     def rows(self, passage_ids: np.ndarray) -> np.ndarray:
         """External ids `[...]` to rows; unknown ids raise ValueError, or are masked and counted."""
@@ -105,9 +110,8 @@ class DiskLookup(Lookup):
     ):
         super().__init__(store, length, unknown)
 
-    def reopened(self) -> "DiskLookup":
-        """The same lookup over the newest version of the store."""
-        return DiskLookup(self.newest_store(), self.length, self._unknown)
+    def _over(self, store: MemoryStore) -> "DiskLookup":
+        return DiskLookup(store, self.length, self._unknown)
 
     def __call__(self, rows_BK: np.ndarray) -> Memory:
         rows_BK = np.asarray(rows_BK)
@@ -132,17 +136,17 @@ class MeshLookup(Lookup):
         length: int,
         unknown: Literal["error", "mask"] = "error",
         page_tokens: int = tables.PAGE_TOKENS,
+        bytes_per_device: int = sys.maxsize,  # a later version that needs more stays on disk
     ):
         super().__init__(store, length, unknown)
         self.mesh = mesh
+        self._bytes_per_device = bytes_per_device
         self.table = tables.load(store, mesh, page_tokens)
-        self._page_tokens = page_tokens
         self._lookup = jax.jit(functools.partial(tables.lookup, length=length, mesh=mesh))
 
-    def reopened(self) -> "MeshLookup":
-        """The same lookup over the newest version of the store."""
-        store = self.newest_store()
-        return MeshLookup(store, self.mesh, self.length, self._unknown, self._page_tokens)
+    def _over(self, store: MemoryStore) -> Lookup:
+        config = LookupConfig(self._bytes_per_device, self._unknown)
+        return open_lookup(store, self.mesh, self.length, config)
 
     def __call__(self, rows_BK: np.ndarray) -> Memory:
         rows_BK = np.asarray(rows_BK, np.int32)
@@ -164,5 +168,6 @@ def open_lookup(
 ) -> Lookup:
     """A MeshLookup if the part of each device fits in `bytes_per_device`, otherwise a DiskLookup."""
     if tables.bytes_per_device(store, mesh, tables.PAGE_TOKENS) <= config.bytes_per_device:
-        return MeshLookup(store, mesh, length, config.unknown)
+        limit = config.bytes_per_device
+        return MeshLookup(store, mesh, length, config.unknown, bytes_per_device=limit)
     return DiskLookup(store, length, config.unknown)

@@ -52,7 +52,8 @@ class PredictorEngine:
         self._kept = tuple(kept) or (predictor.num_kept,)
         below = (count for count in CANDIDATE_COUNTS if count < max_candidates)
         self._candidate_counts = (*below, max_candidates) if max_candidates else ()
-        self._version = self._open(predictor)
+        by_kept = {m: predictor.keeping(m) for m in self._kept}
+        self._version = _Version(by_kept, predictor.describe())
         self._lock = threading.Lock()
 
     @property
@@ -93,16 +94,14 @@ class PredictorEngine:
           ValueError: it does not belong to the model; the old version stays in use.
         """
         with self._lock:
-            predictor = self._predictor.reopened()
-            if predictor is self._predictor:
+            newest = self._predictor.reopened()
+            if newest is self._predictor:
                 return False
-            _search_once(predictor)
-            self._version = self._open(predictor)
+            _search_once(newest)
+            # Programs are compiled once, for each m.
+            by_kept = {m: old.over(newest) for m, old in self._version.by_kept.items()}
+            self._version = _Version(by_kept, newest.describe())
             return True
-
-    def _open(self, predictor: Predictor) -> _Version:
-        by_kept = {m: predictor.keeping(m) for m in self._kept}
-        return _Version(by_kept, predictor.describe())
 
     def key(self, question: Question) -> tuple[int, int]:
         """Questions with the same m and number of candidate slots share a program."""
@@ -132,7 +131,8 @@ class PredictorEngine:
         begun = time.monotonic()
         asked = [_example(question) for question in questions]
         with STOP.deferred():
-            ids = predictor.retrieve(asked)
+            # One retriever serves every m.
+            ids = version.by_kept[self._kept[0]].retrieve(asked)
         for example, question, found in zip(asked, questions, ids, strict=True):
             example["retrieved"] = [{"id": i} for i in found[: _read(question, kept)]]
         candidates = None

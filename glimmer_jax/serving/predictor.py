@@ -209,6 +209,12 @@ class Predictor:
         other._predict = self._predict.over(lookup)
         return other
 
+    def over(self, newest: "Predictor") -> "Predictor":
+        """This predictor's m and compiled programs over passages and memory of another one."""
+        other = copy.copy(newest)
+        other._model, other._predict = self._model, self._predict.over(newest._lookup)
+        return other
+
     def describe(self) -> dict[str, Any]:
         """Fingerprints of encoder, passages and memory, and the memory's version."""
         described: dict[str, Any] = {}

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from glimmer_jax import codecs, partitioning
-from glimmer_jax.memory import encoding, lookup, table
+from glimmer_jax.memory import edit, encoding, lookup, table
 from glimmer_jax.memory.lookup import LookupConfig
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.runtime.preemption import StopRequested
@@ -239,6 +239,23 @@ def test_home_is_chosen_by_bytes(tiny_store):
     placed = lookup.MeshLookup(store, mesh, 12).table
     on_device = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(placed))
     assert on_device == need
+
+
+@pytest.mark.parametrize("kind", ["mesh", "disk"])
+def test_a_reopened_lookup_is_another_one_only_for_another_version(copied_store, kind, monkeypatch):
+    store, mesh = MemoryStore.open(copied_store), _mesh(data=2)
+    need = table.bytes_per_device(store, mesh, table.PAGE_TOKENS)
+    first = lookup.open_lookup(store, mesh, 12, LookupConfig(need if kind == "mesh" else 0))
+    assert first.reopened() is first
+    edit.withdraw(copied_store, [int(store.ids[7])])
+    second = first.reopened()
+    assert type(second) is type(first) and second is not first
+    _same(second(np.array([[0, 9]])), first(np.array([[0, 9]])))
+    with pytest.raises(ValueError, match=str(store.ids[7])):
+        second.rows(np.array([store.ids[7]]))
+    if kind == "mesh":  # A version that has outgrown the devices stays on disk.
+        monkeypatch.setattr(table, "bytes_per_device", lambda *_: need + 1)
+        assert isinstance(first.reopened(), lookup.DiskLookup)
 
 
 def test_loading_a_table_can_be_stopped(tiny_store, monkeypatch):

@@ -1,9 +1,13 @@
 """Answers of the engine equal those of a `Predictor`, whatever shares their batch."""
 
+import copy
+import shutil
+
 import jax
 import pytest
 
 from glimmer_jax.corpus.passages import Passages
+from glimmer_jax.corpus.passages_writer import write_passages
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.retrieval.config import RetrieverConfig
@@ -121,3 +125,44 @@ def test_limits_follow_the_model(engine, predictor):
 def test_a_reload_without_a_change_keeps_the_version(engine):
     before = engine.describe()
     assert engine.reload() is False and engine.describe() == before
+
+
+def test_a_reload_serves_new_passages_and_compiles_nothing(
+    predictor,
+    corpus,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    caplog,
+):
+    folder, opened = shutil.copytree(corpus, tmp_path / "passages"), []
+    open_retriever = RetrieverConfig.open
+
+    def counted(config, passages):
+        opened.append(passages)
+        return open_retriever(config, passages)
+
+    monkeypatch.setattr(RetrieverConfig, "open", counted)
+    served = PredictorEngine(_over(predictor, folder), kept=(1, 2), max_candidates=0)
+    served.warm_up()
+    assert answers(served, question("red", num_kept=2)) and len(opened) == 1
+    assert served.reload() is False and len(opened) == 1
+
+    records = [
+        {"id": i, "title": f"new {word}", "text": f"{word} thing"} for i, word in enumerate(WORDS)
+    ]
+    encode, fingerprint = VOCABULARY.encode, VOCABULARY.fingerprint
+    write_passages(folder, records, encode, fingerprint, 16, vocab_size=2048, overwrite=True)
+    assert served.reload() is True
+    with jax.log_compiles():
+        for kept in (1, 2):
+            (found,) = answers(served, question("red", num_kept=kept))
+            assert all(p["title"].startswith("new ") for p in found["passages"])
+            assert sum(passage["kept"] for passage in found["passages"]) == kept
+    assert len(opened) == 2 and "ompil" not in caplog.text
+
+
+def _over(predictor, folder):
+    """Another predictor of the same model over a folder of passages."""
+    other = copy.copy(predictor)
+    other.passages, other._retriever = Passages.open(folder), None
+    return other
