@@ -79,10 +79,4 @@ class JaxSystem(JaxWorker):
 
 
 def _random_params(model: GlimmerModel) -> Any:
-    shapes = {
-        "question_tokens": (1, 1),
-        "passage_tokens": (1, model.config.num_kept or 1, 1),
-        "decoder_input_tokens": (1, 1),
-    }
-    init = jax.jit(lambda rng: model.get_initial_variables(rng, shapes)["params"])
-    return init(jax.random.key(0))
+    return jax.jit(model.init_params)(jax.random.key(0))

@@ -28,11 +28,8 @@ class JaxTraining(JaxWorker):
         optimizer = make_optimizer(
             OptimizerConfig(learning_rate=LEARNING_RATE), names, model.frozen(shapes)
         )
-        lengths = {name: x.shape for name, x in self.batch(setting.kept).items()}
         self._state = init_state(
-            lambda: model.get_initial_variables(jax.random.key(0), lengths)["params"],
-            optimizer,
-            self._mesh,
+            lambda: model.init_params(jax.random.key(0)), optimizer, self._mesh
         )
         self._step = make_train_step(model, optimizer)
         shardings = state_shardings(optimizer, shapes, self._mesh)

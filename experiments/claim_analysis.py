@@ -58,7 +58,7 @@ class Study:
             for unit in known
             if all(unit[name] == newest[name] for name in ("procedure", "questions"))
         ]
-        # An arm whose settings or learning rate changed starts anew.
+        # An arm whose settings or learning rate changed is repeated.
         current = {unit["arm"]: (unit["settings"], unit["rate"]) for unit in same}
         self.units = {
             (unit["block"], unit["arm"], unit["seed"]): unit
@@ -136,7 +136,7 @@ def _has_rate_of_its_source(
     unit: Mapping[str, Any], current: Mapping[str, tuple[str, float]]
 ) -> bool:
     """Whether an arm that uses another arm's learning rate has the one that this arm has now."""
-    source = ARMS[unit["arm"]].rate_of
+    source = ARMS[unit["arm"]].model
     return source not in current or current[source][1] == unit["rate"]
 
 

@@ -74,11 +74,6 @@ class Arm:
     single: bool = False  # a model per task, each with as many examples of it as the mixture has
 
     @property
-    def rate_of(self) -> str:
-        """The arm whose learning rate is used: that of the model."""
-        return self.model
-
-    @property
     def reranks(self) -> bool:
         """Whether the arm's model answers with the best passages only."""
         return self.model == "glimmer"

@@ -60,7 +60,7 @@ python -m experiments.claims --report               # rewrites this page
 
 @dataclasses.dataclass(frozen=True)
 class Folders:
-    """Where the report is written."""
+    """Folders of the report."""
 
     docs: Path = Path("docs")  # results.md and plots
     data: Path = Path("experiments")  # claims.json
@@ -288,7 +288,7 @@ def _procedure(study: Study) -> str:
     rates = {arm: unit["rate"] for (_, arm, _), unit in study.units.items()}
     rows = []
     for arm, rate in rates.items():
-        source = ARMS[arm].rate_of
+        source = ARMS[arm].model
         dev = [f"{100 * value:.1f}" for value in _on_dev(study, source)]
         of = "" if source == arm else f" ({ARMS[source].about})"
         rows.append([ARMS[arm].about, f"{rate:g}", " / ".join(dev) + of if dev else "not tuned"])

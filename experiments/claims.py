@@ -49,7 +49,7 @@ RECALL_AT = (5, 10, 20, claim_arms.DEPTH)  # K of block B's curves of recall
 
 
 class Unit(NamedTuple):
-    """What is run, recorded and skipped as a whole."""
+    """The piece of work that is run, recorded and skipped as a whole."""
 
     block: str
     arm: str
@@ -188,7 +188,7 @@ class Study:
 
     def _tuned(self, name: str) -> float | None:
         """The factor that was best on dev; None before all of them are known."""
-        arm = ARMS[name].rate_of
+        arm = ARMS[name].model
         found = {}
         for rate in claim_arms.RATES:
             tuned = self._results.find(

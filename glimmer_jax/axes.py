@@ -59,6 +59,11 @@ class Lengths(NamedTuple):
     passages: int  # K, passages per question
     passage: int  # P, tokens, end token included
 
+    def as_features(self) -> dict[str, Any]:
+        """`{"inputs": Q, "targets": T, "passages": (K, P)}`."""
+        passages = (self.passages, self.passage)
+        return {"inputs": self.question, "targets": self.target, "passages": passages}
+
 
 def check_lengths(lengths: Mapping[str, Any]) -> Lengths:
     """`{"inputs": Q, "targets": T, "passages": (K, P)}` as `Lengths`.

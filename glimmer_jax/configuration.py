@@ -223,11 +223,16 @@ def configured(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` with its bindings applied.
 
     Raises:
-      ConfigError: no gin file configures it.
+      ConfigError: no gin file configures it, or one configures a class that nothing uses.
     """
     place = f"{function.__module__}.{function.__name__}"
     if not any(selector == place for _, selector in _bindings()):
         raise ConfigError(f"No gin file configures {place}. Add one of gin/runs with --gin_file.")
+    if idle := _unreferenced():
+        raise ConfigError(
+            f"{', '.join(idle)}: configured, but nothing uses it. Leave its gin file out, or add the one "
+            "that uses it: a size of gin/sizes needs a model of gin/models."
+        )
     configurable = gin.get_configurable(function)
 
     @functools.wraps(function)
@@ -322,6 +327,17 @@ def _macros() -> tuple[set[str], set[str]]:
     macro = gin.get_configurable("gin.macro")
     used = {ref.config_key[0] for ref in gin_config.iterate_references(_bindings(), to=macro)}
     return used, {scope for scope, selector in _bindings() if selector == "gin.macro"}
+
+
+def _unreferenced() -> list[str]:
+    """Names of classes with bindings that no other binding refers to; modes are functions."""
+    referenced = {ref.config_key[1] for ref in gin_config.iterate_references(_bindings())}
+    bound = {selector for _, selector in _bindings()} - referenced
+    return sorted(
+        selector.split(".")[-1]
+        for selector in bound
+        if inspect.isclass(gin.get_configurable(selector))
+    )
 
 
 def _optional_macros() -> set[str]:

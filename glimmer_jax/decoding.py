@@ -34,9 +34,9 @@ def greedy(
       int32 `[B, T]`, 0 after the end token; float32 `[B]` summed log probability.
     """
 
-    def best(logits, index):
+    def best(log_probs, index):
         del index
-        return jnp.argmax(logits, axis=-1)
+        return jnp.argmax(log_probs, axis=-1)
 
     return _token_by_token(step, cache, best, batch=batch, length=length, eos_id=eos_id)
 
@@ -73,8 +73,8 @@ def sample(
       the untruncated model at temperature 1, comparable with the scores of the other searches.
     """
 
-    def draw(logits, index):
-        logits = truncate(logits / temperature, top_k, top_p)
+    def draw(log_probs, index):
+        logits = truncate(log_probs / temperature, top_k, top_p)
         return jax.random.categorical(jax.random.fold_in(rng, index), logits)
 
     return _token_by_token(step, cache, draw, batch=batch, length=length, eos_id=eos_id)

@@ -25,24 +25,18 @@ def token_losses(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.
     return log_z - chosen, jnp.square(log_z)
 
 
-def log_likelihood(
-    logits: jax.Array, targets: jax.Array, weights: jax.Array, *, mean: bool
-) -> jax.Array:
-    """log p(target), summed or averaged over target tokens.
+def log_likelihood(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    """log p(target), summed over target tokens.
 
     Args:
       logits: float32 `[..., T, V]`.
       targets: int32 `[..., T]`.
       weights: float32 `[..., T]`, 0 for padding.
-      mean: divide by the number of target tokens.
 
     Returns:
       float32 `[...]`; 0 for a target without tokens.
     """
-    total = -jnp.sum(token_losses(logits, targets)[0] * weights, axis=-1)
-    if mean:
-        total = total / jnp.maximum(jnp.sum(weights, axis=-1), 1.0)
-    return total
+    return -jnp.sum(token_losses(logits, targets)[0] * weights, axis=-1)
 
 
 def _masked_log_softmax(x: jax.Array, mask: jax.Array) -> jax.Array:

@@ -123,7 +123,7 @@ def _modes_help() -> str:
             *lines,
             "",
             "exit codes: 0: done; 2: invalid input, do not retry; 42: preempted, safe to retry;",
-            "1: a bug.",
+            "1: a bug; 130: Ctrl-C, rerunning resumes.",
             "gin files run code: use only files that you trust.",
         ]
     )
@@ -320,7 +320,7 @@ def _classify(error: Exception) -> tuple[object, int] | None:
         reason = str(error).splitlines()[0]
         return (
             f"The devices have too little memory: {reason}. Lower BATCH_SIZE, BEAM_SIZE or "
-            "TASK_FEATURE_LENGTHS, or use more devices; --run_mode=preflight says what fits."
+            "TASK_FEATURE_LENGTHS, or use more devices; --run_mode=preflight reports settings that fit."
         ), exit_codes.INVALID_INPUT
     return None
 

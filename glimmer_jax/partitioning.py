@@ -228,12 +228,17 @@ def constrain(x: jax.Array, names: Sequence[Any]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(names))
 
 
+def is_names(leaf: Any) -> bool:
+    """Whether this is a tuple of dimension names, in contrast to optax's tuples of states."""
+    return type(leaf) is tuple and all(name is None or isinstance(name, str) for name in leaf)
+
+
 def shardings(names_tree: Any, mesh: Mesh) -> Any:
     """NamedShardings for a tree whose leaves are tuples of dimension names."""
     return jax.tree.map(
         lambda names: NamedSharding(mesh, spec(names)),
         names_tree,
-        is_leaf=lambda leaf: isinstance(leaf, tuple),
+        is_leaf=is_names,
     )
 
 
@@ -252,7 +257,7 @@ def check_divisible(shapes_tree: Any, names_tree: Any, mesh: Mesh) -> None:
         lambda path, names, leaf: check(path, names, leaf.shape),
         names_tree,
         shapes_tree,
-        is_leaf=lambda leaf: isinstance(leaf, tuple),
+        is_leaf=is_names,
     )
     if uneven:
         raise ValueError(

@@ -13,21 +13,29 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from glimmer_jax.preflight.chips import CHIPS
 from launch import record
-from launch.plans import SubmitPlan, check_at_least, check_env, check_name, check_words, glimmer
+from launch.plans import (
+    FINAL_SAVE,
+    SubmitPlan,
+    check_at_least,
+    check_env,
+    check_name,
+    check_words,
+    glimmer,
+)
 
-# TPU generation -> GKE's name, dimensions of its topologies.
+# TPU generation (`chips.CHIPS`) -> GKE's name.
 GENERATIONS = {
-    "v4": ("tpu-v4-podslice", 3),
-    "v5e": ("tpu-v5-lite-podslice", 2),
-    "v5p": ("tpu-v5p-slice", 3),
-    "v6e": ("tpu-v6e-slice", 2),
-    "tpu7x": ("tpu7x", 3),
+    "v4": "tpu-v4-podslice",
+    "v5e": "tpu-v5-lite-podslice",
+    "v5p": "tpu-v5p-slice",
+    "v6e": "tpu-v6e-slice",
+    "tpu7x": "tpu7x",
 }
 # Modes whose mesh spans all devices of the job.
 MESHED = ("train", "eval", "infer")
 CONTAINER = "glimmer"
-FINAL_SAVE = 120  # seconds between SIGTERM and SIGKILL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +63,7 @@ class JobSet:
         check_env(self.env)
         if self.tpu not in GENERATIONS:
             raise ValueError(f"--tpu must be one of {', '.join(GENERATIONS)}, got {self.tpu!r}.")
-        dimensions = GENERATIONS[self.tpu][1]
+        dimensions = CHIPS[self.tpu].sides
         if not re.fullmatch(r"[1-9]\d*" + r"x[1-9]\d*" * (dimensions - 1), self.topology):
             raise ValueError(
                 f"--topology of {self.tpu} must be {dimensions} numbers such as "
@@ -76,7 +84,7 @@ class JobSet:
     def chips_per_host(self) -> int:
         """Chips of one host of a slice."""
         # Hosts have 1, 4 or 8 chips in two-dimensional generations, and 4 in the others.
-        largest = 8 if GENERATIONS[self.tpu][1] == 2 else 4
+        largest = 8 if CHIPS[self.tpu].sides == 2 else 4
         return self.chips if self.chips <= largest else 4
 
 
@@ -145,7 +153,7 @@ def job_spec(jobset: JobSet, flags: Sequence[str]) -> dict[str, Any]:
     """The Job of a slice."""
     hosts = jobset.chips // jobset.chips_per_host
     selector = {
-        "cloud.google.com/gke-tpu-accelerator": GENERATIONS[jobset.tpu][0],
+        "cloud.google.com/gke-tpu-accelerator": GENERATIONS[jobset.tpu],
         "cloud.google.com/gke-tpu-topology": jobset.topology,
     }
     pod: dict[str, Any] = {

@@ -17,6 +17,8 @@ _WORD = re.compile(r"[A-Za-z0-9][-A-Za-z0-9._:/@]*")
 
 # The name is one that shells accept.
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*", re.DOTALL)
+FINAL_SAVE = 120  # seconds that a job has from SIGTERM to SIGKILL or the time limit
+
 _FLAG = re.compile(r"--[\w.-]+=(?=.)", re.DOTALL)
 
 
@@ -141,6 +143,22 @@ def check_env(env: Sequence[str]) -> None:
             raise ValueError(
                 "--env must be NAME=VALUE, the name of letters, digits and underscores and no digit "
                 f"first, got the name {variable.partition('=')[0]!r}."
+            )
+
+
+def check_flags(name: str, example: str, flags: Sequence[str]) -> None:
+    """Raises ValueError for words that another program would not take as flags.
+
+    Args:
+      name: our flag that passes them on.
+      example: a flag of that program.
+      flags: what was given.
+    """
+    for flag in flags:
+        if not flag.startswith("--") or not flag.isprintable():
+            raise ValueError(
+                f"{name} passes on a flag, as {name}={example}, got {flag!r}. Begin it with two dashes "
+                "and remove control characters."
             )
 
 

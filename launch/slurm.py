@@ -7,10 +7,18 @@ import dataclasses
 import shlex
 from collections.abc import Sequence
 
-from launch.plans import SubmitPlan, check_at_least, check_name, check_words, glimmer, shell
+from launch.plans import (
+    FINAL_SAVE,
+    SubmitPlan,
+    check_at_least,
+    check_flags,
+    check_name,
+    check_words,
+    glimmer,
+    shell,
+)
 from launch.processes import GRACE
 
-FINAL_SAVE = 120  # seconds between SIGTERM and the time limit
 # Consecutive attempts that were killed or short, after which the job is not requeued. A longer attempt
 # that ends with 42 has made progress and does not count.
 RESTARTS = 10
@@ -37,12 +45,7 @@ class Slurm:
         check_name(self.name)
         check_words(time=self.time, partition=self.partition, account=self.account)
         check_at_least(1, nodes=self.nodes, gpus_per_node=self.gpus_per_node)
-        for flag in self.sbatch_flags:
-            if not flag.startswith("--") or not flag.isprintable():
-                raise ValueError(
-                    "--sbatch_flag must be a flag of sbatch such as --sbatch_flag=--qos=NAME, got "
-                    f"{flag!r}. Begin it with two dashes and remove control characters."
-                )
+        check_flags("--sbatch_flag", "--qos=NAME", self.sbatch_flags)
 
 
 def plan(slurm: Slurm, flags: Sequence[str], folder: str, python: str, code: str) -> SubmitPlan:

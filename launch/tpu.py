@@ -11,6 +11,7 @@ from launch.plans import (
     TpuPlan,
     check_at_least,
     check_env,
+    check_flags,
     check_name,
     check_words,
     glimmer,
@@ -55,13 +56,8 @@ class Tpu:
         )
         check_at_least(0, recreate=self.recreate)
         check_env(self.env)
-        for flag in (*self.create_flags, *self.ssh_flags):
-            if not flag.startswith("--") or not flag.isprintable():
-                raise ValueError(
-                    "--create_flag and --ssh_flag must be flags of gcloud such as "
-                    f"--create_flag=--network=NAME, got {flag!r}. Begin it with two dashes and remove "
-                    "control characters."
-                )
+        check_flags("--create_flag", "--network=NAME", self.create_flags)
+        check_flags("--ssh_flag", "--internal-ip", self.ssh_flags)
 
     @property
     def place(self) -> Argv:

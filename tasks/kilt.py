@@ -13,10 +13,10 @@ Files are `<DATA_DIR>/<task>-<split>.jsonl`, written by `--run_mode=retrieve` fr
 
 import seqio
 
-from glimmer_jax.data.evaluation import reranked_recall
 from glimmer_jax.data.retrieved_tasks import register
 from glimmer_jax.kilt.files import TASKS
 from glimmer_jax.metrics.kilt import task_metrics
+from glimmer_jax.metrics.reranking import reranked_recall
 
 # What this module registers; read before seqio is imported.
 NAMES = (

@@ -24,10 +24,10 @@ from typing import Any
 import seqio
 
 from glimmer_jax.data import generated_tasks
-from glimmer_jax.data.evaluation import reranked_recall
 from glimmer_jax.data.retrieved_tasks import register, retrieved_file
 from glimmer_jax.kilt.examples import read_examples
 from glimmer_jax.metrics import qa
+from glimmer_jax.metrics.reranking import reranked_recall
 from glimmer_jax.pydocs import corpus
 from glimmer_jax.pydocs.questions import SHARES
 from glimmer_jax.pydocs.renamed_questions import RenamedQuestions

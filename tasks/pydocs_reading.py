@@ -1,9 +1,8 @@
 """Reading exercises on the training modules of the built-in corpus.
 
     pydocs_reading_1   two short passages and verbatim clauses: copying and matching emerge
-    pydocs_reading_2   five passages of full length, many from the same module; dropped words; a
-    fifth
-                       of the examples with real titles
+    pydocs_reading_2   five passages of full length, many from the same module; dropped words;
+                       a fifth of the examples with real titles
 
 Examples hold their passages themselves (no PASSAGES_DIR).
 """

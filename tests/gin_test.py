@@ -358,6 +358,16 @@ def test_a_mode_that_no_file_configures_is_reported():
         arguments("score")
 
 
+def test_a_size_without_a_model_is_reported():
+    given = ["CHECKPOINT_PATH = 'x'", "PASSAGES_DIR = 'y'"]
+    configuration.parse(["gin/runs/infer.gin", "gin/sizes/tiny.gin"], given)
+    with pytest.raises(ValueError, match=r"T5Config.*nothing uses it.*gin/models"):
+        arguments("infer")
+    files = ["gin/runs/infer.gin", "gin/sizes/tiny.gin", "gin/models/glimmer.gin"]
+    configuration.parse(files, given)
+    assert arguments("infer")
+
+
 def test_errors_keep_their_number_and_their_cause(monkeypatch):
     def unreachable(*args, **kwargs):
         raise OSError(errno.ESTALE, "stale") from ConnectionResetError(104, "by peer")

@@ -613,7 +613,7 @@ class UnavailableError(Exception):
         (
             library(ValueError, "PERMISSION_DENIED: gs://bucket/run: 403"),
             2,
-            "The storage refused: PERMISSION_DENIED: gs://bucket/run: 403 Check permissions",
+            "The storage denied access: PERMISSION_DENIED: gs://bucket/run: 403 Check permissions",
         ),
     ],
 )

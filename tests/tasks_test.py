@@ -14,7 +14,9 @@ import tensorflow as tf
 
 from glimmer_jax import axes as lengths_module
 from glimmer_jax.data import cache, evaluation, features, pipeline, preprocessors, retrieved_tasks
+from glimmer_jax.data.features import GlimmerFeatureConverter
 from glimmer_jax.data.fit import check_fit
+from glimmer_jax.metrics import reranking
 from glimmer_jax.vocabulary import Vocabulary
 from tests.vocabularies import SPECIAL_IDS, train_sentencepiece
 
@@ -210,14 +212,14 @@ def test_batches_are_deterministic_resumable_and_differ_per_epoch(data_dir, pass
     assert questions == {f"question: words {i}" for i in range(10)}
 
 
-def test_one_pass_is_in_order_and_filled_up_with_empty_rows(data_dir):
-    got = list(pipeline.batches(TASK, "validation", LENGTHS, 4, repeat=False))
-    assert len(got) == 2
-    last = got[1]
-    assert not last["decoder_loss_weights"][1:].any()
-    assert (last["passage_ids"][1:] == -1).all()
-    assert "passage_tokens" not in last
-    assert last["passage_ids"][0].tolist() == [10, 11, 12]
+def test_an_incomplete_batch_is_filled_up_with_empty_rows(data_dir):
+    ds = seqio.get_dataset(TASK, LENGTHS, GlimmerFeatureConverter(), "validation", shuffle=False)
+    (*_, last) = ds.batch(4).as_numpy_iterator()
+    assert len(last["question_tokens"]) == 1 and last["passage_ids"][0].tolist() == [10, 11, 12]
+    filled = pipeline.fill(last, 4)
+    assert not filled["decoder_loss_weights"][1:].any()
+    assert (filled["passage_ids"][1:] == -1).all()
+    assert_same([last], [{name: x[:1] for name, x in filled.items()}])
 
 
 def test_a_second_epoch_draws_other_answers(data_dir):
@@ -448,9 +450,9 @@ def test_the_retriever_is_evaluated_on_the_same_questions(data_dir, passages, ca
         f"{TASK}/retriever_exact_match": 0.8,
     }
     caplog.clear()
-    evaluation.warn_of_reranking({**metrics, f"{TASK}/recall_at_1": 0.6})
+    reranking.warn_of_reranking({**metrics, f"{TASK}/recall_at_1": 0.6})
     assert not caplog.records
-    evaluation.warn_of_reranking({**metrics, f"{TASK}/recall_at_1": 0.4})
+    reranking.warn_of_reranking({**metrics, f"{TASK}/recall_at_1": 0.4})
     assert (
         f"{TASK}: the reranker's recall at 1 is 0.400, below the retriever's 0.600" in caplog.text
     )

@@ -1,7 +1,7 @@
 """The task `codes`: the files `<DATA_DIR>/codes-<train|dev|test>.jsonl` of docs/own_data.md."""
 
-from glimmer_jax.data.evaluation import reranked_recall
 from glimmer_jax.data.retrieved_tasks import register
 from glimmer_jax.metrics import qa
+from glimmer_jax.metrics.reranking import reranked_recall
 
 register("codes", "codes", [qa.exact_match, qa.f1, reranked_recall])

@@ -19,7 +19,7 @@ from glimmer_jax.corpus.manifest import (
     write_manifest,
 )
 from glimmer_jax.corpus.passages import BACKUP_SUFFIX, restore_backup
-from glimmer_jax.storage.folder import local
+from glimmer_jax.storage.folder import local, sync
 from glimmer_jax.storage.json_lines import dump_line, parse_line
 from glimmer_jax.storage.lease import LockUnsupported, try_lock
 from glimmer_jax.vocabulary import EOS_ID, passage_text
@@ -97,7 +97,7 @@ def write_passages(
         manifest = write_manifest(working, manifest)
         # Synced before the rename: a power cut must not leave the name without the bytes.
         for part in (*FILES, MANIFEST, "."):
-            _sync(working / part)
+            sync(working / part)
         _move_into_place(working, target)
     except BaseException:
         shutil.rmtree(working, ignore_errors=True)
@@ -213,20 +213,11 @@ class _NpyWriter:
         self._file.close()
 
 
-def _sync(path: Path) -> None:
-    """Returns when a file's bytes, or the names in a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _move_into_place(working: Path, target: Path) -> None:
     backup = working.with_name(working.name + BACKUP_SUFFIX)
     if target.exists():
         # If the writer is killed before the next line, `restore_backup` renames it back.
         os.replace(target, backup)
     os.replace(working, target)
-    _sync(target.parent)
+    sync(target.parent)
     shutil.rmtree(backup, ignore_errors=True)

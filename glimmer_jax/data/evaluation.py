@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,45 +21,8 @@ logger = logging.getLogger(__name__)
 Batch = dict[str, Any]
 # numpy batch -> int32 tokens [B, T], and per-row arrays {name: [B, ...]} (may be empty).
 Predict = Callable[[Batch], tuple[Any, Mapping[str, Any]]]
-Score = Callable[[Batch], Any]  # numpy batch -> float32 [B], log p(target)
 # A stream of batches -> the same batches, fetched ahead.
 Prefetch = Callable[[Iterable[Batch]], Iterable[Batch]]
-
-
-def reranked_recall(
-    targets: Sequence[Any], predictions: Sequence[Any], aux_values: Mapping[str, Any]
-) -> dict[str, float]:
-    """`recall_at_1` after reranking and `recall_kept`, over all questions.
-
-    Aux values: `passage_scores` float `[B, K]` (ties keep the retriever's order), `kept_passages`
-    int `[B, m]` (indices into the K), and `gold_passages` int `[B, K]`.
-    """
-    del targets, predictions
-    gold = np.asarray(aux_values["gold_passages"]) > 0
-    best = np.argmax(np.asarray(aux_values["passage_scores"]), axis=1)[:, None]
-    kept = np.asarray(aux_values["kept_passages"])
-    return {
-        "recall_at_1": float(np.take_along_axis(gold, best, 1).mean()),
-        "recall_kept": float(np.take_along_axis(gold, kept, 1).any(1).mean()),
-    }
-
-
-def warn_of_reranking(metrics: Mapping[str, float]) -> None:
-    """Logs a warning for each task whose reranker puts a gold passage first less often than retrieval.
-
-    Args:
-      metrics: of `Evaluation.run` and `Evaluation.retriever`.
-    """
-    for name, recall in metrics.items():
-        task, _, metric = name.rpartition("/")
-        retrieved = metrics.get(f"{task}/retriever_recall_at_1")
-        if metric == "recall_at_1" and retrieved is not None and recall < retrieved:
-            logger.warning(
-                "%s: the reranker's recall at 1 is %.3f, below the retriever's %.3f on the same "
-                "questions. Train longer, or with SUPERVISED_WEIGHT where gold passages are known; until "
-                "then raise NUM_KEPT.",
-                task, recall, retrieved,
-            )  # fmt: skip
 
 
 class Evaluation:
@@ -100,7 +63,8 @@ class Evaluation:
         if log_dir is not None:
             # seqio's JSON logger does not create its folder.
             make_folder(log_dir)
-        question, target, num_passages, self._passage_length = check_lengths(lengths)
+        checked = check_lengths(lengths)
+        self._passage_length = checked.passage
         self._batch_size = batch_size
         self._passages = passages
         self._evaluator = seqio.Evaluator(
@@ -110,11 +74,9 @@ class Evaluation:
             use_cached=use_cached,
             seed=seed,
             sequence_length={
-                "inputs": question,
-                "targets": target,
-                "passages": (num_passages, self._passage_length),
-                "passage_ids": num_passages,
-                "gold_passages": num_passages,
+                **checked.as_features(),
+                "passage_ids": checked.passages,
+                "gold_passages": checked.passages,
             },
             num_examples=num_examples,
             logger_cls=[] if log_dir is None else [seqio.JSONLogger],
@@ -163,7 +125,6 @@ class Evaluation:
     def run(
         self,
         predict: Predict,
-        score: Score | None = None,
         step: int | None = None,
         prefetch: Prefetch = iter,
     ) -> dict[str, float]:
@@ -171,9 +132,8 @@ class Evaluation:
 
         Args:
           predict: computes answers, and further arrays that metrics read (`passage_scores`, ...).
-          score: needed only by tasks with score metrics.
           step: for the logs.
-          prefetch: applied to the batches of each task before `predict` or `score`.
+          prefetch: applied to the batches of each task before `predict`.
         """
 
         answered = self._answered = {}
@@ -193,17 +153,11 @@ class Evaluation:
         def predict_only(ds: Any) -> list[tuple[int, Any]]:
             return predict_with_aux(ds)[0]
 
-        def score_only(ds: Any) -> list[tuple[int, float]]:
-            assert score is not None
-            indices, outputs = self._collect(ds, lambda batch: (score(batch), {}), prefetch)
-            return [(i, float(value)) for i, (value, _) in zip(indices, outputs, strict=True)]
-
         metrics, _ = self._evaluator.evaluate(
             compute_metrics=True,
             step=step,
             predict_fn=predict_only,
             predict_with_aux_fn=predict_with_aux,
-            score_fn=None if score is None else score_only,
         )
         return {
             f"{task}/{name}": float(getattr(value, "value", value))
@@ -243,12 +197,9 @@ class Evaluation:
         return records
 
     def _collect(
-        self,
-        ds: Any,
-        function: Callable[[Batch], tuple[Any, Mapping[str, Any]]],
-        prefetch: Prefetch,
+        self, ds: Any, predict: Predict, prefetch: Prefetch
     ) -> tuple[list[int], list[tuple[np.ndarray, dict[str, np.ndarray]]]]:
-        """(indices, output rows of the function), without padding rows."""
+        """(indices, rows of tokens and outputs), without padding rows."""
         indices: list[int] = []
         rows: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
         counts: deque[int] = deque()
@@ -260,11 +211,11 @@ class Evaluation:
                 yield attach(fill(batch, self._batch_size), self._passages, self._passage_length)
 
         for batch in prefetch(batches()):
-            outputs, aux = function(batch)
-            outputs = np.asarray(outputs)
+            tokens, aux = predict(batch)
+            tokens = np.asarray(tokens)
             aux = {name: np.asarray(value) for name, value in aux.items()}
             for row in range(counts.popleft()):
-                rows.append((outputs[row], {name: value[row] for name, value in aux.items()}))
+                rows.append((tokens[row], {name: value[row] for name, value in aux.items()}))
         return indices, rows
 
 

@@ -195,13 +195,14 @@ class TokensConverter(GlimmerFeatureConverter):
     """
 
     def __init__(self, lengths: Lengths, passages: Passages | None, **kwargs: Any):
-        """Args:
-        lengths: of every dataset. The lengths passed to a call are ignored, because seqio's
-        Evaluator
-          passes those of the task's features only, which do not include P.
-        passages: the folder in which ids are looked up; None for tasks whose examples hold their
-          passages.
-        kwargs: of `seqio.FeatureConverter`.
+        """Fixes the lengths.
+
+        Args:
+          lengths: of every dataset. The lengths passed to a call are ignored, because seqio's
+            Evaluator passes those of the task's features only, which do not include P.
+          passages: the folder in which ids are looked up; None for tasks whose examples hold their
+            passages.
+          kwargs: of `seqio.FeatureConverter`.
         """
         super().__init__(**kwargs)
         self._lengths = lengths
@@ -217,9 +218,8 @@ class TokensConverter(GlimmerFeatureConverter):
             folder.
         """
         del task_feature_lengths
-        question, target, count, length = self._lengths
-        lengths = {"inputs": question, "targets": target, "passages": (count, length)}
-        ds = super().__call__(ds, lengths)
+        lengths = self._lengths
+        ds = super().__call__(ds, lengths.as_features())
         if "passage_ids" not in ds.element_spec:
             return ds
         passages = self._passages
@@ -229,13 +229,15 @@ class TokensConverter(GlimmerFeatureConverter):
                 "folder that they were retrieved from."
             )
 
+        shape = (lengths.passages, lengths.passage)
+
         def look_up(ids: Any) -> Any:
-            return passages.tokens(passages.rows(ids), length)
+            return passages.tokens(passages.rows(ids), lengths.passage)
 
         def attach(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
             # Stateless, because iterators over stateful functions cannot be checkpointed.
             tokens = tf.numpy_function(look_up, [example["passage_ids"]], tf.int32, stateful=False)
             others = {name: x for name, x in example.items() if name != "passage_ids"}
-            return {**others, "passage_tokens": tf.ensure_shape(tokens, (count, length))}
+            return {**others, "passage_tokens": tf.ensure_shape(tokens, shape)}
 
         return ds.map(attach, num_parallel_calls=tf.data.AUTOTUNE)

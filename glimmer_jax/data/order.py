@@ -60,9 +60,11 @@ class Mixing:
     """
 
     def __init__(self, rates: Sequence[float], seed: int):
-        """Args:
-        rates: relative number of examples of each task, above 0.
-        seed: of the order within a block.
+        """Fixes the order.
+
+        Args:
+          rates: relative number of examples of each task, above 0.
+          seed: of the order within a block.
         """
         self._rates = [Fraction(rate) for rate in rates]
         self._seed = seed

@@ -15,7 +15,7 @@ import seqio
 
 from glimmer_jax.axes import check_lengths
 from glimmer_jax.corpus.passages import Passages
-from glimmer_jax.data.features import NO_PASSAGE, GlimmerFeatureConverter
+from glimmer_jax.data.features import NO_PASSAGE
 from glimmer_jax.data.stream import training_batches
 from glimmer_jax.vocabulary import Vocabulary
 
@@ -65,11 +65,10 @@ def batches(
     seed: int = 0,
     start_step: int = 0,
     passages: Passages | None = None,
-    repeat: bool = True,
     use_cached: bool = False,
     own_rows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """Yields this process's rows of every batch, starting at `start_step`.
+    """Yields this process's rows of every training batch, without end, starting at `start_step`.
 
     Args:
       mixture_or_task_name: registered with seqio.
@@ -79,8 +78,6 @@ def batches(
       seed: of shuffling, mixing and drawing answers.
       start_step: number of batches before the first.
       passages: the folder with the tokens of `passage_ids`; None leaves them to a memory lookup.
-      repeat: True shuffles and never ends. False is one pass in order, whose last batch is padded
-        with empty rows (all padding, loss weight 0).
       use_cached: read seqio's cache of the task.
       own_rows: the rows of each batch to keep (`partitioning.own_rows`); None keeps all.
 
@@ -92,41 +89,20 @@ def batches(
     passage_length = check_lengths(lengths).passage
     if batch_size < 1:
         raise ValueError(f"BATCH_SIZE must be at least 1, got {batch_size}.")
-    stream: Iterator[Batch]
-    if repeat:
-        stream = training_batches(
-            mixture_or_task,
-            split,
-            lengths,
-            batch_size,
-            seed=seed,
-            start_step=start_step,
-            use_cached=use_cached,
-        )
-    else:
-        ds = seqio.get_dataset(
-            mixture_or_task_name,
-            dict(lengths),
-            GlimmerFeatureConverter(),
-            dataset_split=split,
-            use_cached=use_cached,
-            seed=seed,
-        )
-        stream = ds.batch(batch_size).skip(start_step).as_numpy_iterator()
-    return _rows(stream, batch_size, passages, passage_length, own_rows)
-
-
-def _rows(
-    batches: Iterator[Batch],
-    batch_size: int,
-    passages: Passages | None,
-    passage_length: int,
-    own_rows: np.ndarray | None,
-) -> Iterator[Batch]:
+    stream = training_batches(
+        mixture_or_task,
+        split,
+        lengths,
+        batch_size,
+        seed=seed,
+        start_step=start_step,
+        use_cached=use_cached,
+    )
     own = slice(None) if own_rows is None else own_rows
-    for batch in batches:
-        rows = {name: x[own] for name, x in fill(batch, batch_size).items()}
-        yield attach(rows, passages, passage_length)
+    return (
+        attach({name: x[own] for name, x in batch.items()}, passages, passage_length)
+        for batch in stream
+    )
 
 
 def fill(batch: Mapping[str, np.ndarray], batch_size: int) -> Batch:

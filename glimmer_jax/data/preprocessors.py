@@ -82,9 +82,7 @@ class Columns:
     """Features of examples in flat tensors, which save RAM: T-REx has 91 million passage ids."""
 
     def __init__(self, examples: Iterable[Mapping[str, Any]]):
-        """Args:
-        examples: feature dictionaries of `example_features`.
-        """
+        """Reads all examples, feature dictionaries of `example_features`."""
         ids: list[bytes] = []
         questions: list[bytes] = []
         answers: list[bytes] = []

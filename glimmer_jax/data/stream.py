@@ -62,11 +62,13 @@ class IndexedSource(seqio.FunctionDataSource):
         stream_fn: Callable[[str, int], Start],
         num_input_examples: Mapping[str, int] | None = None,
     ):
-        """Args:
-        dataset_fn: one epoch of a split, as in `seqio.FunctionDataSource`.
-        splits: names of the splits.
-        stream_fn: opens the endless, shuffled stream of a split and a seed.
-        num_input_examples: of each split; None if unknown.
+        """Reads nothing yet.
+
+        Args:
+          dataset_fn: one epoch of a split, as in `seqio.FunctionDataSource`.
+          splits: names of the splits.
+          stream_fn: opens the endless, shuffled stream of a split and a seed.
+          num_input_examples: of each split; None if unknown.
         """
         super().__init__(dataset_fn, splits, num_input_examples)
         self.stream_fn = stream_fn
@@ -169,13 +171,15 @@ class TaskStream:
         use_cached: bool = False,
         features: set[str] | None = None,
     ):
-        """Args:
-        task: from seqio's registry.
-        split: of the task.
-        lengths: `{"inputs": Q, "targets": T, "passages": (K, P)}`.
-        seed: `RANDOM_SEED`.
-        use_cached: read seqio's cache, if the task supports caching.
-        features: the features to keep before conversion; None for all.
+        """Reads nothing yet.
+
+        Args:
+          task: from seqio's registry.
+          split: of the task.
+          lengths: `{"inputs": Q, "targets": T, "passages": (K, P)}`.
+          seed: `RANDOM_SEED`.
+          use_cached: read seqio's cache, if the task supports caching.
+          features: the features to keep before conversion; None for all.
         """
         self._task, self._split, self._lengths, self._seed = task, split, lengths, seed
         self._cached = use_cached and task.supports_caching

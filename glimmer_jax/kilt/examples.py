@@ -7,8 +7,7 @@
      "retrieved": [{"id": 81985529216486895, "score": 11.3, "gold": true}]}      # after retrieval
 
 Null equals absent. Test files of the KILT benchmark have no output, which reads as an example without
-answers. Its
-TriviaQA files have no questions either; `kilt.files` reads those from TriviaQA's own files.
+answers. Its TriviaQA files have no questions either; `kilt.files` reads those from TriviaQA's own files.
 
 A table has no absent fields. The hub's (`facebook/kilt_tasks`) write -1, 0 and "" where KILT leaves
 a field out,

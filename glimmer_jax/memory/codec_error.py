@@ -1,6 +1,5 @@
 """Error of stored memory: the stored arrays against the states of the same passages in float32."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +14,9 @@ from glimmer_jax.models.model import GlimmerModel
 
 def exact_states(model: GlimmerModel) -> StatesFunction:
     """The model's `memory_states` with activations, operands and products in float32."""
-    t5 = dataclasses.replace(model.config.t5, dtype="float32", matmul_dtype=None, attention="plain")
-    exact = GlimmerModel(dataclasses.replace(model.config, t5=t5))
+    exact = GlimmerModel(
+        model.config.with_t5(dtype="float32", matmul_dtype=None, attention="plain")
+    )
 
     def states(params, tokens):
         # By default a TPU rounds the operands of float32 products to bfloat16.
@@ -42,7 +42,11 @@ def measure(
     Args:
       encode: the encode step, as the build calls it.
       reference: int32 tokens `[n, P]` -> float32 states `[n, P, D]`.
+      passages: with `lengths` and `tokens`, as `Passages`.
       decode: the codec's arrays -> float32 states.
+      rows: passages in the batch of one device.
+      buckets: lengths that passages are padded to.
+      devices: that the step divides its rows over.
       sample: passages to measure on.
 
     Returns:

@@ -43,7 +43,7 @@ _REMEDY = "Append with the former settings, or accept it with ACCEPT_OTHER_PROGR
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """What a passages folder has and a store has not."""
+    """Passages of a folder that are missing from a store."""
 
     new: np.ndarray  # rows of the folder whose ids the store does not have
     changed: np.ndarray  # rows of the folder whose ids the store has with another text

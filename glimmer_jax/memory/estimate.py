@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glimmer_jax import codecs
 from glimmer_jax.memory.manifest import Layout
+from glimmer_jax.memory.table import token_bytes
 from glimmer_jax.models.cost import question_cost
 from glimmer_jax.models.glimmer import GlimmerConfig
 
@@ -55,7 +56,7 @@ def plan(
         )
     codec = codecs.get(config.memory_codec)
     specs = codec.array_specs(config.t5.emb_dim)
-    token = sum(int(np.prod(trailing)) * dtype.itemsize for trailing, dtype in specs.values())
+    token = token_bytes(specs)
     shards = -(-passages // layout.shard_passages)
     chunks = passages * tokens / layout.chunk_tokens * len(specs)
     cost = question_cost(config, passages=1, question=0, passage=1, answer=0)

@@ -8,7 +8,7 @@ It is the same for scanned and unrolled stacks and on any mesh.
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,9 +19,6 @@ from jax.experimental import multihost_utils
 from glimmer_jax.models.glimmer import GlimmerConfig
 
 _UNROLLED = re.compile(r"layers_(\d+)")
-
-# Settings that change what the same parameters compute, beyond rounding.
-_SETTINGS = ("num_heads", "head_dim", "mlp_activations", "relpos_buckets", "relpos_max_distance")
 
 
 def encoder_fingerprint(params: Mapping[str, Any], config: GlimmerConfig) -> str:
@@ -41,8 +38,7 @@ def encoder_fingerprint(params: Mapping[str, Any], config: GlimmerConfig) -> str
                 f"A memory needs the parameters {part!r}; these have {sorted(params)}. A model "
                 "without memory layers (FiD) has no memory to build."
             )
-    settings = {name: getattr(config.t5, name) for name in _SETTINGS}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(config.t5.semantics(), sort_keys=True).encode())
     # One name for the embedding: a frozen copy that equals the live table has its fingerprint.
     _update(digest, "embedding", _on_host(params[embedder]["embedding"]))
     encoder = dict(params["memory_encoder"])
@@ -58,9 +54,12 @@ def encoder_fingerprint(params: Mapping[str, Any], config: GlimmerConfig) -> str
 
 def passages_fingerprint(manifest: Mapping[str, Any]) -> str:
     """`sha256:...` over ids and tokens of a passages folder, from the checksums in its manifest."""
-    files = manifest["files"]
-    names = ("ids.npy", "offsets.npy", "tokens.npy")
-    sums = json.dumps([files[name]["sha256"] for name in names])
+    return files_fingerprint(manifest, ("ids.npy", "offsets.npy", "tokens.npy"))
+
+
+def files_fingerprint(manifest: Mapping[str, Any], names: Sequence[str]) -> str:
+    """`sha256:...` over some files of a passages folder, from the checksums in its manifest."""
+    sums = json.dumps([manifest["files"][name]["sha256"] for name in names])
     return f"sha256:{hashlib.sha256(sums.encode()).hexdigest()}"
 
 

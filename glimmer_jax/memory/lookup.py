@@ -26,7 +26,7 @@ Memory = tuple[dict[str, Any], Any]
 
 @dataclasses.dataclass(frozen=True)
 class LookupConfig:
-    """Where a memory is kept, and how ids that it lacks are treated."""
+    """The place of a memory, and the treatment of ids that it lacks."""
 
     bytes_per_device: int = 0  # a memory that fits into this is kept on the devices
     unknown: Literal["error", "mask"] = "error"  # raise, or treat as absent and count

@@ -57,7 +57,7 @@ def shard_folder(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """What all shards of a store, and the model that reads it, must agree on."""
+    """Facts in which all shards of a store and the model that reads it must agree."""
 
     encoder_fingerprint: str
     vocabulary_fingerprint: str

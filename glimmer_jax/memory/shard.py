@@ -77,7 +77,7 @@ class ArrayFormat:
         return "/".join(["c", *("0" for _ in self.shape)])
 
     def metadata(self) -> dict[str, Any]:
-        """Of zarr v3."""
+        """Zarr v3 metadata."""
         little = {"name": "bytes", "configuration": {"endian": "little"}}
         inner = {"name": "bytes"} if self.dtype.itemsize == 1 else little
         sharding = {
@@ -179,11 +179,13 @@ class ShardReader:
     """
 
     def __init__(self, kvstore: ts.KvStore, entry: Shard, identity: Identity, context: ts.Context):
-        """Args:
-        kvstore: folder of the shard.
-        entry: of the manifest.
-        identity: of the manifest.
-        context: holds the cache of chunks.
+        """Starts to read.
+
+        Args:
+          kvstore: folder of the shard.
+          entry: of the manifest.
+          identity: of the manifest.
+          context: holds the cache of chunks.
         """
         self.entry = entry
         self._kvstore = kvstore

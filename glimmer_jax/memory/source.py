@@ -1,4 +1,4 @@
-"""What a build reads: the passages of one shard, with digests that show whether two shards are equal."""
+"""The passages of one shard, with digests that show whether two shards are equal."""
 
 import dataclasses
 import hashlib
@@ -33,7 +33,7 @@ class Source:
 
     @property
     def sha256(self) -> str:
-        """Of the digests: equal for shards of equal passages."""
+        """SHA-256 of the digests: equal for shards of equal passages."""
         return hashlib.sha256(self.digests.astype("<u8").tobytes()).hexdigest()
 
 

@@ -14,7 +14,6 @@ import tensorstore as ts
 from glimmer_jax import codecs
 from glimmer_jax.corpus.ids import describe_numbers
 from glimmer_jax.memory import manifest, versions
-from glimmer_jax.memory.manifest import DamagedStore as DamagedStore
 from glimmer_jax.memory.manifest import Manifest, Record, Shard
 from glimmer_jax.memory.shard import ShardReader
 from glimmer_jax.storage import folder
@@ -287,19 +286,9 @@ class MemoryStore:
         """The record of each shard, in order."""
         return (reader.record for reader in self._readers)
 
-    def pages(self, rows_per_page: int, length: int) -> Iterator[tuple[Arrays, np.ndarray]]:
-        """All rows in order, `rows_per_page` at a time, as `read` returns them."""
-        for start in range(0, len(self), rows_per_page):
-            yield self.read(np.arange(start, min(start + rows_per_page, len(self))), length)
-
     def titles(self, entry: Shard) -> list[str]:
         """Titles of the passages of one shard, in the order of its rows. Raises DamagedStore."""
         return self._readers[self._shard_at(entry.first_row)].titles()
-
-    def title(self, row: int) -> str:
-        """Title of one passage."""
-        entry = self.manifest.shards[self._shard_at(row)]
-        return self.titles(entry)[row - entry.first_row]
 
     def _shard_at(self, row: int) -> int:
         return int(np.searchsorted(self._first_rows, row, side="right")) - 1

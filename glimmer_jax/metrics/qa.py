@@ -83,18 +83,6 @@ def recall_of(gold: Sequence[bool], at: int) -> float:
     return float(any(gold[:at]))
 
 
-def recall_at(gold: Sequence[Sequence[bool]], at: int) -> dict[str, float]:
-    """`{"recall_at_N": …}` from the gold marks of each question, best passage first.
-
-    Raises:
-      ValueError: `at` is less than 1.
-    """
-    if at < 1:
-        raise ValueError(f"at must be at least 1, got {at}.")
-    hits = [recall_of(marks, at) for marks in gold]
-    return {f"recall_at_{at}": float(np.mean(hits)) if hits else 0.0}
-
-
 def _listed(target: Target) -> Sequence[str]:
     return [target] if isinstance(target, str) else target
 

@@ -4,7 +4,6 @@ With `cross_attention_period` p only every p-th layer attends to the passages. C
 and values are computed once per question and shared by all beams.
 """
 
-import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -115,18 +114,9 @@ class DecoderBlock(nn.Module):
         return x, tuple(caches)
 
 
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """Self-attention keys and values of the tokens decoded so far.
-
-    layers: (keys, values), each `[B, W, T, G, C]`, per layer; scanned layers are stacked on a leading
-      axis, with one pair per layer of a block.
-    """
-
-    layers: Any
-
-
-jax.tree_util.register_dataclass(Cache, data_fields=["layers"], meta_fields=[])
+# Self-attention keys and values of the tokens decoded so far: (keys, values), each `[B, W, T, G, C]`,
+# per layer. Scanned layers are stacked on a leading axis, with one pair per layer of a block.
+Cache = Any
 
 
 class Decoder(nn.Module):
@@ -210,8 +200,8 @@ class Decoder(nn.Module):
             shape = (n // period, *shape)
         pair = (jnp.zeros(shape, config.dtype),) * 2
         if config.scan_layers:
-            return Cache(pair if period == 1 else (pair,) * period)
-        return Cache([pair] * n)
+            return pair if period == 1 else (pair,) * period
+        return [pair] * n
 
     def step(
         self,
@@ -232,12 +222,10 @@ class Decoder(nn.Module):
         self_mask = (jnp.arange(length) <= index)[None, None, None, None]
         args = (key_mask[:, None, None, :], self_mask, bias, index)
         if self.config.scan_layers:
-            x, layers = self.layers.step(x, cache.layers, cross_keys_values, *args)
-            return self._logits(x, embedding), Cache(layers)
+            x, cache = self.layers.step(x, cache, cross_keys_values, *args)
+            return self._logits(x, embedding), cache
         caches = []
-        for layer, layer_cache, cross in zip(
-            self.layers, cache.layers, cross_keys_values, strict=True
-        ):
+        for layer, layer_cache, cross in zip(self.layers, cache, cross_keys_values, strict=True):
             x, layer_cache = layer.step(x, layer_cache, cross, *args)
             caches.append(layer_cache)
-        return self._logits(x, embedding), Cache(caches)
+        return self._logits(x, embedding), caches

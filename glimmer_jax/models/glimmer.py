@@ -103,6 +103,10 @@ class GlimmerConfig:
                 f"and memory_layers={m}. Set memory_codec='pq', or train_codebooks=False."
             )
 
+    def with_t5(self, **changes: Any) -> "GlimmerConfig":
+        """The same configuration with other fields of `t5`."""
+        return dataclasses.replace(self, t5=dataclasses.replace(self.t5, **changes))
+
     @property
     def has_codebooks(self) -> bool:
         """Whether the memory codec has codebooks."""

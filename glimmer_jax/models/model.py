@@ -54,12 +54,9 @@ class GlimmerModel:
         self.eos_id = eos_id
         self.module = Glimmer(config)
 
-    @property
-    def FEATURE_CONVERTER_CLS(self) -> type:  # noqa: N802 (T5X's name)
-        """The seqio feature converter; imports seqio."""
-        from glimmer_jax.data.features import GlimmerFeatureConverter
-
-        return GlimmerFeatureConverter
+    def with_config(self, config: GlimmerConfig) -> "GlimmerModel":
+        """The same losses and decoding with another configuration."""
+        return GlimmerModel(config, self.loss, self.decode, eos_id=self.eos_id)
 
     def get_initial_variables(
         self,
@@ -97,19 +94,24 @@ class GlimmerModel:
         )
         return {"params": nn.unbox(boxed), "params_axes": axes_tree}
 
-    def abstract_variables(self) -> tuple[Params, Any]:
-        """Shapes and dtypes of the parameters, and a tree of their axis names, without computation."""
-        config = self.config
-        passages = config.num_kept or 1
-        shapes = {
+    def init_params(self, rng: jax.Array) -> Params:
+        """Random parameters, float32; can be traced."""
+        return self.get_initial_variables(rng, self._smallest_shapes())["params"]
+
+    def _smallest_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of a batch to initialise with: no parameter depends on its lengths."""
+        return {
             "question_tokens": (1, 1),
-            "passage_tokens": (1, passages, 1),
+            "passage_tokens": (1, self.config.num_kept or 1, 1),
             "decoder_input_tokens": (1, 1),
         }
+
+    def abstract_variables(self) -> tuple[Params, Any]:
+        """Shapes and dtypes of the parameters, and a tree of their axis names, without computation."""
         names = {}
 
         def init(rng):
-            variables = self.get_initial_variables(rng, shapes)
+            variables = self.get_initial_variables(rng, self._smallest_shapes())
             names["tree"] = variables["params_axes"]
             return variables["params"]
 
@@ -254,7 +256,7 @@ class GlimmerModel:
         """log p(target) of each row, float32 `[B]`; optionally with passage scores and selection."""
         logits, live, kept = self.module.apply({"params": params}, batch)
         scores = losses.log_likelihood(
-            logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"], mean=False
+            logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"]
         )
         if return_intermediates:
             return scores, {"passage_scores": live.scores, "kept_passages": kept}

@@ -28,8 +28,6 @@ class LossConfig:
     distillation_weight: float = 1.0  # of perplexity distillation; 0 skips the teacher
     temperature: float = 1.0  # tau of both distributions over passages
     kl_direction: str = "lm_to_rank"  # or rank_to_lm
-    mean_log_likelihood: bool = False  # log p per token instead of per answer, in the teacher
-    clean_teacher: bool = False  # rerun the teacher's Live-A without dropout
     teacher_chunk: int = 8  # passages per device whose [B, T, V] logits exist at the same time
     supervised_weight: float = 0.0  # of -log p_rank(gold), if gold passages are known
     cross_entropy_weight: float = 1.0  # includes z-loss; 0 trains only the scores
@@ -129,10 +127,12 @@ def weighted_loss(
     if "gold_passages" in batch:
         gold = (batch["gold_passages"] > 0) & exists
         num_gold = jnp.sum(jnp.any(gold, axis=-1)).astype(jnp.float32)
+        # Over all questions, as in evaluation (`metrics.reranking`).
+        num_questions = jnp.sum(jnp.any(exists, axis=-1)).astype(jnp.float32)
         best = jnp.argmax(live.scores, axis=-1)[:, None]
         for name, passages in (("recall_at_1", best), ("recall_kept", kept)):
             hits = jnp.any(jnp.take_along_axis(gold, passages, axis=1), axis=1)
-            metrics[name] = (jnp.sum(hits).astype(jnp.float32), num_gold)
+            metrics[name] = (jnp.sum(hits).astype(jnp.float32), num_questions)
         if reranks and config.supervised_weight:
             supervised = jnp.sum(
                 losses.supervised_rerank(live.scores, gold, exists, temperature=config.temperature)
@@ -151,17 +151,7 @@ def _distillation(
     exists: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Perplexity distillation summed over the questions it applies to, and their number."""
-    teacher = live
-    if config.clean_teacher:
-        teacher = module.apply({"params": params}, batch, method="rerank")
-    usefulness = answer_log_likelihoods(
-        module,
-        params,
-        batch,
-        teacher,
-        chunk=config.teacher_chunk,
-        mean=config.mean_log_likelihood,
-    )
+    usefulness = answer_log_likelihoods(module, params, batch, live, chunk=config.teacher_chunk)
     by_question = losses.distillation(
         live.scores,
         usefulness,

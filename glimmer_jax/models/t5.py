@@ -123,6 +123,17 @@ class T5Config:
                 f"{self.mlp_activations}."
             )
 
+    def semantics(self) -> dict[str, Any]:
+        """Fields that change what the same parameters compute, beyond rounding; for fingerprints."""
+        names = (
+            "num_heads",
+            "head_dim",
+            "mlp_activations",
+            "relpos_buckets",
+            "relpos_max_distance",
+        )
+        return {name: getattr(self, name) for name in names}
+
     @property
     def encoder_sizes(self) -> Sizes:
         """Sizes of an encoder layer."""

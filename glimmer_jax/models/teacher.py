@@ -12,7 +12,7 @@ from glimmer_jax.partitioning import constrain, parts_in_scope
 
 
 def answer_log_likelihoods(
-    module: Glimmer, params: Any, batch: Batch, live: Live, *, chunk: int, mean: bool
+    module: Glimmer, params: Any, batch: Batch, live: Live, *, chunk: int
 ) -> jax.Array:
     """log p(answer | passage k alone), float32 `[B, K]`, without gradient or dropout.
 
@@ -25,7 +25,6 @@ def answer_log_likelihoods(
       live: states after Live-A.
       chunk: passages per device whose logits exist at the same time; those of all passages would
         take `[B, K, T, V]`.
-      mean: log p per token instead of per answer.
     """
     params, states, mask = jax.lax.stop_gradient((params, live.states, live.mask))
     shards = parts_in_scope(axes.PASSAGES)
@@ -44,7 +43,6 @@ def answer_log_likelihoods(
             logits,
             per_passage(batch["decoder_target_tokens"]),
             per_passage(batch["decoder_loss_weights"]),
-            mean=mean,
         )
 
     def by_shard(x):

@@ -1,10 +1,10 @@
-"""What the modes take from a checkpoint: model, lengths and vocabulary, unless settings replace them."""
+"""Model, lengths and vocabulary from a checkpoint, unless settings replace them."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from glimmer_jax.axes import Lengths, check_lengths
+from glimmer_jax.axes import check_lengths
 from glimmer_jax.models.model import DecodeConfig, GlimmerModel
 from glimmer_jax.modes import checks, early
 from glimmer_jax.vocabulary import PYDOCS_MODEL, Vocabulary
@@ -48,8 +48,7 @@ class CheckpointConfig:
             config = with_codec(config, self.memory_codec)
         if self.num_kept != "checkpoint":
             config = dataclasses.replace(config, num_kept=self.num_kept)
-        if config != model.config:
-            model = GlimmerModel(config, model.loss, model.decode, eos_id=model.eos_id)
+        model = model.with_config(config)
         vocabulary = vocabulary_of(model, self.vocabulary, record, str(self.checkpoint_path))
         return Trained(model, vocabulary, record)
 
@@ -81,9 +80,4 @@ class Trained:
                 "it was trained with. Set --gin.TASK_FEATURE_LENGTHS=\"{'inputs': 48, 'targets': 32, "
                 "'passages': (40, 304)}\"."
             )
-        checked: Lengths = check_lengths(lengths)
-        return {
-            "inputs": checked.question,
-            "targets": checked.target,
-            "passages": (checked.passages, checked.passage),
-        }
+        return check_lengths(lengths).as_features()

@@ -59,7 +59,7 @@ def replaceable(name: str, path: str, overwrite: bool) -> None:
     parent = Path(path).parent
     if not folder.in_bucket(path) and parent.exists() and not parent.is_dir():
         raise ValueError(f"{name}: {parent} is a file. Choose a folder.")
-    if not overwrite and key in folder.list_files(kvstore, key):
+    if not overwrite and folder.exists(kvstore, key):
         raise ValueError(
             f"{name}: {path} exists. Set OVERWRITE=True to replace it, or write to another folder."
         )

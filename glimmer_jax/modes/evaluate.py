@@ -5,23 +5,27 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from glimmer_jax.axes import Lengths
+from glimmer_jax.metrics import qa
+from glimmer_jax.metrics.reranking import warn_of_reranking
 from glimmer_jax.models.cost import question_cost
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
-from glimmer_jax.modes.settings import AnsweringConfig, CorpusConfig, DatasetConfig
-from glimmer_jax.partitioning import make_mesh
+from glimmer_jax.modes.settings import Answering, AnsweringConfig, CorpusConfig, DatasetConfig
 from glimmer_jax.runtime.progress import Progress
 from glimmer_jax.serving.predictor import Predictor
 from glimmer_jax.serving.question_batch import check_something_to_read
-from glimmer_jax.serving.step import add_candidates, encode_candidates
+from glimmer_jax.serving.step import add_candidates
 from glimmer_jax.storage import folder
 from glimmer_jax.storage.json_lines import write_json_lines
+
+if TYPE_CHECKING:
+    from glimmer_jax.data.evaluation import Evaluation
 
 
 def evaluate(
@@ -54,18 +58,9 @@ def evaluate(
         CHECKPOINT_PATH=reader.checkpoint_path, MIXTURE_OR_TASK_NAME=dataset.mixture_or_task_name
     )
     check_something_to_read(corpus.passages_dir, corpus.memory_dir)
-    trained = reader.read(corpus.memory_dir)
-    model, vocabulary = trained.model, trained.vocabulary
-    feature_lengths = trained.feature_lengths(dataset.task_feature_lengths)
-    dataset = dataclasses.replace(dataset, task_feature_lengths=feature_lengths)
-    lengths = checks.lengths_for(model.config, feature_lengths)
-    mesh = make_mesh(reader.mesh)
-    checks.batch_size("BATCH_SIZE", dataset.batch_size, mesh)
-    checks.passages_divide(lengths, mesh)
-    candidates_NT = None
-    checks.one_answer_rule(reader.candidates, model.decode)
-    if reader.candidates is not None:
-        candidates_NT = encode_candidates(reader.candidates, vocabulary, lengths.target)
+    answering = reader.prepare(corpus, dataset.task_feature_lengths, dataset.batch_size)
+    lengths, vocabulary = answering.lengths, answering.vocabulary
+    dataset = dataclasses.replace(dataset, task_feature_lengths=lengths.as_features())
     config_text = operative_config()
     with checks.sole_writer(output_dir):
         if output_dir is not None:
@@ -74,42 +69,13 @@ def evaluate(
             if jax.process_index() == 0:
                 # A folder that cannot be written must not be discovered after the evaluation.
                 folder.make_folder(output_dir)
-
-        # Task, passages and examples. seqio and tensorflow take seconds to import.
-        from glimmer_jax.data.evaluation import warn_of_reranking
-        from glimmer_jax.metrics import qa
-
         dataset.register(vocabulary)
         passages = checks.open_passages(corpus.passages_dir, dataset.data_dir, vocabulary)
         dataset.check_fit(vocabulary, has_passages=True, num_examples=num_examples)
-
-        # The model.
-        predictor = Predictor.load(
-            reader.checkpoint_path,
-            lengths,
-            model=model,
-            passages_dir=passages,
-            memory_dir=corpus.memory_dir,
-            vocabulary=vocabulary,
-            mesh=reader.mesh,
-            lookup=corpus.lookup,
-            batch_sizes=(dataset.batch_size,),
-            seed=reader.seed,
-        )
+        predictor = reader.load(answering, corpus, (dataset.batch_size,), passages=passages)
         encoded_now = None if predictor.from_memory else predictor.passages
         evaluation = dataset.evaluation(encoded_now, num_examples)
-
-        # Answers and metrics.
-        throughput = _Throughput(predictor, candidates_NT)
-        metrics = qa.with_mean(evaluation.run(throughput.predict, prefetch=predictor.prefetch))
-        metrics |= evaluation.retriever(predictor.passages)
-        metrics["tflop_per_question"] = _tflop_per_question(model, lengths)
-        if throughput.answered:
-            metrics["questions_per_second"] = throughput.rate
-        if corpus.memory_dir is not None:
-            metrics["seconds_waiting_for_memory"] = predictor.waited
-        if corpus.unknown_passages == "mask":
-            metrics["passages_not_in_memory"] = predictor.masked
+        metrics = _measure(evaluation, predictor, answering, corpus)
         for name, value in sorted(metrics.items()):
             print(f"{name:48} {value:.4f}")
         warn_of_reranking(metrics)
@@ -126,6 +92,23 @@ def _check_free(output_dir: str, config_text: str) -> None:
             f"EVAL_OUTPUT_DIR: {output_dir} holds an evaluation of other settings ({changed[0]}; "
             f"{len(changed)} in all). Set OVERWRITE=True to replace it, or write to another folder."
         )
+
+
+def _measure(
+    evaluation: "Evaluation", predictor: Predictor, answering: Answering, corpus: CorpusConfig
+) -> dict[str, float]:
+    """Answers all questions; metrics of the answers, the retriever and the work."""
+    throughput = _Throughput(predictor, answering.candidates)
+    metrics = qa.with_mean(evaluation.run(throughput.predict, prefetch=predictor.prefetch))
+    metrics |= evaluation.retriever(predictor.passages)
+    metrics["tflop_per_question"] = _tflop_per_question(answering.model, answering.lengths)
+    if throughput.answered:
+        metrics["questions_per_second"] = throughput.rate
+    if corpus.memory_dir is not None:
+        metrics["seconds_waiting_for_memory"] = predictor.waited
+    if corpus.unknown_passages == "mask":
+        metrics["passages_not_in_memory"] = predictor.masked
+    return metrics
 
 
 def _write(

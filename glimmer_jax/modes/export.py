@@ -71,7 +71,7 @@ def export(
             huggingface.save(output_path, params, config, described, sentencepiece_model)
             content = f"{output_format}, {_names_of(model)}"
         elif output_format == "t5x":
-            t5x.save(output_path, params, config, described)
+            t5x.save(output_path, params, described)
             content = f"{output_format}, {_names_of(model)}"
         else:
             t5x.save_tree(output_path, params)

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,8 @@ from glimmer_jax import axes, partitioning
 from glimmer_jax.kilt.examples import check_example, without_nulls
 from glimmer_jax.modes import checks
 from glimmer_jax.modes.settings import AnsweringConfig, CorpusConfig
-from glimmer_jax.partitioning import make_mesh
 from glimmer_jax.retrieval.config import RetrieverConfig
 from glimmer_jax.runtime.preemption import STOP
-from glimmer_jax.serving.predictor import Predictor
-from glimmer_jax.serving.step import encode_candidates
 from glimmer_jax.storage.json_lines import read_json_lines, write_json_lines
 
 Example = dict[str, Any]
@@ -60,38 +57,19 @@ def infer(
         stem = Path(questions.removesuffix(".gz")).stem
         path = os.path.join(str(output_dir), f"predictions-{stem}.jsonl")
         checks.replaceable("INFER_OUTPUT_DIR", path, overwrite)
-    trained = reader.read(corpus.memory_dir)
-    model, vocabulary = trained.model, trained.vocabulary
-    lengths = checks.lengths_for(model.config, trained.feature_lengths(task_feature_lengths))
-    mesh = make_mesh(reader.mesh)
-    checks.batch_size("BATCH_SIZE", batch_size, mesh)
-    checks.passages_divide(lengths, mesh)
-    checks.one_answer_rule(reader.candidates, model.decode)
-    if reader.candidates is not None:
-        encode_candidates(reader.candidates, vocabulary, lengths.target)
+    answering = reader.prepare(corpus, task_feature_lengths, batch_size)
     examples: list[Example] | None = None
     if questions is not None:
         examples = _read_questions(checks.existing_file("QUESTIONS", questions))
     else:
-        batch_size = partitioning.parts(mesh.shape, axes.BATCH)  # one question at a time
-    passages = checks.open_passages(corpus.passages_dir, questions, vocabulary)
+        # One question at a time.
+        batch_size = partitioning.parts(answering.mesh.shape, axes.BATCH)
+    passages = checks.open_passages(corpus.passages_dir, questions, answering.vocabulary)
     if examples is not None and passages is not None:
         passages.rows_of([p["id"] for example in examples for p in example.get("retrieved", ())])
-    predictor = Predictor.load(
-        reader.checkpoint_path,
-        lengths,
-        model=model,
-        passages_dir=passages,
-        memory_dir=corpus.memory_dir,
-        vocabulary=vocabulary,
-        mesh=reader.mesh,
-        lookup=corpus.lookup,
-        retriever=retriever,
-        batch_sizes=(batch_size,),
-        seed=reader.seed,
-    )
+    predictor = reader.load(answering, corpus, (batch_size,), retriever, passages)
     if examples is None:
-        for question in _typed(sys.stdin):
+        for question in _typed():
             _show(predictor.answer([{"id": "typed", "input": question}], reader.candidates)[0])
         return
     answers = predictor.answers(examples, reader.candidates)
@@ -105,7 +83,8 @@ def infer(
     print(f"Wrote {count} answers to {path}.")
     if predictor.truncated:
         print(
-            f"{predictor.truncated} questions are longer than {lengths.question} tokens and were cut."
+            f"{predictor.truncated} questions are longer than {predictor.lengths.question} tokens and "
+            "were cut."
         )
     if predictor.without_passages:
         print(
@@ -131,12 +110,12 @@ def _read_questions(path: Path) -> list[Example]:
     return list(examples.values())
 
 
-def _typed(lines: Iterable[str]) -> Iterator[str]:
+def _typed() -> Iterator[str]:
     while True:
         if sys.stdin.isatty():
             print("question (empty to stop): ", end="", flush=True)
         with STOP.grace(0.0):  # Nothing to save while a person types.
-            line = next(iter(lines), "").strip()
+            line = sys.stdin.readline().strip()
         if not line:
             return
         yield line

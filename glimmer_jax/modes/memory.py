@@ -19,8 +19,6 @@ from glimmer_jax.modes.memory_encoder import load_encoder, open_corpus
 from glimmer_jax.modes.settings import EncoderConfig
 from glimmer_jax.storage import folder
 
-LAYOUT = Layout(shard_passages=1024, chunk_tokens=64)
-
 
 def memory(action: str, actions: Mapping[str, Callable[[], Any]]) -> None:
     """Runs one action and prints its result as JSON.
@@ -42,7 +40,7 @@ def plan(
     passages_dir: str | None = None,
     num_passages: int | None = None,
     passage_tokens: float = 200.0,
-    layout: Layout = LAYOUT,
+    layout: Layout = Layout(),
     device_tflops: float = 100.0,
 ) -> Any:
     """Size and cost of a memory that does not exist yet.
@@ -75,7 +73,7 @@ def plan(
 def inspect(
     memory_dir: str | None, passage: int | str | None = None, version: int | None = None
 ) -> Any:
-    """What the store holds, or where it holds a passage, given by id or title.
+    """The content of the store, or the place of a passage, given by id or title.
 
     Raises:
       ValueError: there is no such store, version or passage.
@@ -137,7 +135,7 @@ def repair(encoder: EncoderConfig, memory_dir: str | None) -> Any:
 def append(
     encoder: EncoderConfig,
     memory_dir: str | None,
-    layout: Layout = LAYOUT,
+    layout: Layout = Layout(),
     replace: bool = False,
     accept_other_program: bool = False,
 ) -> Any:

@@ -7,7 +7,6 @@ paths and tasks are not needed.
 import bisect
 import dataclasses
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from glimmer_jax.preflight.compiling import Compiled, after_lookup, compile_prog
 from glimmer_jax.preflight.nearest import changes, macros_of, with_remat
 from glimmer_jax.preflight.programs import JOBS, Settings
 from glimmer_jax.preflight.report import Report
+from glimmer_jax.storage import folder
 
 # Placeholders for macros that run files require, with the paper's lengths.
 UNBOUND = {
@@ -69,9 +69,7 @@ def preflight(
         report = _with_nearest(report, job, settings, config, place, devices)
     print(report.text(), flush=True)
     if json_path is not None:
-        partial = Path(f"{json_path}.partial")
-        partial.write_text(report.as_json() + "\n")
-        os.replace(partial, json_path)
+        folder.write_file(*folder.of_file(json_path), (report.as_json() + "\n").encode())
     return report
 
 

@@ -30,7 +30,7 @@ from glimmer_jax.retrieval.config import RetrieverConfig
 from glimmer_jax.retrieval.retriever import Retriever
 from glimmer_jax.runtime.progress import Progress
 from glimmer_jax.storage import local_copy
-from glimmer_jax.storage.folder import in_bucket, list_files, of_file
+from glimmer_jax.storage.folder import exists, in_bucket, of_file
 from glimmer_jax.storage.json_lines import write_json_lines
 
 logger = logging.getLogger(__name__)
@@ -184,7 +184,7 @@ def _complete_files(
     for name, request in requests.items():
         path = os.path.join(data_dir, name)
         kvstore, key = of_file(path)
-        if key not in list_files(kvstore, key):
+        if not exists(kvstore, key):
             states.append(_ABSENT)
         elif corpus_check.answers_request(path, request):
             states.append(_COMPLETE)

@@ -6,11 +6,9 @@ from typing import Any
 from glimmer_jax import axes, partitioning
 from glimmer_jax.modes import checks
 from glimmer_jax.modes.settings import AnsweringConfig, CorpusConfig
-from glimmer_jax.partitioning import make_mesh
 from glimmer_jax.retrieval.config import RetrieverConfig
 from glimmer_jax.runtime.preemption import STOP
 from glimmer_jax.server.config import ServerConfig
-from glimmer_jax.serving.predictor import Predictor
 
 
 def serve(
@@ -42,32 +40,15 @@ def serve(
     from glimmer_jax.server import app, engine, run
 
     retriever.check()
-    trained = reader.read(corpus.memory_dir)
-    model = trained.model
-    lengths = checks.lengths_for(model.config, trained.feature_lengths(task_feature_lengths))
-    mesh = make_mesh(reader.mesh)
-    checks.batch_size("BATCH_SIZE", batch_size, mesh)
-    checks.passages_divide(lengths, mesh)
+    answering = reader.prepare(corpus, task_feature_lengths, batch_size)
     token = server.token()
     listener = run.bind(server.host, server.port)
-    smallest = partitioning.parts(mesh.shape, axes.BATCH)
-    predictor = Predictor.load(
-        reader.checkpoint_path,
-        lengths,
-        model=model,
-        passages_dir=corpus.passages_dir,
-        memory_dir=corpus.memory_dir,
-        vocabulary=trained.vocabulary,
-        mesh=reader.mesh,
-        lookup=corpus.lookup,
-        retriever=retriever,
-        batch_sizes=batch_sizes(smallest, batch_size),
-        seed=reader.seed,
-    )
+    smallest = partitioning.parts(answering.mesh.shape, axes.BATCH)
+    predictor = reader.load(answering, corpus, batch_sizes(smallest, batch_size), retriever)
     kept = dict.fromkeys((predictor.num_kept, *kept_choices))
-    answering = engine.PredictorEngine(predictor, tuple(kept), server.max_candidates)
-    served = app.Server(answering, answering.limits(), server, token)
-    run.run(served, listener, answering.warm_up, lambda: STOP.requested, server.drain_timeout)
+    answers = engine.PredictorEngine(predictor, tuple(kept), server.max_candidates)
+    served = app.Server(answers, answers.limits(), server, token)
+    run.run(served, listener, answers.warm_up, lambda: STOP.requested, server.drain_timeout)
 
 
 def batch_sizes(smallest: int, largest: int) -> list[int]:

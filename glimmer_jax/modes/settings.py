@@ -5,14 +5,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from glimmer_jax.axes import check_lengths
+from glimmer_jax.axes import Lengths, check_lengths
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.memory.lookup import LookupConfig
+from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
 from glimmer_jax.modes.checkpoint import CheckpointConfig, Trained
-from glimmer_jax.partitioning import MeshConfig, own_rows
+from glimmer_jax.partitioning import MeshConfig, make_mesh, own_rows
+from glimmer_jax.retrieval.config import RetrieverConfig
+from glimmer_jax.serving.predictor import Predictor
+from glimmer_jax.serving.step import encode_candidates
 from glimmer_jax.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -163,6 +168,69 @@ class AnsweringConfig(CheckpointConfig):
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"RANDOM_SEED must be from 0 to {2**32 - 1}, got {self.seed}.")
+
+    def prepare(
+        self, corpus: CorpusConfig, feature_lengths: Mapping[str, Any] | None, batch_size: int
+    ) -> "Answering":
+        """Reads what the checkpoint records, and checks all settings. Raises ValueError.
+
+        Args:
+          corpus: where passages are read.
+          feature_lengths: TASK_FEATURE_LENGTHS; None: the checkpoint's.
+          batch_size: questions per batch, over all devices.
+        """
+        trained = self.read(corpus.memory_dir)
+        lengths = checks.lengths_for(trained.model.config, trained.feature_lengths(feature_lengths))
+        mesh = make_mesh(self.mesh)
+        checks.batch_size("BATCH_SIZE", batch_size, mesh)
+        checks.passages_divide(lengths, mesh)
+        checks.one_answer_rule(self.candidates, trained.model.decode)
+        candidates_NT = None
+        if self.candidates is not None:
+            candidates_NT = encode_candidates(self.candidates, trained.vocabulary, lengths.target)
+        return Answering(trained.model, trained.vocabulary, lengths, mesh, candidates_NT)
+
+    def load(
+        self,
+        answering: "Answering",
+        corpus: CorpusConfig,
+        batch_sizes: Sequence[int],
+        retriever: RetrieverConfig = RetrieverConfig(),
+        passages: Passages | None = None,
+    ) -> Predictor:
+        """The model with its passages and memory; see `Predictor.load`. Raises ValueError.
+
+        Args:
+          answering: from `prepare`.
+          corpus: where passages are read.
+          batch_sizes: numbers of questions that programs are compiled for.
+          retriever: of questions without `retrieved`.
+          passages: those of `corpus`, if they are open already.
+        """
+        return Predictor.load(
+            self.checkpoint_path,
+            answering.lengths,
+            model=answering.model,
+            passages_dir=corpus.passages_dir if passages is None else passages,
+            memory_dir=corpus.memory_dir,
+            vocabulary=answering.vocabulary,
+            mesh=self.mesh,
+            lookup=corpus.lookup,
+            retriever=retriever,
+            batch_sizes=batch_sizes,
+            seed=self.seed,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Answering:
+    """A model and its settings, checked, before its weights are read."""
+
+    model: GlimmerModel
+    vocabulary: Vocabulary
+    lengths: Lengths
+    mesh: Mesh
+    candidates: np.ndarray | None  # int32 [N, T], tokens of `AnsweringConfig.candidates`
 
 
 @dataclasses.dataclass(frozen=True)

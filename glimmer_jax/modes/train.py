@@ -16,6 +16,8 @@ from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.memory.fingerprint import encoder_fingerprint, passages_fingerprint
 from glimmer_jax.memory.lookup import DiskLookup
 from glimmer_jax.memory.store import MemoryStore
+from glimmer_jax.metrics import qa
+from glimmer_jax.metrics.reranking import warn_of_reranking
 from glimmer_jax.models.mimetic_init import mimetic_init
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks, early
@@ -134,7 +136,7 @@ def train(
     # The run: its own newest checkpoint, the initial checkpoint, or random parameters.
     config_text = operative_config()
     metadata = _metadata(model, vocabulary, dataset, init, optimizer, config_text)
-    fresh = functools.partial(fresh_params, model, lengths, loop_config.seed, init.mimetic)
+    fresh = functools.partial(fresh_params, model, loop_config.seed, init.mimetic)
     load_initial = None
     if init.checkpoint_path is not None:
         load_initial = functools.partial(
@@ -164,7 +166,7 @@ def _metadata(
     optimizer: OptimizerConfig,
     config_text: str,
 ) -> dict[str, Any]:
-    """What every checkpoint records: its model, and what `restore.check_resume_compatible` compares."""
+    """The record of every checkpoint: its model, and the settings that resuming compares (`restore`)."""
     from glimmer_jax.data import stream
 
     return {
@@ -244,8 +246,6 @@ def _check_memory(model: GlimmerModel, corpus: CorpusConfig, init: InitConfig) -
 
 def _dev_metrics(dev: "Evaluation", predict: Predict, passages: Passages | None) -> loop.Evaluate:
     """`loop.Evaluate` over the dev set, with the retriever's metrics as a baseline."""
-    from glimmer_jax.data.evaluation import warn_of_reranking
-    from glimmer_jax.metrics import qa
 
     retriever = dev.retriever(passages)
 
@@ -263,14 +263,9 @@ def _dev_metrics(dev: "Evaluation", predict: Predict, passages: Passages | None)
     return evaluate
 
 
-def fresh_params(model: GlimmerModel, lengths: Lengths, seed: int, mimetic: bool = False) -> Any:
+def fresh_params(model: GlimmerModel, seed: int, mimetic: bool = False) -> Any:
     """Random parameters; can be traced."""
-    shapes = {
-        "question_tokens": (1, lengths.question),
-        "passage_tokens": (1, lengths.passages, lengths.passage),
-        "decoder_input_tokens": (1, lengths.target),
-    }
-    params = model.get_initial_variables(jax.random.key(seed), shapes)["params"]
+    params = model.init_params(jax.random.key(seed))
     return mimetic_init(params, model.config.t5) if mimetic else params
 
 
@@ -295,9 +290,7 @@ def check_best_metric(
             aux["gold_passages"] = batch["gold_passages"]
         return np.zeros((rows, lengths.target), np.int32), aux
 
-    from glimmer_jax.metrics.qa import with_mean
-
-    names = with_mean(evaluation.run(empty_answers))
+    names = qa.with_mean(evaluation.run(empty_answers))
     if name not in names:
         why = " (mean averages exact_match and accuracy over tasks)" if name == "mean" else ""
         raise ValueError(

@@ -35,9 +35,7 @@ def changes(job: str, settings: Settings, mesh: MeshConfig, devices: int) -> Ite
 
 def with_remat(model: GlimmerModel, policy: str) -> GlimmerModel:
     """The same model with another remat policy."""
-    t5 = dataclasses.replace(model.config.t5, remat_policy=policy)
-    config = dataclasses.replace(model.config, t5=t5)
-    return GlimmerModel(config, model.loss, model.decode, eos_id=model.eos_id)
+    return model.with_config(model.config.with_t5(remat_policy=policy))
 
 
 def macros_of(now: MeshConfig, mesh: MeshConfig) -> dict[str, int]:

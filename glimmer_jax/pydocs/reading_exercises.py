@@ -54,7 +54,9 @@ class Exercises:
     def __init__(
         self, records: Sequence[dict[str, Any]], stage: Stage, vocabulary: Vocabulary, seed: int = 0
     ):
-        """Args:
+        """Chooses the passages to draw from.
+
+        Args:
           records: passages with `title`, `text` and `module`; short ones are not used.
           stage: difficulty.
           vocabulary: of questions, answers and passages.

@@ -43,7 +43,9 @@ class RenamedQuestions:
         seed: int = 0,
         num_kept: int | None = None,
     ):
-        """Args:
+        """Chooses the examples to draw from.
+
+        Args:
           tasks: retrieved examples of each task; those with fewer than K passages, or without a
             gold passage among the first K, are dropped.
           records: passage id -> `{"title", "text"}`, with a `signature` if the text may start with

@@ -80,14 +80,12 @@ class Bm25:
     """An index of records `{"id", "title", "text", …}`."""
 
     def __init__(self, records: Iterable[dict[str, Any]], config: Bm25Config = Bm25Config()):
-        self.records: list[dict[str, Any]] = []
         self.config = config
         corpus = []
         for record in STOP.polling(records):
             title, text = self._tokens(record["title"]), self._tokens(record["text"])
-            self.records.append(record)
             corpus.append(title * config.title_weight + text)
-        if not self.records:
+        if not corpus:
             raise ValueError("No passage to index. Check the passages folder and its splits.")
         self._index: bm25s.BM25 | None = None
         if not any(corpus):
@@ -103,7 +101,7 @@ class Bm25:
         return tokens if self.config.stem is None else _stemmer(self.config.stem)(tokens)
 
     def search(self, questions: Sequence[str], k: int) -> list[list[tuple[int, float]]]:
-        """(row of `records`, score) of at most `k` passages per question, best first.
+        """(number of the record, score) of at most `k` passages per question, best first.
 
         Passages that share no word with the question are left out. Ties are in the order of rows, so that
         results do not depend on the machine.
@@ -130,7 +128,7 @@ class Bm25:
 
 
 class Bm25Retriever(Retriever):
-    """BM25 over a passages folder or some of its rows, with all their records in RAM."""
+    """BM25 over a passages folder or some of its rows, with the index in RAM."""
 
     questions_at_a_time = 512
 

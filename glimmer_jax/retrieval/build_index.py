@@ -15,8 +15,9 @@ from glimmer_jax.memory.encoding import MemoryEncoder, encode_states
 from glimmer_jax.memory.maintain import incomplete_files
 from glimmer_jax.memory.manifest import DamagedStore, Identity, Layout
 from glimmer_jax.retrieval.index import CODEC, Index, texts_fingerprint
-from glimmer_jax.retrieval.text_encoder import EOS_ID, TextEncoder, passage_text
+from glimmer_jax.retrieval.text_encoder import TextEncoder, dense_text
 from glimmer_jax.storage import folder
+from glimmer_jax.vocabulary import EOS_ID
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class TextPassages:
     def _tokenized(self, rows: np.ndarray) -> list[list[int]]:
         if not np.array_equal(rows, self._rows):
             records = self._passages.records(int(rows[0]), int(rows[-1]) + 1)
-            texts = [passage_text(record) for record in records]
+            texts = [dense_text(record) for record in records]
             self._rows, self._tokens = rows, self._encoder.tokenize(texts)
         return self._tokens
 

@@ -5,10 +5,9 @@
                              "bytes": 81723, "file_sha256": "…"}
 
 Retrieval removes the note before it replaces the file, and writes it afterwards. Modes that read passages
-for the file compare the corpus, and the size of a file on a local disk.
-Its hash covers ids, titles and texts, so the corpus may be tokenised again. The request is everything
-that determines the file, so that a rerun can keep files that are complete. A file without a note is
-accepted.
+for the file compare the corpus, and the size of a file on a local disk. The hash of the corpus covers
+ids, titles and texts, so it may be tokenised again. The request is everything that determines the file,
+so that a rerun can keep files that are complete. A file without a note is accepted.
 """
 
 import hashlib

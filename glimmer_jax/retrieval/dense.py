@@ -92,7 +92,7 @@ class DenseRetriever(Retriever):
 
     def search(self, questions: Sequence[str], k: int) -> Results:
         tokens = self._encoder.tokenize(questions)
-        vectors = self._encoder.encode(tokens, lambda *_: STOP.poll_together())
+        vectors = self._encoder.encode(tokens, STOP.poll_together)
         scores, rows = self._search(vectors, k, self._allowed)
         return [
             [(int(row), float(score)) for row, score in zip(*ranked, strict=True) if row >= 0]

@@ -24,7 +24,9 @@ class HybridRetriever(Retriever):
     """Passages of two retrievers over one folder."""
 
     def __init__(self, sparse: Retriever, dense: Retriever, weight: float):
-        """Args:
+        """Combines two retrievers.
+
+        Args:
           sparse, dense: over the same passages folder.
           weight: of dense scores, from 0 to 1; sparse scores have the rest.
 

@@ -6,14 +6,13 @@ built, resumed, inspected and verified like a memory:
     glimmer --run_mode=memory --action=verify --gin_file=gin/runs/memory.gin --gin.MEMORY_DIR='"index"'
 """
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from glimmer_jax.memory import manifest
+from glimmer_jax.memory.fingerprint import files_fingerprint
 from glimmer_jax.memory.manifest import Identity
 from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.storage import folder
@@ -25,9 +24,7 @@ DTYPE = np.dtype(np.float16)
 
 def texts_fingerprint(passages_manifest: Mapping[str, Any]) -> str:
     """`sha256:...` over ids and texts of a passages folder, from the checksums in its manifest."""
-    files = passages_manifest["files"]
-    sums = json.dumps([files[name]["sha256"] for name in ("ids.npy", "passages.jsonl")])
-    return f"sha256:{hashlib.sha256(sums.encode()).hexdigest()}"
+    return files_fingerprint(passages_manifest, ("ids.npy", "passages.jsonl"))
 
 
 class Index:

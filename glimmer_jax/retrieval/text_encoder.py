@@ -19,12 +19,12 @@ from glimmer_jax.memory import encoding
 from glimmer_jax.memory.manifest import EncodeProgram
 from glimmer_jax.models.gtr import Gtr
 from glimmer_jax.models.stacking import stack_layers
+from glimmer_jax.vocabulary import EOS_ID, EXTRA_IDS, PAD_ID
+from glimmer_jax.weights.find_vocabulary import EMBEDDING_MULTIPLE
 from glimmer_jax.weights.sentence_transformers import LoadedGtr, load_gtr
 
-EOS_ID = 1
 
-
-def passage_text(record: Mapping[str, Any]) -> str:
+def dense_text(record: Mapping[str, Any]) -> str:
     """Title and text separated by a space, as in public retrieval benchmarks of GTR."""
     return f"{record['title']} {record['text']}".strip()
 
@@ -40,7 +40,9 @@ class TextEncoder:
     """
 
     def __init__(self, loaded: LoadedGtr, mesh: Mesh, rows: int, dtype: str = "float32"):
-        """Args:
+        """Places the weights on the devices.
+
+        Args:
           loaded: weights, vocabulary and settings.
           mesh: devices of this process.
           rows: texts in the batch of one device.
@@ -64,13 +66,7 @@ class TextEncoder:
                 f"ENCODER_DIR: its spiece.model is not a SentencePiece model ({error}). Copy the file "
                 "again; a Git LFS pointer is not the file itself."
             ) from None
-        pieces = int(self._processor.GetPieceSize())
-        if pieces > t5.vocab_size or self._processor.eos_id() != EOS_ID:
-            raise ValueError(
-                f"The encoder's vocabulary has {pieces} pieces and end token "
-                f"{self._processor.eos_id()}; its embedding has {t5.vocab_size} rows, and T5's end "
-                f"token is {EOS_ID}. Use the spiece.model that the encoder was trained with."
-            )
+        _check_vocabulary(self._processor, t5.vocab_size)
         model = Gtr(t5, loaded.vector_dim)
         params = jax.device_put(stack_layers(loaded.params), partitioning.replicated(mesh))
         self.run = encoding.bind_states(lambda p, x: model.apply({"params": p}, x), params, mesh)
@@ -85,14 +81,10 @@ class TextEncoder:
         tokens: list[list[int]] = self._processor.EncodeAsIds([text.strip() for text in texts])
         return tokens
 
-    def cut(self, tokens: Sequence[Sequence[int]]) -> int:
-        """How many of these texts are longer than the encoder takes."""
-        return sum(len(ids) >= self.loaded.max_length for ids in tokens)
-
     def encode(
         self,
         tokens: Sequence[Sequence[int]],
-        after_batch: Callable[[int, int, int], None] = lambda rows, tokens, computed: None,
+        after_batch: Callable[[], None] = lambda: None,
     ) -> np.ndarray:
         """float32 `[n, E]`, a vector of length 1 for each text.
 
@@ -100,8 +92,7 @@ class TextEncoder:
 
         Args:
           tokens: from `tokenize`; longer texts are truncated, and each gets an end token.
-          after_batch: called with the numbers of texts, real tokens, and computed tokens, which
-            include padding. It may raise to stop.
+          after_batch: called after each batch of all devices; it may raise to stop.
         """
         most, rows = self.loaded.max_length - 1, self.program.rows
         lengths = np.array([min(len(ids), most) + 1 for ids in tokens], np.int64)
@@ -114,9 +105,7 @@ class TextEncoder:
             for device, group in enumerate(call):
                 count = len(group.positions)
                 vectors[group.positions] = host[device * rows : device * rows + count]
-            every = np.concatenate([group.positions for group in call])
-            computed = self.devices * rows * call[0].bucket
-            after_batch(len(every), int(lengths[every].sum()), computed)
+            after_batch()
 
         groups = encoding.groups(lengths, rows, self.program.buckets)
         for call in encoding.calls(groups, self.devices):
@@ -131,3 +120,16 @@ class TextEncoder:
         while running:
             place()
         return vectors
+
+
+def _check_vocabulary(processor: Any, rows: int) -> None:
+    """Raises ValueError for a vocabulary that cannot be that of an embedding with `rows` rows."""
+    pieces, pad = int(processor.GetPieceSize()), processor.pad_id()
+    eos, unk = processor.eos_id(), processor.unk_id()
+    filled = -(-(pieces + EXTRA_IDS) // EMBEDDING_MULTIPLE) * EMBEDDING_MULTIPLE
+    if not pieces <= rows <= filled or pad != PAD_ID or eos != EOS_ID or unk <= EOS_ID:
+        raise ValueError(
+            f"ENCODER_DIR: its spiece.model has {pieces} pieces, pad_id={pad}, eos_id={eos} and "
+            f"unk_id={unk}. T5's are {PAD_ID}, {EOS_ID} and above; the embedding has {rows} rows. "
+            "Use the spiece.model that the encoder was trained with."
+        )

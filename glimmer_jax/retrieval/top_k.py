@@ -41,13 +41,14 @@ class Search:
     def __init__(
         self, index: Index, mesh: Mesh, bytes_per_device: int, block_rows: int = BLOCK_ROWS
     ):
-        """Args:
-        index: of n passages.
-        mesh: devices of all processes.
-        bytes_per_device: limit for the part of the index on each device; a larger index is read
-        from
-          disk for every pass.
-        block_rows: rows of a block on one device.
+        """Loads the index onto the devices if it fits.
+
+        Args:
+          index: of n passages.
+          mesh: devices of all processes.
+          bytes_per_device: limit for the part of the index on each device; a larger index is read
+            from disk for every pass.
+          block_rows: rows of a block on one device.
         """
         self.index = index
         self.mesh = mesh

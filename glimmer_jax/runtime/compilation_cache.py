@@ -1,4 +1,4 @@
-"""Where compiled programs are kept between processes."""
+"""The folder that keeps compiled programs between processes."""
 
 from pathlib import Path
 

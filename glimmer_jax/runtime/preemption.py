@@ -11,7 +11,7 @@ when nothing has polled for `grace` seconds, or when a second signal arrives. Th
 corrupts a file, because every file and checkpoint counts only once it is complete: files are renamed
 into place, shards count by their record, and checkpoints by their checksums.
 
-In a job of many processes JAX tells all of them of a SIGTERM to one and chooses the step at which
+In a job of many processes JAX forwards a SIGTERM of one process to all and chooses the step at which
 `agreed` becomes true in all.
 """
 

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
-    """What answers a batch; the calls of `prepare` and of `compute` each come from one thread."""
+    """Answers batches; the calls of `prepare` and of `compute` each come from one thread."""
 
     @property
     def batch_sizes(self) -> Sequence[int]:
@@ -45,7 +45,7 @@ class Engine(Protocol):
 
 
 class Observer(Protocol):
-    """What is told about queue and batches."""
+    """Receives counts of queue and batches."""
 
     def queued(self, length: int) -> None: ...
 

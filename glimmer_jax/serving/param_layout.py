@@ -29,9 +29,8 @@ def unrolled(model: GlimmerModel, platform: str) -> GlimmerModel:
     chunk = config.read_chunk
     if chunk is None and platform == "cpu":
         chunk = CPU_CHUNK
-    t5 = dataclasses.replace(config.t5, scan_layers=False)
-    unrolled_config = dataclasses.replace(config, t5=t5, read_chunk=chunk)
-    return GlimmerModel(unrolled_config, model.loss, model.decode, eos_id=model.eos_id)
+    config = dataclasses.replace(config.with_t5(scan_layers=False), read_chunk=chunk)
+    return model.with_config(config)
 
 
 def unstack(model: GlimmerModel, params: Params) -> Params:

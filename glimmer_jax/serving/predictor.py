@@ -181,9 +181,8 @@ class Predictor:
                 f"rerank; this one has num_kept={self._model.config.num_kept}."
             )
         config = dataclasses.replace(self._model.config, num_kept=num_kept)
-        model = self._model
         other = copy.copy(self)
-        other._model = GlimmerModel(config, model.loss, model.decode, eos_id=model.eos_id)
+        other._model = self._model.with_config(config)
         other._predict = Predict(other._model, self._mesh, self._lookup, self._seed)
         return other
 

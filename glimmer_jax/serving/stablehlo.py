@@ -37,7 +37,7 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 @dataclasses.dataclass(frozen=True)
 class ProgramConfig:
-    """What is exported beside the parameters."""
+    """The programs to export beside the parameters."""
 
     # `TASK_FEATURE_LENGTHS` of each program: {"inputs": Q, "targets": T, "passages": (K, P)}.
     buckets: Sequence[Mapping[str, Any]]

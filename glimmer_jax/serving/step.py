@@ -26,7 +26,7 @@ _READ = ("question_tokens", "passage_tokens", *_MEMORY)
 
 
 class Reading(NamedTuple):
-    """What the first program leaves on the devices for the second."""
+    """The first program's result, on the devices, for the second."""
 
     encoded: jax.Array  # [B, S, D], states of the kept passages
     mask: jax.Array  # bool [B, S]

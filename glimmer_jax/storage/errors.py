@@ -72,7 +72,7 @@ def describe_error(error: BaseException) -> str:
     if _DAMAGED.match(_status(cause)):
         return f"A file is damaged: {cause}. Write or copy it again."
     if _DENIED.match(_status(cause)):
-        return f"The storage refused: {cause} Check permissions and credentials."
+        return f"The storage denied access: {cause} Check permissions and credentials."
     return f"{cause}. Check the path, permissions and limits of the disk."
 
 

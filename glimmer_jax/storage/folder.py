@@ -156,10 +156,24 @@ def read_range(kvstore: ts.KvStore, file: str, start: int, stop: int) -> bytes:
 def list_files(kvstore: ts.KvStore, prefix: str) -> list[str]:
     """Keys that begin with `prefix`, sorted. Raises StorageError."""
     try:
-        keys = kvstore.list(ts.KvStore.KeyRange(prefix, prefix + "\x7f")).result()
+        keys = kvstore.list(_beginning_with(prefix)).result()
     except ValueError as error:
         raise storage_error(kvstore.url, error) from error
-    return sorted(key.decode() for key in keys)
+    return sorted(os.fsdecode(key) for key in keys)
+
+
+def _beginning_with(prefix: str) -> ts.KvStore.KeyRange:
+    start = os.fsencode(prefix)
+    # No character begins with this byte in UTF-8.
+    return ts.KvStore.KeyRange(start, start + b"\xff")
+
+
+def exists(kvstore: ts.KvStore, key: str) -> bool:
+    """Whether a folder has a file of this name. Raises StorageError."""
+    try:
+        return bool(kvstore.list(ts.KvStore.KeyRange(key, f"{key}\0")).result())
+    except ValueError as error:
+        raise storage_error(f"{kvstore.url}{key}", error) from error
 
 
 def write_file(kvstore: ts.KvStore, key: str, data: bytes) -> None:
@@ -203,7 +217,7 @@ def writing(path: str | os.PathLike, private: bool = False) -> Iterator[BinaryIO
         if not private:
             os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, target)
-        _sync_folder(target.parent)
+        sync(target.parent)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -215,8 +229,9 @@ def _umask() -> int:
     return mask
 
 
-def _sync_folder(folder: pathlib.Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: pathlib.Path) -> None:
+    """Returns when a local file's bytes, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -71,7 +71,7 @@ def try_lock(path: pathlib.Path) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Holder:
-    """What a lock file says of its holder."""
+    """The holder that a lock file names."""
 
     pid: int
     host: str
@@ -328,7 +328,7 @@ def output_lock(path: str | os.PathLike) -> WriterLock:
 
 
 def _here() -> dict[str, Any]:
-    """Where process ids are meaningful: host, boot, and process namespace."""
+    """Host, boot and process namespace, within which a process id has a meaning."""
     try:
         machine = f"{_boot()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:

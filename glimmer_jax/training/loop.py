@@ -195,9 +195,8 @@ class Run:
                     )
                 state, metrics = train_step(state, batch)
                 step += 1
-                if (
-                    step == first_step
-                ):  # It is compiled, and from here on there is progress to save.
+                # It is compiled, and from here on there is progress to save.
+                if step == first_step:
                     stack.enter_context(STOP.grace(GRACE_SECONDS))
                 log.add(step, metrics, jax.tree.leaves(batch)[0].shape[0])
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from glimmer_jax import axes
+from glimmer_jax import axes, partitioning
 from glimmer_jax.training import codebooks
 from glimmer_jax.training.adafactor import adafactor, adafactor_names
 from glimmer_jax.training.schedule import Schedule, make_schedule
@@ -229,7 +229,7 @@ def _adamw(config: OptimizerConfig, schedule: Schedule, names: dict[str, Any]):
             jax.eval_shape(transformation.init, shapes),
             names,
             transform_non_params=lambda _: (),
-            is_leaf=lambda leaf: isinstance(leaf, tuple) and not hasattr(leaf, "_fields"),
+            is_leaf=partitioning.is_names,
         )
 
     return transformation, state_names

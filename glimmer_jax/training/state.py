@@ -38,15 +38,10 @@ def state_shardings(optimizer: Optimizer, shapes: Any, mesh: Mesh) -> TrainState
       ValueError: a parameter does not divide evenly over the mesh.
     """
     partitioning.check_divisible(shapes, optimizer.names, mesh)
-    opt_names = optimizer.state_names(shapes)
     return TrainState(
         step=partitioning.replicated(mesh),
         params=partitioning.shardings(optimizer.names, mesh),
-        opt_state=jax.tree.map(
-            lambda names: jax.sharding.NamedSharding(mesh, partitioning.spec(names)),
-            opt_names,
-            is_leaf=_is_names,
-        ),
+        opt_state=partitioning.shardings(optimizer.state_names(shapes), mesh),
     )
 
 
@@ -66,7 +61,7 @@ def init_state(make_params: Callable[[], Any], optimizer: Optimizer, mesh: Mesh)
 
     Args:
       make_params: traceable; returns the parameters, for example
-        `lambda: model.get_initial_variables(jax.random.key(0), shapes)["params"]`.
+        `lambda: model.init_params(jax.random.key(0))`.
       optimizer: that of the run.
       mesh: the devices.
     """
@@ -102,11 +97,6 @@ def _first_state(params: Any, optimizer: Optimizer) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def _is_names(leaf: Any) -> bool:
-    # A tuple of dimension names, in contrast to optax's tuples of states.
-    return type(leaf) is tuple and all(name is None or isinstance(name, str) for name in leaf)
-
-
 def _paths(tree: Any) -> set[str]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_names)
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=partitioning.is_names)
     return {"/".join(str(key.key) for key in path) for path, _ in flat}

@@ -124,5 +124,5 @@ def _constrain_like_params(grads: Any, optimizer: Optimizer) -> Any:
         lambda names, grad: partitioning.constrain(grad, names),
         trained_names,
         grads,
-        is_leaf=lambda leaf: isinstance(leaf, tuple),
+        is_leaf=partitioning.is_names,
     )

@@ -72,7 +72,7 @@ def is_recorded(vocabulary: Vocabulary, record: Recorded | None) -> bool:
 
 
 # T5's embeddings are padded to a multiple of this number of rows.
-_EMBEDDING_MULTIPLE = 128
+EMBEDDING_MULTIPLE = 128
 
 
 def check_vocabulary_fits(
@@ -94,7 +94,7 @@ def check_vocabulary_fits(
             f"VOCABULARY: {vocabulary.path} has {ids} ids, but the model's embedding has {rows} rows. "
             "Raise VOCAB_SIZE or give the model's vocabulary."
         )
-    padded = -(-ids // _EMBEDDING_MULTIPLE) * _EMBEDDING_MULTIPLE
+    padded = -(-ids // EMBEDDING_MULTIPLE) * EMBEDDING_MULTIPLE
     if rows > padded and not allow_unused:
         raise ValueError(
             f"VOCABULARY: {vocabulary.path} has {ids} ids, which fill {padded} rows, but the model's "

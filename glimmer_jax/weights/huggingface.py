@@ -22,7 +22,7 @@ from glimmer_jax.weights.huggingface_files import (
     open_tensors,
     with_one_embedding,
 )
-from glimmer_jax.weights.lazy_arrays import exists, read
+from glimmer_jax.weights.lazy_arrays import has_bytes, read
 from glimmer_jax.weights.model_config import config_from
 
 VOCABULARY = "spiece.model"  # T5's SentencePiece model, as Hugging Face calls it
@@ -33,7 +33,7 @@ _DIVIDED, _SETTINGS = "glimmer", "glimmer_jax"
 
 def is_folder(kvstore: ts.KvStore) -> bool:
     """Whether a folder holds a Hugging Face model."""
-    return exists(kvstore, CONFIG)
+    return has_bytes(kvstore, CONFIG)
 
 
 def load(
@@ -73,7 +73,7 @@ def load(
         stores = with_one_embedding(path, config, stores)
         tied = _is_tied(path, config, stores)
         scaled = tied and names.scales_output(config)
-        model = t5_names.fid(names.read_config(path, config, tie_output=scaled))
+        model = GlimmerConfig(names.read_config(path, config, tie_output=scaled))
         if tied:
             stores.pop(names.OUTPUT, None)
         if tied and not scaled and names.EMBEDDING in stores:
@@ -142,7 +142,7 @@ def save(
     else:
         settings |= {"architectures": [], "model_type": _DIVIDED, _SETTINGS: dict(described)}
     kvstore = folder.open_folder(path)
-    if exists(kvstore, CONFIG):
+    if has_bytes(kvstore, CONFIG):
         # Overwriting it would mix two models until the last file is written.
         raise ValueError(f"{path} holds a model already. Remove it, or choose another folder.")
     leaves = {}

@@ -15,7 +15,7 @@ from glimmer_jax.storage.json_lines import parse_line
 from glimmer_jax.weights import huggingface_names as names
 from glimmer_jax.weights import msgpack_file, safetensors_file
 from glimmer_jax.weights.file_errors import InvalidWeights, parsing
-from glimmer_jax.weights.lazy_arrays import exists, open_bytes, read
+from glimmer_jax.weights.lazy_arrays import has_bytes, open_bytes, read
 
 CONFIG, SAFETENSORS, FLAX = "config.json", "model.safetensors", "flax_model.msgpack"
 INDEX = ".index.json"
@@ -50,9 +50,9 @@ def open_tensors(path: Any, kvstore: ts.KvStore) -> Tensors:
     )
     for file, open_file, kind in readers:
         # As transformers: an index beside a complete file is left over.
-        if exists(kvstore, file):
+        if has_bytes(kvstore, file):
             return Tensors(open_file(kvstore, file), file)
-        if exists(kvstore, file + INDEX):
+        if has_bytes(kvstore, file + INDEX):
             files = _indexed_files(path, kvstore, file + INDEX)
             opened: dict[str, ts.TensorStore] = {}
             for part in files:
@@ -64,7 +64,7 @@ def open_tensors(path: Any, kvstore: ts.KvStore) -> Tensors:
                     )
                 opened |= tensors
             return Tensors(opened, f"{len(files)} {kind} files")
-    present = [file for file in _PICKLED if exists(kvstore, file)]
+    present = [file for file in _PICKLED if has_bytes(kvstore, file)]
     raise InvalidWeights(
         f"{path} has {CONFIG}, but neither {SAFETENSORS} nor {FLAX} nor an index of several such files. "
         f"Its weights: {present or 'none'}. {NO_PICKLES}"
@@ -116,7 +116,7 @@ def _indexed_files(path: Any, kvstore: ts.KvStore, index: str) -> list[str]:
         files = sorted(set(weight_map.values()))
         if bad := [file for file in files if not _FILE_NAME.fullmatch(file)]:
             raise ValueError(f"{bad[0]!r:.80} is not the name of a file in the folder")
-    if missing := [file for file in files if not exists(kvstore, file)]:
+    if missing := [file for file in files if not has_bytes(kvstore, file)]:
         raise InvalidWeights(
             f"{path} lacks {missing}, which {index} lists. Download these files again."
         )

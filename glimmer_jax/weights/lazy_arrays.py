@@ -60,7 +60,7 @@ def checked_shape(file: Any, name: str, shape: Any) -> tuple[int, ...]:
     return sizes
 
 
-def exists(kvstore: ts.KvStore, file: str) -> bool:
+def has_bytes(kvstore: ts.KvStore, file: str) -> bool:
     """Whether a folder has a file that is not empty.
 
     Raises:
@@ -254,7 +254,7 @@ def open_orbax(kvstore: ts.KvStore, prefix: tuple[str, ...] = ()) -> dict[str, t
             f"{kvstore.url} holds {sorted({path[0] for path in paths})}, not {'/'.join(prefix)}. Give "
             "the folder of a T5X or glimmer_jax checkpoint."
         )
-    in_one_file = exists(kvstore, "manifest.ocdbt")
+    in_one_file = has_bytes(kvstore, "manifest.ocdbt")
     context = ts.Context()
     futures = {}
     for path in wanted:

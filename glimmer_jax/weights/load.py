@@ -10,7 +10,7 @@ from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.storage.folder import open_folder
 from glimmer_jax.weights import huggingface, params_file, steps, t5x
 from glimmer_jax.weights.huggingface_files import NO_PICKLES
-from glimmer_jax.weights.lazy_arrays import exists
+from glimmer_jax.weights.lazy_arrays import has_bytes
 from glimmer_jax.weights.model_config import config_from
 
 _PICKLED = (".bin", ".pt", ".pth", ".pkl")
@@ -18,7 +18,7 @@ _PICKLED = (".bin", ".pt", ".pth", ".pkl")
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-    """What a checkpoint records about itself."""
+    """A checkpoint's record of its model and data."""
 
     config: GlimmerConfig | None  # of the parameters, if recorded or evident from them
     metadata: Mapping[str, Any]  # see `model_config.describe`; of a run's step also its settings
@@ -27,7 +27,7 @@ class Recorded:
 
     @property
     def vocabulary_fingerprint(self) -> str | None:
-        """Of the vocabulary that the parameters were trained with, if recorded."""
+        """Fingerprint of the vocabulary that the parameters were trained with, if recorded."""
         fingerprint = self.metadata.get("vocabulary_fingerprint")
         return None if fingerprint is None else str(fingerprint)
 
@@ -50,8 +50,7 @@ class Recorded:
                 f"{self.what} does not record its model configuration. Give the model that it was "
                 "trained as, or export it with one (--run_mode=export)."
             )
-        t5 = dataclasses.replace(self.config.t5, dropout_rate=0.0)
-        config = dataclasses.replace(self.config, t5=t5)
+        config = self.config.with_t5(dropout_rate=0.0)
         return config if memory_dir is None else with_codec(config, memory_codec(memory_dir))
 
 
@@ -91,7 +90,7 @@ def load(path: Any) -> Loaded:
 
 
 def read_record(path: Any) -> Recorded:
-    """What the checkpoint at `path` records. Reads no parameter of our own; see `load`."""
+    """The record of the checkpoint at `path`. Reads no parameter of our own; see `load`."""
     return _open(path, with_params=False)
 
 
@@ -126,7 +125,7 @@ def _open(path: Any, with_params: bool) -> Loaded:
 
 def _existing(folder: Any, name: str) -> str | None:
     place = os.fspath(folder) or "."
-    return os.path.join(place, name) if exists(open_folder(place), name) else None
+    return os.path.join(place, name) if has_bytes(open_folder(place), name) else None
 
 
 def _not_the_folder(file: str) -> ValueError:

@@ -21,6 +21,7 @@ from typing import Any
 import flax.traverse_util
 import numpy as np
 
+from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.models.t5 import T5Config
 from glimmer_jax.storage.folder import open_folder
 from glimmer_jax.storage.json_lines import parse_line
@@ -35,8 +36,6 @@ _VOCABULARY, _WEIGHTS = "spiece.model", "model.safetensors"
 _TEXTS, _PROMPTS = "sentence_bert_config.json", "config_sentence_transformers.json"
 _DENSE = "linear.weight"
 _DEFAULT_LENGTH = 512
-# Settings that change what the same parameters compute.
-_SETTINGS = ("num_heads", "head_dim", "mlp_activations", "relpos_buckets", "relpos_max_distance")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +52,7 @@ class LoadedGtr:
     @property
     def fingerprint(self) -> str:
         """`sha256:…` of the parameters and the settings they are used with."""
-        settings = {name: getattr(self.t5, name) for name in _SETTINGS}
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(self.t5.semantics(), sort_keys=True).encode())
         for name, leaf in sorted(flax.traverse_util.flatten_dict(self.params, sep="/").items()):
             digest.update(f"{name} {leaf.shape}\n".encode() + leaf.tobytes())
         return f"sha256:{digest.hexdigest()}"
@@ -196,7 +194,7 @@ def _dense_kernel(path: pathlib.Path) -> np.ndarray:
 
 def _encoder(path: pathlib.Path, t5: T5Config) -> dict[str, np.ndarray]:
     """Embedding and encoder by our names, `encoder/layers_3/attention/query/kernel`."""
-    model = t5_names.fid(t5)
+    model = GlimmerConfig(t5)
     kvstore = open_folder(path)
     stores = with_one_embedding(path, {}, open_tensors(path, kvstore).opened)
     t5_names.check_layers(path, model, len(stores) + t5.num_decoder_layers)

@@ -5,7 +5,6 @@ become FiD's parameters, and `recut` makes the other models from them. A divided
 names of its parts (`memory_encoder/layers_3/...`).
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,14 +22,9 @@ from glimmer_jax.weights.file_errors import InvalidWeights
 Shape = tuple[int, ...]
 
 
-def fid(t5: T5Config) -> GlimmerConfig:
-    """The configuration of public weights. Its layers are not scanned."""
-    return GlimmerConfig(t5)
-
-
 def unrolled(config: GlimmerConfig) -> GlimmerConfig:
     """The same configuration with unrolled layers, as in files."""
-    return dataclasses.replace(config, t5=dataclasses.replace(config.t5, scan_layers=False))
+    return config.with_t5(scan_layers=False)
 
 
 def is_t5(config: GlimmerConfig) -> bool:

@@ -33,7 +33,7 @@ from glimmer_jax.weights.file_errors import InvalidWeights, check_dtype, parsing
 from glimmer_jax.weights.lazy_arrays import (
     ORBAX_METADATA,
     checked_shape,
-    exists,
+    has_bytes,
     open_orbax,
     open_zarr,
     read,
@@ -56,7 +56,7 @@ _SIZED = (
 
 def is_folder(kvstore: ts.KvStore) -> bool:
     """Whether a folder holds a T5X checkpoint."""
-    return exists(kvstore, _FILE) or exists(kvstore, f"{_ORBAX}/{ORBAX_METADATA}")
+    return has_bytes(kvstore, _FILE) or has_bytes(kvstore, f"{_ORBAX}/{ORBAX_METADATA}")
 
 
 def load(
@@ -77,7 +77,7 @@ def load(
         parameters are missing, extra or misshapen, all of which are named.
     """
     described: Mapping[str, Any] = {}
-    if exists(kvstore, _FILE):
+    if has_bytes(kvstore, _FILE):
         arrays, described = _arrays(path, kvstore)
         form = "legacy"
     else:
@@ -92,7 +92,7 @@ def load(
     if scanned:
         arrays = _unscan(path, arrays)
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
-    config = t5_names.unrolled(setting) if setting else t5_names.fid(_t5_of(path, shapes))
+    config = t5_names.unrolled(setting) if setting else GlimmerConfig(_t5_of(path, shapes))
     t5_names.check_layers(path, config, len(shapes))
     t5_names.check(path, t5_names.shapes(config), shapes)
     params = t5_names.tree_from(config, arrays.__getitem__)
@@ -101,9 +101,7 @@ def load(
     return params, config, described, description
 
 
-def save(
-    path: Any, params: Mapping[str, Any], config: GlimmerConfig, described: Mapping[str, Any]
-) -> None:
+def save(path: Any, params: Mapping[str, Any], described: Mapping[str, Any]) -> None:
     """Writes parameters in T5X's legacy form, in float32: the arrays, and the msgpack file last.
 
     T5X reads an undivided T5 (FiD) as its own, without optimiser state. A divided encoder has the
@@ -111,15 +109,13 @@ def save(
 
     Args:
       path: of the folder, local or in a bucket.
-      params: of `config`: numpy arrays, JAX arrays or TensorStores.
-      config: the configuration; `described` contains it.
-      described: `model_config.describe` of it.
+      params: numpy arrays, JAX arrays or TensorStores.
+      described: `model_config.describe` of their model.
 
     Raises:
       ValueError: the folder holds a checkpoint, or a parameter is not finite.
       StopRequested: a stop was requested. The msgpack file is missing, and a rerun writes all again.
     """
-    del config
     _check_free(path)
     _save(path, t5_names.flat_from(params), 0, {_SETTINGS: json.dumps(described)})
 
@@ -146,7 +142,7 @@ def save_tree(path: Any, params: Mapping[str, Any]) -> None:
 
 def _check_free(path: Any) -> None:
     # Overwriting it would mix two checkpoints until the last file is written.
-    if exists(folder.open_folder(path), _FILE):
+    if has_bytes(folder.open_folder(path), _FILE):
         raise ValueError(f"{path} holds a checkpoint already. Remove it, or choose another folder.")
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from glimmer_jax.memory import manifest, shard
 from glimmer_jax.memory.maintain import verify
-from glimmer_jax.memory.store import DamagedStore, MemoryStore
+from glimmer_jax.memory.manifest import DamagedStore
+from glimmer_jax.memory.store import MemoryStore
 from glimmer_jax.storage import folder
 
 

@@ -33,12 +33,11 @@ def test_f1_is_over_words_with_their_counts():
     assert qa.f1(["x"], ["x"]) == {"f1": 1.0} and qa.f1([], []) == {"f1": 0.0}
 
 
-def test_recall_counts_the_first_passages():
-    gold = [[False, True], [True, False], [], [False, False]]
-    assert qa.recall_at(gold, 1) == {"recall_at_1": 0.25}
-    assert qa.recall_at(gold, 2) == {"recall_at_2": 0.5}
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        qa.recall_at(gold, 0)
+@pytest.mark.parametrize(
+    "gold, at_1, at_2", [((0, 1), 0, 1), ((1, 0), 1, 1), ((), 0, 0), ((0, 0), 0, 0)]
+)
+def test_recall_counts_the_first_passages(gold, at_1, at_2):
+    assert (qa.recall_of(gold, 1), qa.recall_of(gold, 2)) == (at_1, at_2)
 
 
 def test_numbers_of_targets_and_predictions_must_agree():

@@ -125,7 +125,7 @@ def test_score_batch_is_the_log_probability_of_the_target():
         compiler_options=tiny.QUICK,
     )
     scores, aux = score(params, batch)
-    want = losses.log_likelihood(logits, targets, weights, mean=False)
+    want = losses.log_likelihood(logits, targets, weights)
     np.testing.assert_allclose(scores, want, rtol=1e-5)
     np.testing.assert_allclose(aux["passage_scores"], live.scores, rtol=1e-5)
     np.testing.assert_array_equal(aux["kept_passages"], kept)

@@ -1,5 +1,6 @@
 """The dense index: a memory store with one vector per passage."""
 
+import dataclasses
 import os
 import pathlib
 import re
@@ -16,10 +17,11 @@ from glimmer_jax.memory.maintain import verify
 from glimmer_jax.memory.manifest import DamagedStore
 from glimmer_jax.retrieval.build_index import build_index, index_encoder
 from glimmer_jax.retrieval.index import Index, texts_fingerprint
-from glimmer_jax.retrieval.text_encoder import passage_text
+from glimmer_jax.retrieval.text_encoder import dense_text
 from glimmer_jax.runtime.preemption import STOP, StopRequested
 from tests import damage
 from tests.retrieval import tiny_gtr
+from tests.vocabularies import train_sentencepiece
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -64,7 +66,7 @@ def test_rows_are_the_vectors_of_the_passages(finished, passages, encoder):
     index = Index.open(
         finished, index_encoder(encoder).identity, texts_fingerprint(passages.manifest)
     )
-    texts = [passage_text(record) for record in passages.records()]
+    texts = [dense_text(record) for record in passages.records()]
     assert texts[3] == "page 1 thing number 111"
     want = encoder.encode(encoder.tokenize(texts))
     assert len(index) == 11 and index.vector_dim == tiny_gtr.VECTOR_DIM
@@ -76,14 +78,13 @@ def test_rows_are_the_vectors_of_the_passages(finished, passages, encoder):
 
 def test_long_texts_are_truncated_as_by_the_published_encoder(encoder):
     long = encoder.tokenize(["one two three four five six seven eight nine ten " * 9])
-    assert encoder.cut(long) == 1 and encoder.cut(encoder.tokenize(["short"])) == 0
     most = tiny_gtr.MAX_LENGTH - 1
     np.testing.assert_array_equal(encoder.encode(long), encoder.encode([long[0][:most]]))
     assert np.abs(encoder.encode(long) - encoder.encode([long[0][: most - 1]])).max() > 1e-4
 
 
 def test_vectors_do_not_depend_on_the_number_of_devices(gtr, encoder, passages):
-    tokens = encoder.tokenize([passage_text(record) for record in passages.records()])
+    tokens = encoder.tokenize([dense_text(record) for record in passages.records()])
     one = tiny_gtr.encoder(gtr, devices=1)
     np.testing.assert_array_equal(one.encode(tokens), encoder.encode(tokens))
 
@@ -237,10 +238,21 @@ def test_a_memory_of_tokens_is_not_an_index(tmp_path):
         Index.open(tmp_path)
 
 
-def test_a_vocabulary_larger_than_the_embedding_is_rejected(gtr):
+@pytest.mark.parametrize("rows", [100, 1947, 2049])
+def test_a_vocabulary_of_another_size_than_the_embedding_is_rejected(gtr, rows):
     loaded = tiny_gtr.encoder(gtr).loaded
-    t5 = type(loaded.t5)(**{**vars(loaded.t5), "vocab_size": 100})
-    small = type(loaded)(**{**vars(loaded), "t5": t5})
+    other = dataclasses.replace(loaded, t5=dataclasses.replace(loaded.t5, vocab_size=rows))
     mesh = tiny_gtr.partitioning.make_mesh(tiny_gtr.partitioning.MeshConfig())
-    with pytest.raises(ValueError, match="has 1948 pieces .* its embedding has 100 rows"):
-        tiny_gtr.TextEncoder(small, mesh, 2)
+    with pytest.raises(ValueError, match=f"has 1948 pieces.* the embedding has {rows} rows"):
+        tiny_gtr.TextEncoder(other, mesh, 2)
+
+
+def test_a_vocabulary_with_other_special_ids_is_rejected(gtr, tmp_path):
+    loaded = tiny_gtr.encoder(gtr).loaded
+    train_sentencepiece(tmp_path / "own.model", ["one two three"], vocab_size=30)
+    vocabulary = (tmp_path / "own.model").read_bytes()
+    t5 = dataclasses.replace(loaded.t5, vocab_size=128)
+    other = dataclasses.replace(loaded, t5=t5, vocabulary=vocabulary)
+    mesh = tiny_gtr.partitioning.make_mesh(tiny_gtr.partitioning.MeshConfig())
+    with pytest.raises(ValueError, match="ENCODER_DIR.*pad_id=-1, eos_id=2 and unk_id=0"):
+        tiny_gtr.TextEncoder(other, mesh, 2)

@@ -10,6 +10,7 @@ import safetensors.numpy
 from glimmer_jax import partitioning
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.corpus.passages_writer import write_passages
+from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.retrieval.text_encoder import TextEncoder
 from glimmer_jax.vocabulary import PYDOCS_MODEL, Vocabulary
 from glimmer_jax.weights import huggingface_names as names
@@ -49,7 +50,7 @@ def write(folder, seed=0, words_alone=False):
         return (scale * random.normal(size=shape)).astype(np.float16)
 
     tensors = {}
-    setting = t5_names.fid(T5)
+    setting = GlimmerConfig(T5)
     for name, shape in t5_names.shapes(setting).items():
         if name.startswith(("encoder/", "token_embedder/")):
             shape = tuple(reversed(shape)) if names.transposed(name) else shape

@@ -25,7 +25,7 @@ DESCRIBED = describe(tiny.FID, "v")
 def write(kind, folder):
     params = tiny.params(tiny.FID)
     if kind == "t5x":
-        t5x.save(folder, params, tiny.FID, DESCRIBED)
+        t5x.save(folder, params, DESCRIBED)
     elif kind in ("orbax", "ocdbt"):
         tree = {"target": flax.traverse_util.unflatten_dict(t5_names.flat_from(params), sep="/")}
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=kind == "ocdbt")

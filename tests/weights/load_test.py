@@ -41,7 +41,7 @@ def test_a_hugging_face_safetensors_file_needs_its_folder(tmp_path, name):
 
 
 def test_a_file_named_checkpoint_that_is_not_of_t5x_is_rejected(tmp_path):
-    t5x.save(tmp_path, tiny.params(tiny.FID), tiny.FID, describe(tiny.FID, "v"))
+    t5x.save(tmp_path, tiny.params(tiny.FID), describe(tiny.FID, "v"))
     intact = (tmp_path / "checkpoint").read_bytes()
     contents = {
         "TensorFlow's": b'model_checkpoint_path: "model.ckpt-1000000"\n',

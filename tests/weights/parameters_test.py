@@ -82,7 +82,7 @@ def status(name):
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_no_second_copy_is_kept_on_the_host(params, tmp_path):
-    t5x.save(tmp_path, params, FID, describe(FID, "v"))
+    t5x.save(tmp_path, params, describe(FID, "v"))
     mesh, model = make_mesh(MeshConfig(1, 2, 4)), GlimmerModel(GLIMMER)
     leaves = parameters.load(tmp_path, model, "v")
     jax.block_until_ready(jax.device_put(np.ones(8), jax.devices()[0]))

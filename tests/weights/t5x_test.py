@@ -190,7 +190,7 @@ def test_checkpoints_in_a_bucket_are_read_bit_exactly(tmp_path, serve, form):
 
 def test_written_checkpoints_have_the_form_of_t5x(tmp_path):
     params = tiny.params(tiny.FID)
-    t5x.save(tmp_path, params, tiny.FID, describe(tiny.FID, "v"))
+    t5x.save(tmp_path, params, describe(tiny.FID, "v"))
     content = flax.serialization.msgpack_restore((tmp_path / "checkpoint").read_bytes())
     assert content["version"] == 3
     target = content["optimizer"]["target"]
