@@ -36,6 +36,7 @@ SESSIONS = (
     ("docs/kilt",),
     ("docs/pods",),
     ("docs/preflight",),
+    ("docs/claims",),
     ("docs/results",),
     ("CONTRIBUTING",),
 )
@@ -98,7 +99,10 @@ class Shell:
         self.start = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
         self.start |= {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": str(folder),
+            # Libraries without a package, such as T5X, are found there.
+            "PYTHONPATH": os.pathsep.join(
+                filter(None, (str(folder), os.environ.get("PYTHONPATH")))
+            ),
             "PWD": str(folder),
         }
         self.new_page()

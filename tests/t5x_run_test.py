@@ -27,6 +27,7 @@ with warnings.catch_warnings():
 
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.modes import evaluate as evaluate_mode
+from glimmer_jax.modes import settings
 from glimmer_jax.modes.export import export
 from glimmer_jax.modes.settings import AnsweringConfig, CorpusConfig, DatasetConfig
 from glimmer_jax.partitioning import MeshConfig, make_mesh
@@ -94,7 +95,7 @@ def devices(monkeypatch, request):
     """The mesh is over the first so many devices, T5X's and ours."""
     count = request.param
     over_some = functools.partial(make_mesh, devices=jax.devices()[:count])
-    for module in (t5x_adapter, evaluate_mode, predictor):
+    for module in (t5x_adapter, settings, predictor):
         monkeypatch.setattr(module, "make_mesh", over_some)
     for axis, size in MESHES[count].sizes().items():
         monkeypatch.setitem(SETTINGS, f"MESH_{axis.upper()}", size)
