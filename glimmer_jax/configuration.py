@@ -219,6 +219,12 @@ def _is_literal(text: str) -> bool:
     return True
 
 
+def configures(function: Callable[..., Any]) -> bool:
+    """Whether a gin file binds a parameter of the function."""
+    place = f"{function.__module__}.{function.__name__}"
+    return any(selector == place for _, selector in _bindings())
+
+
 def configured(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` with its bindings applied.
 
@@ -226,7 +232,7 @@ def configured(function: Callable[..., Any]) -> Callable[..., Any]:
       ConfigError: no gin file configures it, or one configures a class that nothing uses.
     """
     place = f"{function.__module__}.{function.__name__}"
-    if not any(selector == place for _, selector in _bindings()):
+    if not configures(function):
         raise ConfigError(f"No gin file configures {place}. Add one of gin/runs with --gin_file.")
     if idle := _unreferenced():
         raise ConfigError(

@@ -227,11 +227,10 @@ def _preflight(flags: argparse.Namespace) -> Any:
     search_paths = _paths(flags.gin_search_paths)
     configuration.parse(flags.gin_file, flags.gin_bindings, search_paths, preflight.UNBOUND)
     for job in preflight.JOBS:
-        try:
-            settings = configuration.settings(_find(MODES[job].function))
-        except configuration.ConfigError:
-            continue
-        return preflight.preflight(job, settings, flags.topology, flags.json)
+        function = _find(MODES[job].function)
+        if configuration.configures(function):
+            settings = configuration.settings(function)
+            return preflight.preflight(job, settings, flags.topology, flags.json)
     raise ValueError(
         f"--gin_file: the files configure none of {', '.join(preflight.JOBS)}. Add the run file of "
         "the job, such as gin/runs/finetune.gin."

@@ -28,6 +28,7 @@ with warnings.catch_warnings():
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.modes import evaluate as evaluate_mode
 from glimmer_jax.modes import settings
+from glimmer_jax.modes.checkpoint import CheckpointConfig
 from glimmer_jax.modes.export import export
 from glimmer_jax.modes.settings import AnsweringConfig, CorpusConfig, DatasetConfig
 from glimmer_jax.partitioning import MeshConfig, make_mesh
@@ -123,7 +124,8 @@ def start_of(work, model, folder):  # noqa: F811
     made = gin.get_configurable("glimmer_jax.models.model.GlimmerModel")()
     (folder / "t5").mkdir()
     write(folder / "t5", t5_names.flat_from(tiny.params(GlimmerConfig(made.config.t5))))
-    export(made, str(folder / "t5"), str(folder / "checkpoint_0"), "t5x_adapter")
+    start = CheckpointConfig(str(folder / "t5"), made, vocabulary="pydocs")
+    export(start, str(folder / "checkpoint_0"), "t5x_adapter")
     return made, folder / "checkpoint_0"
 
 
@@ -222,7 +224,7 @@ def test_t5x_trains_around_fixed_codebooks(work, tmp_path, monkeypatch, devices)
         work, "glimmer", "finetune", MODEL_DIR="m", TRAIN_STEPS=1, INITIAL_CHECKPOINT_PATH="c"
     )
     ours = gin.get_configurable("glimmer_jax.models.model.GlimmerModel")()
-    save_tree(start, tiny.params(ours.config), ours.config, {})
+    save_tree(start, tiny.params(ours.config))
     began = read(start)["memory_codebooks"]
     trained = train(work, "glimmer", start, tmp_path / "a", 3)["memory_codebooks"]
     jax.tree.map(np.testing.assert_array_equal, trained, began)

@@ -128,7 +128,8 @@ def weighted_loss(
         gold = (batch["gold_passages"] > 0) & exists
         num_gold = jnp.sum(jnp.any(gold, axis=-1)).astype(jnp.float32)
         # Over all questions, as in evaluation (`metrics.reranking`).
-        num_questions = jnp.sum(jnp.any(exists, axis=-1)).astype(jnp.float32)
+        asked = jnp.any(jnp.asarray(batch["question_tokens"]) > 0, axis=-1)
+        num_questions = jnp.sum(asked).astype(jnp.float32)
         best = jnp.argmax(live.scores, axis=-1)[:, None]
         for name, passages in (("recall_at_1", best), ("recall_kept", kept)):
             hits = jnp.any(jnp.take_along_axis(gold, passages, axis=1), axis=1)

@@ -16,9 +16,8 @@ from glimmer_jax.weights.load import Recorded, read_record, with_codec
 class CheckpointConfig:
     """A trained model, and the settings that replace what its checkpoint records."""
 
-    checkpoint_path: (
-        str | None
-    )  # a run, one of its steps, a `.safetensors` file or a T5, of any cut
+    # A run, one of its steps, a `.safetensors` file or a T5, of any cut.
+    checkpoint_path: str | None
     model: GlimmerModel | None = None  # None: the checkpoint's
     # M of the K retrieved passages that are kept; None keeps all.
     num_kept: int | Literal["checkpoint"] | None = "checkpoint"

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +72,27 @@ def new_params_file(path: str, overwrite: bool) -> None:
     replaceable("OUTPUT_PATH", str(described), overwrite)
 
 
-def sole_writer(path: str | None) -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def sole_writer(path: str | None, in_place: bool = False) -> Iterator[Callable[[], None]]:
     """Holds an output, from before the work on it: of two commands that write it, one is rejected.
 
-    Only process 0 writes, so it alone holds the lock. None is no output.
+    Only process 0 writes, so it alone holds the lock.
+
+    Args:
+      path: of a file or folder; None is no output.
+      in_place: it is a folder whose files are written one by one, and not renamed into place.
+
+    Yields:
+      A function to call before writing; it raises ValueError if another process took the lock over.
 
     Raises:
-      ValueError: on entry, if another process is writing it.
+      ValueError: another process is writing it.
     """
     if path is None or jax.process_index():
-        return contextlib.nullcontext()
-    return lease.output_lock(path)
+        yield lambda: None
+        return
+    with lease.output_lock(path, inside=in_place) as lock:
+        yield lock.check
 
 
 # Where and how results are written, not what they are.

@@ -58,7 +58,9 @@ def learn_codebooks(
             "build memory with the checkpoint as it is."
         )
     corpus = Passages.open(str(encoder.passages_dir), fingerprint)
-    with checks.sole_writer(output_path):
+    with checks.sole_writer(output_path) as check_lock:
+        # It may have appeared while the checkpoint was read.
+        checks.new_params_file(output_path, overwrite)
         plain = GlimmerModel(
             dataclasses.replace(model.config, memory_codec="f32", train_codebooks=False)
         )
@@ -89,6 +91,7 @@ def learn_codebooks(
         if jax.process_index() == 0:
             tree = {**host_params, "memory_codebooks": books}
             described = describe(model.config, fingerprint, trained.record.task_feature_lengths)
+            check_lock()
             params_file.save_params_file(output_path, tree, described, trained.own_vocabulary())
             print(
                 f"Wrote {output_path}: codebooks of {codec.name} from {num_training} tokens; relative "

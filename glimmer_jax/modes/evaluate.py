@@ -62,7 +62,7 @@ def evaluate(
     lengths, vocabulary = answering.lengths, answering.vocabulary
     dataset = dataclasses.replace(dataset, task_feature_lengths=lengths.as_features())
     config_text = operative_config()
-    with checks.sole_writer(output_dir):
+    with checks.sole_writer(output_dir, in_place=True) as check_lock:
         if output_dir is not None:
             if not overwrite:
                 _check_free(output_dir, config_text)
@@ -81,6 +81,7 @@ def evaluate(
         warn_of_reranking(metrics)
         if output_dir is not None and jax.process_index() == 0:
             predictions = evaluation.predictions(predictor.passages)
+            check_lock()
             _write(output_dir, predictions, metrics, config_text)
     return metrics
 

@@ -1,16 +1,18 @@
 """Mode `export`: a checkpoint as a parameter file, as a Hugging Face or T5X folder, or as a program."""
 
 from pathlib import Path
+from typing import Any
 
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks
-from glimmer_jax.modes.checkpoint import CheckpointConfig
-from glimmer_jax.serving.stablehlo import ProgramConfig, export_program
+from glimmer_jax.modes.checkpoint import CheckpointConfig, Trained
+from glimmer_jax.serving.stablehlo import ProgramConfig, export_program, new_program_folder
 from glimmer_jax.storage import folder
 from glimmer_jax.weights import huggingface, parameters, t5_names, t5x
 from glimmer_jax.weights.model_config import describe
 from glimmer_jax.weights.params_file import save_params_file
 
+_FILE = ".safetensors"
 FORMATS = ("huggingface", "t5x", "t5x_adapter")
 # File or folder -> what a folder with it holds.
 _OTHERS = {
@@ -49,39 +51,51 @@ def export(
         raise ValueError(
             f"OUTPUT_FORMAT must be one of {', '.join(FORMATS)}, got {output_format!r}."
         )
-    with checks.sole_writer(output_path):
-        if program is None:
-            _check_free(output_path, overwrite)
-        trained = checkpoint.read()
-        model, vocabulary = trained.model, trained.vocabulary
-        for bucket in () if program is None else program.buckets:
-            checks.lengths_for(model.config, bucket)
-        params = parameters.load(checkpoint.checkpoint_path, model, vocabulary.fingerprint)
-        lengths = trained.record.task_feature_lengths
-        config, described = model.config, describe(model.config, vocabulary.fingerprint, lengths)
-        if program is not None:
-            params = parameters.read(params)
-            export_program(output_path, model, params, program, vocabulary.fingerprint)
-            content = "programs that need JAX alone"
-        elif output_path.endswith(".safetensors"):
-            save_params_file(output_path, params, described, trained.own_vocabulary())
-            content = "a parameter file"
-        elif output_format == "huggingface":
-            sentencepiece_model = Path(vocabulary.path).read_bytes()
-            huggingface.save(output_path, params, config, described, sentencepiece_model)
-            content = f"{output_format}, {_names_of(model)}"
-        elif output_format == "t5x":
-            t5x.save(output_path, params, described)
-            content = f"{output_format}, {_names_of(model)}"
-        else:
-            t5x.save_tree(output_path, params)
-            content = f"{output_format}, the parameter tree of glimmer_jax"
+    _check_free(output_path, program, overwrite)
+    trained = checkpoint.read()
+    for bucket in () if program is None else program.buckets:
+        checks.lengths_for(trained.model.config, bucket)
+    in_place = program is None and not output_path.endswith(_FILE)
+    with checks.sole_writer(output_path, in_place) as check_lock:
+        # It may have appeared while the checkpoint was read.
+        _check_free(output_path, program, overwrite)
+        fingerprint = trained.vocabulary.fingerprint
+        params = parameters.load(checkpoint.checkpoint_path, trained.model, fingerprint)
+        check_lock()
+        content = _write(output_path, params, trained, output_format, program)
     print(f"Wrote {output_path}: {content}.")
 
 
-def _check_free(path: str, overwrite: bool) -> None:
+def _write(
+    path: str, params: Any, trained: Trained, output_format: str, program: ProgramConfig | None
+) -> str:
+    """Writes the output and describes it."""
+    model, vocabulary = trained.model, trained.vocabulary
+    lengths = trained.record.task_feature_lengths
+    described = describe(model.config, vocabulary.fingerprint, lengths)
+    if program is not None:
+        export_program(path, model, parameters.read(params), program, vocabulary.fingerprint)
+        return "programs that need JAX alone"
+    if path.endswith(_FILE):
+        save_params_file(path, params, described, trained.own_vocabulary())
+        return "a parameter file"
+    if output_format == "t5x_adapter":
+        t5x.save_tree(path, params)
+        return f"{output_format}, the parameter tree of glimmer_jax"
+    if output_format == "t5x":
+        t5x.save(path, params, described)
+    else:
+        sentencepiece_model = Path(vocabulary.path).read_bytes()
+        huggingface.save(path, params, model.config, described, sentencepiece_model)
+    return f"{output_format}, {_names_of(model)}"
+
+
+def _check_free(path: str, program: ProgramConfig | None, overwrite: bool) -> None:
     """Raises ValueError where the output would replace something, or mix with it."""
-    if path.endswith(".safetensors"):
+    if program is not None:
+        new_program_folder(path)
+        return
+    if path.endswith(_FILE):
         checks.new_params_file(path, overwrite)
         return
     files = folder.list_files(folder.open_folder(path), "")

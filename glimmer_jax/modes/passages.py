@@ -10,6 +10,7 @@ from glimmer_jax.corpus.passages_writer import check_absent, write_passages
 from glimmer_jax.corpus.reading import Reading, read_passages
 from glimmer_jax.corpus.report import Report
 from glimmer_jax.modes import checks
+from glimmer_jax.storage.folder import local
 from glimmer_jax.weights.find_vocabulary import find_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ def passages(
       ValueError: missing settings or files, invalid lines, an unfit vocabulary, or the folder exists.
     """
     checks.required(CORPUS=corpus, PASSAGES_DIR=passages_dir)
+    local("PASSAGES_DIR", passages_dir)
     check_absent(passages_dir, overwrite)
     text = find_vocabulary(vocabulary)
     unk_id = text.unk_id  # An unfit vocabulary is rejected before the corpus is read.

@@ -106,7 +106,7 @@ def retrieve(
         name: {**request, "questions": [_sha256(path) for path in paths]}
         for name, paths in by_task.items()
     }
-    with checks.sole_writer(data_dir):
+    with checks.sole_writer(data_dir, in_place=True) as check_lock:
         complete = _complete_files(data_dir, requests, overwrite)
         everything = training = retriever.open(passages)
         if any(_is_training(name) for name in by_task.keys() - complete):
@@ -125,6 +125,7 @@ def retrieve(
                 chosen = training if _is_training(name) else everything
                 asked = read_task(name, paths, by_id, question_words)
                 retrieved = _retrieve_file(asked, counts[name], chosen, num_passages, scores)
+                check_lock()
                 _write(path, retrieved, passages, requests[name])
             if scores.passages().get(f"recall_at_{ks[-1]}") == 0 and jax.process_index() == 0:
                 _warn_of_provenance(name, read_task(name, paths, by_id), passages)

@@ -98,7 +98,8 @@ class PredictorEngine:
             if newest is self._predictor:
                 return False
             _search_once(newest)
-            # Programs are compiled once, for each m.
+            newest.warm_up()  # The lookup of another memory is another program.
+            # The model's programs are compiled once, for each m.
             by_kept = {m: old.over(newest) for m, old in self._version.by_kept.items()}
             self._version = _Version(by_kept, newest.describe())
             return True

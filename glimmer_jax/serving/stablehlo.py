@@ -15,6 +15,7 @@ checkpoint's. docs/serving.md has the calling convention.
 import dataclasses
 import hashlib
 import json
+import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -59,6 +60,14 @@ class ProgramConfig:
         return [check_lengths(bucket) for bucket in self.buckets]
 
 
+def new_program_folder(path: Any) -> pathlib.Path:
+    """The folder of an export. Raises ValueError if it exists, or is in a bucket."""
+    target = folder.local("OUTPUT_PATH (of programs)", path)
+    if target.exists():
+        raise ValueError(f"OUTPUT_PATH: {target} exists. Give a new folder.")
+    return target
+
+
 def export_program(
     path: Any, model: GlimmerModel, params: Any, config: ProgramConfig, vocabulary: str
 ) -> None:
@@ -74,9 +83,7 @@ def export_program(
     Raises:
       ValueError: the folder exists, or the program needs memory that the model does not have.
     """
-    target = folder.local("OUTPUT_PATH (of programs)", path)
-    if target.exists():
-        raise ValueError(f"OUTPUT_PATH: {target} exists. Give a new folder.")
+    target = new_program_folder(path)
     if config.from_memory and not model.config.memory_layers:
         raise ValueError(
             "FROM_MEMORY: FiD has no memory. Set it to False, or export LUMEN or GLIMMER."

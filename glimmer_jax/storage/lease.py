@@ -28,8 +28,6 @@ import tensorstore as ts
 from glimmer_jax.runtime.preemption import STOP
 from glimmer_jax.storage.errors import storage_error
 from glimmer_jax.storage.folder import (
-    in_bucket,
-    local_path,
     of_file,
     open_folder,
     reject_special_files,
@@ -143,6 +141,7 @@ class WriterLock:
         name: str,
         lease_seconds: float = LEASE_SECONDS,
         about: Mapping[str, Any] | None = None,
+        held: str | None = None,
     ):
         """Does not take the lock yet.
 
@@ -151,7 +150,9 @@ class WriterLock:
           name: of the lock file in it.
           lease_seconds: how long the file may stay unchanged before its holder counts as dead.
           about: further facts about the holder, see `about`; JSON-able.
+          held: what is locked, for messages; None is the folder.
         """
+        self._held = held or kvstore.url
         self._kvstore = kvstore
         self._name = name
         self._where = f"{kvstore.url}{name}"
@@ -263,8 +264,8 @@ class WriterLock:
             dead = result.stamp.generation == first
         if not dead:
             raise ValueError(
-                f"{self._kvstore.url} is being written by {holder or 'another process'}. One writer at "
-                "a time: wait for it, stop it, or choose another folder."
+                f"{self._held} is being written by {holder or 'another process'}. One writer at a "
+                "time: wait for it, stop it, or choose another path."
             )
         _logger.warning("%s is stale: %s is dead.", self._where, holder or "its holder")
         return result.stamp.generation
@@ -318,13 +319,13 @@ class WriterLock:
                 _logger.warning("%s could not be renewed: %s", self._where, error)
 
 
-def output_lock(path: str | os.PathLike) -> WriterLock:
-    """The lock of a file or folder that is about to be written: `.NAME.lock` beside it."""
-    text = local_path(path).rstrip("/")
-    if in_bucket(text) and "/" not in text.partition("://")[2]:
-        return WriterLock(open_folder(text), ".lock")  # Nothing is beside a bucket.
-    folder, name = of_file(text)
-    return WriterLock(folder, f".{name}.lock")
+def output_lock(path: str | os.PathLike, inside: bool = False) -> WriterLock:
+    """The lock of an output: `.NAME.lock` beside it, or `.lock` inside a folder written in place."""
+    text = os.fspath(path)
+    if inside:
+        return WriterLock(open_folder(text), ".lock", held=text)
+    folder, name = of_file(text.rstrip("/"))
+    return WriterLock(folder, f".{name}.lock", held=text)
 
 
 def _here() -> dict[str, Any]:

@@ -54,8 +54,8 @@ def test_loss_is_the_sum_of_its_terms_over_their_denominators():
         "token_accuracy": (((log_probs.argmax(-1) == targets) * weights).sum(), weights.sum()),
         "distillation": (distillation, several),
         "supervised_rerank": (supervised, with_gold),
-        "recall_at_1": (gold[np.arange(tiny.B), scores.argmax(-1)].sum(), with_gold),
-        "recall_kept": (np.take_along_axis(gold, np.asarray(kept), 1).any(-1).sum(), with_gold),
+        "recall_at_1": (gold[np.arange(tiny.B), scores.argmax(-1)].sum(), tiny.B),
+        "recall_kept": (np.take_along_axis(gold, np.asarray(kept), 1).any(-1).sum(), tiny.B),
     }
     assert metrics.keys() == want.keys()
     for name, pair in want.items():

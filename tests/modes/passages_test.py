@@ -73,11 +73,11 @@ def test_the_documented_commands_run_as_they_stand():
 
     write("data/kilt/kilt_knowledgesource.json", json.dumps(PAGES[0]).encode())
     write("data/dpr/psgs_w100.tsv.gz", gzip.compress(DPR.encode()))
-    write("t5/spiece.model", PYDOCS_MODEL.read_bytes())
-    pathlib.Path("corpus").mkdir()
+    write("data/t5/spiece.model", PYDOCS_MODEL.read_bytes())
+    pathlib.Path("data/corpus").mkdir()
     for name, number in (("a", 1), ("b", 2)):
         rows = {"id": [number], "title": ["t"], "text": ["word " * (100 * number)]}
-        parquet.write_table(pyarrow.table(rows), f"corpus/{name}.parquet")
+        parquet.write_table(pyarrow.table(rows), f"data/corpus/{name}.parquet")
     text = (pathlib.Path(shipped.root()) / "docs" / "kilt.md").read_text(encoding="utf-8")
     block = text.partition("\n## Corpus\n")[2].split("```sh\n")[1].split("```")[0]
     commands = [line for line in block.replace("\\\n", "").splitlines() if line[0] != "#"]
@@ -85,7 +85,7 @@ def test_the_documented_commands_run_as_they_stand():
         name, *flags = shlex.split(command)
         assert name == "glimmer" and command_line.main(flags) == 0
         gin.clear_config()
-    folders = ("data/kilt/passages", "data/dpr/passages", "passages")
+    folders = ("data/kilt/passages", "data/dpr/passages", "data/own_passages")
     assert [len(Passages.open(folder)) for folder in folders] == [3, 2, 3]
 
 

@@ -148,7 +148,7 @@ def test_every_stage_of_retrieval_polls_the_stop_signal(work, tmp_path, monkeypa
     retrieval = "glimmer_jax.retrieval"
     assert asked == {
         f"{retrieval}.bm25": 8,
-        f"{retrieval}.dense": 2,
+        f"{retrieval}.text_encoder": 2,
         f"{retrieval}.top_k": 2,
         "glimmer_jax.runtime.preemption": 4,
     }
