@@ -1,8 +1,8 @@
-"""Draws the README's figure from the results table of the model card.
+"""Draws the README's figure from the results tables of the model card.
 
     python -m experiments.readme_figure
 
-After training new models, update the table in glimmer_jax/checkpoints/README.md and rerun this.
+After training new models, update the tables in glimmer_jax/checkpoints/README.md and rerun this.
 """
 
 from pathlib import Path
@@ -11,30 +11,49 @@ from glimmer_jax.shipped import CHECKPOINTS
 
 CARD = CHECKPOINTS / "README.md"
 FIGURE = Path("docs") / "quality_compute.png"
-MARKER = "<!-- results -->"  # in the card, just before the table
 MODELS = ("FiD", "LUMEN", "GLIMMER")
 BASELINE = "BM25's first title"
-QUALITY = "which function, exact match"
+QUALITY = "which function"  # exact match
 COST = "GFLOP per question"
 SPEED = "questions per second"
 
 
 def results(card: str) -> dict[str, dict[str, str]]:
-    """Row name -> column name -> cell, of the table that follows `MARKER`.
+    """Row name -> column name -> cell: exact match of all test questions, cost and speed.
 
     Raises:
-      ValueError: the card has no such table, or a row or column is missing.
+      ValueError: a row or column is missing.
     """
-    lines = card.partition(MARKER)[2].strip().partition("\n\n")[0].splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    table = {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
-    for name in (*MODELS, BASELINE):
-        if name not in table:
-            raise ValueError(f"{CARD.name}: the table after {MARKER} has no row {name!r}.")
-    for column in (QUALITY, COST, SPEED):
-        if column not in rows[0]:
-            raise ValueError(f"{CARD.name}: the table after {MARKER} has no column {column!r}.")
-    return table
+    quality, speed = _table(card, QUALITY), _table(card, SPEED)
+    found = {
+        name: {
+            QUALITY: _cell(quality, f"{name}, test", QUALITY),
+            COST: _cell(speed, name, COST),
+            SPEED: _cell(speed, name, SPEED),
+        }
+        for name in MODELS
+    }
+    baseline, _, what = _cell(quality, "trivial baseline", QUALITY).partition(", ")
+    if what != BASELINE:
+        raise ValueError(f"{CARD.name}: expected the trivial baseline {BASELINE!r}, got {what!r}.")
+    return {**found, BASELINE: {QUALITY: baseline}}
+
+
+def _table(card: str, column: str) -> dict[str, dict[str, str]]:
+    """Row name -> column name -> cell of the first table with a column."""
+    for block in card.split("\n\n"):
+        rows = [
+            [cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()
+        ]
+        if block.startswith("|") and column in rows[0]:
+            return {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
+    raise ValueError(f"{CARD.name}: no table has a column {column!r}.")
+
+
+def _cell(table: dict[str, dict[str, str]], row: str, column: str) -> str:
+    if row not in table or column not in table[row]:
+        raise ValueError(f"{CARD.name}: the table has no row {row!r} with a column {column!r}.")
+    return table[row][column]
 
 
 def plot(table: dict[str, dict[str, str]], path: Path) -> None:

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from experiments import readme_figure
-from experiments.readme_figure import COST, MODELS
+from experiments.readme_figure import COST, MODELS, QUALITY
 
 CARD = readme_figure.CARD.read_text(encoding="utf-8")
 README = (readme_figure.CARD.parents[2] / "README.md").read_text(encoding="utf-8")
@@ -19,8 +19,7 @@ def test_readme_table_has_the_model_cards_results():
     table = readme_figure.results(CARD)
     for name in MODELS:
         (row,) = re.findall(rf"^\| {name} .*$", README, re.MULTILINE)
-        (test,) = re.findall(rf"^\| {name}, test .*$", CARD, re.MULTILINE)
-        assert cells(row)[-2:] == [cells(test)[1], str(table[name][COST])]
+        assert cells(row)[-2:] == [table[name][QUALITY], table[name][COST]]
 
 
 def test_figure_is_a_png_and_reproducible(tmp_path):
@@ -32,8 +31,19 @@ def test_figure_is_a_png_and_reproducible(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "old, missing", [("| LUMEN |", "LUMEN"), (f"| {COST} |", COST), ("<!-- results -->", "FiD")]
+    "old, missing",
+    [
+        ("| LUMEN |", "LUMEN"),
+        ("| LUMEN, test |", "LUMEN, test"),
+        (f"| {COST} |", COST),
+        (f"| {QUALITY} |", QUALITY),
+    ],
 )
 def test_card_without_a_row_or_column_is_rejected(old, missing):
     with pytest.raises(ValueError, match=missing):
         readme_figure.results(CARD.replace(old, "| other |"))
+
+
+def test_another_baseline_is_rejected():
+    with pytest.raises(ValueError, match="BM25's first title.*'a rule'"):
+        readme_figure.results(CARD.replace(f", {readme_figure.BASELINE}", ", a rule"))
