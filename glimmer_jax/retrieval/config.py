@@ -1,12 +1,15 @@
 """Which retriever finds the passages of a question, and its settings."""
 
 import dataclasses
+import logging
 
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.retrieval.bm25 import Bm25Config, Bm25Retriever
 from glimmer_jax.retrieval.dense import DenseConfig, DenseRetriever
 from glimmer_jax.retrieval.hybrid import HybridRetriever, check_weight
 from glimmer_jax.retrieval.retriever import Retriever
+
+logger = logging.getLogger(__name__)
 
 METHODS = ("bm25", "dense", "hybrid")
 
@@ -31,6 +34,14 @@ class RetrieverConfig:
         # Also where the method does not use it: a wrong value must not wait for another method.
         check_weight(self.dense_weight)
 
+    def _unused(self) -> list[str]:
+        """Macros that were set and that the method does not read."""
+        if self.method == "bm25":
+            given = {"ENCODER_DIR": self.dense.encoder_dir, "INDEX_DIR": self.dense.index_dir}
+            return [name for name, value in given.items() if value]
+        changed = self.dense_weight != RetrieverConfig.dense_weight
+        return ["DENSE_WEIGHT"] if self.method == "dense" and changed else []
+
     def open(self, passages: Passages) -> Retriever:
         """The retriever over a corpus; builds or resumes an unfinished dense index.
 
@@ -39,6 +50,8 @@ class RetrieverConfig:
           StopRequested: a stop was requested; finished parts of the index are kept.
         """
         self.check()
+        if unused := self._unused():
+            logger.warning("RETRIEVER=%r does not use %s.", self.method, " and ".join(unused))
         if self.method == "bm25":
             return Bm25Retriever(passages, self.bm25)
         dense = DenseRetriever.open(passages, self.dense)
