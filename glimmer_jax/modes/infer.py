@@ -3,7 +3,7 @@
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +76,10 @@ def infer(
     if jax.process_index():
         deque(answers, maxlen=0)  # all processes compute, one writes
         return
-    with checks.sole_writer(path):
+    with checks.sole_writer(path) as check_lock:
         # It may have appeared while the model was loaded.
         checks.replaceable("INFER_OUTPUT_DIR", path, overwrite)
-        count = write_json_lines(path, answers)
+        count = write_json_lines(path, _then(answers, check_lock))
     print(f"Wrote {count} answers to {path}.")
     if predictor.truncated:
         print(
@@ -92,6 +92,11 @@ def infer(
         )
     if predictor.masked:
         print(f"{predictor.masked} passages are missing from the memory and were left out.")
+
+
+def _then(answers: Iterator[Example], last: Callable[[], None]) -> Iterator[Example]:
+    yield from answers
+    last()
 
 
 def _read_questions(path: Path) -> list[Example]:

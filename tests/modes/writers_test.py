@@ -112,6 +112,19 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(work, tmp_path, monkeypat
         assert file.read() == "precious"
 
 
+@pytest.mark.parametrize("mode", ["retrieve", "export", "export a file", "infer"])
+def test_nothing_is_written_after_another_writer_took_over(work, tmp_path, monkeypatch, mode):
+    function, arguments, *_ = command(mode, work, str(tmp_path / "result"))
+
+    def lost(lock):
+        raise ValueError("taken over")
+
+    monkeypatch.setattr(checks.lease.WriterLock, "check", lost)
+    with pytest.raises(ValueError, match="taken over"):
+        function(*arguments)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_an_output_that_cannot_be_in_a_bucket_is_not_locked_there(work):
     with pytest.raises(ValueError, match="PASSAGES_DIR is written to a local disk"):
         passages(str(work / "corpus.jsonl"), "gs://nobody/passages", 8, "pydocs")
