@@ -18,7 +18,7 @@ from glimmer_jax.modes import checks
 from glimmer_jax.modes.settings import flatten
 from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.preflight import chips, programs
-from glimmer_jax.preflight.compiling import Compiled, after_lookup, compile_program, flops_of
+from glimmer_jax.preflight.compiling import Compiled, compile_program, flops_of, in_sequence
 from glimmer_jax.preflight.nearest import changes, macros_of, with_remat
 from glimmer_jax.preflight.programs import JOBS, Settings
 from glimmer_jax.preflight.report import Report
@@ -144,8 +144,7 @@ def examine(job: str, settings: Settings, place: chips.Topology, devices: list[A
     program = JOBS[job](settings, mesh)
     compiled = compile_program(program, mesh)
     if (lookup := programs.lookup(settings, mesh)) is not None:
-        memory = programs.bytes_on_device(program.kinds["batch"]["passage_memory"])
-        compiled = after_lookup(compile_program(lookup, mesh), compiled, memory)
+        compiled = in_sequence(compile_program(lookup, mesh), compiled)
     model_flops = compiled.flops
     if job == "train" and model.config.t5.remat_policy != "none":
         plain = {**settings, "model": with_remat(model, "none")}

@@ -23,9 +23,10 @@ _NO_ROOM_FOR_TEMPORARIES = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """One program, compiled or rejected for lack of memory."""
+    """A job's programs, compiled or rejected for lack of memory."""
 
     bytes_per_device: dict[str, int]  # by kind, and `total`
+    returned: int  # bytes of the results per device, part of the activations
     flops: int  # on all devices
     traffic: dict[str, Traffic]
     between_slices: int  # bytes that a device receives from other slices
@@ -36,20 +37,22 @@ class Compiled:
 
 
 def compile_program(program: Program, mesh: Mesh) -> Compiled:
-    """Compiles for the mesh's devices without running anything."""
+    """Compiles for the mesh's devices without running anything; programs that follow as well."""
     given = program.bytes_by_kind()
-    flops = flops_of(program, mesh)
     with jax.set_mesh(mesh):
-        lowered = program.function.lower(*program.arguments)
+        traced = program.function.trace(*program.arguments)
+        flops = count_flops(traced.jaxpr, program.while_trips)
         try:
-            compiled = lowered.compile()
+            compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
             why = no_room(str(error), sum(given.values()))
             if why is None:
                 raise
             used, message = why
             kinds = {**given, "activations": max(used - sum(given.values()), 0), "total": used}
-            return Compiled(kinds, flops, {}, 0, 0, 0, 0, message)
+            if program.then is not None:
+                flops += flops_of(program.then(traced.out_info), mesh)
+            return Compiled(kinds, 0, flops, {}, 0, 0, 0, 0, message)
     memory = compiled.memory_analysis()
     returned = memory.output_size_in_bytes - memory.alias_size_in_bytes
     # Arguments are padded. Unused arguments occupy memory as well.
@@ -58,52 +61,62 @@ def compile_program(program: Program, mesh: Mesh) -> Compiled:
     activations += padding
     text = compiled.as_text()
     once = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    return Compiled(
+    first = Compiled(
         {**given, "activations": activations, "total": sum(given.values()) + activations},
+        returned,
         flops,
         *traffic(text, mesh),
         once + hlo.reread_bytes(text),
         hlo.estimated_cycles(text),
         hlo.custom_kernels(text),
     )
+    if program.then is None:
+        return first
+    results = jax.tree.map(
+        lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),
+        traced.out_info,
+        compiled.output_shardings,
+    )
+    return in_sequence(first, compile_program(program.then(results), mesh))
 
 
-def after_lookup(lookup: Compiled, step: Compiled, memory: int) -> Compiled:
-    """The step and the lookup before it as one program: total traffic, maximum memory.
+def in_sequence(first: Compiled, second: Compiled) -> Compiled:
+    """Two programs, of which the second reads the first one's results: total work, maximum memory.
 
-    Args:
-      lookup: the compiled lookup.
-      step: the compiled step.
-      memory: bytes per device of the lookup's result, which is part of the step's batch.
+    Arguments of both stay in memory throughout. The results are among the second one's.
     """
-    kinds = dict(step.bytes_per_device)
-    table = kinds["memory_table"] = lookup.bytes_per_device["memory_table"]
-    more = lookup.bytes_per_device["activations"] - memory - kinds["activations"]
-    if more > 0:
-        kinds["activations"] += more
-    kinds["total"] += table + max(more, 0)
-    traffic = dict(step.traffic)
-    # The traffic of a rejected step is unknown, and that of the lookup alone would mislead.
-    for kind, one in lookup.traffic.items() if step.why_not is None else ():
-        other = traffic.get(kind, Traffic(0, 0))
-        traffic[kind] = Traffic(one.count + other.count, one.bytes + other.bytes)
-    return dataclasses.replace(
-        step,
-        bytes_per_device=kinds,
-        traffic=traffic,
-        between_slices=step.between_slices + lookup.between_slices,
-        memory_traffic=step.memory_traffic + lookup.memory_traffic,
-        cycles=step.cycles and step.cycles + lookup.cycles,
-        kernels=step.kernels + lookup.kernels,
-        why_not=step.why_not or lookup.why_not,
+    kinds = first.bytes_per_device | second.bytes_per_device
+    kinds["activations"] = max(
+        first.bytes_per_device["activations"] - first.returned,
+        second.bytes_per_device["activations"],
+    )
+    del kinds["total"]
+    why_not = first.why_not or second.why_not
+    both: dict[str, Traffic] = {}
+    # The traffic of a rejected program is unknown, and that of the other alone would mislead.
+    for one in (first.traffic, second.traffic) if why_not is None else ():
+        for kind, more in one.items():
+            known = both.get(kind, Traffic(0, 0))
+            both[kind] = Traffic(known.count + more.count, known.bytes + more.bytes)
+    return Compiled(
+        {**kinds, "total": sum(kinds.values())},
+        second.returned,
+        first.flops + second.flops,
+        both,
+        first.between_slices + second.between_slices,
+        first.memory_traffic + second.memory_traffic,
+        first.cycles + second.cycles if first.cycles and second.cycles else 0,
+        first.kernels + second.kernels,
+        why_not,
     )
 
 
 def flops_of(program: Program, mesh: Mesh) -> int:
     """FLOPs of one step's matrix products, on all devices."""
     with jax.set_mesh(mesh):
-        jaxpr = jax.make_jaxpr(program.function)(*program.arguments)
-    return count_flops(jaxpr, program.while_trips)
+        traced = program.function.trace(*program.arguments)
+    flops = count_flops(traced.jaxpr, program.while_trips)
+    return flops if program.then is None else flops + flops_of(program.then(traced.out_info), mesh)
 
 
 def no_room(message: str, given: int) -> tuple[int, str] | None:

@@ -15,7 +15,7 @@ from glimmer_jax.axes import Lengths, check_lengths
 from glimmer_jax.memory import encoding, table
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.serving import param_layout
-from glimmer_jax.serving.step import predict_step
+from glimmer_jax.serving import step as serving_step
 from glimmer_jax.training.optimizer import make_optimizer
 from glimmer_jax.training.state import abstract_state, state_shardings
 from glimmer_jax.training.step import jit_train_step, make_train_step
@@ -25,12 +25,13 @@ Settings = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jitted function and the shapes of its arguments."""
+    """A jitted function and the shapes of its arguments; a job may run several, one after the other."""
 
     function: Any  # jitted
     arguments: tuple[Any, ...]  # trees of ShapeDtypeStructs with shardings
     kinds: dict[str, Any]  # the arguments by kind
     while_trips: int = 1  # maximum iterations of loops without a static length
+    then: Callable[[Any], "Program"] | None = None  # the next program, from this one's results
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes per device of each kind of argument."""
@@ -65,19 +66,30 @@ def train(settings: Settings, mesh: Mesh) -> Program:
 
 
 def answer(settings: Settings, mesh: Mesh) -> Program:
-    """Answers to a batch of questions, from memory if `memory_dir` is set; laid out as in serving."""
+    """Answers to a batch of questions, from memory if `memory_dir` is set; the programs of serving."""
     platform = mesh.devices.flat[0].platform
     model = param_layout.unrolled(settings["model"], platform)
     lengths = check_lengths(settings["task_feature_lengths"])
     from_memory = settings.get("memory_dir") is not None
     batch = batch_shapes(model, lengths, settings["batch_size"], mesh, from_memory)
+    batch = {name: shape for name, shape in batch.items() if name in serving_step.READ}
     rows = settings["batch_size"] * model.decode.beams
     params = parameter_shapes(model, mesh)
     laid_out = jax.eval_shape(lambda p: param_layout.lay_out(model, p, rows, platform), params)
     params = jax.tree.map(_shape, laid_out, jax.tree.map(lambda leaf: leaf.sharding, params))
     seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=partitioning.replicated(mesh))
+
+    def decode(results: Any) -> Program:
+        encoded, mask, _ = results
+        return Program(
+            serving_step.answer_step(model),
+            (params, encoded, mask, None, seed, seed, lengths.target),
+            {"parameters": params, "encoded": (encoded, mask)},
+            lengths.target,
+        )
+
     kinds = {"parameters": params, "batch": batch}
-    return Program(predict_step(model), (params, batch, seed, seed), kinds, lengths.target)
+    return Program(serving_step.read_step(model), (params, batch), kinds, then=decode)
 
 
 def build_memory(settings: Settings, mesh: Mesh) -> Program:

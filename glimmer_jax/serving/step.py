@@ -22,7 +22,8 @@ from glimmer_jax.vocabulary import Vocabulary
 
 Batch = dict[str, Any]
 _MEMORY = ("passage_memory", "passage_lengths")
-_READ = ("question_tokens", "passage_tokens", *_MEMORY)
+# Features that the first program reads.
+READ = ("question_tokens", "passage_tokens", *_MEMORY)
 
 
 class Reading(NamedTuple):
@@ -35,18 +36,14 @@ class Reading(NamedTuple):
     candidates: jax.Array | None  # int32 [B, N, T]
 
 
-def predict_step(model: GlimmerModel) -> Any:
-    """Jitted `(params, batch, seed, index of the batch) -> (tokens, aux)`."""
-
-    @jax.jit
-    def step(params: Any, batch: Batch, seed: Any, number: Any) -> Any:
-        rng = jax.random.fold_in(jax.random.key(seed), number)
-        return model.predict_batch_with_aux(params, batch, rng)
-
-    return step
+def read_step(model: GlimmerModel) -> Any:
+    """Jitted `read_batch`, the first of the two programs: `(params, batch) -> (encoded, mask, aux)`."""
+    return jax.jit(model.read_batch)
 
 
-def _answer_step(model: GlimmerModel) -> Any:
+def answer_step(model: GlimmerModel) -> Any:
+    """Jitted `answer_batch`, the second program; `number` is the index of the batch."""
+
     @functools.partial(jax.jit, static_argnums=6)
     def step(
         params: Any, encoded: Any, mask: Any, candidates: Any, seed: Any, number: Any, length: int
@@ -75,8 +72,8 @@ class Predict:
         self._lookup = lookup
         self._seed = seed
         self._numbers = itertools.count()
-        self._read_step = jax.jit(model.read_batch)
-        self._answer_step = _answer_step(model)
+        self._read_step = read_step(model)
+        self._answer_step = answer_step(model)
         self._ahead = ReadAhead(self.load_memory)
 
     def over(self, lookup: Lookup | None) -> "Predict":
@@ -110,7 +107,7 @@ class Predict:
         rest = {name: value[own] for name, value in batch.items() if name not in _MEMORY}
         placed = put_batch(rest, self._mesh)
         placed |= {name: batch[name] for name in _MEMORY if name in batch}
-        inputs = {name: value for name, value in placed.items() if name in _READ}
+        inputs = {name: value for name, value in placed.items() if name in READ}
         with jax.set_mesh(self._mesh):
             encoded, mask, aux = self._read_step(params, inputs)
         if "gold_passages" in placed:
