@@ -153,11 +153,11 @@ def judge(study: Study, claim: Claim) -> tuple[str, list[Judged]]:
     # A contrast has the seeds that all its blocks have; speed is measured once.
     needed = min(BLOCKS[block].seeds for block in claim.blocks if not BLOCKS[block].speed)
     parts = [_judge_part(study, part, needed) for part in claim.parts]
-    verdicts = [part.verdict for part in parts if part.required]
-    for verdict in (FAILS, NOT_RUN, FEW_SEEDS, UNDECIDED):
-        if verdict in verdicts:
-            return verdict, parts
-    return HOLDS, parts
+    verdicts = {part.verdict for part in parts if part.required}
+    if len(verdicts) == 1:
+        return verdicts.pop(), parts
+    # One contradicted part decides; where only some parts have results, nothing is decided.
+    return next((each for each in (FAILS, FEW_SEEDS) if each in verdicts), UNDECIDED), parts
 
 
 def judge_all(study: Study) -> dict[str, tuple[str, list[Judged]]]:
@@ -191,9 +191,9 @@ def _verdict(
 
 
 def _judge_rivals(study: Study, part: Rivals, needed: int) -> Judged:
-    """The part against its closest rival, the one with the lowest lower bound.
+    """The part against all its rivals; it is shown against the closest, the one with the best mean.
 
-    The speed is compared with that of the best rival, the one with the highest mean.
+    One rival that contradicts it decides. The speed is compared with that of the best rival.
     """
     own = study.gflop(part.arm, part.selection)
     judged = []
@@ -203,19 +203,25 @@ def _judge_rivals(study: Study, part: Rivals, needed: int) -> Judged:
         terms = ((part.arm, part.selection, 1.0), (arm, key, -1.0))
         seeds, found = study.contrast(terms)
         if found is not None:
-            judged.append((found, seeds, arm, key))
-    if not judged or {arm for _, _, arm, _ in judged} != set(part.rivals):
+            verdict = _verdict(found, len(seeds), needed, part.above, None)
+            judged.append((found, seeds, arm, key, verdict))
+    if {arm for _, _, arm, *_ in judged} != set(part.rivals):
         return Judged(part.text, NOT_RUN, part.required, ())
-    found, seeds, arm, key = min(judged, key=lambda row: row[0].low)
-    verdict = _verdict(found, len(seeds), needed, part.above, None)
-    text = f"{part.text} (closest: {arm}, K = {key.split(':')[1]})"
-    if part.faster:
-        _, _, best, best_key = min(judged, key=lambda row: row[0].mean)
+    closest = min(judged, key=lambda row: row[0].mean)
+    verdicts = {verdict for *_, verdict in judged}
+    verdict = next(each for each in (FAILS, FEW_SEEDS, UNDECIDED, HOLDS) if each in verdicts)
+    if verdict == FAILS:
+        closest = min((row for row in judged if row[-1] == FAILS), key=lambda row: row[0].mean)
+    found, seeds, arm, key, _ = closest
+    limit = f" of {own:.2f} GFLOP" if part.cheaper else ""
+    text = f"{part.text}{limit} (closest: {ARMS[arm].about}, K = {key.split(':')[1]})"
+    if part.faster and verdict != FAILS:
+        _, _, best, best_key, _ = min(judged, key=lambda row: row[0].mean)
         speeds = study.speed(part.arm, part.selection), study.speed(best, best_key)
         if speeds[0] is None or speeds[1] is None:
-            verdict = NOT_RUN
+            verdict, text = UNDECIDED, f"{text}; speed not measured"
         elif not all(map(is_idle, speeds)):
-            verdict = FAILS if verdict == FAILS else UNDECIDED
+            verdict = UNDECIDED
         elif speeds[0]["questions_per_second"] <= speeds[1]["questions_per_second"]:
             verdict = FAILS
     return Judged(text, verdict, part.required, seeds, found)

@@ -46,6 +46,8 @@ FIRST_SEED = 1000
 # of 4,500 steps three times the rate lost fact verification. Their variants use the same ones.
 TUNING_SEED = 500
 RATES = (1.0, 2.0, 4.0)
+# Tried as well if the best of `RATES` is at an edge: best -> further factor.
+BEYOND = {RATES[0]: RATES[0] / 2, RATES[-1]: RATES[-1] * 2}
 
 
 class Selection(NamedTuple):

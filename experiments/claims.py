@@ -13,7 +13,7 @@ Training and evaluation use one core, on which a run costs a fifth less than on 
 each with its own `--arms` and core (`taskset -c N`), work side by side; their results files, one after
 the other, are a results file.
 Block T tunes learning rates on dev; run it before the others, or they use the rates of the recipe.
-Block S measures speed; run it alone on an idle machine.
+Block S measures speed; run it alone on an idle machine. It is repeated until nothing ran beside it.
 
     experiments/claims.jsonl    a line per unit
     experiments/claims.json     statistics and verdicts
@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments import claim_arms, claim_report
+from experiments.claim_analysis import is_idle
 from experiments.claim_arms import ARMS, BLOCKS, TUNING, Arm, Scale, Selection
 from experiments.claim_results import Results, digest
 from experiments.command import cores, glimmer, run_module
@@ -60,7 +61,9 @@ class Unit(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs all unfinished units, then writes the report. Exits at the first failing command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--blocks", default=",".join(BLOCKS), help=f"{TUNING} tunes rates")
+    parser.add_argument(
+        "--blocks", help=f"{TUNING} tunes rates, S measures speed; default: all others"
+    )
     parser.add_argument("--arms", help="separated by commas; default: all of each block")
     parser.add_argument(
         "--seeds", help="separated by commas; default: as many as each block's verdict needs"
@@ -70,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--report", action="store_true", help="only rewrite the report")
     parser.add_argument("--smoke", action="store_true", help="tiny runs, reported into --output")
     args = parser.parse_args(argv)
-    blocks = args.blocks.split(",")
+    default = [block for block, about in BLOCKS.items() if args.smoke or not about.speed]
+    blocks = default if args.blocks is None else args.blocks.split(",")
     if unknown := sorted(set(blocks) - {TUNING, *BLOCKS}):
         parser.error(f"--blocks must be among {TUNING}, {', '.join(BLOCKS)}; got {unknown}.")
     try:
@@ -129,6 +133,8 @@ class Study:
             self._prepare()
             if TUNING in blocks:
                 self._run_all(list(self._tuning()))
+                # Known now: which of them are best at an edge.
+                self._run_all(list(self._tuning()))
             units = list(self._units([block for block in blocks if block != TUNING], seeds))
             if untuned := [
                 arm for arm in dict.fromkeys(x.arm for x in units) if self._tuned(arm) is None
@@ -142,9 +148,8 @@ class Study:
     def _tuning(self) -> Iterator[Unit]:
         for arm in claim_arms.TUNED:
             if arm in self._scale.arms:
-                yield from (
-                    Unit(TUNING, arm, claim_arms.TUNING_SEED, rate) for rate in claim_arms.RATES
-                )
+                for rate in self._factors(arm):
+                    yield Unit(TUNING, arm, claim_arms.TUNING_SEED, rate)
 
     def _units(self, blocks: Sequence[str], seeds: Sequence[int] | None) -> Iterator[Unit]:
         """Seed by seed within a block, so that an early stop leaves complete seeds."""
@@ -156,7 +161,7 @@ class Study:
                         yield Unit(block, arm, seed)
 
     def _run_all(self, units: list[Unit]) -> None:
-        todo = [unit for unit in units if self._results.find(**self._identity(unit)) is None]
+        todo = [unit for unit in units if not self._is_done(unit)]
         done = len(units) - len(todo)
         progress = Progress("claims", len(units), "units", done=done, emit=_print)
         for unit in todo:
@@ -164,6 +169,13 @@ class Study:
             self._results.append(self._run(unit))
             progress.advance()
         progress.log()
+
+    def _is_done(self, unit: Unit) -> bool:
+        """Whether a unit has a result; a speed that was measured beside other work is none."""
+        found = self._results.find(**self._identity(unit))
+        return found is not None and all(
+            is_idle(result) for result in found["results"].values() if "other_load" in result
+        )
 
     def _prepare(self) -> None:
         write_data()
@@ -186,20 +198,31 @@ class Study:
             return unit.rate
         return self._tuned(unit.arm) or 1.0
 
+    def _factors(self, name: str) -> list[float]:
+        """The factors to try: one more where the best of the first is at an edge."""
+        found = self._on_dev(name, claim_arms.RATES)
+        best = max(found, key=lambda rate: found[rate], default=None)
+        if len(found) < len(claim_arms.RATES) or best not in claim_arms.BEYOND:
+            return list(claim_arms.RATES)
+        return [*claim_arms.RATES, claim_arms.BEYOND[best]]
+
     def _tuned(self, name: str) -> float | None:
         """The factor that was best on dev; None before all of them are known."""
-        arm = ARMS[name].model
+        factors = self._factors(ARMS[name].model)
+        found = self._on_dev(ARMS[name].model, factors)
+        return max(found, key=lambda rate: found[rate]) if len(found) == len(factors) else None
+
+    def _on_dev(self, arm: str, factors: Sequence[float]) -> dict[float, float]:
+        """Exact match on dev, summed over tasks, of the factors that are known."""
         found = {}
-        for rate in claim_arms.RATES:
+        for rate in factors:
             tuned = self._results.find(
                 **self._identity(Unit(TUNING, arm, claim_arms.TUNING_SEED, rate))
             )
             if tuned is not None:
                 by_task = tuned["results"][ARMS[arm].default.key]["exact_match"]
                 found[rate] = sum(by_task.values())
-        if len(found) < len(claim_arms.RATES):
-            return None
-        return max(found, key=lambda rate: found[rate])
+        return found
 
     def _identity(self, unit: Unit) -> dict[str, Any]:
         """Fields that a unit's record must have to count as this unit's result."""

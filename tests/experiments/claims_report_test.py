@@ -179,6 +179,40 @@ def test_one_seed_has_no_interval_and_no_verdict(tmp_path):
     assert summary["claims"]["5"]["verdict"] == FEW_SEEDS
 
 
+def with_quality(results, arm, key, quality):
+    """Replaces the hits of an arm under a selection: a share of the questions, the same each seed."""
+    for record in results.units:
+        if record["arm"] == arm and record["block"] == "A":
+            bits = np.arange(COUNT) < round(quality[record["seed"]] * COUNT)
+            record["results"][key]["hits"] = {task: pack(bits) for task in TASKS}
+
+
+def test_a_contradicted_part_decides_without_the_speed(tmp_path):
+    results = fill(tmp_path / "claims.jsonl", "A")
+    verdict, (cheaper, faster) = judge_all(Study(results))["1"]
+    assert (verdict, cheaper.verdict, faster.verdict) == (UNDECIDED, HOLDS, UNDECIDED)
+    assert "speed not measured" in faster.text
+    with_quality(results, "fid", "retriever:20:20", [1.0] * 5)
+    verdict, (cheaper, faster) = judge_all(Study(results))["1"]
+    assert (verdict, cheaper.verdict, faster.verdict) == (FAILS, HOLDS, FAILS)
+    assert faster.estimate.high < -0.02
+
+
+def test_a_rival_with_few_or_noisy_seeds_hides_no_other(tmp_path):
+    results = fill(tmp_path / "claims.jsonl", "AS")
+    key = "retriever:1:1"
+    # Its interval reaches lowest, and its mean is below GLIMMER's.
+    with_quality(results, "lumen", key, [0.9, 0.1, 0.9, 0.1, 0.1])
+    with_quality(results, "fid", key, [1.0] * 5)
+    _, (cheaper, _) = judge_all(Study(results))["1"]
+    assert cheaper.verdict == FAILS and "FiD, K = 1" in cheaper.text
+    results = fill(tmp_path / "few.jsonl", "AS")
+    for record in [r for r in results.units if r["arm"] == "lumen" and r["seed"] > 1]:
+        record["results"].pop(key, None)
+    verdict, (cheaper, _) = judge_all(Study(results))["1"]
+    assert (verdict, cheaper.verdict) == (FEW_SEEDS, FEW_SEEDS)
+
+
 def test_equal_compute_leaves_out_dearer_rivals(tmp_path):
     # FiD and LUMEN are best where they read twenty passages, at far more compute.
     results = fill(tmp_path / "claims.jsonl", "AS")
@@ -217,6 +251,14 @@ def test_the_report_shows_every_claim_seed_and_baseline(complete, tmp_path):
     ):
         assert title in page
     assert "signature rule | 90.0" in page
+    seeds = [
+        100 * x["exact_match"]["slot_filling"]
+        for x in study.seeds("fid", "retriever:10:10").values()
+    ]
+    assert (
+        f"| FiD | slot filling | {sum(seeds) / 5:.1f} | {' '.join(f'{x:.1f}' for x in seeds)} |"
+        in page
+    )
     assert "beside other work" not in page
     for line in page.split("\n| ")[0].splitlines():
         assert len(line) <= 100
@@ -268,8 +310,9 @@ def test_tuning_is_shown_with_the_arms_that_use_it(tmp_path):
         results.append({**record, "block": TUNING, "rate": rate})
     claim_report.write(results, Folders(tmp_path, tmp_path))
     page = (tmp_path / "results.md").read_text()
-    assert "| GLIMMER | 1 | 40.0 / 90.0 / 50.0 |" in page
-    assert "| distillation, temperature 1 | 1 | 40.0 / 90.0 / 50.0 (GLIMMER) |" in page
+    dev = "1: 40.0, 2: 90.0, 4: 50.0"
+    assert f"| GLIMMER | 1 | {dev} |" in page
+    assert f"| distillation, temperature 1 | 1 | {dev} (GLIMMER) |" in page
     assert "| LUMEN | 1 | not tuned |" in page
 
 

@@ -80,6 +80,9 @@ def trainings(study):
 
 def test_every_block_runs_its_arms_once_per_seed(study):
     units = run("--seeds=0,1")
+    # Speed is measured when asked for, on an idle machine.
+    assert {unit["block"] for unit in units} == BLOCKS.keys() - {"S"}
+    units = run("--seeds=0,1", "--blocks=S")
     expected = {
         (block, arm, seed)
         for block, about in BLOCKS.items()
@@ -191,8 +194,9 @@ def test_an_interrupted_study_resumes_and_a_finished_one_runs_nothing(study):
 def test_an_arm_can_be_finished_before_the_others(study):
     units = run("--blocks=T,A,B", "--arms=glimmer", "--seeds=0,1")
     assert {unit["arm"] for unit in units} == {"glimmer"}
-    assert len(units) == len(RATES) + 2 + 2
-    assert sum(name.startswith("choose") for name in study.runs()) == len(RATES) + 2
+    # All rates are equal here, so that the first is the best, and the next beyond it is tried.
+    assert len(units) == len(RATES) + 1 + 2 + 2
+    assert sum(name.startswith("choose") for name in study.runs()) == len(RATES) + 1 + 2
     # The other arms add theirs to the same study.
     everything = run("--blocks=A", "--seeds=0,1")
     assert [unit["procedure"] for unit in everything] == [units[0]["procedure"]] * len(everything)
@@ -246,21 +250,56 @@ def test_rates_that_are_not_tuned_are_named(study, capsys):
     assert "rates of the recipe" not in capsys.readouterr().out
 
 
+def tune(study, qualities):
+    """Units of a study whose arms have these qualities, one for each training of block T."""
+    found = iter(list(qualities) * len(TUNED))
+    study.quality = lambda job: next(found, 0.5)
+    return run("--blocks=T,C", "--seeds=0")
+
+
 def test_rates_are_tuned_on_dev_and_used(study):
-    # A higher rate is better: jobs come in the order of the rates.
-    count = iter(range(1000))
-    study.quality = lambda job: next(count) / 1000
-    units = run("--blocks=T,C", "--seeds=0")
+    units = tune(study, (0.4, 0.6, 0.5))
     tuning = [unit for unit in units if unit["block"] == "T"]
     assert [(unit["arm"], unit["rate"]) for unit in tuning] == [
         (arm, rate) for arm in TUNED for rate in RATES
     ]
     assert {job["split"] for job in study.jobs[: len(tuning)]} == {"dev"}
     assert {job["split"] for job in study.jobs[len(tuning) :]} == {"test"}
-    assert {unit["rate"] for unit in units if unit["block"] == "C"} == {max(RATES)}
+    assert {unit["rate"] for unit in units if unit["block"] == "C"} == {RATES[1]}
     choosing = [m for m in trainings(study) if "choose" in m["MODEL_DIR"].name]
     rates = {m["LEARNING_RATE"] for m in choosing}
     assert rates == {rate * STAGES[0].settings["LEARNING_RATE"] for rate in RATES}
+
+
+@pytest.mark.parametrize(("qualities", "beyond"), [((0.6, 0.5, 0.4), 0.5), ((0.4, 0.5, 0.6), 8.0)])
+def test_a_best_rate_at_an_edge_is_compared_with_the_next(study, qualities, beyond, capsys):
+    units = tune(study, qualities)
+    for arm in TUNED:
+        rates = [unit["rate"] for unit in units if (unit["block"], unit["arm"]) == ("T", arm)]
+        assert rates == [*RATES, beyond]
+    # The stand-in's later answers are 0.5, below the best.
+    best = RATES[qualities.index(0.6)]
+    assert {unit["rate"] for unit in units if unit["block"] == "C"} == {best}
+    assert "rates of the recipe" not in capsys.readouterr().out
+
+
+def test_speed_is_measured_again_after_other_work_ran_beside_it(study):
+    load = 1.5
+    run_module = study.run_module
+
+    def measured(module, job, result, devices=None):
+        run_module(module, job, result, devices)
+        found = json.loads(Path(result).read_text())
+        for each in found["results"].values():
+            each["other_load"] = load
+        Path(result).write_text(json.dumps(found))
+
+    claims.run_module = measured
+    arms = len(BLOCKS["S"].arms)
+    assert len(run("--blocks=S")) == arms
+    load = 0.0
+    assert len(run("--blocks=S")) == 2 * arms
+    assert len(run("--blocks=S")) == 2 * arms
 
 
 def test_every_training_is_a_valid_configuration(study):
