@@ -203,7 +203,12 @@ def run_mode(flags: argparse.Namespace) -> Any:
     if flags.run_mode == PREFLIGHT:
         return _preflight(flags)
     from glimmer_jax import configuration
+    from glimmer_jax.storage import lease
 
+    # Without the flags of the job, which a restart may change.
+    lease.set_command(
+        (flags.run_mode, *flags.gin_file, *flags.gin_bindings, flags.gin_search_paths)
+    )
     function = _find(MODES[flags.run_mode].function)
     configuration.parse(flags.gin_file, flags.gin_bindings, _paths(flags.gin_search_paths))
     configured = configuration.configured(function)

@@ -429,6 +429,11 @@ def test_evaluation_calls_plain_functions_on_batches(data_dir, passages, tmp_pat
     assert metrics == {f"{TASK}/exact_match": 100.0, f"{TASK}/recall": 1.0}
     assert set(shapes) == {(4, 3, 12)}
     assert [one["id"] for one in run.examples()[TASK]] == [f"q{i}".encode() for i in range(5)]
+    # A resumed run evaluates a step again; its line is replaced.
+    for step in (9, 11, 9):
+        run.run(predict, step=step)
+    lines = (tmp_path / "logs" / f"{TASK}-metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [7, 9]
     with pytest.raises(ValueError, match="metrics .*split 'other'"):
         evaluation.Evaluation(TASK, "other", LENGTHS, 4)
 

@@ -11,6 +11,7 @@ succeeded. `request.json` lies beside them: with it a command that was stopped l
 """
 
 import dataclasses
+import uuid
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -83,22 +84,24 @@ def write_passages(
         )
     if working.exists():
         working.rmtree()
-    working.mkdir(parents=True)
+    # Workers of an attempt that was killed may still run, and write into its folder.
+    attempt = working / uuid.uuid4().hex
+    attempt.mkdir(parents=True)
     try:
         with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
             places = (
                 pipeline
                 | "spans" >> beam.Create(range(len(spans)))
                 | beam.Reshuffle()
-                | "read" >> beam.FlatMap(_write_span, spans, str(working), reading)
+                | "read" >> beam.FlatMap(_write_span, spans, str(attempt), reading)
             )
             repeated = places | "by id" >> beam.GroupByKey() | beam.FlatMap(_all_but_first)
             _ = (
                 repeated
                 | "by span" >> beam.GroupByKey()
-                | "reread" >> beam.Map(_rewrite_span, spans, str(working), reading)
+                | "reread" >> beam.Map(_rewrite_span, spans, str(attempt), reading)
             )
-        reports = [Report.from_json(_report(working, i).read_text()) for i in range(len(spans))]
+        reports = [Report.from_json(_report(attempt, i).read_text()) for i in range(len(spans))]
         report = merge(zip(spans, reports, strict=True))
         report.check(reading.policy)
         note = {"request": request, "report": report.to_json()}
@@ -106,7 +109,7 @@ def write_passages(
         for path in old:
             path.unlink()
         for index, path in enumerate(shards):
-            _shard(working, index).rename(path)
+            _shard(attempt, index).rename(path)
     finally:
         working.rmtree()
     return [str(path) for path in shards], report

@@ -75,7 +75,8 @@ def write_passages(
     check_absent(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     working = target.parent / f".{target.name}.writing-{os.getpid()}"
-    shutil.rmtree(working, ignore_errors=True)
+    for left in (working, _backup(working)):  # of a killed writer with this process's id
+        shutil.rmtree(left, ignore_errors=True)
     working.mkdir()
     try:
         lock = try_lock(working)
@@ -213,8 +214,12 @@ class _NpyWriter:
         self._file.close()
 
 
+def _backup(working: Path) -> Path:
+    return working.with_name(working.name + BACKUP_SUFFIX)
+
+
 def _move_into_place(working: Path, target: Path) -> None:
-    backup = working.with_name(working.name + BACKUP_SUFFIX)
+    backup = _backup(working)
     if target.exists():
         # If the writer is killed before the next line, `restore_backup` renames it back.
         os.replace(target, backup)

@@ -1,6 +1,8 @@
 """Runs seqio.Evaluator with plain functions over numpy batches."""
 
+import json
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -14,7 +16,7 @@ from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.data.features import GlimmerFeatureConverter
 from glimmer_jax.data.pipeline import attach, fill, find_mixture_or_task
 from glimmer_jax.metrics import qa
-from glimmer_jax.storage.folder import make_folder
+from glimmer_jax.storage.folder import make_folder, of_file, read_file, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +25,18 @@ Batch = dict[str, Any]
 Predict = Callable[[Batch], tuple[Any, Mapping[str, Any]]]
 # A stream of batches -> the same batches, fetched ahead.
 Prefetch = Callable[[Iterable[Batch]], Iterable[Batch]]
+
+
+class _Logger(seqio.JSONLogger):
+    """seqio's logger; a resumed run that evaluates a step again replaces the step's line."""
+
+    def __call__(self, task_name: str, step: int | None, *args: Any, **kwargs: Any) -> None:
+        place = of_file(os.path.join(self.output_dir, f"{task_name}-metrics.jsonl"))
+        lines = (read_file(*place) or b"").splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["step"] < (step or 0)]
+        if kept != lines:
+            write_file(*place, b"".join(kept))
+        super().__call__(task_name, step, *args, **kwargs)
 
 
 class Evaluation:
@@ -79,7 +93,7 @@ class Evaluation:
                 "gold_passages": checked.passages,
             },
             num_examples=num_examples,
-            logger_cls=[] if log_dir is None else [seqio.JSONLogger],
+            logger_cls=[] if log_dir is None else [_Logger],
             log_dir=log_dir,
             # A second thread would run the devices while the training loop does.
             async_compute_metrics=False,

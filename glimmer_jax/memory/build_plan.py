@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -298,18 +298,17 @@ class Builders:
                 )
             time.sleep(min(_POLL_SECONDS, self.wait_seconds))
 
-    def wait_for_manifest(self, kvstore: ts.KvStore) -> None:
-        """Returns when the first builder has finished the store.
+    def wait_for_first(self, url: str, is_complete: Callable[[], bool]) -> None:
+        """Returns when the first builder has finished the store at `url`.
 
         Raises:
-          StopRequested: a stop was requested, or the manifest is missing after `wait_seconds`.
+          StopRequested: a stop was requested, or the store is not complete after `wait_seconds`.
         """
         end = time.monotonic() + self.wait_seconds
-        while not versions.is_finished(kvstore):
+        while not is_complete():
             if STOP.requested or time.monotonic() >= end:
                 raise StopRequested(
-                    f"{kvstore.url}{manifest.MANIFEST} of the first builder is missing. Rerun all "
-                    "builders to resume."
+                    f"{url} was not completed by the first builder. Rerun all builders to resume."
                 )
             time.sleep(min(_POLL_SECONDS, self.wait_seconds))
 

@@ -1,12 +1,8 @@
 """Checks of settings, made before anything expensive."""
 
-import contextlib
-import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from glimmer_jax import axes, partitioning
@@ -15,9 +11,8 @@ from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.models.answers import DecodeConfig
 from glimmer_jax.models.glimmer import GlimmerConfig
 from glimmer_jax.retrieval import corpus_check
-from glimmer_jax.storage import folder, lease, local_copy
+from glimmer_jax.storage import local_copy
 from glimmer_jax.vocabulary import Vocabulary
-from glimmer_jax.weights import params_file
 
 
 def required(**values: Any) -> None:
@@ -52,79 +47,6 @@ def existing_file(name: str, path: Any) -> Path:
     if not path.is_file():
         raise ValueError(f"{name}: there is no file {path}. Check the path.")
     return path
-
-
-def replaceable(name: str, path: str, overwrite: bool) -> None:
-    """Raises ValueError for an output file that exists, unless it may be replaced."""
-    kvstore, key = folder.of_file(path)
-    parent = Path(path).parent
-    if not folder.in_bucket(path) and parent.exists() and not parent.is_dir():
-        raise ValueError(f"{name}: {parent} is a file. Choose a folder.")
-    if not overwrite and folder.exists(kvstore, key):
-        raise ValueError(
-            f"{name}: {path} exists. Set OVERWRITE=True to replace it, or write to another folder."
-        )
-
-
-def new_params_file(path: str, overwrite: bool) -> None:
-    """Raises ValueError for a path that is no `NAME.safetensors`, or exists and may not be replaced."""
-    described = params_file.check_name(path).with_suffix(".json")  # It completes the pair.
-    replaceable("OUTPUT_PATH", str(described), overwrite)
-
-
-@contextlib.contextmanager
-def sole_writer(path: str | None, in_place: bool = False) -> Iterator[Callable[[], None]]:
-    """Holds an output, from before the work on it: of two commands that write it, one is rejected.
-
-    Only process 0 writes, so it alone holds the lock.
-
-    Args:
-      path: of a file or folder; None is no output.
-      in_place: it is a folder whose files are written one by one, and not renamed into place.
-
-    Yields:
-      A function to call before writing; it raises ValueError if another process took the lock over.
-
-    Raises:
-      ValueError: another process is writing it.
-    """
-    if path is None or jax.process_index():
-        yield lambda: None
-        return
-    with lease.output_lock(path, inside=in_place) as lock:
-        yield lock.check
-
-
-# Where and how results are written, not what they are.
-_PLACES = ("MODEL_DIR", "EVAL_OUTPUT_DIR", "OVERWRITE")
-
-
-def changed_settings(output_dir: str, config_text: str) -> list[str]:
-    """Bindings in which an operative configuration differs from `config.gin` of `output_dir`.
-
-    Args:
-      output_dir: local or in a bucket; without the file nothing differs.
-      config_text: the operative configuration now; empty without gin.
-
-    Returns:
-      Texts such as `LEARNING_RATE: 0.001 -> 0.0002`, sorted.
-    """
-    saved = folder.read_file(folder.open_folder(output_dir), "config.gin")
-    if saved is None or not config_text:
-        return []
-    old, new = _bindings(saved.decode(errors="replace")), _bindings(config_text)
-    return [
-        f"{name}: {old.get(name, 'unset')} -> {new.get(name, 'unset')}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and name not in _PLACES
-    ]
-
-
-def _bindings(config_text: str) -> dict[str, str]:
-    """Name -> value of each binding; gin continues a long value on indented lines."""
-    whole = re.sub(r"\\?\n[ \t]+", " ", config_text)
-    lines = (line.partition(" = ") for line in whole.splitlines() if not line.startswith("#"))
-    return {name: value.strip() for name, equals, value in lines if equals}
 
 
 def batch_size(name: str, size: int, mesh: Mesh, num_microbatches: int = 1) -> None:

@@ -9,7 +9,7 @@ from glimmer_jax.codecs import ProductQuantisation
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.memory import codebooks, encoding
 from glimmer_jax.models.model import GlimmerModel
-from glimmer_jax.modes import checks
+from glimmer_jax.modes import checks, outputs
 from glimmer_jax.modes.memory_encoder import check_model
 from glimmer_jax.modes.settings import EncoderConfig
 from glimmer_jax.partitioning import make_mesh
@@ -28,8 +28,10 @@ def learn_codebooks(
     iterations: int = 25,
     seed: int = 0,
     overwrite: bool = False,
-) -> float:
+) -> float | None:
     """Writes the checkpoint's parameters with codebooks; prints and returns the codec's error.
+
+    Returns None if an earlier attempt of the same command had written them already.
 
     Args:
       encoder: a checkpoint whose codec has codebooks (`pq`), and the passages to sample.
@@ -47,7 +49,8 @@ def learn_codebooks(
     """
     encoder.check_given()
     checks.required(OUTPUT_PATH=output_path)
-    checks.new_params_file(output_path, overwrite)
+    place = outputs.params_file_place(output_path, overwrite)
+    place.check_early()
     trained = encoder.read()
     model, fingerprint = trained.model, trained.vocabulary.fingerprint
     check_model(model)
@@ -58,9 +61,9 @@ def learn_codebooks(
             "build memory with the checkpoint as it is."
         )
     corpus = Passages.open(str(encoder.passages_dir), fingerprint)
-    with checks.sole_writer(output_path) as check_lock:
-        # It may have appeared while the checkpoint was read.
-        checks.new_params_file(output_path, overwrite)
+    with outputs.sole_writer(place) as held:
+        if held.complete:
+            return None
         plain = GlimmerModel(
             dataclasses.replace(model.config, memory_codec="f32", train_codebooks=False)
         )
@@ -91,7 +94,7 @@ def learn_codebooks(
         if jax.process_index() == 0:
             tree = {**host_params, "memory_codebooks": books}
             described = describe(model.config, fingerprint, trained.record.task_feature_lengths)
-            check_lock()
+            held.check_lock()
             params_file.save_params_file(output_path, tree, described, trained.own_vocabulary())
             print(
                 f"Wrote {output_path}: codebooks of {codec.name} from {num_training} tokens; relative "

@@ -15,7 +15,7 @@ from glimmer_jax.metrics import qa
 from glimmer_jax.metrics.reranking import warn_of_reranking
 from glimmer_jax.models.cost import question_cost
 from glimmer_jax.models.model import GlimmerModel
-from glimmer_jax.modes import checks
+from glimmer_jax.modes import checks, outputs
 from glimmer_jax.modes.settings import Answering, AnsweringConfig, CorpusConfig, DatasetConfig
 from glimmer_jax.runtime.progress import Progress
 from glimmer_jax.serving.predictor import Predictor
@@ -62,7 +62,7 @@ def evaluate(
     lengths, vocabulary = answering.lengths, answering.vocabulary
     dataset = dataclasses.replace(dataset, task_feature_lengths=lengths.as_features())
     config_text = operative_config()
-    with checks.sole_writer(output_dir, in_place=True) as check_lock:
+    with outputs.locked(output_dir, in_place=True) as check_lock:
         if output_dir is not None:
             if not overwrite:
                 _check_free(output_dir, config_text)
@@ -88,7 +88,7 @@ def evaluate(
 
 def _check_free(output_dir: str, config_text: str) -> None:
     """Raises ValueError where the folder holds an evaluation of other settings."""
-    if changed := checks.changed_settings(output_dir, config_text):
+    if changed := outputs.changed_settings(output_dir, config_text):
         raise ValueError(
             f"EVAL_OUTPUT_DIR: {output_dir} holds an evaluation of other settings ({changed[0]}; "
             f"{len(changed)} in all). Set OVERWRITE=True to replace it, or write to another folder."
@@ -118,10 +118,14 @@ def _write(
     metrics: Mapping[str, float],
     config_text: str,
 ) -> None:
-    """Writes `predictions-<task>.jsonl`, `config.gin` and, last, `metrics.json`."""
+    """Writes `predictions-<task>.jsonl`, `config.gin` and, last, `metrics.json`.
+
+    Metrics of an evaluation that is replaced are removed first: they must not lie beside new answers.
+    """
+    output = folder.open_folder(output_dir)
+    folder.remove_file(output, "metrics.json")
     for task, rows in predictions.items():
         write_json_lines(os.path.join(output_dir, f"predictions-{task}.jsonl"), rows)
-    output = folder.open_folder(output_dir)
     folder.write_file(output, "config.gin", config_text.encode())
     folder.write_file(output, "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
 

@@ -1,12 +1,18 @@
 """Mode `export`: a checkpoint as a parameter file, as a Hugging Face or T5X folder, or as a program."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 from glimmer_jax.models.model import GlimmerModel
-from glimmer_jax.modes import checks
+from glimmer_jax.modes import checks, outputs
 from glimmer_jax.modes.checkpoint import CheckpointConfig, Trained
-from glimmer_jax.serving.stablehlo import ProgramConfig, export_program, new_program_folder
+from glimmer_jax.serving.stablehlo import (
+    PROGRAMS,
+    ProgramConfig,
+    check_new_folder,
+    export_program,
+)
 from glimmer_jax.storage import folder
 from glimmer_jax.weights import huggingface, parameters, t5_names, t5x
 from glimmer_jax.weights.model_config import describe
@@ -51,17 +57,17 @@ def export(
         raise ValueError(
             f"OUTPUT_FORMAT must be one of {', '.join(FORMATS)}, got {output_format!r}."
         )
-    _check_free(output_path, program, overwrite)
+    place = _place(output_path, output_format, program, overwrite)
+    place.check_early()
     trained = checkpoint.read()
     for bucket in () if program is None else program.buckets:
         checks.lengths_for(trained.model.config, bucket)
-    in_place = program is None and not output_path.endswith(_FILE)
-    with checks.sole_writer(output_path, in_place) as check_lock:
-        # It may have appeared while the checkpoint was read.
-        _check_free(output_path, program, overwrite)
+    with outputs.sole_writer(place) as held:
+        if held.complete:
+            return
         fingerprint = trained.vocabulary.fingerprint
         params = parameters.load(checkpoint.checkpoint_path, trained.model, fingerprint)
-        check_lock()
+        held.check_lock()
         content = _write(output_path, params, trained, output_format, program)
     print(f"Wrote {output_path}: {content}.")
 
@@ -90,14 +96,20 @@ def _write(
     return f"{output_format}, {_names_of(model)}"
 
 
-def _check_free(path: str, program: ProgramConfig | None, overwrite: bool) -> None:
-    """Raises ValueError where the output would replace something, or mix with it."""
+def _place(
+    path: str, output_format: str, program: ProgramConfig | None, overwrite: bool
+) -> outputs.Place:
+    """The output. Its check raises ValueError where it would replace something, or mix with it."""
     if program is not None:
-        new_program_folder(path)
-        return
+        last = os.path.join(folder.local(PROGRAMS, path), "manifest.json")
+        return outputs.Place(path, last, lambda: check_new_folder(path))
     if path.endswith(_FILE):
-        checks.new_params_file(path, overwrite)
-        return
+        return outputs.params_file_place(path, overwrite)
+    last = "config.json" if output_format == "huggingface" else "checkpoint"
+    return outputs.Place(path, os.path.join(path, last), lambda: _check_free(path), in_place=True)
+
+
+def _check_free(path: str) -> None:
     files = folder.list_files(folder.open_folder(path), "")
     for name, content in _OTHERS.items():
         if any(file.startswith(name) if name.endswith("/") else file == name for file in files):

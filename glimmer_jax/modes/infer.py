@@ -11,7 +11,7 @@ import jax
 
 from glimmer_jax import axes, partitioning
 from glimmer_jax.kilt.examples import check_example, without_nulls
-from glimmer_jax.modes import checks
+from glimmer_jax.modes import checks, outputs
 from glimmer_jax.modes.settings import AnsweringConfig, CorpusConfig
 from glimmer_jax.retrieval.config import RetrieverConfig
 from glimmer_jax.runtime.preemption import STOP
@@ -56,7 +56,10 @@ def infer(
         checks.required(INFER_OUTPUT_DIR=output_dir)
         stem = Path(questions.removesuffix(".gz")).stem
         path = os.path.join(str(output_dir), f"predictions-{stem}.jsonl")
-        checks.replaceable("INFER_OUTPUT_DIR", path, overwrite)
+        place = outputs.Place(
+            path, path, lambda: outputs.replaceable("INFER_OUTPUT_DIR", path, overwrite)
+        )
+        place.check_early()
     answering = reader.prepare(corpus, task_feature_lengths, batch_size)
     examples: list[Example] | None = None
     if questions is not None:
@@ -67,19 +70,23 @@ def infer(
     passages = checks.open_passages(corpus.passages_dir, questions, answering.vocabulary)
     if examples is not None and passages is not None:
         passages.rows_of([p["id"] for example in examples for p in example.get("retrieved", ())])
-    predictor = reader.load(answering, corpus, (batch_size,), retriever, passages)
     if examples is None:
+        predictor = reader.load(answering, corpus, (batch_size,), retriever, passages)
         for question in _typed():
             _show(predictor.answer([{"id": "typed", "input": question}], reader.candidates)[0])
         return
-    answers = predictor.answers(examples, reader.candidates)
+    with outputs.sole_writer(place) as held:
+        if held.complete:
+            return
+        predictor = reader.load(answering, corpus, (batch_size,), retriever, passages)
+        answers = predictor.answers(examples, reader.candidates)
+        if jax.process_index():
+            deque(answers, maxlen=0)  # all processes compute, one writes
+            count = 0
+        else:
+            count = write_json_lines(path, _then(answers, held.check_lock))
     if jax.process_index():
-        deque(answers, maxlen=0)  # all processes compute, one writes
         return
-    with checks.sole_writer(path) as check_lock:
-        # It may have appeared while the model was loaded.
-        checks.replaceable("INFER_OUTPUT_DIR", path, overwrite)
-        count = write_json_lines(path, _then(answers, check_lock))
     print(f"Wrote {count} answers to {path}.")
     if predictor.truncated:
         print(

@@ -1,15 +1,17 @@
 """Mode `passages`: tokenises a corpus once into a passages folder."""
 
 import logging
+import os
 import shlex
 from pathlib import Path
 
 from glimmer_jax.corpus import beam
 from glimmer_jax.corpus.files import find_files
+from glimmer_jax.corpus.manifest import MANIFEST
 from glimmer_jax.corpus.passages_writer import check_absent, write_passages
 from glimmer_jax.corpus.reading import Reading, read_passages
 from glimmer_jax.corpus.report import Report
-from glimmer_jax.modes import checks
+from glimmer_jax.modes import checks, outputs
 from glimmer_jax.storage.folder import local
 from glimmer_jax.weights.find_vocabulary import find_vocabulary
 
@@ -50,10 +52,17 @@ def passages(
     """
     checks.required(CORPUS=corpus, PASSAGES_DIR=passages_dir)
     local("PASSAGES_DIR", passages_dir)
-    check_absent(passages_dir, overwrite)
+    place = outputs.Place(
+        passages_dir,
+        os.path.join(passages_dir, MANIFEST),
+        lambda: check_absent(passages_dir, overwrite),
+    )
+    place.check_early()
     text = find_vocabulary(vocabulary)
     unk_id = text.unk_id  # An unfit vocabulary is rejected before the corpus is read.
-    with checks.sole_writer(passages_dir):
+    with outputs.sole_writer(place) as held:
+        if held.complete:
+            return
         if corpus == BUILT_IN:
             checks.required(CORPUS_DIR=corpus_dir)
             from glimmer_jax.pydocs import corpus_files

@@ -6,6 +6,7 @@ passages must not be trained on, not even as negatives.
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
@@ -23,7 +24,7 @@ from glimmer_jax.kilt.examples import provenance, read_examples
 from glimmer_jax.kilt.files import read_questions, read_task
 from glimmer_jax.kilt.gold import name_no_passage
 from glimmer_jax.metrics.retrieval import KS, RetrievalScores, format_report
-from glimmer_jax.modes import checks
+from glimmer_jax.modes import checks, outputs
 from glimmer_jax.retrieval import corpus_check
 from glimmer_jax.retrieval import retriever as retrievers
 from glimmer_jax.retrieval.config import RetrieverConfig
@@ -106,7 +107,7 @@ def retrieve(
         name: {**request, "questions": [_sha256(path) for path in paths]}
         for name, paths in by_task.items()
     }
-    with checks.sole_writer(data_dir, in_place=True) as check_lock:
+    with outputs.locked(data_dir, in_place=True) as check_lock:
         complete = _complete_files(data_dir, requests, overwrite)
         everything = training = retriever.open(passages)
         if any(_is_training(name) for name in by_task.keys() - complete):
@@ -243,10 +244,9 @@ def _write(
 ) -> None:
     """Writes a task file and its note. All processes search, one writes."""
     if jax.process_index() == 0:
-        # A note must not outlive its file.
-        corpus_check.remove_note(path)
-        write_json_lines(path, retrieved)
-        corpus_check.write_note(path, passages, request)
+        # Before the file: one without its note would be taken for that of another request.
+        note = functools.partial(corpus_check.write_note, path, passages=passages, request=request)
+        write_json_lines(path, retrieved, before=note)
     else:
         collections.deque(retrieved, maxlen=0)
 

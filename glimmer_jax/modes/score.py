@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from glimmer_jax.metrics.kilt import KS, kilt_scores
 from glimmer_jax.metrics.qa import score_file
-from glimmer_jax.modes import checks
+from glimmer_jax.modes import checks, outputs
 from glimmer_jax.storage import folder
 
 
@@ -30,18 +30,19 @@ def score(
       overwrite: replace an existing `output_path`.
 
     Raises:
-      ValueError: a file is missing or malformed, or `output_path` exists.
+      ValueError: a file is missing or malformed, or `output_path` holds something else.
     """
-    if output_path is not None:
-        checks.replaceable("OUTPUT_PATH", output_path, overwrite)
     predictions_path = checks.existing_file("PREDICTIONS", predictions)
     scores = score_file(predictions_path, checks.existing_file("QUESTIONS", questions), seed)
     for name, row in scores.items():
         interval = f"{row['low']:.4f} to {row['high']:.4f}"
         print(f"{name:12}  {row['mean']:.4f}  ({interval}, n = {row['n']})")
     if output_path is not None:
-        text = json.dumps(scores, indent=2) + "\n"
-        folder.write_file(*folder.of_file(output_path), text.encode())
+        data = (json.dumps(scores, indent=2) + "\n").encode()
+        # Scoring is quick and repeatable: a rerun finds what it would write.
+        if folder.read_file(*folder.of_file(output_path)) != data:
+            outputs.replaceable("OUTPUT_PATH", output_path, overwrite)
+            folder.write_file(*folder.of_file(output_path), data)
     return scores
 
 

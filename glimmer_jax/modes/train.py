@@ -20,7 +20,7 @@ from glimmer_jax.metrics import qa
 from glimmer_jax.metrics.reranking import warn_of_reranking
 from glimmer_jax.models.mimetic_init import mimetic_init
 from glimmer_jax.models.model import GlimmerModel
-from glimmer_jax.modes import checks, early
+from glimmer_jax.modes import checks, early, outputs
 from glimmer_jax.modes.settings import CorpusConfig, DatasetConfig
 from glimmer_jax.partitioning import MeshConfig, check_divisible, make_mesh
 from glimmer_jax.serving.step import Predict
@@ -29,7 +29,7 @@ from glimmer_jax.training import loop
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
 from glimmer_jax.training.state import TrainState
 from glimmer_jax.vocabulary import Vocabulary
-from glimmer_jax.weights import huggingface, parameters
+from glimmer_jax.weights import huggingface, parameters, steps
 from glimmer_jax.weights.find_vocabulary import (
     check_vocabulary_fits,
     find_vocabulary,
@@ -221,7 +221,8 @@ def _open_vocabulary(
 
 def _is_new(model_dir: str) -> bool:
     """Whether the run has no checkpoint of its own."""
-    return not folder.list_files(folder.open_folder(os.path.join(model_dir, "checkpoints")), "")
+    # Steps, not files: a bucket may hold an empty object for the folder from the start.
+    return not steps.list_steps(os.path.join(folder.local_path(model_dir), "checkpoints"))
 
 
 def _check_memory(model: GlimmerModel, corpus: CorpusConfig, init: InitConfig) -> None:
@@ -301,7 +302,7 @@ def check_best_metric(
 
 def _save_config(model_dir: str, text: str, vocabulary: Vocabulary) -> None:
     if jax.process_index() == 0:
-        if changed := checks.changed_settings(model_dir, text):
+        if changed := outputs.changed_settings(model_dir, text):
             logger.warning(
                 "MODEL_DIR: %s was trained with other settings so far: %s.",
                 model_dir,

@@ -111,12 +111,13 @@ def build_index(
     """
     memory_encoder = index_encoder(encoder)
     fingerprint = texts_fingerprint(passages.manifest)
+    identity = memory_encoder.identity, fingerprint
     layout = Layout(shard_passages, CHUNK_VECTORS)
     kvstore = folder.open_folder(path)
     if versions.is_finished(kvstore):
         try:
             layout = next(iter(versions.read_manifest(kvstore).layouts), layout)
-            index = Index.open(path, memory_encoder.identity, fingerprint)
+            index = Index.open(path, *identity)
             # The build would tokenize the corpus again to compare it with the shards.
             if not incomplete_files(index.store):
                 return index
@@ -131,5 +132,15 @@ def build_index(
         name="index",
     )
     if report.manifest is None:
-        builders.wait_for_manifest(kvstore)
-    return Index.open(path, memory_encoder.identity, fingerprint)
+        # An index that is being repaired has its manifest already.
+        builders.wait_for_first(kvstore.url, lambda: _is_complete(path, *identity))
+    return Index.open(path, *identity)
+
+
+def _is_complete(path: Any, encoder: Identity, passages: str) -> bool:
+    if not versions.is_finished(folder.open_folder(path)):
+        return False
+    try:
+        return not incomplete_files(Index.open(path, encoder, passages).store)
+    except DamagedStore:
+        return False

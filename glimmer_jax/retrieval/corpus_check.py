@@ -4,7 +4,7 @@
     nq-dev.passages.json    {"corpus_sha256": "…", "passages_dir": "data/passages", "request_sha256": "…",
                              "bytes": 81723, "file_sha256": "…"}
 
-Retrieval removes the note before it replaces the file, and writes it afterwards. Modes that read passages
+Retrieval writes the note just before the file appears at its place. Modes that read passages
 for the file compare the corpus, and the size of a file on a local disk. The hash of the corpus covers
 ids, titles and texts, so it may be tokenised again. The request is everything that determines the file,
 so that a rerun can keep files that are complete. A file without a note is accepted.
@@ -34,22 +34,23 @@ from glimmer_jax.storage.json_lines import parse_line
 _SUFFIX = ".passages.json"
 
 
-def write_note(path: Any, passages: Passages, request: Mapping[str, Any]) -> None:
-    """Writes the note of a retrieved file, local or in a bucket, atomically."""
+def write_note(path: Any, content: Path, passages: Passages, request: Mapping[str, Any]) -> None:
+    """Writes the note of a retrieved file, local or in a bucket, atomically.
+
+    Args:
+      path: of the file.
+      content: the file, or what will be it.
+      passages: that it was retrieved from.
+      request: everything that determines it.
+    """
     note: dict[str, Any] = {
         "corpus_sha256": corpus_sha256(passages),
         "passages_dir": passages.place,
         "request_sha256": _digest(request),
     }
     folder, file = of_file(path)
-    note |= _content(path)
+    note |= _content(content)
     write_file(folder, _note_name(file), (json.dumps(note, indent=2) + "\n").encode())
-
-
-def remove_note(path: Any) -> None:
-    """Removes the note of a retrieved file that is about to be replaced."""
-    folder, file = of_file(path)
-    folder.delete_range(ts.KvStore.KeyRange(_note_name(file), _note_name(file) + "\0")).result()
 
 
 def answers_request(path: Any, request: Mapping[str, Any]) -> bool:

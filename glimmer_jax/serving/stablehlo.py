@@ -15,7 +15,6 @@ checkpoint's. docs/serving.md has the calling convention.
 import dataclasses
 import hashlib
 import json
-import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,6 +32,7 @@ from glimmer_jax.serving import param_layout
 from glimmer_jax.storage import folder
 
 FORMAT_VERSION = 1
+PROGRAMS = "OUTPUT_PATH (of programs)"  # the setting, in messages
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
@@ -60,12 +60,11 @@ class ProgramConfig:
         return [check_lengths(bucket) for bucket in self.buckets]
 
 
-def new_program_folder(path: Any) -> pathlib.Path:
-    """The folder of an export. Raises ValueError if it exists, or is in a bucket."""
-    target = folder.local("OUTPUT_PATH (of programs)", path)
+def check_new_folder(path: Any) -> None:
+    """Raises ValueError if the folder of an export exists, or is in a bucket."""
+    target = folder.local(PROGRAMS, path)
     if target.exists():
         raise ValueError(f"OUTPUT_PATH: {target} exists. Give a new folder.")
-    return target
 
 
 def export_program(
@@ -83,7 +82,8 @@ def export_program(
     Raises:
       ValueError: the folder exists, or the program needs memory that the model does not have.
     """
-    target = new_program_folder(path)
+    check_new_folder(path)
+    target = folder.local(PROGRAMS, path)
     if config.from_memory and not model.config.memory_layers:
         raise ValueError(
             "FROM_MEMORY: FiD has no memory. Set it to False, or export LUMEN or GLIMMER."
@@ -135,7 +135,11 @@ def export_program(
         },
     }
     (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    # Synced before the rename: a power cut must not leave the name without the bytes.
+    for part in (*unfinished.iterdir(), unfinished):
+        folder.sync(part)
     unfinished.rename(target)
+    folder.sync(target.parent)
 
 
 def arguments(

@@ -12,7 +12,7 @@ import pathlib
 import re
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 import tensorstore as ts
@@ -188,8 +188,20 @@ def write_file(kvstore: ts.KvStore, key: str, data: bytes) -> None:
         raise storage_error(f"{kvstore.url}{key}", error) from error
 
 
+def remove_file(kvstore: ts.KvStore, key: str) -> None:
+    """Removes a file, if there is one. Raises StorageError."""
+    try:
+        kvstore.write(key, None).result()
+    except ValueError as error:
+        raise storage_error(f"{kvstore.url}{key}", error) from error
+
+
 @contextlib.contextmanager
-def writing(path: str | os.PathLike, private: bool = False) -> Iterator[BinaryIO]:
+def writing(
+    path: str | os.PathLike,
+    private: bool = False,
+    before: Callable[[pathlib.Path], None] | None = None,
+) -> Iterator[BinaryIO]:
     """A file to write that appears at `path` when the context ends, and never after an error.
 
     For files that do not fit `write_file`. The bytes go through a local disk.
@@ -197,6 +209,7 @@ def writing(path: str | os.PathLike, private: bool = False) -> Iterator[BinaryIO
     Args:
       path: local, in folders that are created if missing, or a URL.
       private: readable by the owner alone; on a local disk only.
+      before: called with the complete file on a local disk, before it appears.
     """
     kvstore, name = of_file(path)
     text = local_path(path)
@@ -210,6 +223,8 @@ def writing(path: str | os.PathLike, private: bool = False) -> Iterator[BinaryIO
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if before is not None:
+            before(pathlib.Path(temporary))
         if target is None:
             write_file(kvstore, name, pathlib.Path(temporary).read_bytes())
             return

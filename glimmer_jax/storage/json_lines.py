@@ -7,7 +7,7 @@ surrogates. Every message names the file and the line.
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +99,20 @@ def dump_line(record: dict[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def write_json_lines(path: str | os.PathLike, records: Iterable[dict[str, Any]]) -> int:
-    """Writes records atomically, also to a bucket; returns their number."""
+def write_json_lines(
+    path: str | os.PathLike,
+    records: Iterable[dict[str, Any]],
+    before: Callable[[Path], None] | None = None,
+) -> int:
+    """Writes records atomically, also to a bucket; returns their number.
+
+    Args:
+      path: local or in a bucket.
+      records: the lines.
+      before: called with the complete file on a local disk, before it appears at `path`.
+    """
     count = 0
-    with writing(path) as file:
+    with writing(path, before=before) as file:
         for record in records:
             file.write(dump_line(record).encode("utf-8"))
             count += 1

@@ -12,15 +12,17 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import math
 import os
 import pathlib
 import socket
+import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorstore as ts
@@ -38,6 +40,20 @@ MAX_LEASE_SECONDS = 3600.0  # a longer one in a file is not ours
 _RENEWALS = 6  # per lease
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _logger = logging.getLogger(__name__)
+_command = ""
+
+
+def set_command(parts: Sequence[str]) -> None:
+    """Names the command that this process runs, without what differs between attempts of a job."""
+    global _command
+    _command = hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()
+
+
+def command() -> str:
+    """Checksum of this process's command; a restarted job has the same one."""
+    if not _command:
+        set_command(sys.argv)
+    return _command
 
 
 class LockUnsupported(Exception):
@@ -161,6 +177,7 @@ class WriterLock:
         self._own: dict[str, Any] = {}
         self._generation = b""
         self._lost = False
+        self._abandoned = False
         self._renewed_at = 0.0
         self._writing = threading.Lock()
         self._stop = threading.Event()
@@ -191,7 +208,7 @@ class WriterLock:
     def __exit__(self, *exc_info: Any) -> None:
         self._stop.set()
         self._thread.join()
-        if not self._lost:
+        if not self._lost and not self._abandoned:
             try:
                 self._kvstore.write(self._name, None, if_equal=self._generation).result()
             except ValueError as error:
@@ -218,6 +235,10 @@ class WriterLock:
                 f"{self._where} was taken over by {holder or problem}: this process had not renewed it "
                 f"for {self._lease:.0f} s. It writes nothing more."
             )
+
+    def abandon(self) -> None:
+        """Leaves the file behind, as a kill would: the next writer reads its `about`."""
+        self._abandoned = True
 
     def about(self) -> dict[str, Any] | None:
         """The `about` of the lock's holder, alive or dead; None where there is no file."""
@@ -319,13 +340,15 @@ class WriterLock:
                 _logger.warning("%s could not be renewed: %s", self._where, error)
 
 
-def output_lock(path: str | os.PathLike, inside: bool = False) -> WriterLock:
+def output_lock(
+    path: str | os.PathLike, inside: bool = False, about: Mapping[str, Any] | None = None
+) -> WriterLock:
     """The lock of an output: `.NAME.lock` beside it, or `.lock` inside a folder written in place."""
     text = os.fspath(path)
     if inside:
-        return WriterLock(open_folder(text), ".lock", held=text)
+        return WriterLock(open_folder(text), ".lock", about=about, held=text)
     folder, name = of_file(text.rstrip("/"))
-    return WriterLock(folder, f".{name}.lock", held=text)
+    return WriterLock(folder, f".{name}.lock", about=about, held=text)
 
 
 def _here() -> dict[str, Any]:

@@ -183,11 +183,7 @@ class Checkpoints:
         self._pending = step, self._worker.submit(self._finish, step, dropped)
 
     def add_dev_metrics(self, step: int, dev_metrics: dict[str, float]) -> None:
-        """Adds dev metrics to a finished step that was saved without them.
-
-        If the process is killed meanwhile, the step is damaged and the run resumes from the
-        previous one.
-        """
+        """Adds dev metrics to a finished step that was saved without them; a kill leaves it intact."""
         self.wait()
         self._scores[step] = self._score(dev_metrics)
         if jax.process_index() == 0:

@@ -7,10 +7,13 @@ the folder was complete. It lies inside the folder, so that copies of the folder
 import hashlib
 import json
 import os
+import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
+from glimmer_jax.storage.folder import in_bucket, sync
 from glimmer_jax.storage.lines import is_regular_file
 
 SIDECAR = "checksums.json"
@@ -25,11 +28,35 @@ class DamagedCheckpoint(ValueError):
 def write_sidecar(folder: Any) -> None:
     """Writes `checksums.json` into a folder (local or in a bucket) whose files are final."""
     folder = epath.Path(folder)
-    digests = {name: _digest(folder / name) for name in _files(folder)}
-    # Renamed into place, so that the file is complete or absent.
-    partial = folder / f"{SIDECAR}{_PARTIAL}"
-    partial.write_text(json.dumps({"sha256": digests}, indent=1, sort_keys=True))
-    partial.replace(folder / SIDECAR)
+    _write_digests(folder, {name: _digest(folder / name) for name in _files(folder)})
+
+
+def replace_file(folder: Any, name: str, data: bytes) -> None:
+    """Replaces a file of a finished folder. A kill leaves the old file or the new one, each intact."""
+    folder = epath.Path(folder)
+    digests, new = _read_digests(folder), hashlib.sha256(data).hexdigest()
+    _write_digests(folder, {**digests, name: [*_accepted(digests, name), new]})
+    _write(folder / name, data)
+    _write_digests(folder, {**digests, name: new})
+
+
+def _write_digests(folder: epath.Path, digests: Mapping[str, str | list[str]]) -> None:
+    _write(folder / SIDECAR, json.dumps({"sha256": digests}, indent=1, sort_keys=True).encode())
+
+
+def _write(path: epath.Path, data: bytes) -> None:
+    """Renamed into place, so that the file is complete or absent."""
+    partial = path.with_name(f"{path.name}{_PARTIAL}")
+    partial.write_bytes(data)
+    if not in_bucket(partial):
+        sync(pathlib.Path(partial))
+    partial.replace(path)
+
+
+def _accepted(digests: Mapping[str, Any], name: str) -> list[Any]:
+    """The checksums that a file may have: one, or two while it is being replaced."""
+    known = digests.get(name)
+    return known if isinstance(known, list) else [known]
 
 
 def has_sidecar(folder: Any) -> bool:
@@ -53,7 +80,8 @@ def verify_sidecar(folder: Any) -> None:
         name
         for name in files & digests.keys()
         # Reading a pipe or a device may block forever.
-        if not is_regular_file(folder / name) or _digest(folder / name) != digests[name]
+        if not is_regular_file(folder / name)
+        or _digest(folder / name) not in _accepted(digests, name)
     )
     if missing or changed or unlisted:
         raise DamagedCheckpoint(
@@ -69,9 +97,9 @@ def read_verified(folder: Any, name: str) -> bytes:
       DamagedCheckpoint: the file is missing or changed, or there are no checksums.
     """
     folder = epath.Path(folder)
-    digest = _read_digests(folder).get(name)
+    digests = _read_digests(folder)
     data = (folder / name).read_bytes() if is_regular_file(folder / name) else None
-    if data is None or hashlib.sha256(data).hexdigest() != digest:
+    if data is None or hashlib.sha256(data).hexdigest() not in _accepted(digests, name):
         problem = "missing" if data is None else "changed"
         raise DamagedCheckpoint(
             f"Checkpoint {folder} is damaged: file {name} is {problem}. Copy it again, or use another "
@@ -80,7 +108,7 @@ def read_verified(folder: Any, name: str) -> bytes:
     return data
 
 
-def _read_digests(folder: epath.Path) -> dict[str, str]:
+def _read_digests(folder: epath.Path) -> dict[str, Any]:
     if not has_sidecar(folder):
         raise DamagedCheckpoint(
             f"Checkpoint {folder} has no {SIDECAR}: it was not finished, or was copied without that "

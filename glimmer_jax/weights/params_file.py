@@ -7,6 +7,7 @@ two files. Training that starts from it uses float32.
 import hashlib
 import json
 import os
+import pathlib
 from typing import Any
 
 import flax.traverse_util
@@ -16,7 +17,7 @@ import safetensors.numpy
 from etils import epath
 
 from glimmer_jax.runtime.preemption import STOP
-from glimmer_jax.storage.folder import local_path
+from glimmer_jax.storage.folder import in_bucket, local_path, sync
 from glimmer_jax.storage.json_lines import parse_line
 from glimmer_jax.storage.lines import is_regular_file
 from glimmer_jax.weights import safetensors_file
@@ -58,8 +59,10 @@ def save_params_file(
     try:
         for file, content_bytes in files.items():
             _unfinished(file).write_bytes(content_bytes)
+            _sync(_unfinished(file))
         for file in files:
             _unfinished(file).replace(file)
+            _sync(path.parent)
     finally:
         for file in files:
             _unfinished(file).unlink(missing_ok=True)
@@ -113,6 +116,12 @@ def read_config(path: Any) -> dict[str, Any]:
             )
     with parsing(config_path, "JSON"):
         return parse_line(config_path.read_bytes(), str(config_path))
+
+
+def _sync(path: epath.Path) -> None:
+    """After a power cut, a local file must not have its name without its bytes."""
+    if not in_bucket(path):
+        sync(pathlib.Path(path))
 
 
 def _unfinished(path: epath.Path) -> epath.Path:

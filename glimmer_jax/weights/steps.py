@@ -17,8 +17,8 @@ from glimmer_jax.weights.checksums import (
     DamagedCheckpoint,
     has_sidecar,
     read_verified,
+    replace_file,
     verify_sidecar,
-    write_sidecar,
 )
 from glimmer_jax.weights.file_errors import parsing
 from glimmer_jax.weights.lazy_arrays import open_orbax
@@ -150,12 +150,8 @@ def _parse_metadata(data: bytes) -> dict[str, Any] | None:
 
 
 def write_metadata(folder: Any, metadata: dict[str, Any]) -> None:
-    """Replaces the JSON saved with a step, and its checksums."""
-    file = epath.Path(folder) / _METADATA
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(json.dumps(metadata))
-    partial.replace(file)
-    write_sidecar(folder)
+    """Replaces the JSON saved with a step; a kill leaves the old one or the new one."""
+    replace_file(folder, _METADATA, json.dumps(metadata).encode())
 
 
 def restore_params(folder: Any) -> dict[str, Any]:

@@ -166,6 +166,14 @@ def test_a_backup_that_was_never_replaced_is_restored(folder):
     assert len(Passages.open(folder)) == len(RECORDS)
 
 
+def test_what_a_killed_writer_of_the_same_process_id_left_is_no_obstacle(folder):
+    left = folder.parent / f".{folder.name}.writing-{os.getpid()}-old"
+    left.mkdir()
+    (left / "tokens.npy").write_bytes(b"the folder that was replaced")
+    write(folder, RECORDS[:1], overwrite=True)
+    assert len(Passages.open(folder)) == 1 and not left.exists()
+
+
 @pytest.mark.fault
 def test_without_file_locks_a_backup_is_restored_and_no_folder_removed(folder, monkeypatch):
     def unsupported(*_):

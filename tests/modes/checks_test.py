@@ -1,4 +1,4 @@
-"""Checks of settings, and settings of an earlier run in the same folder."""
+"""Checks of settings."""
 
 import types
 
@@ -10,56 +10,6 @@ from glimmer_jax.modes.settings import AnsweringConfig, CorpusConfig
 from glimmer_jax.retrieval.bm25 import Bm25Config
 
 ANY_MODEL = types.SimpleNamespace(num_kept=None)
-SAVED = """\
-import something
-
-# Macros:
-# ==============================================================================
-EVAL_OUTPUT_DIR = 'a'
-LEARNING_RATE = 0.001
-QUESTIONS = \\
-    {'a': 1,
-     'b': 2}
-
-# Parameters for evaluate.evaluate:
-# ==============================================================================
-evaluate.evaluate.num_examples = 10
-"""
-
-
-def changed(tmp_path, *replacements):
-    (tmp_path / "config.gin").write_text(SAVED)
-    text = SAVED
-    for old, new in replacements:
-        assert old in text
-        text = text.replace(old, new)
-    return checks.changed_settings(str(tmp_path), text)
-
-
-def test_every_changed_added_and_removed_binding_is_named(tmp_path):
-    assert changed(
-        tmp_path,
-        ("0.001", "0.0002"),
-        ("'b': 2", "'b': 3"),
-        ("evaluate.evaluate.num_examples = 10", "evaluate.evaluate.seed = 0"),
-    ) == [
-        "LEARNING_RATE: 0.001 -> 0.0002",
-        "QUESTIONS: {'a': 1, 'b': 2} -> {'a': 1, 'b': 3}",
-        "evaluate.evaluate.num_examples: 10 -> unset",
-        "evaluate.evaluate.seed: unset -> 0",
-    ]
-
-
-def test_another_layout_or_place_is_no_change(tmp_path):
-    moved = ("EVAL_OUTPUT_DIR = 'a'", "EVAL_OUTPUT_DIR = 'b'")
-    wrapped = ("LEARNING_RATE = 0.001", "LEARNING_RATE = \\\n    0.001")
-    assert changed(tmp_path, moved, wrapped, ("import something", "import other")) == []
-
-
-def test_nothing_has_changed_in_a_new_folder_or_without_gin(tmp_path):
-    assert checks.changed_settings(str(tmp_path / "new"), SAVED) == []
-    (tmp_path / "config.gin").write_text(SAVED)
-    assert checks.changed_settings(str(tmp_path), "") == []
 
 
 def test_lengths_that_nothing_reads_are_named():
@@ -75,12 +25,6 @@ def test_a_search_and_candidates_exclude_each_other():
     checks.one_answer_rule(None, DecodeConfig(beams=4))
     with pytest.raises(ValueError, match="leave out BEAM_SIZE and SAMPLING_TEMPERATURE"):
         checks.one_answer_rule(("a", "b"), DecodeConfig(beams=4))
-
-
-def test_a_file_in_place_of_an_output_folder_is_named(tmp_path):
-    (tmp_path / "out").touch()
-    with pytest.raises(ValueError, match="INFER_OUTPUT_DIR: .*out is a file"):
-        checks.replaceable("INFER_OUTPUT_DIR", str(tmp_path / "out" / "a.jsonl"), False)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])

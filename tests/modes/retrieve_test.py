@@ -2,6 +2,7 @@
 
 import collections
 import json
+import os
 import sys
 
 import gin
@@ -19,6 +20,7 @@ from glimmer_jax.retrieval.bm25 import Bm25Retriever
 from glimmer_jax.retrieval.config import RetrieverConfig
 from glimmer_jax.retrieval.dense import DenseConfig
 from glimmer_jax.runtime.preemption import STOP
+from glimmer_jax.storage import folder
 from glimmer_jax.storage.json_lines import read_json_lines, write_json_lines
 from tests.retrieval import tiny_gtr
 
@@ -287,6 +289,48 @@ def test_complete_files_are_kept_others_need_overwrite(work, tmp_path, capsys):
     retrieve(**given, overwrite=True)
     rows = [row for _, row in read_json_lines(tmp_path / "task-test.jsonl")]
     assert max(len(row["retrieved"]) for row in rows) <= 2
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_file_is_kept_if_its_command_was_killed_after_the_file_appeared(
+    work, tmp_path, monkeypatch, capsys, renamed
+):
+    replace = os.replace
+
+    def killed(source, target):
+        if renamed:
+            replace(source, target)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            retrieve(**settings(work, tmp_path))
+    (note,) = tmp_path.glob("*.passages.json")
+    name = note.name.replace(".passages.json", ".jsonl")
+    assert (tmp_path / name).exists() == renamed
+    retrieve(**settings(work, tmp_path))
+    assert (f"{name} is complete and kept" in capsys.readouterr().out) == renamed
+    assert len(list(tmp_path.glob("*.jsonl"))) == len(list(tmp_path.glob("*.passages.json"))) == 2
+
+
+def test_a_file_that_was_to_be_replaced_does_not_pass_for_the_new_one(work, tmp_path, monkeypatch):
+    for name in ("task-test", "task-train"):
+        (tmp_path / f"{name}.jsonl").write_text('{"id": "old"}\n')
+
+    def killed(source, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            retrieve(**settings(work, tmp_path), overwrite=True)
+    with pytest.raises(ValueError, match=r"has 14 bytes, and .* wrote"):
+        corpus_check.check(tmp_path, Passages.open(work / "passages"))
+    retrieve(**settings(work, tmp_path), overwrite=True)
+    corpus_check.check(tmp_path, Passages.open(work / "passages"))
+    rows = [row for _, row in read_json_lines(tmp_path / "task-test.jsonl")]
+    assert "old" not in {row["id"] for row in rows} and len(rows) == 4
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from glimmer_jax.axes import Lengths
-from glimmer_jax.modes.train import check_best_metric
+from glimmer_jax.modes.train import _is_new, check_best_metric
 from tests.main_test import clear, data, run, train, work  # noqa: F401 (fixtures)
 
 LENGTHS = Lengths(question=4, target=5, passages=3, passage=6)
@@ -33,6 +33,15 @@ def test_an_unknown_best_metric_is_rejected_before_training():
     message = r"BEST_METRIC='mean' .*exact_match and accuracy.*\['a/f1'\]"
     with pytest.raises(ValueError, match=message):
         check_best_metric("mean", Dev("a/f1"), LENGTHS, num_kept=2)
+
+
+def test_a_run_is_new_until_it_has_a_step(tmp_path):
+    assert _is_new(str(tmp_path))
+    # What creating the folder leaves in a bucket, and what a killed save leaves.
+    (tmp_path / "checkpoints" / "unfinished" / "10").mkdir(parents=True)
+    assert _is_new(str(tmp_path)) and _is_new(f"file://{tmp_path}")
+    (tmp_path / "checkpoints" / "10").mkdir()
+    assert not _is_new(str(tmp_path)) and not _is_new(f"file://{tmp_path}")
 
 
 def test_a_run_from_memory_resumes_without_its_initial_checkpoint(

@@ -144,13 +144,19 @@ def test_another_encoder_and_other_passages_are_rejected(copy, encoder, passages
 
 def test_several_processes_build_one_index(encoder, passages, finished, tmp_path):
     impatient = [Builders(i, 2, wait_seconds=0.0) for i in range(2)]
-    with pytest.raises(StopRequested, match="manifest.json .*first builder"):
+    with pytest.raises(StopRequested, match="not completed by the first builder"):
         build_index(tmp_path, passages, encoder, shard_passages=3, builders=impatient[1])
     build_index(tmp_path, passages, encoder, shard_passages=3, builders=impatient[0])
     assert files_of(tmp_path) == files_of(finished)
     # The second builder, rerun, finds a finished index.
     build_index(tmp_path, passages, encoder, shard_passages=3, builders=impatient[1])
     (tmp_path / "manifest.json").unlink()
+    build_index(tmp_path, passages, encoder, shard_passages=3, builders=impatient[0])
+    assert files_of(tmp_path) == files_of(finished)
+    # A shard of the first builder is gone: the second waits for its repair.
+    shutil.rmtree(tmp_path / "shards" / "000000")
+    with pytest.raises(StopRequested, match="not completed by the first builder"):
+        build_index(tmp_path, passages, encoder, shard_passages=3, builders=impatient[1])
     build_index(tmp_path, passages, encoder, shard_passages=3, builders=impatient[0])
     assert files_of(tmp_path) == files_of(finished)
 

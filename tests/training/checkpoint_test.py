@@ -14,6 +14,7 @@ from glimmer_jax.partitioning import MeshConfig, make_mesh
 from glimmer_jax.training.checkpoint import Checkpoints, steps_to_keep
 from glimmer_jax.training.optimizer import OptimizerConfig, make_optimizer
 from glimmer_jax.training.state import TrainState, abstract_state, init_state
+from glimmer_jax.weights import checksums
 from glimmer_jax.weights.checksums import (
     SIDECAR,
     DamagedCheckpoint,
@@ -251,6 +252,40 @@ def test_an_edited_dev_metric_does_not_delete_the_best_step(tmp_path, state):
     with Checkpoints(tmp_path, **run) as checkpoints:
         checkpoints.save(at_step(state, 4), {"em": 0.6})
         assert checkpoints.steps() == [1, 4] and checkpoints.best_step() == 1
+
+
+@pytest.mark.parametrize("writes", range(4))
+def test_dev_metrics_that_are_added_late_leave_the_step_intact_at_any_kill(
+    tmp_path, state, monkeypatch, writes
+):
+    run = dict(keep_latest=1, best_metric="em")
+    with Checkpoints(tmp_path, **run) as checkpoints:
+        checkpoints.save(at_step(state, 3))
+    done, write = [], checksums._write
+
+    def killed(path, data):
+        if len(done) == writes:
+            raise KeyboardInterrupt
+        done.append(path)
+        write(path, data)
+
+    checkpoints = Checkpoints(tmp_path, **run)
+    with monkeypatch.context() as patch:
+        patch.setattr(checksums, "_write", killed)
+        if writes < 3:
+            with pytest.raises(KeyboardInterrupt):
+                checkpoints.add_dev_metrics(3, {"em": 0.5})
+        else:
+            checkpoints.add_dev_metrics(3, {"em": 0.5})
+    checkpoints.close()
+    with Checkpoints(tmp_path, **run) as checkpoints:
+        assert checkpoints.steps() == [3]
+        assert checkpoints.metadata(3)["dev_metrics"] == ({"em": 0.5} if writes > 1 else {})
+        checkpoints.add_dev_metrics(3, {"em": 0.5})
+        assert checkpoints.metadata(3)["dev_metrics"] == {"em": 0.5}
+    rewrite_metadata(tmp_path / "3", dev_metrics={"em": 0.9})
+    with pytest.raises(DamagedCheckpoint, match="metadata is changed"):
+        find_step(tmp_path)
 
 
 @pytest.mark.fault
