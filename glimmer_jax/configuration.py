@@ -18,7 +18,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 try:
     import gin
@@ -29,7 +29,7 @@ except ModuleNotFoundError as error:
         "gin is not installed. Install it with: pip install gin-config", name=error.name
     ) from None
 
-from glimmer_jax import shipped
+from glimmer_jax import shipped, value_types
 
 # Values of macros that a file uses and nothing binds, where the parameter may be None: the mode takes
 # what the checkpoint records. A binding in a run file would replace that of a model's file before it.
@@ -387,68 +387,17 @@ def check_types() -> None:
                 if of_macro != "gin.macro":
                     continue
                 value = _bindings()[name, of_macro]["value"]
-            if isinstance(value, str) and not _is_text(value):
+            if isinstance(value, str) and not value_types.is_text(value):
                 raise ConfigError(f"{name} holds NUL or half of a surrogate pair: {value!r:.80}")
             hint = hints.get(parameter, Any)
-            if not _conforms(value, hint):
+            is_object = isinstance(value, gin_config.ConfigurableReference)
+            if not is_object and not value_types.conforms(value, hint):
                 raise ConfigError(
-                    f"{name} must be {_type_name(hint)}, got {value!r}. Set for example "
-                    f"--gin.{name}={_example(hint)}"
+                    f"{name} must be {value_types.name_of(hint)}, got {value!r}. Set for example "
+                    f"--gin.{name}={value_types.example(hint)}"
                 )
-
-
-def _is_text(value: str) -> bool:
-    """Whether a string can be a path or be encoded."""
-    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _annotations(configurable: Callable[..., Any]) -> dict[str, Any]:
     target = configurable.__init__ if inspect.isclass(configurable) else configurable
     return typing.get_type_hints(inspect.unwrap(target))
-
-
-def _conforms(value: Any, hint: Any) -> bool:
-    """Whether a value has the type of an annotation; true for annotations that are not known here."""
-    origin, choices = typing.get_origin(hint), typing.get_args(hint)
-    if isinstance(value, gin_config.ConfigurableReference):
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(_conforms(value, choice) for choice in choices)
-    if origin is Literal:
-        return value in choices
-    if hint is types.NoneType:
-        return value is None
-    if hint in (int, float):
-        kinds = (int,) if hint is int else (int, float)
-        return isinstance(value, kinds) and not isinstance(value, bool)
-    if value is None:
-        return hint is not bool  # "not given": the mode itself reports a required setting
-    if hint in (str, bool):
-        return isinstance(value, hint)
-    if origin in (Sequence, list, tuple):
-        return isinstance(value, list | tuple)
-    if origin in (Mapping, dict):
-        return isinstance(value, dict)
-    # Gin's values are literals, never objects of ours.
-    return not (inspect.isclass(hint) and hint.__module__.startswith("glimmer_jax."))
-
-
-def _type_name(hint: Any) -> str:
-    kinds = {Mapping: "dict", dict: "dict", Sequence: "list", list: "list", tuple: "list"}
-    if (origin := typing.get_origin(hint)) in kinds:
-        return kinds[origin]
-    return hint.__name__ if inspect.isclass(hint) else re.sub(r"\b[\w.]+\.(?=\w)", "", str(hint))
-
-
-def _example(hint: Any) -> str:
-    """A value of the annotated type, as a shell takes it."""
-    origin, choices = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return _example(choices[0])
-    if origin is Literal:
-        return f"\"'{choices[0]}'\""
-    if origin in (Mapping, dict):
-        return "\"{'inputs': 48, 'targets': 32, 'passages': (40, 304)}\""
-    if origin in (Sequence, list, tuple):
-        return "\"['a', 'b']\"" if str in choices else '"[0, 1]"'
-    return {int: "8", float: "0.1", bool: "True", str: "\"'text'\""}.get(hint, "None")

@@ -40,7 +40,7 @@ LAYERS = (
     ("shipped",),
     ("modes",),
     ("t5x_adapter",),
-    ("configuration",),
+    ("value_types", "configuration"),
     ("main",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
