@@ -66,7 +66,9 @@ class Study:
             if current[unit["arm"]] == (unit["settings"], unit["rate"])
             and _has_rate_of_its_source(unit, current)
         }
-        self.stale = len(known) - len(self.units)
+        # A measurement of speed may be repeated.
+        names = ("block", "arm", "seed", "procedure", "questions", "settings", "rate")
+        self.stale = len({tuple(unit[name] for name in names) for unit in known}) - len(self.units)
         tuning = [unit for unit in results.units if unit["block"] == TUNING]
         self.tuning = [unit for unit in tuning if unit["procedure"] == newest["procedure"]]
 
@@ -216,8 +218,7 @@ def _judge_rivals(study: Study, part: Rivals, needed: int) -> Judged:
     limit = f" of {own:.2f} GFLOP" if part.cheaper else ""
     text = f"{part.text}{limit} (closest: {ARMS[arm].about}, K = {key.split(':')[1]})"
     if part.faster and verdict != FAILS:
-        _, _, best, best_key, _ = min(judged, key=lambda row: row[0].mean)
-        speeds = study.speed(part.arm, part.selection), study.speed(best, best_key)
+        speeds = study.speed(part.arm, part.selection), study.speed(arm, key)
         if speeds[0] is None or speeds[1] is None:
             verdict, text = UNDECIDED, f"{text}; speed not measured"
         elif not all(map(is_idle, speeds)):

@@ -13,7 +13,8 @@ Training and evaluation use one core, on which a run costs a fifth less than on 
 each with its own `--arms` and core (`taskset -c N`), work side by side; their results files, one after
 the other, are a results file.
 Block T tunes learning rates on dev; run it before the others, or they use the rates of the recipe.
-Block S measures speed; run it alone on an idle machine. It is repeated until nothing ran beside it.
+Block S measures speed; run it alone on an idle machine. Rerunning it repeats
+measurements that had other work beside them.
 
     experiments/claims.jsonl    a line per unit
     experiments/claims.json     statistics and verdicts
@@ -137,11 +138,11 @@ class Study:
                 self._run_all(list(self._tuning()))
             units = list(self._units([block for block in blocks if block != TUNING], seeds))
             if untuned := [
-                arm for arm in dict.fromkeys(x.arm for x in units) if self._tuned(arm) is None
+                arm for arm in dict.fromkeys(x.arm for x in units) if not self._is_tuned(arm)
             ]:
                 _print(
-                    f"claims: rates of the recipe for {', '.join(untuned)}. Units are repeated if block "
-                    f"{TUNING} chooses others; run it first."
+                    f"claims: learning rates of {', '.join(untuned)} are not tuned. Units are repeated "
+                    f"if block {TUNING} chooses others; run it first."
                 )
             self._run_all(units)
 
@@ -171,10 +172,12 @@ class Study:
         progress.log()
 
     def _is_done(self, unit: Unit) -> bool:
-        """Whether a unit has a result; a speed that was measured beside other work is none."""
+        """Whether a unit has a result; a speed that was measured beside other work does not count."""
         found = self._results.find(**self._identity(unit))
         return found is not None and all(
-            is_idle(result) for result in found["results"].values() if "other_load" in result
+            is_idle(result)
+            for result in found["results"].values()
+            if result.get("other_load") is not None
         )
 
     def _prepare(self) -> None:
@@ -193,10 +196,15 @@ class Study:
         )
 
     def _rate(self, unit: Unit) -> float:
-        """The factor of the learning rate: the unit's own, the best on dev, or 1 before tuning."""
+        """The factor of the learning rate: the unit's own, or the best known; 1 before tuning."""
         if unit.rate is not None:
             return unit.rate
-        return self._tuned(unit.arm) or 1.0
+        source = ARMS[unit.arm].model
+        found = self._on_dev(source, self._factors(source))
+        # Without all of the first, the best would depend on the order of the runs.
+        if len(found) < len(claim_arms.RATES):
+            return 1.0
+        return max(found, key=lambda rate: found[rate])
 
     def _factors(self, name: str) -> list[float]:
         """The factors to try: one more where the best of the first is at an edge."""
@@ -206,11 +214,10 @@ class Study:
             return list(claim_arms.RATES)
         return [*claim_arms.RATES, claim_arms.BEYOND[best]]
 
-    def _tuned(self, name: str) -> float | None:
-        """The factor that was best on dev; None before all of them are known."""
+    def _is_tuned(self, name: str) -> bool:
+        """Whether all factors of an arm's model have been tried."""
         factors = self._factors(ARMS[name].model)
-        found = self._on_dev(ARMS[name].model, factors)
-        return max(found, key=lambda rate: found[rate]) if len(found) == len(factors) else None
+        return len(self._on_dev(ARMS[name].model, factors)) == len(factors)
 
     def _on_dev(self, arm: str, factors: Sequence[float]) -> dict[float, float]:
         """Exact match on dev, summed over tasks, of the factors that are known."""

@@ -276,6 +276,11 @@ def settings(function: Callable[..., Any]) -> dict[str, Any]:
     return gin.get_bindings(function)
 
 
+def complete_config() -> str:
+    """All bindings, used or not, as a gin file."""
+    return gin.config_str()
+
+
 def operative_config() -> str:
     """The bindings used so far, as a gin file."""
     return gin.operative_config_str()

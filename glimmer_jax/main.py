@@ -205,13 +205,11 @@ def run_mode(flags: argparse.Namespace) -> Any:
     from glimmer_jax import configuration
     from glimmer_jax.storage import lease
 
-    # Without the flags of the job, which a restart may change.
-    lease.set_command(
-        (flags.run_mode, *flags.gin_file, *flags.gin_bindings, flags.gin_search_paths)
-    )
     function = _find(MODES[flags.run_mode].function)
     configuration.parse(flags.gin_file, flags.gin_bindings, _paths(flags.gin_search_paths))
     configured = configuration.configured(function)
+    # Without the flags of the job, which a restart may change.
+    lease.set_command(f"{flags.run_mode}\n{configuration.complete_config()}")
     _set_seqio_dirs(flags)
     kwargs = {}
     if "operative_config" in inspect.signature(function).parameters:

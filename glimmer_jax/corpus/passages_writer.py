@@ -47,6 +47,7 @@ def write_passages(
     unk_id: int | None = None,
     source: str = "",
     overwrite: bool = False,
+    before: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Writes a passages folder; returns its manifest.
 
@@ -61,6 +62,7 @@ def write_passages(
       unk_id: the unknown token, to be counted; None counts none.
       source: name of the corpus, for people.
       overwrite: replace an existing folder.
+      before: called when the folder is complete, before it appears at `path`.
 
     Raises:
       ValueError: the folder exists, an id occurs twice, two ids have one number, a token id is out of
@@ -99,6 +101,7 @@ def write_passages(
         # Synced before the rename: a power cut must not leave the name without the bytes.
         for part in (*FILES, MANIFEST, "."):
             sync(working / part)
+        before()
         _move_into_place(working, target)
     except BaseException:
         shutil.rmtree(working, ignore_errors=True)

@@ -33,10 +33,18 @@ class _Logger(seqio.JSONLogger):
     def __call__(self, task_name: str, step: int | None, *args: Any, **kwargs: Any) -> None:
         place = of_file(os.path.join(self.output_dir, f"{task_name}-metrics.jsonl"))
         lines = (read_file(*place) or b"").splitlines(keepends=True)
-        kept = [line for line in lines if json.loads(line)["step"] < (step or 0)]
+        kept = [line for line in lines if step is None or _is_earlier(line, step)]
         if kept != lines:
             write_file(*place, b"".join(kept))
         super().__call__(task_name, step, *args, **kwargs)
+
+
+def _is_earlier(line: bytes, step: int) -> bool:
+    """Whether a line is that of an earlier step; a cut or damaged one is not."""
+    try:
+        return bool(json.loads(line)["step"] < step)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return False
 
 
 class Evaluation:

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def infer(
             deque(answers, maxlen=0)  # all processes compute, one writes
             count = 0
         else:
-            count = write_json_lines(path, _then(answers, held.check_lock))
+            count = write_json_lines(path, answers, before=lambda _: held.check_lock())
     if jax.process_index():
         return
     print(f"Wrote {count} answers to {path}.")
@@ -99,11 +99,6 @@ def infer(
         )
     if predictor.masked:
         print(f"{predictor.masked} passages are missing from the memory and were left out.")
-
-
-def _then(answers: Iterator[Example], last: Callable[[], None]) -> Iterator[Example]:
-    yield from answers
-    last()
 
 
 def _read_questions(path: Path) -> list[Example]:

@@ -3,14 +3,14 @@
 A job that is killed after its output is complete, but before all its processes have ended, is started
 again by the same command. The lock that the killed job left behind names the command and what was at
 the output's place before, so that the second one ends at once instead of rejecting the file as somebody
-else's.
+else's. A command is its mode and its complete gin configuration.
 """
 
 import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from glimmer_jax.runtime.preemption import StopRequested
 from glimmer_jax.storage import folder, lease
+from glimmer_jax.storage.errors import classify_error
 from glimmer_jax.weights import params_file
 
-_FREE, _COMPLETE, _REJECTED = range(3)
+_FREE, _COMPLETE, _REJECTED, _UNREACHABLE = range(4)
 # Where and how results are written, not what they are.
 _PLACES = ("MODEL_DIR", "EVAL_OUTPUT_DIR", "OVERWRITE")
 
@@ -40,7 +42,8 @@ class Place:
 
     def check_early(self) -> None:
         """`check`, unless this command itself completed the output; before anything is read."""
-        if not _earlier_attempt(self)[0]:
+        own, about = _earlier_attempt(self)
+        if not (own and _has_changed(self, about)):
             self.check()
 
 
@@ -73,7 +76,7 @@ def params_file_place(path: str, overwrite: bool) -> Place:
 
 @contextlib.contextmanager
 def locked(path: str | None, in_place: bool = False) -> Iterator[Callable[[], None]]:
-    """Holds an output, from before the work on it: of two commands that write it, one is rejected.
+    """Holds an output, from before the work on it, so that a second command is rejected at once.
 
     Only process 0 writes, so it alone holds the lock.
 
@@ -100,21 +103,25 @@ def sole_writer(place: Place) -> Iterator[Held]:
 
     Raises:
       ValueError: another process is writing it, or another command has written it.
+      StorageError: the storage did not answer, or denied access.
+      StopRequested: in other processes, where process 0 could not reach the storage.
     """
     with contextlib.ExitStack() as stack:
-        state, problem, lock, before = _FREE, None, None, None
+        state, problem, lock = _FREE, None, None
         if jax.process_index() == 0:
             try:
-                complete, about = _earlier_attempt(place)
-                before = about["before"]
+                own, about = _earlier_attempt(place)
                 lock = stack.enter_context(lease.output_lock(place.path, place.in_place, about))
-                if complete:
+                if own and _has_changed(place, about):
                     state = _COMPLETE
-                    print(f"{place.path} is complete and kept: this command wrote it before.")
+                    print(
+                        f"{place.path} is complete and kept: a killed attempt of this command wrote it."
+                    )
                 else:
                     place.check()
-            except ValueError as error:
-                state, problem = _REJECTED, error
+            except (ValueError, OSError) as error:
+                temporary = classify_error(error) == "temporary"
+                state, problem = _UNREACHABLE if temporary else _REJECTED, error
         if jax.process_count() > 1:
             # One process decides: it may have written the output before another looks.
             state = int(multihost_utils.broadcast_one_to_all(np.array(state)))
@@ -122,37 +129,43 @@ def sole_writer(place: Place) -> Iterator[Held]:
             raise problem
         if state == _REJECTED:
             raise ValueError(f"{place.path} was rejected by process 0, which reports the reason.")
+        if state == _UNREACHABLE:
+            raise StopRequested(f"Process 0 could not reach {place.path}.")
         try:
             yield Held(state == _COMPLETE, (lambda: None) if lock is None else lock.check)
             if jax.process_count() > 1:
-                # Until all have come so far, a restart of the job must know the output as its own.
+                # A restart must recognise the output until all processes get here.
                 multihost_utils.sync_global_devices(f"written: {place.path}")
         except BaseException:
-            if lock is not None and _identity(place.last) not in (None, before):
+            if lock is not None and _has_changed(place, about):
                 lock.abandon()
             raise
 
 
 def _earlier_attempt(place: Place) -> tuple[bool, dict[str, Any]]:
-    """Whether an earlier attempt of this command completed the output; `about` of the next lock."""
-    now = _identity(place.last)
+    """Whether an attempt of this command left its lock behind; `about` of the next lock."""
     left = lease.output_lock(place.path, place.in_place).about() or {}
-    own = left.get("command") == lease.command()
-    before = left.get("before") if own else now
-    return now not in (None, before), {"command": lease.command(), "before": before}
+    own = lease.command() is not None and left.get("command") == lease.command()
+    before = left.get("before") if own else _identity(place.last)
+    return own, {"command": lease.command(), "before": before}
+
+
+def _has_changed(place: Place, about: Mapping[str, Any]) -> bool:
+    """Whether the output is complete, and is not the one that was there before."""
+    return _identity(place.last) not in (None, about["before"])
 
 
 def _identity(path: str) -> str | None:
-    """Another one if a file was replaced; None without a file."""
+    """Changes when the file is replaced; None if it is missing. Raises StorageError."""
     if folder.in_bucket(path):
-        kvstore, key = folder.of_file(path)
-        result = kvstore.read(key).result()
-        return None if result.state == "missing" else result.stamp.generation.hex()
+        found = folder.read_if_new(*folder.of_file(path), known=None)
+        return None if found is None else found[1].hex()
     try:
-        found = os.stat(folder.local_path(path))
+        status = os.stat(folder.local_path(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return f"{found.st_ino} {found.st_size} {found.st_mtime_ns}"
+    # No inode number: some network file systems number files anew on each machine.
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def changed_settings(output_dir: str, config_text: str) -> list[str]:

@@ -91,6 +91,7 @@ def passages(
             unk_id=unk_id,
             source=Path(corpus).name,
             overwrite=overwrite,
+            before=held.check_lock,
         )
     print(
         f"{report.summary()}\n{passages_dir}: {manifest['num_passages']} passages, "

@@ -6,11 +6,10 @@ passages must not be trained on, not even as negatives.
 
 import collections
 import dataclasses
-import functools
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +125,7 @@ def retrieve(
                 chosen = training if _is_training(name) else everything
                 asked = read_task(name, paths, by_id, question_words)
                 retrieved = _retrieve_file(asked, counts[name], chosen, num_passages, scores)
-                check_lock()
-                _write(path, retrieved, passages, requests[name])
+                _write(path, retrieved, passages, requests[name], check_lock)
             if scores.passages().get(f"recall_at_{ks[-1]}") == 0 and jax.process_index() == 0:
                 _warn_of_provenance(name, read_task(name, paths, by_id), passages)
             for kind, row in (("passages", scores.passages()), ("pages", scores.pages())):
@@ -240,13 +238,21 @@ def _retrieve_file(
 
 
 def _write(
-    path: str, retrieved: Iterable[dict[str, Any]], passages: Passages, request: dict[str, Any]
+    path: str,
+    retrieved: Iterable[dict[str, Any]],
+    passages: Passages,
+    request: dict[str, Any],
+    check_lock: Callable[[], None],
 ) -> None:
     """Writes a task file and its note. All processes search, one writes."""
+
+    def before(content: Path) -> None:
+        check_lock()
+        # Without its note, the file would be taken for that of another request.
+        corpus_check.write_note(path, content, passages, request)
+
     if jax.process_index() == 0:
-        # Before the file: one without its note would be taken for that of another request.
-        note = functools.partial(corpus_check.write_note, path, passages=passages, request=request)
-        write_json_lines(path, retrieved, before=note)
+        write_json_lines(path, retrieved, before)
     else:
         collections.deque(retrieved, maxlen=0)
 

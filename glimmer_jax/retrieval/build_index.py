@@ -117,9 +117,8 @@ def build_index(
     if versions.is_finished(kvstore):
         try:
             layout = next(iter(versions.read_manifest(kvstore).layouts), layout)
-            index = Index.open(path, *identity)
             # The build would tokenize the corpus again to compare it with the shards.
-            if not incomplete_files(index.store):
+            if (index := _complete_index(path, *identity)) is not None:
                 return index
         except DamagedStore as damage:
             logger.warning("rebuilding what is damaged: %s", damage)
@@ -132,15 +131,21 @@ def build_index(
         name="index",
     )
     if report.manifest is None:
-        # An index that is being repaired has its manifest already.
         builders.wait_for_first(kvstore.url, lambda: _is_complete(path, *identity))
     return Index.open(path, *identity)
 
 
+def _complete_index(path: Any, encoder: Identity, passages: str) -> Index | None:
+    """The index, if no file of it is missing or cut. Raises DamagedStore."""
+    index = Index.open(path, encoder, passages)
+    return None if incomplete_files(index.store) else index
+
+
 def _is_complete(path: Any, encoder: Identity, passages: str) -> bool:
+    """Whether the index is finished; one that is being repaired has its manifest already."""
     if not versions.is_finished(folder.open_folder(path)):
         return False
     try:
-        return not incomplete_files(Index.open(path, encoder, passages).store)
+        return _complete_index(path, encoder, passages) is not None
     except DamagedStore:
         return False

@@ -39,8 +39,8 @@ def write_note(path: Any, content: Path, passages: Passages, request: Mapping[st
 
     Args:
       path: of the file.
-      content: the file, or what will be it.
-      passages: that it was retrieved from.
+      content: the file, or its temporary copy.
+      passages: the corpus it was retrieved from.
       request: everything that determines it.
     """
     note: dict[str, Any] = {

@@ -19,10 +19,9 @@ import math
 import os
 import pathlib
 import socket
-import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import tensorstore as ts
@@ -40,19 +39,17 @@ MAX_LEASE_SECONDS = 3600.0  # a longer one in a file is not ours
 _RENEWALS = 6  # per lease
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _logger = logging.getLogger(__name__)
-_command = ""
+_command: str | None = None
 
 
-def set_command(parts: Sequence[str]) -> None:
-    """Names the command that this process runs, without what differs between attempts of a job."""
+def set_command(text: str | None) -> None:
+    """Records the command that this process runs, without what differs between attempts of a job."""
     global _command
-    _command = hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()
+    _command = None if text is None else hashlib.sha256(text.encode()).hexdigest()
 
 
-def command() -> str:
-    """Checksum of this process's command; a restarted job has the same one."""
-    if not _command:
-        set_command(sys.argv)
+def command() -> str | None:
+    """Checksum of this process's command; a restarted job has the same one. None if unknown."""
     return _command
 
 
@@ -94,6 +91,7 @@ class _Holder:
     process_start: str | None
     lease_seconds: float
     about: Mapping[str, Any]
+    ended: bool  # it left the file behind on purpose
 
     @classmethod
     def parse(cls, data: bytes) -> "_Holder":
@@ -106,6 +104,7 @@ class _Holder:
         }
         given["lease_seconds"] = fields.get("lease_seconds", LEASE_SECONDS)
         given["about"] = fields.get("about", {})
+        given["ended"] = fields.get("ended") is True
         holder = cls(**given)
         lease = holder.lease_seconds
         checks = {
@@ -128,6 +127,8 @@ class _Holder:
 
     def is_dead(self) -> bool | None:
         """Whether the holder is dead; None if this cannot be known from here."""
+        if self.ended:
+            return True
         here = _here()
         if self.machine is None or (self.host, self.machine) != (here["host"], here["machine"]):
             return None
@@ -208,7 +209,11 @@ class WriterLock:
     def __exit__(self, *exc_info: Any) -> None:
         self._stop.set()
         self._thread.join()
-        if not self._lost and not self._abandoned:
+        if self._abandoned:
+            self._own["ended"] = True
+            with contextlib.suppress(ValueError, OSError):  # then it expires, as after a kill
+                self._renew()
+        elif not self._lost:
             try:
                 self._kvstore.write(self._name, None, if_equal=self._generation).result()
             except ValueError as error:
@@ -237,7 +242,7 @@ class WriterLock:
             )
 
     def abandon(self) -> None:
-        """Leaves the file behind, as a kill would: the next writer reads its `about`."""
+        """Leaves the file behind on exit: the next writer takes it over and may read its `about`."""
         self._abandoned = True
 
     def about(self) -> dict[str, Any] | None:

@@ -48,9 +48,12 @@ def _write(path: epath.Path, data: bytes) -> None:
     """Renamed into place, so that the file is complete or absent."""
     partial = path.with_name(f"{path.name}{_PARTIAL}")
     partial.write_bytes(data)
-    if not in_bucket(partial):
-        sync(pathlib.Path(partial))
+    if in_bucket(path):
+        partial.replace(path)
+        return
+    sync(pathlib.Path(partial))
     partial.replace(path)
+    sync(pathlib.Path(path).parent)
 
 
 def _accepted(digests: Mapping[str, Any], name: str) -> list[Any]:

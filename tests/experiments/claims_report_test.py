@@ -337,6 +337,13 @@ def test_results_of_other_settings_are_left_out(tmp_path):
     assert len(Study(results).units) == 1
 
 
+def test_a_repeated_measurement_of_speed_is_not_left_out(tmp_path):
+    results = fill(tmp_path / "claims.jsonl", "AS", seeds=1)
+    results.append({**unit("S", "fid", 0, QUALITY), "seconds": {"train": 0, "evaluate": 1}})
+    study = Study(results)
+    assert study.stale == 0 and study.units["S", "fid", 0]["seconds"]["evaluate"] == 1
+
+
 def test_results_survive_an_interruption_while_writing(tmp_path):
     results = fill(tmp_path / "claims.jsonl", "C", seeds=1)
     with results.path.open("ab") as file:

@@ -245,9 +245,9 @@ def test_evaluations_share_no_files(study):
 
 def test_rates_that_are_not_tuned_are_named(study, capsys):
     run("--blocks=D", "--seeds=0")
-    assert "rates of the recipe for separate" in capsys.readouterr().out
+    assert "learning rates of separate are not tuned" in capsys.readouterr().out
     run("--blocks=T,D", "--seeds=0")
-    assert "rates of the recipe" not in capsys.readouterr().out
+    assert "not tuned" not in capsys.readouterr().out
 
 
 def tune(study, qualities):
@@ -280,7 +280,18 @@ def test_a_best_rate_at_an_edge_is_compared_with_the_next(study, qualities, beyo
     # The stand-in's later answers are 0.5, below the best.
     best = RATES[qualities.index(0.6)]
     assert {unit["rate"] for unit in units if unit["block"] == "C"} == {best}
-    assert "rates of the recipe" not in capsys.readouterr().out
+    assert "not tuned" not in capsys.readouterr().out
+
+
+def test_the_best_known_rate_is_used_until_the_one_beyond_an_edge_is_known(study, capsys):
+    results = Results(Path("experiments/claims.jsonl"))
+    tune(study, (0.4, 0.5, 0.6))
+    kept = [line for line in results.path.read_text().splitlines() if '"rate": 8.0' not in line]
+    results.path.write_text("".join(f"{line}\n" for line in kept))
+    capsys.readouterr()
+    units = run("--blocks=D", "--seeds=0")
+    assert [unit["rate"] for unit in units if unit["block"] == "D"] == [max(RATES)]
+    assert "learning rates of separate are not tuned" in capsys.readouterr().out
 
 
 def test_speed_is_measured_again_after_other_work_ran_beside_it(study):

@@ -1,5 +1,6 @@
-"""Outputs: of two writers the second is rejected, and a restarted command knows its own."""
+"""Outputs: a second writer is rejected, and a restarted command recognises its own."""
 
+import errno
 import json
 import os
 import re
@@ -135,7 +136,7 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(work, tmp_path, monkeypat
         assert file.read() == "precious"
 
 
-@pytest.mark.parametrize("mode", ["retrieve", "export", "export a file", "infer"])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "eval"])
 def test_nothing_is_written_after_another_writer_took_over(work, tmp_path, monkeypatch, mode):
     function, arguments, *_ = command(mode, work, str(tmp_path / "result"))
 
@@ -200,6 +201,7 @@ def leave_lock(path, in_place, about):
     )
     with open(name) as file:
         fields = json.load(file)
+    del fields["ended"]
     with open(name, "w") as file:
         json.dump({**fields, "pid": dead.pid}, file)
 
@@ -280,8 +282,7 @@ def test_a_stop_after_the_output_leaves_the_lock_for_the_restart(tmp_path, ours)
     def taken():
         raise ValueError("exists")
 
-    fields = json.loads(lock.read_text())
-    lock.write_text(json.dumps({**fields, "process_start": "earlier"}))  # it has ended
+    # This process still lives, but does not write any more.
     place_of(path, taken).check_early()
     with outputs.sole_writer(place_of(path, taken)) as held:
         assert held.complete
@@ -292,7 +293,7 @@ def test_a_stop_after_the_output_leaves_the_lock_for_the_restart(tmp_path, ours)
         pass
 
 
-@pytest.mark.parametrize("state", range(3))
+@pytest.mark.parametrize("state", range(4))
 def test_all_processes_follow_process_0(tmp_path, monkeypatch, state):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
@@ -307,6 +308,9 @@ def test_all_processes_follow_process_0(tmp_path, monkeypatch, state):
     if state == outputs._REJECTED:
         with pytest.raises(ValueError, match="rejected by process 0"), writer:
             pass
+    elif state == outputs._UNREACHABLE:
+        with pytest.raises(StopRequested, match="Process 0 could not reach"), writer:
+            pass
     else:
         with writer as held:
             held.check_lock()
@@ -315,16 +319,77 @@ def test_all_processes_follow_process_0(tmp_path, monkeypatch, state):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_command_is_that_of_its_settings_and_not_of_its_job():
+@pytest.mark.parametrize(
+    "error, state",
+    [
+        (ValueError("exists"), outputs._REJECTED),
+        (OSError(errno.EACCES, "denied"), outputs._REJECTED),
+        (OSError(errno.ETIMEDOUT, "timed out"), outputs._UNREACHABLE),
+        (None, outputs._FREE),
+    ],
+)
+@pytest.mark.parametrize("where", ["check", "lock"])
+def test_process_0_tells_the_others_what_it_found(tmp_path, monkeypatch, where, error, state):
+    told = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        outputs.multihost_utils, "broadcast_one_to_all", lambda own: told.append(int(own)) or own
+    )
+    monkeypatch.setattr(outputs.multihost_utils, "sync_global_devices", told.append)
+
+    def failing(*_):
+        if error is not None:
+            raise error
+
+    if where == "lock":
+        enter = outputs.lease.WriterLock.__enter__
+        monkeypatch.setattr(
+            outputs.lease.WriterLock, "__enter__", lambda lock: failing() or enter(lock)
+        )
+    writer = outputs.sole_writer(place_of(tmp_path / "out", failing if where == "check" else str))
+    if error is None:
+        with writer:
+            pass
+        assert told[0] == state and "out" in told[1]
+    else:
+        with pytest.raises(type(error), match=str(error.args[-1])), writer:
+            pass
+        assert told == [state]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_command_is_its_settings_and_not_its_job(tmp_path):
     def named(*flags):
-        gin_flags = ["--gin_file=a.gin", "--gin.X=1", *flags]
-        with pytest.raises(ValueError, match="gin"):
-            command_line.run_mode(command_line.parse_flags(["--run_mode=infer", *gin_flags]))
+        given = ["--gin_file=gin/runs/score.gin", "--gin.PREDICTIONS='missing'", *flags]
+        given += ["--gin.QUESTIONS='missing'"]
+        with pytest.raises(ValueError, match="PREDICTIONS: there is no file"):
+            command_line.run_mode(command_line.parse_flags(["--run_mode=score", *given]))
         return outputs.lease.command()
 
     first = named()
     assert named("--process_id=1", "--num_processes=2", "--debug") == first
-    assert named("--gin.X=2") != first
+    assert named("--gin.OUTPUT_PATH='b'") != first
+    # The content of a gin file counts, not its name.
+    for name, text in (
+        ("a", "OUTPUT_PATH = 'c'"),
+        ("b", "OUTPUT_PATH = 'c'"),
+        ("c", "OUTPUT_PATH = 'd'"),
+    ):
+        (tmp_path / f"{name}.gin").write_text(text)
+    a, b, c = (named(f"--gin_file={tmp_path}/{name}.gin") for name in "abc")
+    assert a == b != c
+
+
+def test_without_a_known_command_no_output_is_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(outputs.lease, "_command", None)
+    (tmp_path / "out").touch()
+    leave_lock(str(tmp_path / "out"), False, {"command": None, "before": None})
+
+    def taken():
+        raise ValueError("exists")
+
+    with pytest.raises(ValueError, match="exists"):
+        place_of(tmp_path / "out", taken).check_early()
 
 
 def test_a_file_in_place_of_an_output_folder_is_named(tmp_path):
