@@ -144,10 +144,9 @@ def sole_writer(place: Place) -> Iterator[Held]:
 
 def _earlier_attempt(place: Place) -> tuple[bool, dict[str, Any]]:
     """Whether an attempt of this command left its lock behind; `about` of the next lock."""
-    left = lease.output_lock(place.path, place.in_place).about() or {}
-    own = lease.command() is not None and left.get("command") == lease.command()
-    before = left.get("before") if own else _identity(place.last)
-    return own, {"command": lease.command(), "before": before}
+    left = lease.output_lock(place.path, place.in_place).about_earlier_attempt()
+    before = _identity(place.last) if left is None else left.get("before")
+    return left is not None, {"before": before}
 
 
 def _has_changed(place: Place, about: Mapping[str, Any]) -> bool:

@@ -5,7 +5,8 @@ bucket), rewritten every few seconds while it is held, and removed at the end. A
 cannot remove it, so the next writer takes it over: at once if the holder was a process of this
 machine and is dead, otherwise when the file has not changed for the lease time on the clock of the
 waiting process. So no two clocks have to agree, and a host that returns under another name waits
-for a bounded time.
+for a bounded time. A restarted job also waits for the end of its earlier attempt, whose processes may
+outlive a lost host for a while.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from typing import Any
 
 import tensorstore as ts
 
-from glimmer_jax.runtime.preemption import STOP
+from glimmer_jax.runtime.preemption import STOP, StopRequested
 from glimmer_jax.storage.errors import storage_error
 from glimmer_jax.storage.folder import (
     of_file,
@@ -35,6 +36,9 @@ from glimmer_jax.storage.folder import (
 )
 
 LEASE_SECONDS = 60.0
+# How long a restarted job waits for the end of its earlier attempt: a process whose peers are gone ends
+# within two minutes.
+RESTART_SECONDS = 240.0
 MAX_LEASE_SECONDS = 3600.0  # a longer one in a file is not ours
 _RENEWALS = 6  # per lease
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
@@ -92,6 +96,7 @@ class _Holder:
     lease_seconds: float
     about: Mapping[str, Any]
     ended: bool  # it left the file behind on purpose
+    command: str | None  # see `command`
 
     @classmethod
     def parse(cls, data: bytes) -> "_Holder":
@@ -117,6 +122,7 @@ class _Holder:
             and math.isfinite(lease)
             and 0 < lease <= MAX_LEASE_SECONDS,
             "about": isinstance(holder.about, dict),
+            "command": isinstance(holder.command, str | None),
         }
         if wrong := [name for name, valid in checks.items() if not valid]:
             raise ValueError(", ".join(f"{name} is {fields.get(name)!r}" for name in wrong))
@@ -124,6 +130,10 @@ class _Holder:
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} since {self.since}"
+
+    def is_of_this_command(self) -> bool:
+        """Whether it is, or was, another attempt of the command that this process runs."""
+        return self.command is not None and self.command == command()
 
     def is_dead(self) -> bool | None:
         """Whether the holder is dead; None if this cannot be known from here."""
@@ -150,6 +160,7 @@ class WriterLock:
 
     Raises:
       ValueError: on entry, if another writer holds it; its process and host are named.
+      StopRequested: on entry, if an attempt of the same command on another host does not end.
     """
 
     def __init__(
@@ -191,6 +202,7 @@ class WriterLock:
             "process_start": _process_state(os.getpid())[1],
             "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "lease_seconds": self._lease,
+            "command": command(),
             "about": self._about,
             "beat": 0,
         }
@@ -253,6 +265,12 @@ class WriterLock:
         holder, _ = self._parse(result)
         return {} if holder is None else dict(holder.about)
 
+    def about_earlier_attempt(self) -> dict[str, Any] | None:
+        """`about`, if the holder is of the command that this process runs; None otherwise."""
+        result = self._read()
+        holder = None if result.state == "missing" else self._parse(result)[0]
+        return dict(holder.about) if holder is not None and holder.is_of_this_command() else None
+
     def remove_if_dead(self) -> None:
         """Removes the file of a dead holder. Raises ValueError, as on entry, if it is alive."""
         generation = self._await_death()
@@ -272,22 +290,35 @@ class WriterLock:
             _logger.warning("%s is no lock file of ours (%s).", self._where, problem)
         else:
             dead, lease = holder.is_dead(), holder.lease_seconds
+        own = holder is not None and holder.is_of_this_command()
         if dead is None:
             # On another machine, or unreadable: a living holder rewrites the file within its lease.
+            wait = max(lease, RESTART_SECONDS) if own else lease
             _logger.warning(
-                "%s is held by %s; waiting up to %.0f s for a sign of life.",
+                "%s is held by %s; waiting up to %.0f s for %s.",
                 self._where,
                 holder or "an unknown process",
-                lease,
+                wait,
+                "the end of that attempt" if own else "a sign of life",
             )
-            first, end = result.stamp.generation, time.monotonic() + lease
-            while result.stamp.generation == first and time.monotonic() < end:
+            changed = time.monotonic()
+            end = changed + wait
+            while dead is None:
                 STOP.poll()
                 time.sleep(min(1.0, lease / 20))
-                result = self._read()
+                seen, result, now = result.stamp.generation, self._read(), time.monotonic()
                 if result.state == "missing":
                     return result.stamp.generation
-            dead = result.stamp.generation == first
+                if result.stamp.generation != seen:
+                    changed = now
+                    dead = None if own else False
+                elif now - changed >= lease:
+                    dead = True
+                if own and dead is None and now >= end:
+                    raise StopRequested(
+                        f"{self._held} is still being written by {holder}, an attempt of this command. "
+                        "Stop it, or rerun later."
+                    )
         if not dead:
             raise ValueError(
                 f"{self._held} is being written by {holder or 'another process'}. One writer at a "

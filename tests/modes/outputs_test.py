@@ -188,7 +188,7 @@ def test_scores_are_replaced_only_if_they_may_be(work, tmp_path):
     assert json.loads(output.read_text())["exact_match"]["mean"] == 1.0
 
 
-def leave_lock(path, in_place, about):
+def leave_lock(path, in_place, about, command="ours"):
     """The lock file of a killed process."""
     with output_lock(path, in_place, about) as lock:
         lock.abandon()
@@ -203,7 +203,7 @@ def leave_lock(path, in_place, about):
         fields = json.load(file)
     del fields["ended"]
     with open(name, "w") as file:
-        json.dump({**fields, "pid": dead.pid}, file)
+        json.dump({**fields, "pid": dead.pid, "command": command}, file)
 
 
 def last_of(output):
@@ -214,7 +214,7 @@ def last_of(output):
     return output.replace(".safetensors", ".json")
 
 
-OURS = {"command": "ours", "before": None}
+OURS = {"before": None}
 COMPLETED = ("passages", "export", "export a file", "export programs", "codebooks", "infer")
 
 
@@ -237,8 +237,8 @@ def test_a_restarted_command_keeps_what_it_completed(work, tmp_path, ours, capsy
         assert f"{locked} is complete and kept" in capsys.readouterr().out
         assert os.stat(last) == written
         assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".lock")]
-    for about in ({"command": "another", "before": None}, {}):
-        leave_lock(locked, in_place, about)
+    for other in ("another", None):
+        leave_lock(locked, in_place, OURS, other)
         with pytest.raises(ValueError, match=r"exists|holds"):
             function(*arguments)
     assert os.stat(last) == written
@@ -253,7 +253,7 @@ def test_an_output_that_was_to_be_replaced_is_not_taken_for_the_new_one(
     last = last_of(locked)
     before = os.stat(last)
     # An attempt with OVERWRITE=True was killed before it replaced the file, and is restarted.
-    leave_lock(locked, in_place, {"command": "ours", "before": outputs._identity(last)})
+    leave_lock(locked, in_place, {"before": outputs._identity(last)})
     capsys.readouterr()
     function(*arguments, overwrite=True)
     assert "complete and kept" not in capsys.readouterr().out
@@ -383,7 +383,7 @@ def test_a_command_is_its_settings_and_not_its_job(tmp_path):
 def test_without_a_known_command_no_output_is_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(outputs.lease, "_command", None)
     (tmp_path / "out").touch()
-    leave_lock(str(tmp_path / "out"), False, {"command": None, "before": None})
+    leave_lock(str(tmp_path / "out"), False, OURS, None)
 
     def taken():
         raise ValueError("exists")

@@ -12,6 +12,7 @@ import time
 import pytest
 import tensorstore as ts
 
+from glimmer_jax.runtime.preemption import StopRequested
 from glimmer_jax.storage import lease
 from glimmer_jax.storage.errors import StorageError
 from glimmer_jax.storage.lease import WriterLock
@@ -20,6 +21,7 @@ from tests.damage import SPECIAL_FILES
 ROOT = pathlib.Path(__file__).parents[1]
 NAME = "test.lock"
 LEASE = 1.2
+HOLDER = {"pid": 7, "host": "h", "since": "t", "lease_seconds": 1.0}
 HOLD = """
 import sys, time
 import tensorstore as ts
@@ -67,6 +69,45 @@ def test_held_once_and_gone_afterwards(tmp_path):
         pass
 
 
+def rewritten(path, **fields):
+    """Rewrites the lock file with other fields, as its holder would."""
+    file = path / NAME
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_restarted_job_waits_for_the_end_of_its_earlier_attempt(tmp_path, monkeypatch, ends):
+    monkeypatch.setattr(lease, "command", lambda: "ours")
+    monkeypatch.setattr(lease, "RESTART_SECONDS", 2 * LEASE)
+    monkeypatch.setattr(lease, "LEASE_SECONDS", LEASE)
+    (tmp_path / NAME).write_text(json.dumps({**HOLDER, "lease_seconds": LEASE, "command": "ours"}))
+    beats = iter(range(1000))
+    until = time.monotonic() + (LEASE / 2 if ends else 60)
+    poll = lease.STOP.poll
+
+    def renew():
+        poll()
+        if time.monotonic() < until:
+            rewritten(tmp_path, beat=next(beats))
+
+    monkeypatch.setattr(lease.STOP, "poll", renew)
+    begun = time.monotonic()
+    if ends:
+        with locked(tmp_path):
+            assert time.monotonic() - begun > LEASE
+    else:
+        with pytest.raises(StopRequested, match="process 7 on h .*attempt of this command"):
+            locked(tmp_path).__enter__()
+        assert 2 * LEASE < time.monotonic() - begun < 4 * LEASE
+        # A holder of another command is rejected at its next renewal.
+        rewritten(tmp_path, command="theirs")
+        begun = time.monotonic()
+        with pytest.raises(ValueError, match="One writer at a time"):
+            locked(tmp_path).__enter__()
+        assert time.monotonic() - begun < LEASE
+
+
 @pytest.mark.fault
 def test_a_living_holder_elsewhere_is_noticed_by_its_next_renewal(tmp_path, holder, monkeypatch):
     elsewhere(monkeypatch)
@@ -100,9 +141,6 @@ def test_a_reused_process_id_is_not_the_old_holder(tmp_path):
     (tmp_path / NAME).write_text(json.dumps(holder))
     with locked(tmp_path):
         pass
-
-
-HOLDER = {"pid": 7, "host": "h", "since": "t", "lease_seconds": 1.0}
 
 
 @pytest.mark.fault
