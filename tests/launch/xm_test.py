@@ -88,6 +88,7 @@ def test_a_sweep_trains_each_unit_with_its_seed(home, monkeypatch):
     task = {"MIXTURE_OR_TASK_NAME": "kilt_fever", "TASK_FEATURE_LENGTHS": LENGTHS}
     files = [f"--gin_file=gin/{name}.gin" for name in (*GLIMMER, "runs/finetune", "data/kilt")]
     run = {**TINY, **task, **retrieved, **steps, "BEST_METRIC": None, "MODEL_DIR": "runs"}
+    run["VOCABULARY"] = "pydocs"
     own = ["xm", "--sweep=RANDOM_SEED=[0, 1]", "--parallel=2", "local", "--", "--run_mode=train"]
     argv = [sys.executable, "-m", "launch", *own, *files, *bindings(**run)]
     done = subprocess.run(argv, capture_output=True, text=True)
