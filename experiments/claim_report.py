@@ -47,11 +47,14 @@ In training, a gold passage is always among the first three. The exercises of th
 passages that answer them. Compute is counted as in the paper, in 10^9 multiply-adds of a question
 with all lengths full, without the memory, which is encoded ahead.
 
-Limits to keep in mind: only the first 1,000 test questions of each task are used. Two of three live
-layers rerank, where the paper has a quarter, so that scoring is most of GLIMMER's compute. All
-models train with three passages and then, for a few steps, with ten; twenty or thirty occur in
-evaluation only. The start, and with it LUMEN's frozen memory, has seen no task. Learning rates are
-tuned for FiD, LUMEN and GLIMMER; their variants use the same ones.
+Limits to keep in mind: these are short runs. The shipped models were trained five times as long,
+and first on single passages; there, with one run each, GLIMMER is above FiD and LUMEN in all three
+tasks (`glimmer_jax/checkpoints/README.md`), while block A compares models that are still learning.
+Only the first 1,000 test questions of each task are used. Two of three live layers rerank, where
+the paper has a quarter, so that scoring is most of GLIMMER's compute. All models train with three
+passages and then, for a few steps, with ten; twenty or thirty occur in evaluation only. The start,
+and with it LUMEN's frozen memory, has seen no task. Learning rates are tuned for FiD, LUMEN and
+GLIMMER; their variants use the same ones.
 """
 COMMANDS = """\
 ## Commands
