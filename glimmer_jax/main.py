@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from glimmer_jax.runtime import compilation_cache, exit_codes
+from glimmer_jax.runtime import compilation_cache, ending, exit_codes
 from glimmer_jax.runtime.host_memory import keep_freed_memory
 from glimmer_jax.runtime.preemption import STOP, StopRequested, stop_signals
 
@@ -347,6 +347,7 @@ def run() -> None:
 
         work_in_child(exit_codes.RETRY)
     keep_freed_memory()  # before any thread starts
+    ending.install()
     STOP.install()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -377,7 +378,9 @@ def run() -> None:
         )
         code = exit_codes.BUG
     STOP.finish(code)
-    if code and "jax" in sys.modules:
+    if code == exit_codes.DONE:
+        ending.end_with(code)
+    elif "jax" in sys.modules:
         from glimmer_jax.runtime.distributed import exit_after
 
         exit_after(code)

@@ -1,4 +1,4 @@
-"""SIGTERM at random moments: a command ends with 42 and resumes, or with 0 and complete output."""
+"""Signals at random moments: a stopped command ends with 42 or 0, and a rerun completes its output."""
 
 import json
 import os
@@ -21,7 +21,7 @@ pytest.importorskip("seqio")
 ROOT = pathlib.Path(shipped.root())
 # Starting Python with JAX and TensorFlow takes long on a loaded machine.
 SECONDS = 400
-MOMENTS = 100
+MOMENTS = int(os.environ.get("GLIMMER_STOP_MOMENTS", "100"))
 WORDS = ("red", "green", "blue", "black", "white", "grey")
 SIZES = {
     "NUM_ENCODER_LAYERS": 3,
@@ -131,8 +131,11 @@ MODES = ["passages", *INPUTS]
 VARYING = ("metrics.json", "metrics.jsonl", "events.out", "config.gin", "checkpoints", "dev")
 
 
-def run(arguments, stop_after=None):
-    """Exit code, output and seconds of a command; SIGTERM `stop_after` seconds after it hears it."""
+def run(arguments, stop_after=None, number=signal.SIGTERM):
+    """Exit code, output and seconds of a command.
+
+    It gets signal `number` `stop_after` seconds after it has set a handler for SIGTERM.
+    """
     with running(
         [sys.executable, "-m", "glimmer_jax.main", *arguments],
         cwd=ROOT,
@@ -146,7 +149,7 @@ def run(arguments, stop_after=None):
         began = time.monotonic()
         if stop_after is not None:
             time.sleep(stop_after)
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(number)
         output, _ = process.communicate(timeout=SECONDS)
         return process.returncode, output, time.monotonic() - began
 
@@ -161,18 +164,25 @@ def hears_sigterm(pid):
     return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
-def contents(folder):
-    """The contents that must not depend on how often the command was stopped."""
+def contents(folder, killed=False):
+    """The contents that must not depend on how often the command was stopped, or killed."""
     files = {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and not any(part.startswith(VARYING) for part in path.parts)
+        if path.is_file()
+        and not any(part.startswith(VARYING) for part in path.parts)
+        and not (killed and any(is_temporary(part) for part in path.relative_to(folder).parts))
     }
     if (folder / "run").exists():
         files["params"] = [
             np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(load(folder / "run").params)
         ]
     return files
+
+
+def is_temporary(name):
+    """Whether it is what a killed process may leave behind."""
+    return name.startswith(".") or "unfinished" in name
 
 
 @pytest.fixture(scope="module")
@@ -200,8 +210,9 @@ def commands(tmp_path_factory):
     return Commands(folder)
 
 
-def check(commands, tmp_path, mode, moments):
-    """Stops the mode `moments` times, at random; then it is run to its end each time."""
+def check(commands, tmp_path, mode, moments, number=signal.SIGTERM):
+    """Stops or kills the mode `moments` times, at random; then it is run to its end each time."""
+    killed = number == signal.SIGKILL
     commands.prepare(mode)
     complete = tmp_path / "complete"
     complete.mkdir()
@@ -213,21 +224,28 @@ def check(commands, tmp_path, mode, moments):
         out.mkdir()
         # A little longer than the command takes, so that it sometimes ends first.
         after = random.uniform(0.0, 1.1 * seconds)
-        code, output, _ = run(make(out), after)
-        case = f"SIGTERM after {after:.3f} s of {seconds:.1f}, exit code {code}\n{output}"
-        assert code in (0, 42), case
+        code, output, _ = run(make(out), after, number)
+        case = f"{number.name} after {after:.3f} s of {seconds:.1f}, exit code {code}\n{output}"
+        assert code in (0, -number if killed else 42), case
         assert "Traceback" not in output and "Exception ignored" not in output, case
-        if code == 42:
-            assert "same command" in output or "saved" in output, case
+        if code:
+            assert killed or "same command" in output or "saved" in output, case
             code, output, _ = run(make(out))
             assert code == 0, f"{case}\nresumed:\n{output}"
-        assert contents(out) == contents(complete), case
+        assert contents(out, killed) == contents(complete, killed), case
 
 
 @pytest.mark.timeout(1800)
 def test_a_command_stopped_once_resumes_or_is_complete(commands, tmp_path):
     # `killed_commands_test` stops a training.
     check(commands, tmp_path, "passages", moments=1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(100 * 3600)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_command_killed_at_any_moment_is_completed_by_a_rerun(commands, tmp_path, mode):
+    check(commands, tmp_path, mode, moments=MOMENTS, number=signal.SIGKILL)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from glimmer_jax.runtime import ending
 from glimmer_jax.runtime.preemption import StopRequested
 from glimmer_jax.storage import folder, lease
 from glimmer_jax.storage.errors import classify_error
@@ -133,13 +134,12 @@ def sole_writer(place: Place) -> Iterator[Held]:
             raise StopRequested(f"Process 0 could not reach {place.path}.")
         try:
             yield Held(state == _COMPLETE, (lambda: None) if lock is None else lock.check)
-            if jax.process_count() > 1:
-                # A restart must recognise the output until all processes get here.
-                multihost_utils.sync_global_devices(f"written: {place.path}")
         except BaseException:
             if lock is not None and _has_changed(place, about):
                 lock.abandon()
             raise
+        # A restart must recognise the output as long as any process of the job may fail.
+        ending.before_end(stack.pop_all().close)
 
 
 def _earlier_attempt(place: Place) -> tuple[bool, dict[str, Any]]:

@@ -298,8 +298,6 @@ def test_all_processes_follow_process_0(tmp_path, monkeypatch, state):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(outputs.multihost_utils, "broadcast_one_to_all", lambda own: state)
-    met = []
-    monkeypatch.setattr(outputs.multihost_utils, "sync_global_devices", met.append)
 
     def check():
         raise AssertionError("process 0 looks")
@@ -315,7 +313,6 @@ def test_all_processes_follow_process_0(tmp_path, monkeypatch, state):
         with writer as held:
             held.check_lock()
             assert held.complete == (state == outputs._COMPLETE)
-        assert len(met) == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -335,7 +332,6 @@ def test_process_0_tells_the_others_what_it_found(tmp_path, monkeypatch, where, 
     monkeypatch.setattr(
         outputs.multihost_utils, "broadcast_one_to_all", lambda own: told.append(int(own)) or own
     )
-    monkeypatch.setattr(outputs.multihost_utils, "sync_global_devices", told.append)
 
     def failing(*_):
         if error is not None:
@@ -350,11 +346,10 @@ def test_process_0_tells_the_others_what_it_found(tmp_path, monkeypatch, where, 
     if error is None:
         with writer:
             pass
-        assert told[0] == state and "out" in told[1]
     else:
         with pytest.raises(type(error), match=str(error.args[-1])), writer:
             pass
-        assert told == [state]
+    assert told == [state]
     assert not list(tmp_path.iterdir())
 
 
