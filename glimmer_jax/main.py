@@ -365,6 +365,7 @@ def run() -> None:
         filter_stderr()
     try:
         code = main()
+        sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read the output is gone; Python would fail again when it flushes the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

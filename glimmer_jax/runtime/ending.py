@@ -5,6 +5,7 @@ the restarted command recognises the output as its own.
 """
 
 import atexit
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -43,6 +44,7 @@ def _end() -> None:
     while _callbacks:
         _callbacks.pop()()
     if _code is not None:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # What JAX or an exit handler printed has no reader.
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(_code)
