@@ -46,8 +46,8 @@ MODELS = {"train": ("fid", "glimmer"), "infer": ("glimmer",)}
 RUNS = {"train": "finetune", "infer": "infer"}
 HEAD = (
     "| job | model | slice | mesh | GiB as shipped | change that fits | GiB | TFLOP | bound, s "
-    "| estimate, s |",
-    "|---|---|---|---|---|---|---|---|---|---|",
+    "| estimate, s | bound / estimate |",
+    "|---|---|---|---|---|---|---|---|---|---|---|",
 )
 TEXT = """# Which job fits which slice
 
@@ -60,9 +60,7 @@ Lengths are 48 question, 304 passage and 32 answer tokens, with 40 passages (GLI
 *GiB* is the memory per chip: v5e has 16, v6e and v4 32, v5p 95 and tpu7x 192. If the shipped
 settings do not fit, *change* is the nearest that does, and the rest of the row is for it. *TFLOP*
 is per step on all chips. *Bound* is the larger of two times: FLOPs at peak, and least memory
-traffic at HBM bandwidth. *Estimate* is the compiler's step time without data loading.
-
-The `train` rows were compiled before projections gathered their kernel on fsdp meshes. To update a
+traffic at HBM bandwidth. *Estimate* is the compiler's step time without data loading. To update a
 row, delete it and run the command again.
 
 """
@@ -94,6 +92,7 @@ def row(job: str, model: str, size: str, reports: list[dict[str, Any]], settings
     shipped, report = reports[0], reports[-1]
     mesh = " x ".join(f"{axis} {n}" for axis, n in report["mesh"].items() if n > 1) or "1"
     estimate = report["estimated_step_seconds"]
+    bound = max(report["compute_seconds"], report["memory_seconds"] or 0.0)
     cells = (
         job if job == "train" else f"{job} {report['batch_size']}",
         f"{model} {size}",
@@ -103,8 +102,8 @@ def row(job: str, model: str, size: str, reports: list[dict[str, Any]], settings
         settings if report["fits"] else "none",
         f"{report['bytes_per_chip']['total'] / GIB:.1f}",
         f"{report['flops_per_step'] / 1e12:,.0f}",
-        f"{max(report['compute_seconds'], report['memory_seconds']):.3f}",
-        f"{estimate:.3f}" if estimate else "",
+        f"{bound:.3f}",
+        *((f"{estimate:.3f}", f"{bound / estimate:.2f}") if estimate else ("", "")),
     )
     return f"| {' | '.join(map(str, cells))} |"
 

@@ -135,7 +135,7 @@ def sole_writer(place: Place) -> Iterator[Held]:
         try:
             yield Held(state == _COMPLETE, (lambda: None) if lock is None else lock.check)
         except BaseException:
-            if lock is not None and _has_changed(place, about):
+            if lock is not None and _may_have_changed(place, about):
                 lock.abandon()
             raise
         # A restart must recognise the output as long as any process of the job may fail.
@@ -152,6 +152,14 @@ def _earlier_attempt(place: Place) -> tuple[bool, dict[str, Any]]:
 def _has_changed(place: Place, about: Mapping[str, Any]) -> bool:
     """Whether the output is complete, and is not the one that was there before."""
     return _identity(place.last) not in (None, about["before"])
+
+
+def _may_have_changed(place: Place, about: Mapping[str, Any]) -> bool:
+    """`_has_changed`, or True if the storage does not answer."""
+    try:
+        return _has_changed(place, about)
+    except (ValueError, OSError):
+        return True
 
 
 def _identity(path: str) -> str | None:

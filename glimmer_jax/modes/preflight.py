@@ -175,7 +175,9 @@ def _report(
     }
     peak = chip.peak_flops * place.chips
     received = sum(traffic.bytes for traffic in compiled.traffic.values()) - compiled.between_slices
+    rejected = compiled.why_not is not None
     network = received * chip.devices / chip.ici_bandwidth
+    memory = compiled.memory_traffic * chip.devices / chip.hbm_bandwidth
     # Without overlap: the compiler estimates computation, but not collectives.
     seconds = compiled.cycles / chip.clock + network if compiled.cycles else None
     batch = settings["batch_size"] * (len(devices) if job == "build_memory" else 1)
@@ -187,7 +189,7 @@ def _report(
         hosts=len({device.process_index for device in devices}),
         mesh=dict(mesh.shape),
         batch_size=batch,
-        fits=compiled.why_not is None and total <= chip.hbm_bytes,
+        fits=not rejected and total <= chip.hbm_bytes,
         bytes_per_chip=bytes_per_chip,
         hbm_bytes_per_chip=chip.hbm_bytes,
         flops_per_step=compiled.flops,
@@ -195,8 +197,8 @@ def _report(
         collectives=compiled.traffic,
         bytes_between_slices=compiled.between_slices,
         compute_seconds=compiled.flops / peak,
-        memory_seconds=compiled.memory_traffic * chip.devices / chip.hbm_bandwidth,
-        network_seconds=network,
+        memory_seconds=None if rejected else memory,
+        network_seconds=None if rejected else network,
         estimated_step_seconds=seconds,
         model_flop_utilisation=model_flops / peak / seconds if seconds else None,
         kernels=compiled.kernels,

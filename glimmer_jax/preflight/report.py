@@ -34,8 +34,11 @@ class Report:
     collectives: dict[str, Traffic]  # by kind
     bytes_between_slices: int  # received by a device in collectives that span slices
     compute_seconds: float  # FLOPs at peak: a lower bound of the step
-    memory_seconds: float  # least memory traffic at peak bandwidth: a lower bound of the step
-    network_seconds: float  # the collectives at peak link bandwidth, within slices
+    # Of programs that the compiler rejected, memory traffic and collectives are unknown.
+    memory_seconds: (
+        float | None
+    )  # least memory traffic at peak bandwidth: a lower bound of the step
+    network_seconds: float | None  # the collectives at peak link bandwidth, within slices
     # The compiler's cycles plus `network_seconds`; None without an estimate.
     estimated_step_seconds: float | None
     model_flop_utilisation: float | None  # at that time
@@ -70,13 +73,13 @@ class Report:
             f"per step: {self.flops_per_step / 1e12:.4g} TFLOP on all chips, "
             f"{self.model_flops_per_step / 1e12:.4g} without recomputation"
         )
-        lines.append(
-            f"  lower bounds: {_seconds(self.compute_seconds)} at peak FLOPs, "
-            f"{_seconds(self.memory_seconds)} at peak HBM bandwidth"
-        )
+        bounds = [f"{_seconds(self.compute_seconds)} at peak FLOPs"]
+        if self.memory_seconds is not None:
+            bounds.append(f"{_seconds(self.memory_seconds)} at peak HBM bandwidth")
+        lines.append(f"  lower bounds: {', '.join(bounds)}")
         for kind, traffic in self.collectives.items():
             lines.append(f"  {kind:18} {traffic.count:6} times, {_gib(traffic.bytes)} per device")
-        if self.collectives:
+        if self.collectives and self.network_seconds is not None:
             lines.append(f"  {_seconds(self.network_seconds)} at peak link bandwidth")
         if self.slices > 1:
             lines.append(

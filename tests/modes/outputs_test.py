@@ -293,6 +293,23 @@ def test_a_stop_after_the_output_leaves_the_lock_for_the_restart(tmp_path, ours)
         pass
 
 
+def test_storage_that_fails_as_well_hides_no_error(tmp_path, ours, monkeypatch):
+    lock = tmp_path / ".out.lock"
+
+    def fail(path):
+        raise OSError(errno.ETIMEDOUT, "timed out")
+
+    def stopped():
+        with outputs.sole_writer(place_of(tmp_path / "out")):
+            monkeypatch.setattr(outputs, "_identity", fail)
+            raise StopRequested("the first error")
+
+    with pytest.raises(StopRequested, match="the first error"):
+        stopped()
+    # The output may be complete.
+    assert json.loads(lock.read_text())["ended"] is True
+
+
 @pytest.mark.parametrize("state", range(4))
 def test_all_processes_follow_process_0(tmp_path, monkeypatch, state):
     monkeypatch.setattr(jax, "process_index", lambda: 1)

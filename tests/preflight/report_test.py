@@ -330,6 +330,11 @@ def test_the_report_is_json_and_words():
     assert "without 24 custom kernels" in dataclasses.replace(REPORT, kernels=24).text()
     assert "32%" in text and "mesh fsdp 16, batch 128" in text
     assert "no mesh was given" not in text
+    # Nothing is known of a rejected program's traffic, which is not "0 ms".
+    rejected = dataclasses.replace(
+        REPORT, memory_seconds=None, network_seconds=None, collectives={}
+    )
+    assert "peak FLOPs" in rejected.text() and "bandwidth" not in rejected.text()
     none = dataclasses.replace(REPORT, nearest=())
     assert "none of 3 other settings fits" in none.text()
     flags = dataclasses.replace(REPORT, mesh_flags={"MESH_DATA": 1, "MESH_FSDP": 16})
