@@ -228,6 +228,18 @@ def constrain(x: jax.Array, names: Sequence[Any]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(names))
 
 
+def gather_fsdp(tree: Any, names_tree: Any) -> Any:
+    """Parameters gathered along `fsdp`, inside jit; for a program that uses each of them many times.
+
+    Args:
+      tree: parameters.
+      names_tree: of the same structure; its leaves are tuples of dimension names.
+    """
+    return jax.tree.map(
+        lambda names, leaf: constrain(leaf, without_fsdp(names)), names_tree, tree, is_leaf=is_names
+    )
+
+
 def is_names(leaf: Any) -> bool:
     """Whether this is a tuple of dimension names, in contrast to optax's tuples of states."""
     return type(leaf) is tuple and all(name is None or isinstance(name, str) for name in leaf)

@@ -328,6 +328,20 @@ def test_the_relevance_filter_is_a_setting_of_the_process(data_dir, caplog):
             retrieved_tasks.configure(min_bleu_score=wrong)
 
 
+def test_an_unchanged_file_is_read_once(data_dir, monkeypatch):
+    calls, read = [], retrieved_tasks.read_examples
+    monkeypatch.setattr(
+        retrieved_tasks, "read_examples", lambda path: calls.append(path) or read(path)
+    )
+    write_lines(data_dir, [line(n) for n in range(5)])
+    first = retrieved_tasks.read_split("which", "train")
+    assert retrieved_tasks.read_split("which", "train") is first and len(calls) == 1
+    # Another threshold, and another content, are read.
+    retrieved_tasks.read_split("which", "train", 0.9)
+    write_lines(data_dir, [line(n) for n in range(6)])
+    assert len(retrieved_tasks.read_split("which", "train")) == 6 and len(calls) == 3
+
+
 def test_tasks_are_registered_with_the_configured_vocabulary(tmp_path):
     assert retrieved_tasks.settings().vocabulary == Vocabulary("pydocs")
     copy = tmp_path / "copy.model"

@@ -26,8 +26,9 @@ def permutation(seed: int, size: int) -> np.ndarray:
     return np.argsort(np.random.PCG64(seed).random_raw(size), kind="stable")
 
 
-# Of the current epochs of a mixture's tasks: sorting millions of numbers takes a while.
-_epoch_order = functools.lru_cache(maxsize=8)(permutation)
+# Of the current epochs of a mixture's tasks, KILT's eleven for example: sorting millions of numbers
+# takes a while.
+_epoch_order = functools.lru_cache(maxsize=32)(permutation)
 
 
 def shuffled_epochs(seed: int, size: int, start: int, count: int) -> np.ndarray:

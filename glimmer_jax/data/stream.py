@@ -231,7 +231,8 @@ class TaskStream:
                 yield self._preprocessed(self._with_seeds(epoch.skip(start), start, number))
             else:
                 first = start // WINDOW
-                windows = epoch.skip(first * WINDOW).window(WINDOW)
+                # The next window is read while one is used.
+                windows = epoch.skip(first * WINDOW).window(WINDOW).prefetch(1)
                 for place, nested in enumerate(windows, first):
                     ds = self._preprocessed(tf.data.Dataset.zip(nested), number, place)
                     yield ds.skip(max(0, start - place * WINDOW))

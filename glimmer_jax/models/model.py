@@ -25,14 +25,14 @@ import jax
 import jax.numpy as jnp
 from flax.linen.partitioning import AxisMetadata
 
-from glimmer_jax import codecs, losses
+from glimmer_jax import axes, codecs, losses
 from glimmer_jax.models import objective
 from glimmer_jax.models.answers import DecodeConfig, answer, read
 from glimmer_jax.models.codebooks import TRAINED
 from glimmer_jax.models.glimmer import Batch, Glimmer, GlimmerConfig
 from glimmer_jax.models.objective import LossConfig, Metrics
 from glimmer_jax.models.selection import fuse
-from glimmer_jax.partitioning import AXIS_RULES
+from glimmer_jax.partitioning import AXIS_RULES, gather_fsdp, parts_in_scope
 
 Params = Any
 
@@ -240,6 +240,11 @@ class GlimmerModel:
         candidates: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The second half of `predict_batch_with_aux`: answers from what `read_batch` returned."""
+        if parts_in_scope(axes.EMBED) > 1:
+            # Once. In the token loop the parameters of the decoder would be gathered for every token.
+            names = self.abstract_variables()[1]
+            used = ("decoder", "token_embedder")
+            params = params | {key: gather_fsdp(params[key], names[key]) for key in used}
         return answer(
             self.module,
             {"params": params},

@@ -107,8 +107,8 @@ def _answering_mesh(settings: Settings, devices: int, batch: int, device_bytes: 
     heads = math.gcd(t5.encoder_sizes.num_heads, t5.decoder_sizes.num_heads)
     shapes, _ = settings["model"].abstract_variables()
     size = sum(leaf.size for leaf in jax.tree.leaves(shapes)) * jnp.dtype(t5.dtype).itemsize
-    # Half of the memory is for activations, keys and values.
-    room = device_bytes // 2 - (settings.get("memory_bytes_per_device") or 0)
+    # Half of what the memory table leaves is for activations, keys and values.
+    room = (device_bytes - (settings.get("memory_bytes_per_device") or 0)) // 2
     model = 1
     while size // model > room and devices % (model * 2) == 0 and heads % (model * 2) == 0:
         model *= 2

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from glimmer_jax import axes
 from glimmer_jax.nn import cudnn_attention, tpu_attention
 from glimmer_jax.nn.layers import Dense, Dropout, activation_names
-from glimmer_jax.partitioning import constrain
+from glimmer_jax.partitioning import constrain, without_fsdp
 
 # Value of masked logits. Finite, so that a query without any key gives zeros, not NaN.
 MASKED = -1e30
@@ -19,7 +19,7 @@ FUSED: dict[str, Callable[..., jax.Array]] = {
     "cudnn": cudnn_attention.attend,
     "tpu": tpu_attention.attend,
 }
-# From this many keys on, a TPU pads a single query to two.
+# From this many keys on, a TPU pads a single query of a key head to two.
 MANY_KEYS = 128
 
 
@@ -44,7 +44,8 @@ def attend(
     Returns:
       `[..., X, H, C]` in the dtype of `value`; zeros for a query without any key.
     """
-    if query.shape[-3] != 1 or key.shape[-3] < MANY_KEYS:
+    rows = query.shape[-3] * query.shape[-2] // key.shape[-2]  # that share a key head
+    if rows != 1 or key.shape[-3] < MANY_KEYS:
         return _attend(query, key, value, mask, bias, dropout)
 
     def padded(query, key, value):
@@ -147,6 +148,7 @@ class Attention(nn.Module):
 
         def by_head(projection: Dense) -> jax.Array:
             kernel = projection.weights(dim).astype(self.dtype)
+            kernel = constrain(kernel, without_fsdp(projection.names))
             return kernel.reshape(dim, groups, self.head_dim)
 
         query = self.query(x).reshape(*x.shape[:-1], groups, repeats, self.head_dim)

@@ -37,8 +37,10 @@ CASES = {
 }
 CODE = """if True:
     import sys
+    import time
     from glimmer_jax.main import main
     code = main(sys.argv[1:])
+    assert time.process_time() < 3, time.process_time()
     heavy = {"jax", "flax", "numpy", "tensorflow", "seqio", "orbax"} & set(sys.modules)
     assert not heavy, heavy
     sys.exit(code)

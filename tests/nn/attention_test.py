@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glimmer_jax.nn.attention import Attention, attend
+from glimmer_jax.nn.attention import MANY_KEYS, Attention, attend
 
 H, X, Y, C = 2, 3, 5, 4
 
@@ -33,6 +33,29 @@ def numpy_attend(query, key, value, mask, bias):
 def test_attention_equals_numpy_with_any_leading_dimensions(lead):
     args = arrays(lead=lead)
     np.testing.assert_allclose(attend(*args), numpy_attend(*args), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("groups", [H, 1], ids=["padded", "multi-query"])
+@pytest.mark.parametrize("lead", [(3,), (2, 3)])
+def test_a_single_query_on_a_tpu_equals_numpy(groups, lead, monkeypatch):
+    branches = []
+
+    def on_tpu(*args, tpu, default):
+        branches.append(tpu)
+        return tpu(*args)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", on_tpu)
+    random = np.random.default_rng(1)
+    query = random.normal(size=(*lead, 1, H, C)).astype(np.float32)
+    key, value = random.normal(size=(2, *lead, MANY_KEYS, groups, C)).astype(np.float32)
+    mask = random.random((*lead, 1, 1, MANY_KEYS)) < 0.6
+    bias = random.normal(size=(H, 1, MANY_KEYS)).astype(np.float32)
+    repeated = (np.repeat(x, H // groups, axis=-2) for x in (key, value))
+    want = numpy_attend(query, *repeated, mask, bias)
+    got = attend(query, key, value, mask, bias)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    # The heads that share a key head are rows of one product already.
+    assert bool(branches) == (groups == H)
 
 
 def test_logits_are_not_scaled():

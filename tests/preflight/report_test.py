@@ -197,6 +197,9 @@ def test_answering_without_a_mesh_never_shards_over_fsdp(job):
     assert mesh_for(job, SETTINGS, 8, size // 2) == MeshConfig(data=2, model=4)
     table = {**SETTINGS, "memory_bytes_per_device": size // 2}
     assert mesh_for(job, table, 8, 2 * size) == MeshConfig(data=4, model=2)
+    # More than half of the memory, and room for the parameters in what remains.
+    table = {**SETTINGS, "memory_bytes_per_device": 5 * size // 2}
+    assert mesh_for(job, table, 8, 9 * size // 2) == MeshConfig(data=8)
 
 
 def test_a_chosen_mesh_is_printed_as_flags_of_the_job():

@@ -20,10 +20,17 @@ D, F = 768, 2048  # T5 Base
 NAMES = (axes.EMBED, axes.MLP)
 ACTIVATION = (axes.BATCH, None, axes.ACT_MLP)
 DENSE = Dense(F, NAMES, jnp.bfloat16)
+# The kernel that is sharded in its output dimension.
+BACK = (axes.MLP, axes.EMBED)
+DENSE_BACK = Dense(D, BACK, jnp.bfloat16)
 
 
 def dense(kernel, x):
     return partitioning.constrain(DENSE.apply({"params": {"kernel": kernel}}, x), ACTIVATION)
+
+
+def dense_back(kernel, x):
+    return DENSE_BACK.apply({"params": {"kernel": kernel}}, x)
 
 
 def plain_dot(kernel, x):
@@ -34,13 +41,13 @@ def gradient(function):
     return lambda kernel, x, y: jax.vjp(function, kernel, x)[1](y)
 
 
-def loops(function, topology, fsdp):
+def loops(function, topology, fsdp, names=NAMES, shape=(D, F)):
     """The number of loops in the program that the TPU compiler makes of `function`."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=fsdp), chips.devices(chips.parse_topology(topology)))
-    kernel_sharding = NamedSharding(mesh, partitioning.spec(NAMES))
+    kernel_sharding = NamedSharding(mesh, partitioning.spec(names))
     rows = partitioning.batch_sharding(mesh)
-    shapes = [jax.ShapeDtypeStruct((D, F), jnp.float32, sharding=kernel_sharding)]
-    for width in (D, F):
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=kernel_sharding)]
+    for width in shape:
         shape = (8 * fsdp, 14080, width)  # 8 questions per chip, 40 passages of 352 tokens
         shapes.append(jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=rows))
     outputs = (kernel_sharding, rows) if len(signature(function)) == 3 else rows
@@ -64,6 +71,14 @@ needs_libtpu = pytest.mark.skipif(
 @pytest.mark.parametrize("function", [dense, gradient(dense)], ids=["forward", "gradient"])
 def test_dense_compiles_without_windowed_einsum(function, topology, fsdp):
     assert loops(function, topology, fsdp) == 0
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    "function", [dense_back, gradient(dense_back)], ids=["forward", "gradient"]
+)
+def test_dense_back_to_the_model_compiles_without_windowed_einsum(function):
+    assert loops(function, "v5e:4x4", 16, BACK, (F, D)) == 0
 
 
 @needs_libtpu

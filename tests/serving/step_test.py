@@ -1,11 +1,18 @@
-"""Candidate answers as tokens."""
+"""The two programs of an answer on an fsdp mesh, and candidate answers as tokens."""
 
 import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glimmer_jax.serving.step import add_candidates, encode_candidates
+from glimmer_jax import partitioning
+from glimmer_jax.models import model as models
+from glimmer_jax.partitioning import MeshConfig, make_mesh
+from glimmer_jax.preflight import hlo
+from glimmer_jax.serving.step import add_candidates, answer_step, encode_candidates
+from tests.models import tiny
 
 # Every letter is a piece; spaces are none.
 VOCABULARY = types.SimpleNamespace(
@@ -42,3 +49,32 @@ def test_every_question_of_a_batch_gets_them():
 def test_invalid_candidates_are_reported(candidates, match):
     with pytest.raises(ValueError, match=match):
         encode_candidates(candidates, VOCABULARY, 5)
+
+
+@pytest.mark.parametrize("gathered", [True, False], ids=["once", "control"])
+def test_no_kernel_is_gathered_for_every_token(gathered, monkeypatch):
+    if not gathered:
+        monkeypatch.setattr(models, "gather_fsdp", lambda tree, names: tree)
+    model = tiny.model(tiny.GLIMMER)
+    shapes, names = model.abstract_variables()
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    rows = partitioning.batch_sharding(mesh)
+
+    def placed(info, sharding):
+        return jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding)
+
+    params = jax.tree.map(placed, shapes, partitioning.shardings(names, mesh))
+    length = tiny.GLIMMER.num_kept * (tiny.Q + tiny.P)
+    width = tiny.T5.emb_dim
+    encoded = jax.ShapeDtypeStruct((tiny.B, length, width), jnp.float32, sharding=rows)
+    mask = jax.ShapeDtypeStruct((tiny.B, length), bool, sharding=rows)
+    numbers = (np.uint32(0), np.uint32(0), tiny.T)
+    with jax.set_mesh(mesh):
+        program = answer_step(model).lower(params, encoded, mask, None, *numbers).compile()
+    # The smallest kernel is [16, 16], in float32.
+    in_loop = [
+        one
+        for one in hlo.collectives(program.as_text())
+        if one.kind == "all-gather" and one.in_loop and one.size >= 4 * width * width
+    ]
+    assert bool(in_loop) is not gathered
