@@ -76,7 +76,7 @@ class Vocabulary:
             loaded.LoadFromSerializedProto(Path(self.path).read_bytes())
             # Pieces are decoded when they are asked for, and damaged ones may not be UTF-8.
             loaded.IdToPiece(list(range(loaded.GetPieceSize())))
-        except (RuntimeError, OSError, UnicodeDecodeError) as error:
+        except (RuntimeError, OSError, UnicodeDecodeError, MemoryError) as error:
             raise ValueError(
                 f"VOCABULARY: {self.path} is not a SentencePiece model ({error}). Give one, such as T5's "
                 "spiece.model."

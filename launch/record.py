@@ -54,7 +54,11 @@ class Code:
 
 
 def code(root: Path) -> Code:
-    """The code of the checkout `root`; all fields are empty for an installed package."""
+    """The code of the checkout `root`; all fields are empty for an installed package.
+
+    Raises:
+      ValueError: git cannot read a file that it does not ignore.
+    """
     top = _git(root, "rev-parse", "--show-toplevel")
     commit = _git(root, "rev-parse", "HEAD")
     # A package installed below another project's checkout is not that project.
@@ -63,10 +67,15 @@ def code(root: Path) -> Code:
     # With a separate index git includes new files and leaves the user's index unchanged.
     with tempfile.TemporaryDirectory() as temporary:
         git = functools.partial(_git, root, index=os.path.join(temporary, "index"))
-        git("read-tree", "HEAD")
-        git("add", "--all")
-        tree, diff = git("write-tree"), git("diff", "--cached", "--binary", "HEAD")
-    assert tree is not None and diff is not None
+        tree = diff = None
+        # A step that fails would leave changes out of what runs and of its record.
+        if git("read-tree", "HEAD") is not None and git("add", "--all") is not None:
+            tree, diff = git("write-tree"), git("diff", "--cached", "--binary", "HEAD")
+    if tree is None or diff is None:
+        raise ValueError(
+            f"git could not read all files of {root}. Run git add --all --dry-run there, and remove or "
+            "ignore what it complains about."
+        )
     return Code(_line(commit), _line(tree), diff)
 
 
@@ -85,13 +94,14 @@ def archive_path(code: Code) -> str:
 
 
 def pack(root: Path, code: Code, path: str) -> None:
-    """Writes the recorded code to a .tar.gz file."""
+    """Writes the recorded code to a .tar.gz file, readable by its owner alone."""
     assert code.tree is not None
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as temporary:
         # Atomically: the units of a sweep write the same file in parallel.
         part = os.path.join(temporary, "code.tar.gz")
         command = ["git", "-C", str(root), "archive", "--format=tar.gz", f"--output={part}"]
         subprocess.run([*command, code.tree], check=True)
+        os.chmod(part, 0o600)
         os.replace(part, path)
 
 

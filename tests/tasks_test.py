@@ -1,7 +1,9 @@
 """seqio side: tasks over retrieved files, feature converter, batches, evaluation."""
 
 import functools
+import hashlib
 import json
+import os
 
 import numpy as np
 import pytest
@@ -342,6 +344,19 @@ def test_an_unchanged_file_is_read_once(data_dir, monkeypatch):
     assert len(retrieved_tasks.read_split("which", "train")) == 6 and len(calls) == 3
 
 
+def test_a_file_that_is_not_the_one_of_its_note_is_rejected(data_dir):
+    write_lines(data_dir, [line(n) for n in range(5)])
+    path = data_dir / "which-train.jsonl"
+    note = data_dir / "which-train.passages.json"
+    note.write_text(json.dumps({"file_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}))
+    assert len(retrieved_tasks.read_split("which", "train")) == 5
+    path.write_text(path.read_text().replace("words 3", "words 7"))
+    with pytest.raises(ValueError, match="which-train.jsonl is not the file.*SHA-256 differs"):
+        retrieved_tasks.read_split("which", "train")
+    note.unlink()
+    assert len(retrieved_tasks.read_split("which", "train")) == 5
+
+
 def test_tasks_are_registered_with_the_configured_vocabulary(tmp_path):
     assert retrieved_tasks.settings().vocabulary == Vocabulary("pydocs")
     copy = tmp_path / "copy.model"
@@ -378,6 +393,24 @@ def test_a_cache_gives_the_same_examples(data_dir, tmp_path, capsys):
         with pytest.raises(ValueError, match="has 0 bytes instead of"):
             cache.check(task)
         shard.write_bytes(whole)
+        completed = shard.with_name(cache.COMPLETED)
+        table = completed.read_bytes()
+        for damaged in (b"", b"\xff", b'{"bytes": null}', b"[" * 100_000):
+            completed.write_bytes(damaged)
+            with pytest.raises(ValueError, match="which_test is damaged: .*no table of sizes"):
+                cache.check(task)
+        completed.unlink()
+        os.mkfifo(completed)
+        with pytest.raises(OSError, match="COMPLETED is a pipe"):
+            cache.check(task)
+        completed.unlink()
+        completed.write_bytes(table)
+        # seqio's own tool writes an empty file.
+        for info in completed.parent.glob("info.*.json"):
+            info.write_text(info.read_text().replace(cache.WRITER, "seqio"))
+        completed.write_bytes(b"")
+        cache.check(task)
+        completed.write_bytes(table)
     finally:
         seqio.set_global_cache_dirs(monkey)
         task._cache_dir = None

@@ -38,6 +38,11 @@ def find_files(pattern: str) -> list[str]:
         kind = "is not a regular file" if epath.Path(pattern).exists() else "does not exist"
         raise ValueError(f"CORPUS: {pattern} {kind}. Give a file or a pattern of files.")
     parts = pattern.split("/")
+    if "**" in parts:
+        raise ValueError(
+            f"CORPUS: {pattern} holds **, which is not supported. Use one * for each folder, such as "
+            "data/*/*.jsonl."
+        )
     first = next(index for index, part in enumerate(parts) if _WILDCARD.search(part))
     root = "/".join(parts[:first]) + ("/" if first else "")
     matches = sorted(epath.Path(root or ".").glob("/".join(parts[first:])), key=str)

@@ -261,4 +261,10 @@ class Passages:
                 )
             for row in range(first, last):
                 begin, end = offsets[row - first : row - first + 2].tolist()
-                yield parse_line(file.read(begin, end).tobytes(), f"{path}, row {row}")
+                record = parse_line(file.read(begin, end).tobytes(), f"{path}, row {row}")
+                if not isinstance(record.get("title"), str) or "id" not in record:
+                    raise ValueError(
+                        f"{path}, row {row}: expected an id and a title, got {sorted(record)}. Rerun "
+                        "--run_mode=passages."
+                    )
+                yield record

@@ -20,9 +20,11 @@ import tensorflow as tf
 from etils import epath
 
 from glimmer_jax.data import pipeline, retrieved_tasks
+from glimmer_jax.storage.folder import open_folder, read_file
 
 SPLITS = ("train", "validation")
 COMPLETED = "COMPLETED"
+WRITER = "glimmer_jax"  # in the info file of a split, whose other fields are seqio's
 
 
 def write(
@@ -72,11 +74,16 @@ def check(task: seqio.Task) -> None:
     seqio reads what is there. A cache that seqio's own tool wrote has no table of sizes.
     """
     folder = epath.Path(task.cache_dir)
-    text = (folder / COMPLETED).read_text()
-    try:
-        sizes = json.loads(text)["bytes"]
-    except (ValueError, KeyError, TypeError):
-        sizes = {}
+    data = read_file(open_folder(folder), COMPLETED)
+    sizes: dict[str, int] = {}
+    if data or _is_ours(folder):
+        try:
+            sizes = dict(json.loads(data or b"")["bytes"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ValueError(
+                f"The cache of {task.name} is damaged: {folder / COMPLETED} holds no table of sizes. "
+                f"Remove {folder} and run python -m glimmer_jax.data.cache again."
+            ) from None
     for name, size in sizes.items():
         path = folder / name
         found = path.stat().length if path.exists() else 0
@@ -85,6 +92,12 @@ def check(task: seqio.Task) -> None:
                 f"The cache of {task.name} is damaged: {path} has {found} bytes instead of {size}. "
                 f"Remove {folder} and run python -m glimmer_jax.data.cache again."
             )
+
+
+def _is_ours(folder: epath.Path) -> bool:
+    """Whether this module wrote the cache, so that it has a table of sizes."""
+    files = [path.name for path in folder.glob("info.*.json")]
+    return any(WRITER.encode() in (read_file(open_folder(folder), file) or b"") for file in files)
 
 
 def is_complete(task_name: str, cache_dir: str | Path) -> bool:
@@ -116,6 +129,7 @@ def _write_split(task: seqio.Task, split: str, folder: Path, num_shards: int) ->
         for name, spec in ds.element_spec.items()
     }
     info = {"num_shards": num_shards, "features": features, "seqio_version": seqio.__version__}
+    info["written_by"] = WRITER
     _dump(seqio.utils.get_cached_info_path(str(folder), split), info)
     _dump(seqio.utils.get_cached_stats_path(str(folder), split), {"examples": count})
     return count

@@ -19,6 +19,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from glimmer_jax.corpus import retrieved_notes
 from glimmer_jax.data import preprocessors
 from glimmer_jax.data.order import shuffled_epochs
 from glimmer_jax.data.stream import BLOCK, IndexedSource, Start
@@ -86,16 +87,19 @@ def retrieved_file(task: str, split: str) -> Path:
     Raises:
       ValueError: the split is unknown or there is no file.
     """
-    if split not in FILE_SPLITS:
-        raise ValueError(f"Splits are {', '.join(FILE_SPLITS)}; got {split!r}.")
-    file = f"{task}-{FILE_SPLITS[split]}.jsonl"
-    path = local_copy.fetch_file("DATA_DIR", f"{settings().data_dir.rstrip('/')}/{file}")
+    path = local_copy.fetch_file("DATA_DIR", _place(task, split))
     if not path.is_file():
         raise ValueError(
             f"DATA_DIR: there is no retrieved file {path}. Set DATA_DIR to the folder that "
             "--run_mode=retrieve wrote, or run it with --gin_file=gin/runs/retrieve.gin."
         )
     return path
+
+
+def _place(task: str, split: str) -> str:
+    if split not in FILE_SPLITS:
+        raise ValueError(f"Splits are {', '.join(FILE_SPLITS)}; got {split!r}.")
+    return f"{settings().data_dir.rstrip('/')}/{task}-{FILE_SPLITS[split]}.jsonl"
 
 
 def read_split(
@@ -112,22 +116,29 @@ def read_split(
       min_bleu: minimum `bleu_score` of a training answer, from 0 to 1.
 
     Raises:
-      ValueError: the file is missing, a line is invalid, or no example remains.
+      ValueError: the file is missing, or is not the one that its note describes, a line is invalid,
+        or no example remains.
     """
     path = retrieved_file(task, split)
     status = path.stat()
     is_training = split == "train"
-    identity = (status.st_size, status.st_mtime_ns, status.st_ino)
+    place = _place(task, split)
+    identity = (
+        place,
+        retrieved_notes.file_sha256(place),
+        (status.st_size, status.st_mtime_ns, status.st_ino),
+    )
     return _read_file(path, identity, is_training, min_bleu if is_training else 0.0)
 
 
 # As many as KILT's tasks have splits. Training and evaluation keep what they read anyway.
 @functools.lru_cache(maxsize=33)
 def _read_file(
-    path: Path, identity: tuple[int, ...], is_training: bool, threshold: float
+    path: Path, identity: tuple[Any, ...], is_training: bool, threshold: float
 ) -> preprocessors.Columns:
-    """`identity` changes when the file does."""
-    del identity
+    """`identity` changes when the file does; it holds its place and its checksum."""
+    place, sha256, _ = identity
+    retrieved_notes.check_content(place, path, sha256)
     seen: collections.Counter[bool] = collections.Counter()
 
     def features() -> Iterator[dict[str, Any]]:

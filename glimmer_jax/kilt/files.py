@@ -165,7 +165,13 @@ def read_questions(pattern: str) -> dict[str, str]:
 def _id_and_question(path: Path) -> Iterator[tuple[str, str]]:
     if path.suffix == ".parquet":
         for row in read_rows(path, ("question_id", "question")):
-            yield row["question_id"], row["question"]
+            name, question = row["question_id"], row["question"]
+            if not isinstance(name, str) or not isinstance(question, str):
+                raise ValueError(
+                    f"TRIVIAQA: {path}: expected strings in question_id and question, got {name!r:.80} "
+                    f"and {question!r:.80}. Give a file of TriviaQA."
+                )
+            yield name, question
         return
     try:
         entries = json.loads(path.read_bytes())["Data"]

@@ -312,6 +312,10 @@ class Manifest:
             raise DamagedStore(
                 f"{where} holds no numbers in codec_error: {self.codec_error!r:.80}."
             )
+        if not all(type(value) is str for value in self.passages_fingerprints):
+            raise DamagedStore(
+                f"{where} holds no texts in passages_fingerprints: {self.passages_fingerprints!r:.80}."
+            )
         row = tokens = 0
         for shard in self.shards:
             if not _SHARD_NAME.fullmatch(shard.name):

@@ -296,7 +296,10 @@ class ShardReader:
         return _values_of_one_chunk(data, dtype)
 
     def _read(self, file: str, **options: Any) -> ts.Future:
-        folder.reject_special_files(self._kvstore, file)
+        if options:
+            folder.reject_special_files(self._kvstore, file)
+        else:
+            folder.check_small(self._kvstore, file)
         return self._kvstore.read(file, **options)
 
     def _bytes(self, file: str) -> bytes:

@@ -7,10 +7,10 @@ from jax.sharding import Mesh
 
 from glimmer_jax import axes, partitioning
 from glimmer_jax.axes import Lengths, check_lengths
+from glimmer_jax.corpus import retrieved_notes
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.models.answers import DecodeConfig
 from glimmer_jax.models.glimmer import GlimmerConfig
-from glimmer_jax.retrieval import corpus_check
 from glimmer_jax.storage import local_copy
 from glimmer_jax.vocabulary import Vocabulary
 
@@ -37,7 +37,7 @@ def open_passages(
         return None
     passages = Passages.open(passages_dir, vocabulary.fingerprint)
     if data_dir is not None:
-        corpus_check.check(data_dir, passages)
+        retrieved_notes.check(data_dir, passages)
     return passages
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from glimmer_jax import axes, partitioning
+from glimmer_jax.corpus import retrieved_notes
 from glimmer_jax.kilt.examples import check_example, without_nulls
 from glimmer_jax.modes import checks, outputs
 from glimmer_jax.modes.settings import AnsweringConfig, CorpusConfig
@@ -63,7 +64,9 @@ def infer(
     answering = reader.prepare(corpus, task_feature_lengths, batch_size)
     examples: list[Example] | None = None
     if questions is not None:
-        examples = _read_questions(checks.existing_file("QUESTIONS", questions))
+        file = checks.existing_file("QUESTIONS", questions)
+        retrieved_notes.check_content(questions, file, retrieved_notes.file_sha256(questions))
+        examples = _read_questions(file)
     else:
         # One question at a time.
         batch_size = partitioning.parts(answering.mesh.shape, axes.BATCH)
@@ -121,8 +124,11 @@ def _typed() -> Iterator[str]:
     while True:
         if sys.stdin.isatty():
             print("question (empty to stop): ", end="", flush=True)
-        with STOP.grace(0.0):  # Nothing to save while a person types.
-            line = sys.stdin.readline().strip()
+        try:
+            with STOP.grace(0.0):  # Nothing to save while a person types.
+                line = sys.stdin.readline().strip()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"The question is not valid {error.encoding}: {error}.") from error
         if not line:
             return
         yield line

@@ -74,7 +74,12 @@ def passages(
         paths, report = find_files(corpus), Report()
         if beam_options is not None:
             checks.required(CORPUS_DIR=corpus_dir)
-            options = shlex.split(beam_options)
+            try:
+                options = shlex.split(beam_options)
+            except ValueError as error:
+                raise ValueError(
+                    f"BEAM_OPTIONS: {error}, in {beam_options!r}. Write flags as on a command line."
+                ) from error
             paths, report = beam.write_passages(
                 paths, str(corpus_dir), reading, options, overwrite=overwrite
             )

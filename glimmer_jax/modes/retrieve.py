@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from glimmer_jax.corpus import retrieved_notes
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.kilt import files
 from glimmer_jax.kilt.examples import provenance, read_examples
@@ -24,7 +25,6 @@ from glimmer_jax.kilt.files import read_questions, read_task
 from glimmer_jax.kilt.gold import name_no_passage
 from glimmer_jax.metrics.retrieval import KS, RetrievalScores, format_report
 from glimmer_jax.modes import checks, outputs
-from glimmer_jax.retrieval import corpus_check
 from glimmer_jax.retrieval import retriever as retrievers
 from glimmer_jax.retrieval.config import RetrieverConfig
 from glimmer_jax.retrieval.retriever import Retriever
@@ -63,7 +63,7 @@ def retrieve(
       questions: pattern of task files, such as `data/questions/*.jsonl`, `kilt/*-kilt.jsonl` or the
         hub's `kilt_tasks/*/*.parquet`.
       data_dir: where each `<task>-<split>.jsonl` (`kilt.files.task_file`) is written for tasks to
-        read, with the note of `retrieval.corpus_check`.
+        read, with the note of `corpus.retrieved_notes`.
       num_passages: K, passages per question.
       retriever: BM25, dense retrieval or both.
       triviaqa: pattern of TriviaQA's own files, whose questions KILT's files name by id.
@@ -96,7 +96,7 @@ def retrieve(
         raise ValueError(f"QUESTIONS: {', '.join(empty)} has no questions. Leave the file out.")
     passages = Passages.open(passages_dir)
     request = {
-        "corpus": corpus_check.corpus_sha256(passages),
+        "corpus": retrieved_notes.corpus_sha256(passages),
         "num_passages": num_passages,
         **_used_settings(retriever),
         "question_words": question_words,
@@ -186,7 +186,7 @@ def _complete_files(
         kvstore, key = of_file(path)
         if not exists(kvstore, key):
             states.append(_ABSENT)
-        elif corpus_check.answers_request(path, request):
+        elif retrieved_notes.answers_request(path, request):
             states.append(_COMPLETE)
         else:
             states.append(_ABSENT if overwrite else _OTHER)
@@ -249,7 +249,7 @@ def _write(
     def before(content: Path) -> None:
         check_lock()
         # Without its note, the file would be taken for that of another request.
-        corpus_check.write_note(path, content, passages, request)
+        retrieved_notes.write_note(path, content, passages, request)
 
     if jax.process_index() == 0:
         write_json_lines(path, retrieved, before)

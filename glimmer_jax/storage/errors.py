@@ -21,7 +21,8 @@ _FULL_ERRNO = {errno.ENOSPC, errno.EDQUOT}
 _PERMANENT_ERRNO = _FULL_ERRNO | {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
     errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG, errno.EFBIG, errno.EXDEV, errno.EIO, errno.EMFILE,
-    errno.ENFILE, errno.ENODEV, errno.ENXIO, errno.EINVAL, errno.EOPNOTSUPP,
+    errno.ENFILE, errno.ENODEV, errno.ENXIO, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTCONN, errno.ENOMEM,
+    *([errno.EUCLEAN] if hasattr(errno, "EUCLEAN") else []),
 }  # fmt: skip
 # TensorStore raises ValueErrors that begin with a status; TensorFlow has an error class for each.
 _TEMPORARY = re.compile(

@@ -25,6 +25,8 @@ os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "60")
 os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
 
 Path = str | os.PathLike | Mapping[str, Any]
+# No file that is read at once is as large as this.
+MAX_WHOLE_BYTES = 2**30
 
 # TensorStore raises ValueError for every status and puts its code first. These codes concern the bytes:
 # a wrong checksum, a missing chunk, a truncated file, invalid JSON.
@@ -99,13 +101,34 @@ def reject_special_files(kvstore: ts.KvStore, key: str = "") -> None:
             )
 
 
+def check_small(kvstore: ts.KvStore, key: str) -> None:
+    """Raises StorageError for a local file that cannot be read at once.
+
+    That is one that `reject_special_files` rejects, or one of more than `MAX_WHOLE_BYTES`, for which
+    TensorStore would end the process where there is too little memory.
+    """
+    reject_special_files(kvstore, key)
+    if not kvstore.url.startswith("file://"):
+        return
+    try:
+        size = os.stat(kvstore.path + key).st_size
+    except OSError:
+        return  # The reader reports it.
+    if size > MAX_WHOLE_BYTES:
+        raise StorageError(
+            f"{kvstore.path}{key} has {size} bytes, expected at most {MAX_WHOLE_BYTES}: it is damaged, "
+            "or is another file. Copy it again."
+        )
+
+
 def read_file(kvstore: ts.KvStore, key: str) -> bytes | None:
     """The bytes of a file, or None where there is none.
 
     Raises:
-      StorageError: the storage did not answer, denied access, or has no regular file there.
+      StorageError: the storage did not answer, denied access, or has no regular file there, or one
+        that `check_small` rejects.
     """
-    reject_special_files(kvstore, key)
+    check_small(kvstore, key)
     try:
         result = kvstore.read(key).result()
     except ValueError as error:
@@ -119,9 +142,9 @@ def read_if_new(
     """A file's bytes and generation; no bytes if the generation is `known`; None without a file.
 
     Raises:
-      StorageError: the storage did not answer, or denied access.
+      StorageError: the storage did not answer, denied access, or has a file that `check_small` rejects.
     """
-    reject_special_files(kvstore, key)
+    check_small(kvstore, key)
     try:
         result = kvstore.read(key, if_not_equal=known).result()
     except ValueError as error:

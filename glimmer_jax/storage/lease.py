@@ -30,9 +30,9 @@ import tensorstore as ts
 from glimmer_jax.runtime.preemption import STOP, StopRequested
 from glimmer_jax.storage.errors import storage_error
 from glimmer_jax.storage.folder import (
+    check_small,
     of_file,
     open_folder,
-    reject_special_files,
 )
 
 LEASE_SECONDS = 60.0
@@ -41,7 +41,7 @@ LEASE_SECONDS = 60.0
 RESTART_SECONDS = 240.0
 MAX_LEASE_SECONDS = 3600.0  # a longer one in a file is not ours
 _RENEWALS = 6  # per lease
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
 _logger = logging.getLogger(__name__)
 _command: str | None = None
 
@@ -70,8 +70,9 @@ def try_lock(path: pathlib.Path) -> int | None:
     Raises:
       LockUnsupported: the file system has no locks.
     """
-    # Opening a pipe would block.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    # Opening a pipe would block. NFS has exclusive locks for writers alone, and a folder has none.
+    access = os.O_RDONLY if path.is_dir() else os.O_RDWR
+    descriptor = os.open(path, access | os.O_NONBLOCK)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -336,7 +337,7 @@ class WriterLock:
             return None, str(error)
 
     def _read(self) -> Any:
-        reject_special_files(self._kvstore, self._name)
+        check_small(self._kvstore, self._name)
         try:
             return self._kvstore.read(self._name).result()
         except ValueError as error:
@@ -403,6 +404,8 @@ def _boot() -> str:
 def _process_state(pid: int) -> tuple[str | None, str | None]:
     """The kernel's state letter of a process, and when it started: a pid used again starts later."""
     with contextlib.suppress(OSError):
-        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # A command's name may be any bytes.
+        status = pathlib.Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        fields = status.rpartition(")")[2].split()
         return fields[0], f"{_boot()} {fields[19]}"
     return None, None

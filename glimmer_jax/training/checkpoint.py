@@ -19,6 +19,7 @@ bit-exactly onto any.
 import concurrent.futures
 import logging
 import math
+import os
 from typing import Any
 
 import flax.serialization
@@ -268,7 +269,9 @@ class Checkpoints:
         marker.parent.mkdir(parents=True, exist_ok=True)
         marker.touch()
         folder = self.directory / str(step)
-        if folder.exists():
+        if os.path.islink(folder):
+            folder.unlink()  # What it points to belongs to somebody else.
+        elif folder.exists():
             folder.rmtree()
         marker.unlink()
 

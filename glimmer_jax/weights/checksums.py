@@ -13,7 +13,7 @@ from typing import Any
 
 from etils import epath
 
-from glimmer_jax.storage.folder import in_bucket, sync
+from glimmer_jax.storage.folder import in_bucket, open_folder, read_file, sync
 from glimmer_jax.storage.lines import is_regular_file
 
 SIDECAR = "checksums.json"
@@ -118,7 +118,7 @@ def _read_digests(folder: epath.Path) -> dict[str, Any]:
             "file. Use another step."
         )
     try:
-        content = json.loads((folder / SIDECAR).read_bytes())
+        content = json.loads(read_file(open_folder(folder), SIDECAR) or b"")
     except (ValueError, RecursionError):
         content = None
     digests = content.get("sha256") if isinstance(content, dict) else None

@@ -30,8 +30,8 @@ def save_params_file(
 ) -> None:
     """Writes `path` (`NAME.safetensors`) and `NAME.json` beside it, locally or in a bucket.
 
-    An existing pair stays until the new one is complete. The checksum in the JSON file detects a pair
-    of which a kill replaced only one file.
+    An existing pair stays until the new one is complete. Checksums in the JSON file detect damage, and
+    a pair of which a kill replaced only one file.
 
     Args:
       path: ends in `.safetensors`.
@@ -52,6 +52,7 @@ def save_params_file(
     data = safetensors.numpy.save(tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {**config, "sha256": hashlib.sha256(data).hexdigest()}
+    content["fields_sha256"] = _fields_sha256(content)
     described = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
     files = {path: data, path.with_suffix(".json"): described}
     if vocabulary is not None:
@@ -115,7 +116,17 @@ def read_config(path: Any) -> dict[str, Any]:
                 f"{config_path}. Copy both. For a model of Hugging Face give its folder, {path.parent}."
             )
     with parsing(config_path, "JSON"):
-        return parse_line(config_path.read_bytes(), str(config_path))
+        config = parse_line(config_path.read_bytes(), str(config_path))
+    if config.pop("fields_sha256", None) != _fields_sha256(config):
+        raise InvalidWeights(
+            f"{config_path} is damaged or was edited: its fields_sha256 is not that of its other fields. "
+            "Copy both files again, or export the model again."
+        )
+    return config
+
+
+def _fields_sha256(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _sync(path: epath.Path) -> None:

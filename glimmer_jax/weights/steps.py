@@ -14,6 +14,7 @@ from etils import epath
 
 from glimmer_jax.storage.folder import local_path, open_folder
 from glimmer_jax.weights.checksums import (
+    SIDECAR,
     DamagedCheckpoint,
     has_sidecar,
     read_verified,
@@ -68,7 +69,13 @@ def find_step(path: Any) -> Step:
     for folder in (path, path / "checkpoints"):
         if (folder / "params").exists():
             return Step(folder, "the given step")
-        steps = [step for step in list_steps(folder) if has_sidecar(folder / str(step))]
+        found = list_steps(folder)
+        steps = [step for step in found if has_sidecar(folder / str(step))]
+        # The newest may be one that is being written.
+        for step in sorted(set(found[:-1]) - set(steps)):
+            _logger.warning(
+                "%s has no %s. It is not considered: copy it again.", folder / str(step), SIDECAR
+            )
         if steps:
             return _best_or_newest(folder, steps)
     raise ValueError(

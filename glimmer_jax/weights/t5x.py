@@ -46,6 +46,7 @@ _SETTINGS = "glimmer_jax"  # a key beside T5X's own, which T5X ignores
 _STEP = re.compile(r"checkpoint_(\d+)")
 _OURS = "live_encoder/"  # in all of our models, and in no T5
 _TABLE = "relpos_bias/rel_embedding"
+_MAX_LAYERS = 512  # of a stack; damaged sizes must not unroll without end
 _SIZED = (
     "token_embedder/embedding",
     f"encoder/{_TABLE}",
@@ -265,6 +266,11 @@ def _unscan(path: Any, arrays: Mapping[str, Any]) -> dict[str, Any]:
         stack, rest = match.groups()
         if array.ndim <= axis:
             raise InvalidWeights(f"{path}: {name} has no layer axis {axis}. Download it again.")
+        if array.shape[axis] > _MAX_LAYERS:
+            raise InvalidWeights(
+                f"{path}: {name} has {array.shape[axis]} layers, expected at most {_MAX_LAYERS}. "
+                "Download it again."
+            )
         layers = [array[(slice(None),) * axis + (i,)] for i in range(array.shape[axis])]
         if rest == _TABLE:
             # In T5X's scanned layers each has a table of its own; a T5 has one per stack.

@@ -47,6 +47,11 @@ def test_paths_of_buckets_go_through_epath(tmp_path, monkeypatch):
 
 
 @pytest.mark.fault
+def test_any_number_of_folders_is_no_pattern(tmp_path):
+    with pytest.raises(ValueError, match=r"CORPUS: .*\*\*, which is not supported"):
+        files.find_files(f"{tmp_path}/**/*.jsonl")
+
+
 def test_missing_files_are_reported(tmp_path):
     with pytest.raises(ValueError, match="CORPUS: .*absent does not exist"):
         files.find_files(f"{tmp_path}/absent")

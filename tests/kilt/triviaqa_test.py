@@ -33,6 +33,11 @@ def test_the_hubs_tables_have_them_too(tmp_path):
     table = pyarrow.table({"question_id": ["tc_1"], "question": ["Who?"], "answer": [""]})
     parquet.write_table(table, tmp_path / "train.parquet")
     assert files.read_questions(str(tmp_path / "*.parquet")) == {"tc_1": "Who?"}
+    for ids in ([["tc_1"]], [None], [1]):
+        table = pyarrow.table({"question_id": ids, "question": ["Who?"]})
+        parquet.write_table(table, tmp_path / "train.parquet")
+        with pytest.raises(ValueError, match="TRIVIAQA: .*train.parquet: expected strings"):
+            files.read_questions(str(tmp_path / "*.parquet"))
 
 
 def test_other_files_are_rejected(tmp_path):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import tarfile
 
@@ -52,9 +53,19 @@ def test_changes_and_new_files_are_in_the_diff_and_in_the_archive(checkout, tmp_
 
     path = str(tmp_path / "code.tar.gz")
     record.pack(checkout, code, path)
+    assert os.stat(path).st_mode & 0o777 == 0o600
     with tarfile.open(path) as archive:
         assert sorted(archive.getnames()) == [".gitignore", "kept.py", "new.py"]
         assert archive.extractfile("kept.py").read() == b"two \xff\n"
+
+
+def test_what_git_cannot_read_is_not_left_out_in_silence(checkout):
+    (checkout / "kept.py").write_text("two\n")
+    # A nested repository without commits.
+    (checkout / "nested").mkdir()
+    git(checkout / "nested", "init", "--quiet")
+    with pytest.raises(ValueError, match="git could not read all files of .*checkout"):
+        record.code(checkout)
 
 
 def test_of_a_folder_inside_another_checkout_nothing_is_known(checkout):

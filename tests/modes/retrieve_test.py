@@ -9,12 +9,12 @@ import gin
 import pytest
 
 from glimmer_jax import main as command_line
+from glimmer_jax.corpus import retrieved_notes
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.corpus.passages_writer import write_passages
 from glimmer_jax.corpus.reading import Reading, read_passages
 from glimmer_jax.data.retrieved_tasks import configure, read_split
 from glimmer_jax.modes.retrieve import retrieve
-from glimmer_jax.retrieval import corpus_check
 from glimmer_jax.retrieval import retriever as retrievers
 from glimmer_jax.retrieval.bm25 import Bm25Retriever
 from glimmer_jax.retrieval.config import RetrieverConfig
@@ -135,7 +135,7 @@ def test_kilts_published_files_are_taken_as_they_are(work, tmp_path, retriever):
     assert {path.name for path in (tmp_path / "out").glob("*.passages.json")} == {
         *("triviaqa-test.passages.json", "wow-dev.passages.json")
     }
-    corpus_check.check(tmp_path / "out", Passages.open(work / "passages"))
+    retrieved_notes.check(tmp_path / "out", Passages.open(work / "passages"))
 
 
 def test_every_stage_of_retrieval_polls_the_stop_signal(work, tmp_path, monkeypatch):
@@ -325,10 +325,11 @@ def test_a_file_that_was_to_be_replaced_does_not_pass_for_the_new_one(work, tmp_
         patch.setattr(folder.os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             retrieve(**settings(work, tmp_path), overwrite=True)
-    with pytest.raises(ValueError, match=r"has 14 bytes, and .* wrote"):
-        corpus_check.check(tmp_path, Passages.open(work / "passages"))
+    path = tmp_path / "task-test.jsonl"
+    with pytest.raises(ValueError, match="task-test.jsonl is not the file .* wrote"):
+        retrieved_notes.check_content(path, path, retrieved_notes.file_sha256(path))
     retrieve(**settings(work, tmp_path), overwrite=True)
-    corpus_check.check(tmp_path, Passages.open(work / "passages"))
+    retrieved_notes.check_content(path, path, retrieved_notes.file_sha256(path))
     rows = [row for _, row in read_json_lines(tmp_path / "task-test.jsonl")]
     assert "old" not in {row["id"] for row in rows} and len(rows) == 4
 

@@ -1,11 +1,13 @@
 """Paths of folders and buckets, and files that are complete or absent."""
 
+import functools
 import pathlib
 
 import pytest
 
 from glimmer_jax.corpus.passages_writer import write_passages
 from glimmer_jax.storage import folder
+from glimmer_jax.storage.errors import StorageError
 
 
 def test_what_is_written_through_memory_maps_is_local():
@@ -86,3 +88,14 @@ def test_a_bucket_gets_an_object_when_it_is_complete(tmp_path, monkeypatch):
     with folder.writing("memory://bucket/a.jsonl") as file:
         file.write(b"1")
     assert folder.read_file(bucket, "a.jsonl") == b"1" and not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_too_large_to_be_read_at_once_is_rejected(tmp_path):
+    # A damaged size; TensorStore would end the process.
+    with (tmp_path / "manifest.json").open("wb") as file:
+        file.truncate(2**40)
+    kvstore = folder.open_folder(tmp_path)
+    for read in (folder.read_file, functools.partial(folder.read_if_new, known=None)):
+        with pytest.raises(StorageError, match=r"manifest.json has \d+ bytes, expected at most"):
+            read(kvstore, "manifest.json")
+    assert folder.read_range(kvstore, "manifest.json", 0, 3) == bytes(3)

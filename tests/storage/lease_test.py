@@ -1,6 +1,7 @@
 """The writer's lock: refused while its holder lives, taken over soon after it is dead."""
 
 import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -172,6 +173,34 @@ def test_what_is_no_file_is_rejected_without_blocking(tmp_path, kind):
     SPECIAL_FILES[kind](tmp_path / NAME)
     with pytest.raises(StorageError, match=NAME), locked(tmp_path):
         pass
+
+
+def test_a_file_is_opened_for_writing_as_nfs_demands(tmp_path, monkeypatch):
+    real = lease.fcntl.flock
+
+    def flock(descriptor, operation):
+        if not fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_RDWR:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        real(descriptor, operation)
+
+    monkeypatch.setattr(lease.fcntl, "flock", flock)
+    file = tmp_path / "lock"
+    file.touch()
+    os.close(lease.try_lock(file))
+    # A folder cannot be opened in this way.
+    with pytest.raises(lease.LockUnsupported, match="cannot be locked"):
+        lease.try_lock(tmp_path)
+
+
+def test_a_process_of_any_name_is_a_holder(monkeypatch):
+    read = pathlib.Path.read_text
+
+    def named(path, **options):
+        return f"7 (\ufffd ) x) S {' '.join('0' * 18)} 99 0" if "stat" in path.name else read(path)
+
+    monkeypatch.setattr(pathlib.Path, "read_text", named)
+    state, start = lease._process_state(7)
+    assert state == "S" and start.endswith(" 99")
 
 
 def test_a_file_system_without_locks_differs_from_a_held_lock(tmp_path, monkeypatch):

@@ -209,6 +209,22 @@ def test_an_interrupted_deletion_is_completed_at_the_next_start(damaged, state, 
     assert not (damaged / "2").exists() and not (damaged / "deleted").exists()
 
 
+def test_a_link_to_a_step_is_removed_and_its_target_kept(damaged, state, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    (damaged / "2").rename(elsewhere)
+    (damaged / "2").symlink_to(elsewhere)
+    with Checkpoints(damaged, keep_latest=1) as checkpoints:
+        checkpoints.save(at_step(state, 6))
+    assert not (damaged / "2").is_symlink() and any(elsewhere.iterdir())
+    assert sorted(path.name for path in damaged.iterdir()) == ["6", "deleted"]
+
+
+def test_an_older_step_without_checksums_is_reported(damaged, caplog):
+    (damaged / "2" / SIDECAR).unlink()
+    assert find_step(damaged).folder.name == "4"
+    assert f"checkpoints/2 has no {SIDECAR}. It is not considered" in caplog.text
+
+
 def test_a_copy_without_checksums_is_rejected_and_kept(damaged):
     for step in ("2", "4"):
         (damaged / step / SIDECAR).unlink()

@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from glimmer_jax.weights import huggingface, parameters, t5_names, t5x
+from glimmer_jax.weights import huggingface, parameters, params_file, t5_names, t5x
 from glimmer_jax.weights.file_errors import InvalidWeights
 from glimmer_jax.weights.load import load
 from glimmer_jax.weights.model_config import config_from, describe
@@ -81,24 +81,25 @@ def test_hostile_parameter_files_are_rejected_or_read_correctly(tmp_path, seed):
     intact = load(path).params
     draw = random.Random(seed)
 
-    def sign():
-        # The checksum is valid: only the content is hostile.
-        config = json.loads(path.with_suffix(".json").read_text())
-        config["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-        path.with_suffix(".json").write_text(json.dumps(config))
+    def sign(content):
+        # The checksums are valid: only the content is hostile.
+        del content["fields_sha256"]
+        content["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        content["fields_sha256"] = params_file._fields_sha256(content)
+        path.with_suffix(".json").write_text(json.dumps(content))
 
     text = path.with_suffix(".json").read_text()
     changes = hostile_files.CHANGES["safetensors"][:9]
     data = path.read_bytes()
     for change in changes:
         attack = change.__name__, change(tmp_path, draw)
-        sign()
+        sign(json.loads(text))
         check(path, intact, attack)
         path.write_bytes(data)
     for _ in range(15):
         content = json.loads(text)
         content["model_config"] = changed(content["model_config"], draw)
-        path.with_suffix(".json").write_text(json.dumps(content))
+        sign(content)
         check(path, intact, content["model_config"])
 
 

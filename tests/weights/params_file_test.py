@@ -12,6 +12,7 @@ import safetensors.numpy
 from etils import epath
 
 from glimmer_jax.runtime.preemption import STOP, StopRequested
+from glimmer_jax.weights import params_file
 from glimmer_jax.weights.load import load
 from glimmer_jax.weights.model_config import config_from, describe
 from glimmer_jax.weights.params_file import load_params_file, save_params_file
@@ -52,6 +53,17 @@ def test_unknown_settings_are_rejected_and_missing_ones_have_defaults(tmp_path):
         config_from(described, "here")
 
 
+def test_a_flipped_bit_of_the_description_is_rejected(tmp_path):
+    path = tmp_path / "glimmer.safetensors"
+    save_params_file(path, tiny.params(tiny.GLIMMER), describe(tiny.GLIMMER, "v"))
+    described = path.with_suffix(".json")
+    text = described.read_text()
+    assert '"num_kept": 2' in text
+    described.write_text(text.replace('"num_kept": 2', '"num_kept": 3'))
+    with pytest.raises(ValueError, match="glimmer.json is damaged or was edited"):
+        load(path)
+
+
 def test_a_damaged_params_file_is_rejected(tmp_path):
     path = tmp_path / "small.safetensors"
     save_params_file(path, {"a": np.ones(3, np.float32)}, {})
@@ -59,7 +71,7 @@ def test_a_damaged_params_file_is_rejected(tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="is damaged"):
         load_params_file(path)
-    assert set(content) == {"sha256"}
+    assert set(content) == {"sha256", "fields_sha256"}
     path.with_suffix(".json").write_text('{"sha')
     with pytest.raises(ValueError, match=r"small.json is not a valid JSON"):
         load_params_file(path)
@@ -97,7 +109,9 @@ def test_a_parameter_that_is_not_finite_is_reported(tmp_path):
         save_params_file(path, {"a": {"b": np.array([1, np.nan, np.inf], np.float32)}}, {})
     data = safetensors.numpy.save({"a/b": np.array([1, -np.inf], np.float32)})
     path.write_bytes(data)
-    path.with_suffix(".json").write_text(json.dumps({"sha256": hashlib.sha256(data).hexdigest()}))
+    fields = {"sha256": hashlib.sha256(data).hexdigest()}
+    whole = {**fields, "fields_sha256": params_file._fields_sha256(fields)}
+    path.with_suffix(".json").write_text(json.dumps(whole))
     with pytest.raises(ValueError, match="a/b.*1 numbers.*2"):
         load_params_file(path)
 

@@ -1,6 +1,7 @@
 """T5X checkpoints, written here as T5X writes them: msgpack with zarr arrays, and Orbax."""
 
 import dataclasses
+import json
 import re
 import shutil
 
@@ -154,6 +155,16 @@ def test_scanned_layers_are_read_bit_exactly(tmp_path, form, axis):
     assert dataclasses.replace(loaded.config.t5, scan_layers=True) == tiny.T5
     tiny.assert_trees_equal(recut(loaded.params, loaded.config, tiny.FID), params)
     assert f"({form}, scanned)" in loaded.what
+
+
+def test_a_layer_axis_of_a_damaged_size_is_not_unrolled(tmp_path):
+    write(tmp_path, scanned(tiny.params(tiny.FID), 1))
+    (metadata,) = tmp_path.glob("target.encoder.encoder.mlp.wo.kernel/.zarray")
+    fields = json.loads(metadata.read_text())
+    fields["shape"][1] = 10**9
+    metadata.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="mlp/wo/kernel has 1000000000 layers, expected at most"):
+        load(tmp_path)
 
 
 def test_different_position_tables_per_layer_are_rejected(tmp_path):

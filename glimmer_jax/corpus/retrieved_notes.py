@@ -5,9 +5,9 @@
                              "bytes": 81723, "file_sha256": "…"}
 
 Retrieval writes the note just before the file appears at its place. Modes that read passages
-for the file compare the corpus, and the size of a file on a local disk. The hash of the corpus covers
-ids, titles and texts, so it may be tokenised again. The request is everything that determines the file,
-so that a rerun can keep files that are complete. A file without a note is accepted.
+for the file compare the corpus, and whoever reads the file compares its bytes. The hash of the corpus
+covers ids, titles and texts, so it may be tokenised again. The request is everything that determines
+the file, so that a rerun can keep files that are complete. A file without a note is accepted.
 """
 
 import hashlib
@@ -84,15 +84,32 @@ def check(path: Any, passages: Passages) -> None:
                 f"{note.get('passages_dir')}, and {passages.place} holds another corpus. Set "
                 "PASSAGES_DIR to the former, or rerun --run_mode=retrieve."
             )
-        # The URL of a local folder is percent-encoded.
-        place = folder.path if folder.url.startswith("file://") else ""
-        file = f"{place}{name.removesuffix(_SUFFIX)}.jsonl"
-        if "bytes" in note and os.path.isfile(file) and os.path.getsize(file) != note["bytes"]:
-            raise ValueError(
-                f"{file} has {os.path.getsize(file)} bytes, and --run_mode=retrieve wrote "
-                f"{note['bytes']}. Copy it again or rerun that mode; if it was changed on purpose, "
-                f"remove {name} beside it."
-            )
+
+
+def file_sha256(path: Any) -> str | None:
+    """The checksum of a retrieved file, local or in a bucket, according to its note, if it has one."""
+    folder, file = of_file(path)
+    data = read_file(folder, _note_name(file))
+    if data is None:
+        return None
+    wanted = parse_line(data, f"{folder.url}{_note_name(file)}").get("file_sha256")
+    return None if wanted is None else str(wanted)
+
+
+def check_content(path: Any, content: Path, wanted: str | None) -> None:
+    """Raises ValueError if a file is not the one that its note describes.
+
+    Args:
+      path: of the file, for the message.
+      content: the file, or its local copy.
+      wanted: from `file_sha256`; None is not compared.
+    """
+    if wanted is not None and _content(content).get("file_sha256") != wanted:
+        raise ValueError(
+            f"{path} is not the file that --run_mode=retrieve wrote: its SHA-256 differs. Copy it again "
+            "or rerun that mode; if it was changed on purpose, remove "
+            f"{_note_name(of_file(path)[1])} beside it."
+        )
 
 
 def corpus_sha256(passages: Passages) -> str:

@@ -2,9 +2,9 @@ import os
 
 import pytest
 
+from glimmer_jax.corpus import retrieved_notes
 from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.corpus.passages_writer import write_passages
-from glimmer_jax.retrieval import corpus_check
 
 
 def passages(folder, text="one", max_length=9):
@@ -15,7 +15,7 @@ def passages(folder, text="one", max_length=9):
 
 
 def write_note(path, passages, request):
-    corpus_check.write_note(path, path, passages, request)
+    retrieved_notes.write_note(path, path, passages, request)
 
 
 def test_a_file_belongs_to_its_corpus_however_that_is_tokenised(tmp_path):
@@ -25,12 +25,12 @@ def test_a_file_belongs_to_its_corpus_however_that_is_tokenised(tmp_path):
     data.mkdir()
     write_note(data / "nq-dev.jsonl", mine, {"k": 1})
     for place in (data, data / "nq-dev.jsonl", f"file://{data}", f"file://{data}/nq-dev.jsonl"):
-        corpus_check.check(place, mine)
-        corpus_check.check(place, shorter)
+        retrieved_notes.check(place, mine)
+        retrieved_notes.check(place, shorter)
         with pytest.raises(ValueError, match="data/nq-dev.jsonl .*mine"):
-            corpus_check.check(place, other)
+            retrieved_notes.check(place, other)
     with pytest.raises(ValueError, match="data/nq-dev.jsonl .*mine"):
-        corpus_check.check(data / "nq-dev.jsonl.gz", other)
+        retrieved_notes.check(data / "nq-dev.jsonl.gz", other)
     # As it is with the file itself there, in a folder that has others, and a dot in its name.
     (data / "nq-dev.jsonl").write_text("{}")
     (data / "below").mkdir(mode=0)
@@ -38,11 +38,11 @@ def test_a_file_belongs_to_its_corpus_however_that_is_tokenised(tmp_path):
     data.rename(dotted)
     for place in (dotted, dotted / "nq-dev.jsonl"):
         with pytest.raises(ValueError, match="data.v2/nq-dev.jsonl "):
-            corpus_check.check(place, other)
+            retrieved_notes.check(place, other)
     data = dotted
     # Files without a note are taken as they are.
-    corpus_check.check(data / "nq-train.jsonl", other)
-    corpus_check.check(tmp_path / "nowhere", other)
+    retrieved_notes.check(data / "nq-train.jsonl", other)
+    retrieved_notes.check(tmp_path / "nowhere", other)
 
 
 def test_a_note_is_replaced_and_not_written_over(tmp_path):
@@ -57,25 +57,27 @@ def test_a_note_is_replaced_and_not_written_over(tmp_path):
 
 def test_a_note_knows_the_request_of_its_file(tmp_path):
     path = tmp_path / "nq-dev.jsonl"
-    assert not corpus_check.answers_request(path, {"k": 5})
+    assert not retrieved_notes.answers_request(path, {"k": 5})
     path.write_text("{}\n")
     write_note(path, passages(tmp_path / "p"), {"k": 5})
-    assert corpus_check.answers_request(path, {"k": 5})
-    assert not corpus_check.answers_request(path, {"k": 6})
+    assert retrieved_notes.answers_request(path, {"k": 5})
+    assert not retrieved_notes.answers_request(path, {"k": 6})
 
 
 def test_a_file_that_is_not_the_notes_is_not_kept_and_not_read(tmp_path):
     path, mine = tmp_path / "nq-dev.jsonl", passages(tmp_path / "p")
     path.write_text("{}\n{}\n")
     write_note(path, mine, {"k": 5})
-    assert corpus_check.answers_request(path, {"k": 5})
-    corpus_check.check(tmp_path, mine)
-    path.write_text("{}\n[]\n")
-    assert not corpus_check.answers_request(path, {"k": 5})
-    path.write_text("{}\n")
-    with pytest.raises(
-        ValueError, match="nq-dev.jsonl has 3 bytes, and .* wrote 6.*remove nq-dev.p"
-    ):
-        corpus_check.check(tmp_path, mine)
+
+    def check():
+        retrieved_notes.check_content(path, path, retrieved_notes.file_sha256(path))
+
+    assert retrieved_notes.answers_request(path, {"k": 5})
+    check()
+    for text in ("{}\n[]\n", "{}\n"):
+        path.write_text(text)
+        assert not retrieved_notes.answers_request(path, {"k": 5})
+        with pytest.raises(ValueError, match="nq-dev.jsonl is not .*SHA-256.*remove nq-dev.p"):
+            check()
     (tmp_path / "nq-dev.passages.json").unlink()
-    corpus_check.check(tmp_path, mine)
+    check()
