@@ -1,10 +1,12 @@
 """Mode `eval`: metrics of a checkpoint on held-out questions, passages from tokens or a memory."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -17,6 +19,7 @@ from glimmer_jax.models.cost import question_cost
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.modes import checks, outputs
 from glimmer_jax.modes.settings import Answering, AnsweringConfig, CorpusConfig, DatasetConfig
+from glimmer_jax.runtime.prefetch import prefetch
 from glimmer_jax.runtime.progress import Progress
 from glimmer_jax.serving.predictor import Predictor
 from glimmer_jax.serving.question_batch import check_something_to_read
@@ -26,6 +29,8 @@ from glimmer_jax.storage.json_lines import write_json_lines
 
 if TYPE_CHECKING:
     from glimmer_jax.data.evaluation import Evaluation
+
+Batch = dict[str, Any]
 
 
 def evaluate(
@@ -100,7 +105,7 @@ def _measure(
 ) -> dict[str, float]:
     """Answers all questions; metrics of the answers, the retriever and the work."""
     throughput = _Throughput(predictor, answering.candidates)
-    metrics = qa.with_mean(evaluation.run(throughput.predict, prefetch=predictor.prefetch))
+    metrics = qa.with_mean(evaluation.run(throughput.predict, prefetch=throughput.prefetch))
     metrics |= evaluation.retriever(predictor.passages)
     metrics["tflop_per_question"] = _tflop_per_question(answering.model, answering.lengths)
     if throughput.answered:
@@ -137,10 +142,23 @@ class _Throughput:
         self.answered = 0
         self._predictor = predictor
         self._candidates_NT = candidates_NT
-        self._busy = 0.0
-        self._progress: Progress | None = None
+        self._busy = 0.0  # seconds of computing and of waiting for batches
+        self._progress: Progress | None = None  # from the first batch on
 
-    def predict(self, batch: dict[str, Any]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def prefetch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, each built and its memory read while the one before is computed."""
+        with contextlib.closing(prefetch(batches, lambda batch: batch)) as built:
+            ready = self._predictor.prefetch(built)
+            for number in itertools.count():
+                began = time.monotonic()
+                batch = next(ready, None)
+                if number:  # The first opens the dataset.
+                    self._busy += time.monotonic() - began
+                if batch is None:
+                    return
+                yield batch
+
+    def predict(self, batch: Batch) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """As `Predictor.predict`."""
         began = time.monotonic()
         outputs = self._predictor.predict(add_candidates(batch, self._candidates_NT))
@@ -156,8 +174,8 @@ class _Throughput:
 
     @property
     def rate(self) -> float:
-        """Questions per second of computing and of waiting for memory."""
-        return self.answered / (self._busy + self._predictor.waited)
+        """Questions per second, without computing metrics."""
+        return self.answered / self._busy
 
 
 def _print(line: str) -> None:
