@@ -1,9 +1,10 @@
 """Self-attention with a Pallas kernel for TPUs and T5's position bias: logits stay out of HBM.
 
 Sequences of the encoder are short (a question and a passage), so that all logits of a head fit in a
-core's VMEM. One step of the kernel handles one sequence and as many heads as fill the 128 lanes. The
-backward kernel recomputes the weights. JAX's own TPU kernels do not fit: `flash_attention` takes a
-bias per sequence, `[B, H, N, N]`, and splash attention takes none. Not yet run on a TPU.
+core's VMEM: up to 640 tokens, or 1,024 except on v4, with two heads of 64 channels. One step of the
+kernel handles one sequence and as many heads as fill the 128 lanes. The backward kernel recomputes
+the weights. Other TPU kernels do not fit: JAX's `flash_attention` takes a bias per sequence,
+`[B, H, N, N]`, and splash attention and tokamax 0.0.12 take none. Not yet run on a TPU.
 """
 
 import functools
@@ -19,6 +20,8 @@ from glimmer_jax import axes, partitioning
 
 MASKED = -1e30
 LANES = 128
+# Bytes of VMEM that long sequences need. A kernel gets 16 MiB unless it asks for more, which v4 lacks.
+LONG_VMEM = 64 * 2**20
 # Contracted dimensions of a product: `x @ y.T` and `x.T @ y`.
 _ROWS = (((1,), (1,)), ((), ()))
 _COLUMNS = (((0,), (0,)), ((), ()))
@@ -135,6 +138,7 @@ def _call(
     biases = pl.BlockSpec((group, length, length), lambda head, row: (head, 0, 0))
     masks = pl.BlockSpec((1, 1, length), lambda head, row: (row, 0, 0))
     keeps = pl.BlockSpec((1, 1, group, length), lambda head, row: (row, head, 0, 0))
+    is_long = group * length**2 > 2 * 640**2
     return pl.pallas_call(
         functools.partial(kernel, channels=channels),
         grid=(heads // group, rows),
@@ -142,7 +146,10 @@ def _call(
         out_specs=[states, states, states, biases][: len(outputs)],
         out_shape=list(outputs),
         # The gradient of the bias is summed over the rows.
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=LONG_VMEM if is_long else None,
+        ),
         interpret=interpret,
     )(*inputs[:5], keep.reshape(rows, heads // group, group, length), *rest)
 

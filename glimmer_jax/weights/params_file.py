@@ -117,7 +117,8 @@ def read_config(path: Any) -> dict[str, Any]:
             )
     with parsing(config_path, "JSON"):
         config = parse_line(config_path.read_bytes(), str(config_path))
-    if config.pop("fields_sha256", None) != _fields_sha256(config):
+    wanted = config.pop("fields_sha256", None)  # earlier versions wrote none
+    if wanted is not None and wanted != _fields_sha256(config):
         raise InvalidWeights(
             f"{config_path} is damaged or was edited: its fields_sha256 is not that of its other fields. "
             "Copy both files again, or export the model again."

@@ -16,14 +16,27 @@ from glimmer_jax.preflight import chips
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize(
-    "topology, devices",
-    [("v4:2x2x1", 4), ("v5e:2x2", 4), ("v5p:2x2x1", 4), ("v6e:2x2", 4), ("tpu7x:2x2x1", 8)],
+    "topology, devices, length",
+    [
+        *(
+            (topology, devices, length)
+            for topology, devices in (
+                ("v4:2x2x1", 4),
+                ("v5e:2x2", 4),
+                ("v5p:2x2x1", 4),
+                ("v6e:2x2", 4),
+                ("tpu7x:2x2x1", 8),
+            )
+            for length in (352, 639, 1024)
+            if (topology, length) != ("v4:2x2x1", 1024)
+        ),
+    ],
 )
-def test_every_generation_compiles_it_without_logits_in_memory(topology, devices):
+def test_every_generation_compiles_it_without_logits_in_memory(topology, devices, length):
     mesh = make_mesh(
         MeshConfig(data=1, fsdp=devices), chips.devices(chips.parse_topology(topology))
     )
-    rows, passages, length, heads, channels = 2 * devices, 10, 352, 12, 64
+    rows, passages, heads, channels = 2 * devices, 10, 12, 64
     states = jax.ShapeDtypeStruct(
         (rows, passages, length, heads, channels),
         jnp.bfloat16,
