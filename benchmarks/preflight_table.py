@@ -125,11 +125,11 @@ def compiled(
 
 def measure(job: str, model: str, size: str, topology: str, changes: dict[str, Any]) -> str:
     """The row of a setting."""
-    reports, settings = [compiled(job, model, size, topology, changes)], ""
-    if not reports[0]["fits"] and reports[0]["nearest"]:
-        nearest = reports[0]["nearest"][0]
-        settings = " ".join(f"`{k}={v}`" for k, v in changed(reports[0]).items())
-        reports.append(compiled(job, model, size, topology, {**changes, **nearest}))
+    report, settings = compiled(job, model, size, topology, changes), ""
+    reports = [report]
+    if report["nearest_report"] is not None:
+        settings = " ".join(f"`{k}={v}`" for k, v in changed(report).items())
+        reports.append(report["nearest_report"])
     return row(job, model, size, reports, settings)
 
 

@@ -318,6 +318,11 @@ def _classify(error: Exception) -> tuple[object, int] | None:
         return errors.describe_error(error), code
     if isinstance(error, (ValueError, FileNotFoundError, NonFiniteError)) and _is_ours(error):
         return error, exit_codes.INVALID_INPUT
+    if isinstance(error, MemoryError):
+        return (
+            f"This machine has too little memory{f': {error}' if str(error) else ''}. Use a larger one, "
+            "or smaller settings; a file of a damaged size is a cause, too."
+        ), exit_codes.INVALID_INPUT
     if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
         reason = str(error).splitlines()[0]
         return (

@@ -609,6 +609,7 @@ class UnavailableError(Exception):
             2,
             "too little memory: RESOURCE_EXHAUSTED: Out of memory allocating 9. Lower BATCH_SIZE",
         ),
+        (library(MemoryError, "9 TiB"), 2, "This machine has too little memory: 9 TiB."),
         (connection_reset, 42, "The storage did not answer: [Errno 104] by peer"),
         (
             library(ValueError, "PERMISSION_DENIED: gs://bucket/run: 403"),

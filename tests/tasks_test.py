@@ -19,6 +19,7 @@ from glimmer_jax.data import cache, evaluation, features, pipeline, preprocessor
 from glimmer_jax.data.features import GlimmerFeatureConverter
 from glimmer_jax.data.fit import check_fit
 from glimmer_jax.metrics import reranking
+from glimmer_jax.modes import early
 from glimmer_jax.vocabulary import Vocabulary
 from tests.vocabularies import SPECIAL_IDS, train_sentencepiece
 
@@ -355,6 +356,24 @@ def test_a_file_that_is_not_the_one_of_its_note_is_rejected(data_dir):
         retrieved_tasks.read_split("which", "train")
     note.unlink()
     assert len(retrieved_tasks.read_split("which", "train")) == 5
+
+
+@pytest.mark.parametrize(
+    "source, facts",
+    [
+        ("x = (\n", "SyntaxError in .*broken_tasks.py:1"),
+        ("\nundefined\n", "NameError in .*broken_tasks.py:2: name 'undefined'"),
+        ("raise ValueError('no')", "ValueError in .*broken_tasks.py:1: no"),
+        # Its own message says what to change.
+        (f"import tests.tasks_test as t; t.retrieved_tasks.register('{TASK}', 'w', [])", TASK),
+    ],
+)
+def test_a_task_module_that_fails_is_named(source, facts, tmp_path, monkeypatch):
+    (tmp_path / "broken_tasks.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert early.declared_names("broken_tasks") is None
+    with pytest.raises(ValueError, match=facts):
+        pipeline.import_tasks("broken_tasks")
 
 
 def test_tasks_are_registered_with_the_configured_vocabulary(tmp_path):

@@ -7,7 +7,9 @@ starts there without reading the batches of earlier steps.
 """
 
 import importlib
+import traceback
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,13 +22,14 @@ from glimmer_jax.data.stream import training_batches
 from glimmer_jax.vocabulary import Vocabulary
 
 Batch = dict[str, Any]
+_PROJECT = Path(__file__).resolve().parents[1]
 
 
 def import_tasks(module: str | None) -> None:
     """Imports a module that registers tasks, for example `tasks.pydocs`. None imports nothing.
 
     Raises:
-      ValueError: there is no such module.
+      ValueError: there is no such module, or it fails; with its file and line.
     """
     if module is None:
         return
@@ -39,6 +42,15 @@ def import_tasks(module: str | None) -> None:
             f"MIXTURE_OR_TASK_MODULE: there is no module {module!r}. Set it to a Python module that "
             "registers tasks, such as 'tasks.pydocs'."
         ) from None
+    except Exception as error:  # whatever the user's module raises
+        *_, last = traceback.extract_tb(error.__traceback__)
+        if isinstance(error, ValueError | OSError) and Path(last.filename).is_relative_to(_PROJECT):
+            raise
+        place = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else None
+        raise ValueError(
+            f"MIXTURE_OR_TASK_MODULE: {module} cannot be imported, {type(error).__name__} in "
+            f"{place or f'{last.filename}:{last.lineno}'}: {error}. Correct that line."
+        ) from error
 
 
 def find_mixture_or_task(name: str) -> Any:

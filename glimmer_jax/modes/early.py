@@ -63,7 +63,11 @@ def declared_names(module: str) -> tuple[str, ...] | None:
         return None  # Reported when the mode imports it.
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
         return None
-    for node in ast.parse(Path(spec.origin).read_bytes()).body:
+    try:
+        statements = ast.parse(Path(spec.origin).read_bytes()).body
+    except (SyntaxError, ValueError, OSError, RecursionError):
+        return None  # So is this.
+    for node in statements:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == NAMES:
             try:
                 return tuple(str(name) for name in ast.literal_eval(node.value))

@@ -215,16 +215,18 @@ def _with_nearest(
     devices: list[Any],
 ) -> Report:
     others = list(changes(job, settings, config, len(devices)))
-    tried: list[int] = []
+    reports: dict[int, Report] = {}
 
     def fits(index: int) -> bool:
         macros, changed = others[index]
-        tried.append(index)
         print(f"does not fit; compiling with {macros} ...", flush=True)
-        return examine(job, changed, place, devices).fits
+        reports[index] = examine(job, changed, place, devices)
+        return reports[index].fits
 
     # Each needs less memory than the one before: bisect for the first that fits.
     first = bisect.bisect_left(range(len(others)), True, key=fits)
     # The change of the mesh overrides the proposed mesh.
     nearest = tuple(report.mesh_flags | macros for macros, _ in others[first : first + 1])
-    return dataclasses.replace(report, nearest=nearest, tried=len(tried))
+    return dataclasses.replace(
+        report, nearest=nearest, nearest_report=reports.get(first), tried=len(reports)
+    )

@@ -47,6 +47,7 @@ class Report:
     mesh_flags: dict[str, int] = dataclasses.field(default_factory=dict)
     why_not: str | None = None  # the compiler's message if it does not fit
     nearest: tuple[dict[str, Any], ...] = ()  # settings that fit, if this one does not
+    nearest_report: "Report | None" = None  # with them
     tried: int = 0  # settings compiled in the search for them
 
     def as_json(self) -> str:
@@ -99,7 +100,16 @@ class Report:
             lines += [f"these settings fit: {_settings(macros)}" for macros in self.nearest] or [
                 f"none of {self.tried} other settings fits; use more or larger chips"
             ]
+        if self.nearest_report is not None:
+            lines.append(f"with them: {self.nearest_report.summary()}")
         return "\n".join(lines)
+
+    def summary(self) -> str:
+        """Bytes and the estimate, in one line."""
+        parts = [f"{_gib(self.bytes_per_chip['total']).strip()} per chip"]
+        if self.estimated_step_seconds is not None:
+            parts.append(f"compiler's estimate {_seconds(self.estimated_step_seconds)}")
+        return ", ".join(parts)
 
 
 def _settings(settings: dict[str, Any]) -> str:

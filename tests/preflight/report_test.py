@@ -295,6 +295,8 @@ def test_the_nearest_settings_that_fit_are_found_in_few_compilations(monkeypatch
     else:
         (nearest_one,) = found.nearest
         assert nearest_one.get("NUM_MICROBATCHES", 1) == pieces
+        assert found.nearest_report.fits and not found.fits
+        assert "with them: 20.000 GiB per chip, compiler's estimate 2 s" in found.text()
 
 
 REPORT = Report(
