@@ -168,8 +168,8 @@ def main(argv: Sequence[str]) -> int:
     if not flags:
         parser().error("glimmer's flags are missing: write them after the options and --")
     parse_flags(flags)  # An error in them ends the launch before any machine costs money.
-    code = record.code(ROOT)
     try:
+        code = record.code(ROOT)
         plan = make_plan(args, flags, code)
         # What is shown and recorded holds the names of variables, not their values.
         shown = record.without_secrets(own)

@@ -358,22 +358,37 @@ def test_a_file_that_is_not_the_one_of_its_note_is_rejected(data_dir):
     assert len(retrieved_tasks.read_split("which", "train")) == 5
 
 
+REGISTER = "from glimmer_jax.data.retrieved_tasks import register\n"
+
+
 @pytest.mark.parametrize(
     "source, facts",
     [
-        ("x = (\n", "SyntaxError in .*broken_tasks.py:1"),
-        ("\nundefined\n", "NameError in .*broken_tasks.py:2: name 'undefined'"),
-        ("raise ValueError('no')", "ValueError in .*broken_tasks.py:1: no"),
-        # Its own message says what to change.
-        (f"import tests.tasks_test as t; t.retrieved_tasks.register('{TASK}', 'w', [])", TASK),
+        ("x = (\n", "SyntaxError in .*__init__.py:1"),
+        ("\nundefined\n", "NameError in .*__init__.py:2: name 'undefined'"),
+        ("raise ValueError('no')", "ValueError in .*__init__.py:1: no"),
+        (f"{REGISTER}register('{TASK}', 'w', [])", f"ValueError in .*__init__.py:2: .*{TASK}"),
+        (f"{REGISTER}register(7)", "TypeError in .*__init__.py:2: "),
     ],
 )
 def test_a_task_module_that_fails_is_named(source, facts, tmp_path, monkeypatch):
-    (tmp_path / "broken_tasks.py").write_text(source)
+    (tmp_path / "broken_tasks").mkdir()
+    (tmp_path / "broken_tasks" / "__init__.py").write_text(source)
+    (tmp_path / "broken_tasks" / "codes.py").write_text("NAMES = 5\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert early.declared_names("broken_tasks") is None
-    with pytest.raises(ValueError, match=facts):
-        pipeline.import_tasks("broken_tasks")
+    for module in ("broken_tasks", "broken_tasks.codes"):
+        assert early.declared_names(module) is None
+        with pytest.raises(ValueError, match=facts):
+            pipeline.import_tasks(module)
+
+
+def test_settings_that_a_task_module_meets_keep_their_message(tmp_path, monkeypatch):
+    (tmp_path / "setting_tasks.py").write_text(
+        "from glimmer_jax.data.retrieved_tasks import configure\nconfigure(min_bleu_score=2)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="^MIN_BLEU_SCORE must be"):
+        pipeline.import_tasks("setting_tasks")
 
 
 def test_tasks_are_registered_with_the_configured_vocabulary(tmp_path):

@@ -242,7 +242,7 @@ class Passages:
         return tokens.reshape(*rows.shape, length)
 
     def record(self, row: int) -> dict[str, Any]:
-        """The record of one row. Raises ValueError for a row out of range."""
+        """The record of one row. Raises ValueError for a row out of range, and for a damaged one."""
         if not 0 <= row < len(self):
             raise ValueError(f"Rows of {self.path} are 0 to {len(self) - 1}, got {row}.")
         return next(self.records(row, row + 1))

@@ -5,9 +5,10 @@
                              "bytes": 81723, "file_sha256": "…"}
 
 Retrieval writes the note just before the file appears at its place. Modes that read passages
-for the file compare the corpus, and whoever reads the file compares its bytes. The hash of the corpus
-covers ids, titles and texts, so it may be tokenised again. The request is everything that determines
-the file, so that a rerun can keep files that are complete. A file without a note is accepted.
+for the file compare the corpus, and those that answer its questions or train on them compare its bytes.
+The hash of the corpus covers ids, titles and texts, so it may be tokenised again. The request is
+everything that determines the file, so that a rerun can keep files that are complete. A file without a
+note is accepted.
 """
 
 import hashlib
@@ -87,8 +88,18 @@ def check(path: Any, passages: Passages) -> None:
 
 
 def file_sha256(path: Any) -> str | None:
-    """The checksum of a retrieved file, local or in a bucket, according to its note, if it has one."""
+    """The checksum of a retrieved file, local or in a bucket, according to its note.
+
+    Returns:
+      None if it has none, or was compressed afterwards.
+
+    Raises:
+      ValueError: the note is damaged.
+      StorageError: the storage did not answer, or denied access.
+    """
     folder, file = of_file(path)
+    if file.endswith(".gz"):
+        return None
     data = read_file(folder, _note_name(file))
     if data is None:
         return None
@@ -137,14 +148,15 @@ def _note_name(file: str) -> str:
 
 def _content(path: Any) -> dict[str, Any]:
     """Size and checksum of a file; empty if there is none."""
+    path = local_path(path)
     if in_bucket(path):
         data = read_file(*of_file(path))
         if data is None:
             return {}
         return {"bytes": len(data), "file_sha256": hashlib.sha256(data).hexdigest()}
-    if not os.path.isfile(local_path(path)):
+    if not os.path.isfile(path):
         return {}
-    with open(local_path(path), "rb") as file:
+    with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"bytes": os.fstat(file.fileno()).st_size, "file_sha256": digest}
 

@@ -69,9 +69,13 @@ def write(
 
 
 def check(task: seqio.Task) -> None:
-    """Raises ValueError if files of the task's cache are missing or cut.
+    """Compares the task's cache with its table of sizes; seqio reads what is there.
 
-    seqio reads what is there. A cache that seqio's own tool wrote has no table of sizes.
+    A cache that seqio's own tool wrote has no table.
+
+    Raises:
+      ValueError: files are missing or cut, or the table is damaged.
+      StorageError: the table cannot be read.
     """
     folder = epath.Path(task.cache_dir)
     data = read_file(open_folder(folder), COMPLETED)

@@ -7,6 +7,7 @@ starts there without reading the batches of earlier steps.
 """
 
 import importlib
+import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +24,11 @@ from glimmer_jax.vocabulary import Vocabulary
 
 Batch = dict[str, Any]
 _PROJECT = Path(__file__).resolve().parents[1]
+# Where no line of a user's module is.
+_LIBRARIES = (
+    _PROJECT,
+    *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")),
+)
 
 
 def import_tasks(module: str | None) -> None:
@@ -43,14 +49,22 @@ def import_tasks(module: str | None) -> None:
             "registers tasks, such as 'tasks.pydocs'."
         ) from None
     except Exception as error:  # whatever the user's module raises
-        *_, last = traceback.extract_tb(error.__traceback__)
-        if isinstance(error, ValueError | OSError) and Path(last.filename).is_relative_to(_PROJECT):
+        frames = traceback.extract_tb(error.__traceback__)
+        if isinstance(error, ValueError | OSError) and _is_below(frames[-1].filename, _PROJECT):
             raise
-        place = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else None
+        place = f"{module}"
+        if isinstance(error, SyntaxError):
+            place = f"{error.filename}:{error.lineno}"
+        elif own := [frame for frame in frames if not _is_below(frame.filename, *_LIBRARIES)]:
+            place = f"{own[-1].filename}:{own[-1].lineno}"
         raise ValueError(
-            f"MIXTURE_OR_TASK_MODULE: {module} cannot be imported, {type(error).__name__} in "
-            f"{place or f'{last.filename}:{last.lineno}'}: {error}. Correct that line."
+            f"MIXTURE_OR_TASK_MODULE: {module} cannot be imported, {type(error).__name__} in {place}: "
+            f"{error}. Correct that line."
         ) from error
+
+
+def _is_below(file: str, *folders: Path) -> bool:
+    return file.startswith("<") or any(Path(file).is_relative_to(folder) for folder in folders)
 
 
 def find_mixture_or_task(name: str) -> Any:

@@ -261,13 +261,15 @@ def _copy_shard(source: ts.KvStore, entry: Shard, target: ts.KvStore, name: str)
     files = Record.from_bytes(record, f"{here.url}{manifest.RECORD}").files
     if folder.read_file(there, manifest.RECORD) == record and not shard.check_files(there, files):
         return
-    for file, (_, sha256) in files.items():
-        folder.write_file(there, file, _read_checked(here, file, sha256, entry.name))
+    for file, (size, sha256) in files.items():
+        folder.write_file(there, file, _read_checked(here, file, sha256, entry.name, size))
     folder.write_file(there, manifest.RECORD, record)
 
 
-def _read_checked(kvstore: ts.KvStore, file: str, sha256: str, name: str) -> bytes:
-    data = folder.read_file(kvstore, file)
+def _read_checked(
+    kvstore: ts.KvStore, file: str, sha256: str, name: str, size: int | None = None
+) -> bytes:
+    data = folder.read_file(kvstore, file, size)
     if data is None or hashlib.sha256(data).hexdigest() != sha256:
         raise DamagedStore(
             f"{kvstore.url}{file} is missing or changed. Repair shard {name} with "

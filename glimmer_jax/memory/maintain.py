@@ -231,7 +231,7 @@ def _rebuild(
         assert data is not None
         # Intact files are left alone: a write that is killed leaves a temporary file, which only
         # the next write of the same file removes.
-        if folder.read_file(here, name) != data:
+        if folder.read_file(here, name, len(data)) != data:
             lock.check()
             folder.write_file(here, name, data)
 

@@ -363,11 +363,12 @@ def check_files(kvstore: ts.KvStore, files: Mapping[str, tuple[int, str]]) -> di
     """Reads every byte; problems by file."""
     problems = {}
     for name, (size, sha256) in sorted(files.items()):
-        data = folder.read_file(kvstore, name)
-        if data is None:
+        data = folder.read_file(kvstore, name, size)
+        found = folder.local_size(kvstore, name) if data is None else len(data)
+        if found is None:
             problems[name] = f"{name} is missing"
-        elif len(data) != size:
-            problems[name] = f"{name} has {len(data)} bytes instead of {size}"
+        elif data is None or found != size:
+            problems[name] = f"{name} has {found} bytes instead of {size}"
         elif hashlib.sha256(data).hexdigest() != sha256:
             problems[name] = f"{name} has been changed: its SHA-256 differs"
     return problems

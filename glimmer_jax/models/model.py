@@ -20,7 +20,9 @@ A batch holds numpy or jax arrays:
 from collections.abc import Mapping
 from typing import Any
 
+import flax.core
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 from flax.linen.partitioning import AxisMetadata
@@ -241,10 +243,7 @@ class GlimmerModel:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The second half of `predict_batch_with_aux`: answers from what `read_batch` returned."""
         if parts_in_scope(axes.EMBED) > 1:
-            # Once. In the token loop the parameters of the decoder would be gathered for every token.
-            names = self.abstract_variables()[1]
-            used = ("decoder", "token_embedder")
-            params = params | {key: gather_fsdp(params[key], names[key]) for key in used}
+            params = self._with_gathered_decoder(params)
         return answer(
             self.module,
             {"params": params},
@@ -256,6 +255,21 @@ class GlimmerModel:
             rng=rng,
             candidates=candidates,
         )
+
+    def _with_gathered_decoder(self, params: Params) -> Params:
+        """Gathers once what the token loop would gather along `fsdp` for every token."""
+        names = self.abstract_variables()[1]
+        params = flax.core.unfreeze(params)  # T5X freezes them.
+        flat = {
+            path: leaf.astype(self.config.t5.kernel_dtype(path[-2]))
+            if path[-1] == "kernel"
+            else leaf
+            for path, leaf in flax.traverse_util.flatten_dict(params["decoder"]).items()
+        }
+        params["decoder"] = flax.traverse_util.unflatten_dict(flat)
+        for key in ("decoder", "token_embedder"):
+            params[key] = gather_fsdp(params[key], names[key])
+        return params
 
     def score_batch(self, params: Params, batch: Batch, return_intermediates: bool = False) -> Any:
         """log p(target) of each row, float32 `[B]`; optionally with passage scores and selection."""

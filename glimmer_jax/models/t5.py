@@ -159,6 +159,12 @@ class T5Config:
         """`matmul_dtype` as a dtype, or None."""
         return None if self.matmul_dtype is None else jnp.dtype(self.matmul_dtype)
 
+    def kernel_dtype(self, module: str) -> Any:
+        """The dtype to which the product of the projection of this name rounds its kernel."""
+        if self.operands is not None:
+            return self.operands
+        return jnp.dtype(jnp.float32 if module == "logits_dense" else self.dtype)
+
 
 def attention(sizes: Sizes, config: T5Config, kernel: str = "plain") -> Attention:
     """Attention of the encoder or the decoder."""

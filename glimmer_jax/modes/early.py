@@ -59,7 +59,7 @@ def declared_names(module: str) -> tuple[str, ...] | None:
     shipped.make_importable()
     try:
         spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
+    except Exception:  # noqa: BLE001 - whatever the user's package raises
         return None  # Reported when the mode imports it.
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
         return None
@@ -71,6 +71,6 @@ def declared_names(module: str) -> tuple[str, ...] | None:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == NAMES:
             try:
                 return tuple(str(name) for name in ast.literal_eval(node.value))
-            except ValueError:
+            except (ValueError, TypeError):
                 return None
     return None

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import os
 import time
@@ -149,10 +148,10 @@ class _Throughput:
         """The batches, each built and its memory read while the one before is computed."""
         with contextlib.closing(prefetch(batches, lambda batch: batch)) as built:
             ready = self._predictor.prefetch(built)
-            for number in itertools.count():
+            while True:
                 began = time.monotonic()
                 batch = next(ready, None)
-                if number:  # The first opens the dataset.
+                if self._progress is not None:
                     self._busy += time.monotonic() - began
                 if batch is None:
                     return

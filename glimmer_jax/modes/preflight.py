@@ -77,8 +77,8 @@ def mesh_for(job: str, settings: Settings, count: int, device_bytes: int) -> Mes
     """The mesh in `settings`, or a proposal for `count` devices if it has no sizes.
 
     Training shards over `fsdp`, and over `passages` where there are more devices than questions.
-    Answering reads all weights for every token, so that gathering them on an `fsdp` mesh would
-    dominate: parameters are replicated if they fit, and sharded over `model` otherwise.
+    Answering would gather all weights for every batch on an `fsdp` mesh: parameters are replicated if
+    they fit, and sharded over `model` otherwise.
 
     Args:
       job: a key of `JOBS`.
@@ -195,7 +195,7 @@ def _report(
         flops_per_step=compiled.flops,
         model_flops_per_step=model_flops,
         collectives=compiled.traffic,
-        bytes_between_slices=compiled.between_slices,
+        bytes_between_slices=None if rejected else compiled.between_slices,
         compute_seconds=compiled.flops / peak,
         memory_seconds=None if rejected else memory,
         network_seconds=None if rejected else network,

@@ -32,7 +32,8 @@ class Report:
     flops_per_step: int  # matrix products on all chips, recomputation included
     model_flops_per_step: int  # without recomputation
     collectives: dict[str, Traffic]  # by kind
-    bytes_between_slices: int  # received by a device in collectives that span slices
+    # Received by a device in collectives that span slices; None for programs that were rejected.
+    bytes_between_slices: int | None
     compute_seconds: float  # FLOPs at peak: a lower bound of the step
     # Of programs that the compiler rejected, memory traffic and collectives are unknown.
     memory_seconds: (
@@ -82,7 +83,7 @@ class Report:
             lines.append(f"  {kind:18} {traffic.count:6} times, {_gib(traffic.bytes)} per device")
         if self.collectives and self.network_seconds is not None:
             lines.append(f"  {_seconds(self.network_seconds)} at peak link bandwidth")
-        if self.slices > 1:
+        if self.slices > 1 and self.bytes_between_slices is not None:
             lines.append(
                 f"  between slices {_gib(self.bytes_between_slices)} per device, not included in "
                 "any of these times"

@@ -11,8 +11,6 @@
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
-
 from glimmer_jax.models.model import GlimmerModel
 from glimmer_jax.models.stacking import unstack_layers
 from glimmer_jax.models.t5 import T5Config
@@ -61,7 +59,7 @@ def _lay_out(params: Params, t5: T5Config, by_rows: bool, path: tuple[str, ...])
         if isinstance(leaf, dict):
             out[name] = _lay_out(leaf, t5, by_rows, (*path, name))
         elif name == "kernel" and leaf.ndim == 2:
-            kernel = leaf.astype(_multiplied(t5, path))
+            kernel = leaf.astype(t5.kernel_dtype(path[-1]))
             one_token = path[0] == "decoder" and not _of_passages(path)
             out |= {"rows": kernel.T} if by_rows and one_token else {"kernel": kernel}
         elif name == "embedding" and not t5.tie_output:
@@ -69,13 +67,6 @@ def _lay_out(params: Params, t5: T5Config, by_rows: bool, path: tuple[str, ...])
         else:
             out[name] = leaf
     return out
-
-
-def _multiplied(t5: T5Config, path: tuple[str, ...]) -> Any:
-    """The dtype to which the product at `path` rounds its kernel."""
-    if t5.operands is not None:
-        return t5.operands
-    return jnp.float32 if path[-1] == "logits_dense" else jnp.dtype(t5.dtype)
 
 
 def _of_passages(path: tuple[str, ...]) -> bool:

@@ -25,7 +25,7 @@ os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "60")
 os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
 
 Path = str | os.PathLike | Mapping[str, Any]
-# No file that is read at once is as large as this.
+# Metadata and other files without a known size are smaller.
 MAX_WHOLE_BYTES = 2**30
 
 # TensorStore raises ValueError for every status and puts its code first. These codes concern the bytes:
@@ -108,27 +108,43 @@ def check_small(kvstore: ts.KvStore, key: str) -> None:
     TensorStore would end the process where there is too little memory.
     """
     reject_special_files(kvstore, key)
-    if not kvstore.url.startswith("file://"):
-        return
-    try:
-        size = os.stat(kvstore.path + key).st_size
-    except OSError:
-        return  # The reader reports it.
-    if size > MAX_WHOLE_BYTES:
+    size = local_size(kvstore, key)
+    if size is not None and size > MAX_WHOLE_BYTES:
         raise StorageError(
             f"{kvstore.path}{key} has {size} bytes, expected at most {MAX_WHOLE_BYTES}: it is damaged, "
             "or is another file. Copy it again."
         )
 
 
-def read_file(kvstore: ts.KvStore, key: str) -> bytes | None:
+def local_size(kvstore: ts.KvStore, key: str) -> int | None:
+    """Bytes of a file on a local disk; None in a bucket, or without a file."""
+    if not kvstore.url.startswith("file://"):
+        return None
+    try:
+        return os.stat(kvstore.path + key).st_size
+    except OSError:
+        return None
+
+
+def read_file(kvstore: ts.KvStore, key: str, size: int | None = None) -> bytes | None:
     """The bytes of a file, or None where there is none.
 
+    Args:
+      kvstore: its folder, local or in a bucket.
+      key: its name.
+      size: its bytes, if they are known; a local file of another size is not read, and None. Files of
+        unknown size are small (`check_small`).
+
     Raises:
-      StorageError: the storage did not answer, denied access, or has no regular file there, or one
-        that `check_small` rejects.
+      StorageError: the storage did not answer, denied access, or has no regular file there, or a large
+        one of unknown size.
     """
-    check_small(kvstore, key)
+    if size is None:
+        check_small(kvstore, key)
+    else:
+        reject_special_files(kvstore, key)
+        if local_size(kvstore, key) not in (None, size):
+            return None
     try:
         result = kvstore.read(key).result()
     except ValueError as error:
@@ -142,9 +158,9 @@ def read_if_new(
     """A file's bytes and generation; no bytes if the generation is `known`; None without a file.
 
     Raises:
-      StorageError: the storage did not answer, denied access, or has a file that `check_small` rejects.
+      StorageError: the storage did not answer, or denied access.
     """
-    check_small(kvstore, key)
+    reject_special_files(kvstore, key)
     try:
         result = kvstore.read(key, if_not_equal=known).result()
     except ValueError as error:

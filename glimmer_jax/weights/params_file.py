@@ -105,7 +105,7 @@ def read_config(path: Any) -> dict[str, Any]:
     """The JSON beside a parameter file, without reading the parameters.
 
     Raises:
-      InvalidWeights: one of the two files is missing, or the JSON is malformed.
+      InvalidWeights: one of the two files is missing, or the JSON is malformed or was changed.
     """
     path = check_name(path)
     config_path = path.with_suffix(".json")

@@ -79,5 +79,7 @@ def test_a_file_that_is_not_the_notes_is_not_kept_and_not_read(tmp_path):
         assert not retrieved_notes.answers_request(path, {"k": 5})
         with pytest.raises(ValueError, match="nq-dev.jsonl is not .*SHA-256.*remove nq-dev.p"):
             check()
+    # Its note describes the file before it was compressed.
+    assert retrieved_notes.file_sha256(f"{path}.gz") is None
     (tmp_path / "nq-dev.passages.json").unlink()
     check()

@@ -59,13 +59,16 @@ def test_changes_and_new_files_are_in_the_diff_and_in_the_archive(checkout, tmp_
         assert archive.extractfile("kept.py").read() == b"two \xff\n"
 
 
-def test_what_git_cannot_read_is_not_left_out_in_silence(checkout):
+def test_what_git_cannot_read_is_not_left_out_in_silence(checkout, monkeypatch, capsys):
     (checkout / "kept.py").write_text("two\n")
     # A nested repository without commits.
     (checkout / "nested").mkdir()
     git(checkout / "nested", "init", "--quiet")
     with pytest.raises(ValueError, match="git could not read all files of .*checkout"):
         record.code(checkout)
+    monkeypatch.setattr(launch_command, "ROOT", checkout)
+    assert launch_command.main(["local", "--num_processes=1", "--", "--run_mode=train"]) == 2
+    assert "launch: git could not read" in capsys.readouterr().err
 
 
 def test_of_a_folder_inside_another_checkout_nothing_is_known(checkout):

@@ -203,6 +203,16 @@ def test_truncated_file_and_changed_record_are_found(copied_store):
 
 
 @pytest.mark.fault
+def test_a_file_of_a_damaged_size_is_not_read(copied_store):
+    states = _states(copied_store)
+    size = states.stat().st_size
+    with states.open("r+b") as file:
+        file.truncate(2**42)
+    (problem,) = verify(copied_store)
+    assert problem.endswith(f"has {2**42} bytes instead of {size}")
+
+
+@pytest.mark.fault
 @pytest.mark.parametrize("name", ["ids", "offsets"])
 def test_damaged_index_is_caught_on_open(copied_store, name):
     file = copied_store / "shards" / "000000" / name / "c" / "0"

@@ -2,6 +2,7 @@
 
 import types
 
+import flax.core
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,7 +64,8 @@ def test_no_kernel_is_gathered_for_every_token(gathered, monkeypatch):
     def placed(info, sharding):
         return jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding)
 
-    params = jax.tree.map(placed, shapes, partitioning.shardings(names, mesh))
+    # Frozen, as T5X passes them.
+    params = flax.core.freeze(jax.tree.map(placed, shapes, partitioning.shardings(names, mesh)))
     length = tiny.GLIMMER.num_kept * (tiny.Q + tiny.P)
     width = tiny.T5.emb_dim
     encoded = jax.ShapeDtypeStruct((tiny.B, length, width), jnp.float32, sharding=rows)

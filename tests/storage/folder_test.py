@@ -1,6 +1,5 @@
 """Paths of folders and buckets, and files that are complete or absent."""
 
-import functools
 import pathlib
 
 import pytest
@@ -95,7 +94,16 @@ def test_a_file_that_is_too_large_to_be_read_at_once_is_rejected(tmp_path):
     with (tmp_path / "manifest.json").open("wb") as file:
         file.truncate(2**40)
     kvstore = folder.open_folder(tmp_path)
-    for read in (folder.read_file, functools.partial(folder.read_if_new, known=None)):
-        with pytest.raises(StorageError, match=r"manifest.json has \d+ bytes, expected at most"):
-            read(kvstore, "manifest.json")
+    with pytest.raises(StorageError, match=r"manifest.json has \d+ bytes, expected at most"):
+        folder.read_file(kvstore, "manifest.json")
+    assert folder.read_file(kvstore, "manifest.json", 5) is None
     assert folder.read_range(kvstore, "manifest.json", 0, 3) == bytes(3)
+
+
+def test_a_large_file_of_known_size_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "MAX_WHOLE_BYTES", 4)
+    (tmp_path / "c").write_bytes(b"12345")
+    kvstore = folder.open_folder(tmp_path)
+    assert folder.read_file(kvstore, "c", 5) == b"12345"
+    with pytest.raises(StorageError, match="c has 5 bytes, expected at most 4"):
+        folder.read_file(kvstore, "c")

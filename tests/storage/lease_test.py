@@ -194,9 +194,10 @@ def test_a_file_is_opened_for_writing_as_nfs_demands(tmp_path, monkeypatch):
 
 def test_a_process_of_any_name_is_a_holder(monkeypatch):
     read = pathlib.Path.read_text
+    status = b"7 (\xff ) x) S " + b"0 " * 18 + b"99 0"
 
     def named(path, **options):
-        return f"7 (\ufffd ) x) S {' '.join('0' * 18)} 99 0" if "stat" in path.name else read(path)
+        return status.decode(**options) if path.name == "stat" else read(path, **options)
 
     monkeypatch.setattr(pathlib.Path, "read_text", named)
     state, start = lease._process_state(7)

@@ -1,0 +1,64 @@
+"""Mode `eval`: batches are built ahead, and the rate counts waiting for them."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from glimmer_jax.modes.evaluate import _Throughput
+
+
+class Predictor:
+    """Answers nothing."""
+
+    def __init__(self):
+        self.seen = []
+
+    def prefetch(self, batches):
+        return iter(batches)
+
+    def predict(self, batch):
+        self.seen.append(batch["number"])
+        return np.zeros((2, 1), np.int32), {}
+
+
+def batches(count, seconds=0.0, error=None):
+    for number in range(count):
+        time.sleep(seconds)
+        yield {"number": number, "question_tokens": np.ones((2, 3), np.int32)}
+    if error is not None:
+        raise error
+
+
+def run(throughput, source):
+    for batch in throughput.prefetch(source):
+        throughput.predict(batch)
+
+
+def threads():
+    return {thread.name for thread in threading.enumerate() if "read-ahead" in thread.name}
+
+
+def test_batches_keep_their_order_and_waiting_counts():
+    throughput = _Throughput(predictor := Predictor(), None)
+    run(throughput, batches(5, seconds=0.05))
+    assert predictor.seen == list(range(5)) and not threads()
+    # All but the first batch, whose compilation is not counted: eight questions in about 0.2 s.
+    assert throughput.answered == 8
+    assert 8 / 2.0 < throughput.rate < 8 / 0.15
+
+
+def test_an_error_of_the_questions_is_raised_where_its_batch_would_have_come():
+    throughput = _Throughput(predictor := Predictor(), None)
+    with pytest.raises(ValueError, match="line 7"):
+        run(throughput, batches(2, error=ValueError("line 7")))
+    assert predictor.seen == [0, 1] and not threads()
+
+
+def test_closing_ends_the_thread():
+    ready = _Throughput(Predictor(), None).prefetch(batches(9))
+    next(ready)
+    assert threads()
+    ready.close()
+    assert not threads()
