@@ -233,3 +233,14 @@ def test_ci_runs_the_ci_script_on_the_oldest_supported_python():
     oldest = re.search(r'python_requires=">=([\d.]+)"', read(ROOT / "setup.py"))[1]
     assert "run: bash .ci/run" in workflow and (ROOT / ".ci" / "run").is_file()
     assert f'"{oldest}"' in workflow
+
+
+@pytest.mark.parametrize("name", ["FiD", "LUMEN", "GLIMMER"])
+def test_the_readme_has_the_model_cards_results(name):
+    def row(page, pattern):
+        (line,) = re.findall(rf"^\| {pattern} .*$", read(page), re.MULTILINE)
+        return [cell.strip() for cell in line.strip("|").split("|")]
+
+    card = ROOT / "glimmer_jax" / "checkpoints" / "README.md"
+    quality, cost = row(card, f"{name}, test")[1], row(card, rf"{name} \|")[5]
+    assert row(ROOT / "README.md", name)[-2:] == [quality, cost]
