@@ -60,8 +60,9 @@ Lengths are 48 question, 304 passage and 32 answer tokens, with 40 passages (GLI
 *GiB* is the memory per chip: v5e has 16, v6e and v4 32, v5p 95 and tpu7x 192. If the shipped
 settings do not fit, *change* is the nearest that does, and the rest of the row is for it. *TFLOP*
 is per step on all chips. *Bound* is the larger of two times: FLOPs at peak, and least memory
-traffic at HBM bandwidth. *Estimate* is the compiler's step time without data loading. To update a
-row, delete it and run the command again.
+traffic at HBM bandwidth. *Estimate* is the compiler's step time without data loading. Rows without
+*bound / estimate* were compiled before projections gathered their kernel on fsdp meshes. To update
+a row, delete it and run the command again.
 
 """
 KERNEL = """
