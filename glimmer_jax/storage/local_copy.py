@@ -50,7 +50,6 @@ def fetch_file(name: str, path: Any) -> Path:
       ValueError: the bucket has no such file.
       StorageError: the bucket did not answer, or denied access.
     """
-    path = folder.local_path(path)
     if not in_bucket(path):
         return Path(path)
     bucket, file = folder.of_file(path)
