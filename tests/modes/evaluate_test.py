@@ -36,28 +36,31 @@ def run(throughput, source):
         throughput.predict(batch)
 
 
-def threads():
-    return {thread.name for thread in threading.enumerate() if "read-ahead" in thread.name}
+@pytest.fixture
+def started():
+    """Threads that have started since, and run."""
+    before = set(threading.enumerate())
+    return lambda: set(threading.enumerate()) - before
 
 
-def test_batches_keep_their_order_and_waiting_counts():
+def test_batches_keep_their_order_and_waiting_counts(started):
     throughput = _Throughput(predictor := Predictor(), None)
     run(throughput, batches(5, slow=3))
-    assert predictor.seen == list(range(5)) and not threads()
+    assert predictor.seen == list(range(5)) and not started()
     # All but the first batch, whose compilation is not counted: eight questions in about a second.
     assert throughput.answered == 8 and throughput.rate < 8 / 0.3
 
 
-def test_an_error_of_the_questions_is_raised_where_its_batch_would_have_come():
+def test_an_error_of_the_questions_is_raised_where_its_batch_would_have_come(started):
     throughput = _Throughput(predictor := Predictor(), None)
     with pytest.raises(ValueError, match="line 7"):
         run(throughput, batches(2, error=ValueError("line 7")))
-    assert predictor.seen == [0, 1] and not threads()
+    assert predictor.seen == [0, 1] and not started()
 
 
-def test_closing_ends_the_thread():
+def test_closing_ends_the_thread(started):
     ready = _Throughput(Predictor(), None).prefetch(batches(9))
     next(ready)
-    assert threads()
+    assert started()
     ready.close()
-    assert not threads()
+    assert not started()
