@@ -56,11 +56,7 @@ def write_note(path: Any, content: Path, passages: Passages, request: Mapping[st
 
 def answers_request(path: Any, request: Mapping[str, Any]) -> bool:
     """Whether a retrieved file is that of its note, and the note has this request."""
-    folder, file = of_file(path)
-    data = read_file(folder, _note_name(file))
-    if data is None:
-        return False
-    note = parse_line(data, f"{folder.url}{_note_name(file)}")
+    note = _note(path)
     if note.get("request_sha256") != _digest(request):
         return False
     # Notes of earlier versions have no checksum.
@@ -97,13 +93,7 @@ def file_sha256(path: Any) -> str | None:
       ValueError: the note is damaged.
       StorageError: the storage did not answer, or denied access.
     """
-    folder, file = of_file(path)
-    if file.endswith(".gz"):
-        return None
-    data = read_file(folder, _note_name(file))
-    if data is None:
-        return None
-    wanted = parse_line(data, f"{folder.url}{_note_name(file)}").get("file_sha256")
+    wanted = None if os.fspath(path).endswith(".gz") else _note(path).get("file_sha256")
     return None if wanted is None else str(wanted)
 
 
@@ -140,6 +130,13 @@ def _notes(path: Any) -> tuple[ts.KvStore, list[str]]:
         return folder, notes
     folder, file = of_file(text)
     return folder, [_note_name(file)]
+
+
+def _note(path: Any) -> dict[str, Any]:
+    """The note of a file; empty if it has none."""
+    folder, file = of_file(path)
+    data = read_file(folder, _note_name(file))
+    return {} if data is None else parse_line(data, f"{folder.url}{_note_name(file)}")
 
 
 def _note_name(file: str) -> str:

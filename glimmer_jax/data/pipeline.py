@@ -52,7 +52,7 @@ def import_tasks(module: str | None) -> None:
         frames = traceback.extract_tb(error.__traceback__)
         if isinstance(error, ValueError | OSError) and _is_below(frames[-1].filename, _PROJECT):
             raise
-        place = f"{module}"
+        place = module
         if isinstance(error, SyntaxError):
             place = f"{error.filename}:{error.lineno}"
         elif own := [frame for frame in frames if not _is_below(frame.filename, *_LIBRARIES)]:
