@@ -1,7 +1,7 @@
 """Self-attention with a Pallas kernel for TPUs and T5's position bias: logits stay out of HBM.
 
 Sequences of the encoder are short (a question and a passage), so that all logits of a head fit in a
-core's VMEM: up to 640 tokens, or 1,024 except on v4, with two heads of 64 channels. One step of the
+core's VMEM: up to 512 tokens, or 1,024 except on v4, with two heads of 64 channels. One step of the
 kernel handles one sequence and as many heads as fill the 128 lanes. The backward kernel recomputes
 the weights. Other TPU kernels do not fit: JAX's `flash_attention` takes a bias per sequence,
 `[B, H, N, N]`, and splash attention and tokamax 0.0.12 take none. Not yet run on a TPU.
@@ -138,7 +138,7 @@ def _call(
     biases = pl.BlockSpec((group, length, length), lambda head, row: (head, 0, 0))
     masks = pl.BlockSpec((1, 1, length), lambda head, row: (row, 0, 0))
     keeps = pl.BlockSpec((1, 1, group, length), lambda head, row: (row, head, 0, 0))
-    is_long = group * length**2 > 2 * 640**2
+    is_long = group * length**2 > 2 * 512**2
     return pl.pallas_call(
         functools.partial(kernel, channels=channels),
         grid=(heads // group, rows),

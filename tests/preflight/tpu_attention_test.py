@@ -27,8 +27,8 @@ from glimmer_jax.preflight import chips
                 ("v6e:2x2", 4),
                 ("tpu7x:2x2x1", 8),
             )
-            for length in (352, 639, 1024)
-            if (topology, length) != ("v4:2x2x1", 1024)
+            for length in (352, 512, 639, 1024)
+            if topology != "v4:2x2x1" or length <= 512
         ),
     ],
 )
