@@ -46,8 +46,8 @@ MODELS = {"train": ("fid", "glimmer"), "infer": ("glimmer",)}
 RUNS = {"train": "finetune", "infer": "infer"}
 HEAD = (
     "| job | model | slice | mesh | GiB as shipped | change that fits | GiB | TFLOP | bound, s "
-    "| estimate, s | bound / estimate |",
-    "|---|---|---|---|---|---|---|---|---|---|---|",
+    "| estimate, s | bound / estimate | attention | collectives | optimiser and others |",
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
 )
 TEXT = """# Which job fits which slice
 
@@ -61,8 +61,10 @@ Lengths are 48 question, 304 passage and 32 answer tokens, with 40 passages (GLI
 settings do not fit, *change* is the nearest that does, and the rest of the row is for it. *TFLOP*
 is per step on all chips. *Bound* is the larger of two times: FLOPs at peak, and least memory
 traffic at HBM bandwidth. *Estimate* is the compiler's step time without data loading. Rows without
-*bound / estimate* were compiled before projections gathered their kernel on fsdp meshes. To update
-a row, delete it and run the command again.
+*bound / estimate* were compiled before projections gathered their kernel on fsdp meshes. The last
+columns are shares of the estimate: attention without its projections (logits, softmax, dropout and
+the products), collectives, and all that belongs to no part of the model. To update a row, delete it
+and run the command again.
 
 """
 KERNEL = """
@@ -105,8 +107,16 @@ def row(job: str, model: str, size: str, reports: list[dict[str, Any]], settings
         f"{report['flops_per_step'] / 1e12:,.0f}",
         f"{bound:.3f}",
         *((f"{estimate:.3f}", f"{bound / estimate:.2f}") if estimate else ("", "")),
+        *(f"{seconds / estimate:.2f}" if estimate else "" for seconds in shares(report)),
     )
     return f"| {' | '.join(map(str, cells))} |"
+
+
+def shares(report: dict[str, Any]) -> tuple[float, float, float]:
+    """Seconds of attention without projections, of collectives, and of no part of the model."""
+    parts = report["estimated_parts"]
+    attention = sum(seconds for part, seconds in parts.items() if part.endswith("attention"))
+    return attention, parts.get("collectives", 0.0), parts.get("other", 0.0)
 
 
 def compiled(

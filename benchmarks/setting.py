@@ -11,6 +11,9 @@ from glimmer_jax.models.t5 import T5Config
 
 JAX_SYSTEMS = ("fid", "lumen", "glimmer", "glimmer_fido")
 SYSTEMS = ("pytorch_fid", *JAX_SYSTEMS)
+# FiDO's decoder saves time per answer token, of which a training step has none. `glimmer_memory`
+# trains from stored memory, with a frozen memory encoder.
+TRAINING_SYSTEMS = ("pytorch_fid", "fid", "lumen", "glimmer", "glimmer_memory")
 # int8: PyTorch's dynamic quantisation of linear layers, of pytorch_fid's answers on a CPU alone.
 DTYPES = ("float32", "bfloat16", "int8")
 SIZES: dict[str, dict[str, Any]] = {
@@ -121,8 +124,9 @@ def t5_config(setting: Setting, dtype: str, on_cpu: bool, **decoder: Any) -> T5C
 
 def glimmer_config(system: str, setting: Setting, dtype: str, on_cpu: bool) -> GlimmerConfig:
     """The cut and the decoder of one of our systems."""
-    if system not in JAX_SYSTEMS:
-        raise ValueError(f"system must be one of {', '.join(JAX_SYSTEMS)}; got {system!r}.")
+    ours = dict.fromkeys((*JAX_SYSTEMS, *TRAINING_SYSTEMS[1:]))
+    if system not in ours:
+        raise ValueError(f"system must be one of {', '.join(ours)}; got {system!r}.")
     t5 = t5_config(setting, dtype, on_cpu, **(FIDO if system == "glimmer_fido" else {}))
     if system == "fid":
         return GlimmerConfig(t5)
@@ -139,4 +143,5 @@ def glimmer_config(system: str, setting: Setting, dtype: str, on_cpu: bool) -> G
         memory_layers(layers, ALPHA),
         rerank_layers(layers, ALPHA, BETA),
         num_kept=setting.kept,
+        freeze_memory=system == "glimmer_memory",
     )

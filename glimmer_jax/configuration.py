@@ -395,7 +395,8 @@ def check_types() -> None:
             if isinstance(value, str) and not value_types.is_text(value):
                 raise ConfigError(f"{name} holds NUL or half of a surrogate pair: {value!r:.80}")
             hint = hints.get(parameter, Any)
-            is_object = isinstance(value, gin_config.ConfigurableReference)
+            parts = value if isinstance(value, list | tuple) else (value,)
+            is_object = any(isinstance(part, gin_config.ConfigurableReference) for part in parts)
             if not is_object and not value_types.conforms(value, hint):
                 raise ConfigError(
                     f"{name} must be {value_types.name_of(hint)}, got {value!r}. Set for example "

@@ -41,6 +41,11 @@ MODES = {
         "retrieve passages for questions, by BM25, a dense encoder or both",
         many_processes=True,
     ),
+    "cache": Mode(
+        "glimmer_jax.modes.cache:cache_tasks",
+        "gin/runs/cache.gin",
+        "write seqio's caches of tasks over large retrieved files",
+    ),
     "train": Mode(
         "glimmer_jax.modes.train:train",
         "gin/runs/finetune.gin",

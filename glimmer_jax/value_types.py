@@ -30,7 +30,9 @@ def conforms(value: Any, hint: Any) -> bool:
     if hint in (str, bool):
         return isinstance(value, hint)
     if origin in (Sequence, list, tuple):
-        return isinstance(value, list | tuple)
+        return isinstance(value, list | tuple) and all(
+            conforms(item, choices[0]) for item in value if choices
+        )
     if origin in (Mapping, dict):
         return isinstance(value, dict)
     # Gin's values are literals, never objects of ours.
@@ -41,7 +43,10 @@ def name_of(hint: Any) -> str:
     """A type as a message names it."""
     kinds = {Mapping: "dict", dict: "dict", Sequence: "list", list: "list", tuple: "list"}
     if (origin := typing.get_origin(hint)) in kinds:
-        return kinds[origin]
+        items = typing.get_args(hint)
+        return (
+            f"list of {name_of(items[0])}" if kinds[origin] == "list" and items else kinds[origin]
+        )
     return hint.__name__ if inspect.isclass(hint) else re.sub(r"\b[\w.]+\.(?=\w)", "", str(hint))
 
 

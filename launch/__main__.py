@@ -180,7 +180,7 @@ def main(argv: Sequence[str]) -> int:
         path = record.write(code, [*shown, "--", *flags], flags, text)
         print(f"launch: recorded in {path}", flush=True)
         return execute(plan, code)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"launch: {error}", file=sys.stderr)
         return INVALID_INPUT
 

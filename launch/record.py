@@ -57,9 +57,15 @@ def code(root: Path) -> Code:
     """The code of the checkout `root`; all fields are empty for an installed package.
 
     Raises:
-      ValueError: git cannot read a file that it does not ignore.
+      ValueError: git cannot read the checkout, or a file that it does not ignore.
     """
     top = _git(root, "rev-parse", "--show-toplevel")
+    if top is None and (root / ".git").exists():
+        raise ValueError(
+            f"{root} is a checkout, but git cannot read it, so that the code of this run could not be "
+            f"recorded. See what git -C {root} status says: git may be missing, or the checkout "
+            "belong to another user (git config --global --add safe.directory)."
+        )
     commit = _git(root, "rev-parse", "HEAD")
     # A package installed below another project's checkout is not that project.
     if top is None or commit is None or Path(_line(top)) != root.resolve():
@@ -90,7 +96,8 @@ def archive_path(code: Code) -> str:
             "This target ships the working tree and needs a git checkout, got an installed package. "
             "Clone the repository and launch from there, or use jobset with an image."
         )
-    return os.path.join(tempfile.gettempdir(), f"glimmer-{code.tree[:16]}.tar.gz")
+    # One per user: nobody may replace another's file.
+    return os.path.join(tempfile.gettempdir(), f"glimmer-{os.getuid()}-{code.tree[:16]}.tar.gz")
 
 
 def pack(root: Path, code: Code, path: str) -> None:
@@ -100,7 +107,8 @@ def pack(root: Path, code: Code, path: str) -> None:
         # Atomically: the units of a sweep write the same file in parallel.
         part = os.path.join(temporary, "code.tar.gz")
         command = ["git", "-C", str(root), "archive", "--format=tar.gz", f"--output={part}"]
-        subprocess.run([*command, code.tree], check=True)
+        if subprocess.run([*command, code.tree], check=False).returncode:
+            raise ValueError(f"git could not pack the code into {part}. Is the disk full?")
         os.chmod(part, 0o600)
         os.replace(part, path)
 

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import itertools
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -61,7 +62,8 @@ def plan(
       axes: gin name and values.
       target: a launch command without glimmer's flags: `["local", "--num_processes=2"]`.
       name: of the target's machines, to which each unit appends its number; None: no name.
-      flags: of glimmer; they bind the folder of the sweep, to which each unit appends its number.
+      flags: of glimmer; they bind the folder of the sweep, to which each unit appends its number, or a
+        parameter file, whose name it goes into.
       parallel: units at a time.
 
     Raises:
@@ -76,12 +78,14 @@ def plan(
     if folder is None or macro is None or macro in names:
         raise ValueError(
             f"A sweep needs --gin.{macro or 'MODEL_DIR'}=\"'FOLDER'\" on the command line: unit 1 "
-            "writes FOLDER/1, and so on."
+            "writes FOLDER/1, and so on; for a file NAME.safetensors it writes NAME-1.safetensors."
         )
     units = []
     for number, values in enumerate(itertools.product(*(v for _, v in axes)), start=1):
         changed: dict[str, Any] = dict(zip(names, values, strict=True))
-        changed[macro] = f"{folder}/{number}"
+        name_of_file, suffix = os.path.splitext(folder)
+        of_unit = f"{name_of_file}-{number}{suffix}" if suffix == ".safetensors" else None
+        changed[macro] = of_unit or f"{folder}/{number}"
         # As in gin, the last binding counts.
         own = target if name is None else [*target, f"--name={check_name(f'{name}-{number}')}"]
         bindings = [f"--gin.{axis}={value!r}" for axis, value in changed.items()]

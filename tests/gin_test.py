@@ -39,6 +39,7 @@ RUNS = {
         ["CORPUS = 'pydocs'", "PASSAGES_DIR = 'p'", "VOCABULARY = 'pydocs'"],
     ),
     "retrieve": ("retrieve", ["PASSAGES_DIR = 'p'", "QUESTIONS = 'q'", "DATA_DIR = 'd'"]),
+    "cache": ("cache", [*TASK[:2], "DATA_DIR = 'd'", "CACHE_DIR = 'c'"]),
     "finetune": ("train", [MODEL_DIR, *TASK, "TRAIN_STEPS = 5", "PASSAGES_DIR = 'p'"]),
     "pretrain": ("train", [MODEL_DIR, *TASK, "TRAIN_STEPS = 5", "PASSAGES_DIR = 'p'"]),
     "codebooks": (
@@ -267,6 +268,13 @@ def test_values_of_a_wrong_type_report_the_macro(binding, facts):
     files = ["gin/sizes/tiny.gin", "gin/models/glimmer.gin", "gin/runs/finetune.gin"]
     with pytest.raises(configuration.ConfigError, match=facts):
         configuration.parse(files, [*RUNS["finetune"][1], binding])
+
+
+def test_items_of_a_list_have_their_type():
+    files, macros = ["gin/runs/serve.gin"], RUNS["serve"][1]
+    configuration.parse(files, [*macros, "KEPT_CHOICES = (2, 3)"])
+    with pytest.raises(configuration.ConfigError, match=r"KEPT_CHOICES must be list of int.*'2'"):
+        configuration.parse(files, [*macros, "KEPT_CHOICES = ('2',)"])
 
 
 def test_messages_about_parameters_name_their_macros():

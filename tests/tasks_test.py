@@ -20,6 +20,7 @@ from glimmer_jax.data.features import GlimmerFeatureConverter
 from glimmer_jax.data.fit import check_fit
 from glimmer_jax.metrics import reranking
 from glimmer_jax.modes import early
+from glimmer_jax.modes.cache import cache_tasks
 from glimmer_jax.vocabulary import Vocabulary
 from tests.vocabularies import SPECIAL_IDS, train_sentencepiece
 
@@ -404,6 +405,9 @@ def test_tasks_are_registered_with_the_configured_vocabulary(tmp_path):
 
 def test_a_cache_gives_the_same_examples(data_dir, tmp_path, capsys):
     folder = str(tmp_path / "cache")
+    note = data_dir / "which-dev.passages.json"
+    sha256 = hashlib.sha256((data_dir / "which-dev.jsonl").read_bytes()).hexdigest()
+    note.write_text(json.dumps({"file_sha256": sha256}))
     assert cache.write(TASK, folder, num_shards=3) == {"train": 10, "validation": 5}
     task = seqio.get_mixture_or_task(TASK)
     monkey = seqio.get_global_cache_dirs()
@@ -415,6 +419,18 @@ def test_a_cache_gives_the_same_examples(data_dir, tmp_path, capsys):
         )
         assert task.num_input_examples("train") == 10
         assert task.get_cached_stats("train") == {"examples": 10}
+        cache.check(task, splits=["train", "validation"])
+        with pytest.raises(ValueError, match="has no test examples.*--run_mode=cache"):
+            cache.check(task, splits=["test"])
+        retrieved_tasks.configure(data_dir, 0.25)
+        with pytest.raises(ValueError, match="train: min_bleu_score was 0.5 and is 0.25"):
+            cache.check(task)
+        retrieved_tasks.configure(data_dir)
+        # As another retrieval would leave it.
+        note.write_text(json.dumps({"file_sha256": "other"}))
+        with pytest.raises(ValueError, match=f"validation: file_sha256 was {sha256} and is other"):
+            cache.check(task)
+        note.unlink()
         cache.check(task)
         shard = next((tmp_path / "cache").rglob("train.tfrecord-00001-of-00003"))
         whole = shard.read_bytes()
@@ -440,11 +456,14 @@ def test_a_cache_gives_the_same_examples(data_dir, tmp_path, capsys):
         completed.unlink()
         completed.write_bytes(table)
         # seqio's own tool writes an empty file.
-        for info in completed.parent.glob("info.*.json"):
-            info.write_text(info.read_text().replace(cache.WRITER, "seqio"))
+        ours = {info: info.read_text() for info in completed.parent.glob("info.*.json")}
+        for info, text in ours.items():
+            info.write_text(text.replace(cache.WRITER, "seqio"))
         completed.write_bytes(b"")
         cache.check(task)
         completed.write_bytes(table)
+        for info, text in ours.items():
+            info.write_text(text)
     finally:
         seqio.set_global_cache_dirs(monkey)
         task._cache_dir = None
@@ -454,16 +473,24 @@ def test_a_cache_gives_the_same_examples(data_dir, tmp_path, capsys):
             np.testing.assert_array_equal(a[name], b[name])
     with pytest.raises(ValueError, match="complete cache of which_test"):
         cache.write(TASK, folder)
-    flags = ["--module=tests.tasks_test", f"--data_dir={data_dir}", f"--cache_dir={folder}"]
-    cache.main([TASK, *flags])
+    cache_tasks(TASK, "tests.tasks_test", data_dir, folder)
     assert "which_test: already cached" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="min_bleu_score was 0.5 and is 0.1"):
+        cache_tasks(TASK, "tests.tasks_test", data_dir, folder, 0.1)
+    retrieved_tasks.configure(data_dir)
     (data_dir / "which-dev.jsonl").unlink()
     with pytest.raises(ValueError, match="DATA_DIR.*which-dev"):
         cache.write(TASK, str(tmp_path / "other"))
     assert not list((tmp_path / "other").rglob(cache.COMPLETED))
-    with pytest.raises(SystemExit, match="2"):
-        cache.main([TASK, *flags[:2], f"--cache_dir={tmp_path / 'third'}"])
-    assert "DATA_DIR" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="there is no complete cache.*--run_mode=cache"):
+        check_fit(
+            TASK,
+            "train",
+            LENGTHS,
+            vocabulary=Vocabulary("pydocs"),
+            has_passages=True,
+            use_cached=True,
+        )
 
 
 def test_lines_are_counted_for_mixing_rates(data_dir):

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from glimmer_jax.storage.errors import DamagedData
+
 BLOCK_BYTES = 2**20
 DIGEST_BYTES = 8  # of BLAKE2b, for each block
 NPY_HEADER_BYTES = 128
@@ -63,7 +65,7 @@ class CheckedFile:
         self._verified = np.zeros(num_blocks(len(self.bytes)), bool)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Bytes [start, stop) as uint8, without a copy. Raises ValueError for a damaged block."""
+        """Bytes [start, stop) as uint8, without a copy. Raises DamagedData for a damaged block."""
         self._check_size()
         first, last = start // BLOCK_BYTES, num_blocks(stop)
         if not self._verified[first:last].all():
@@ -71,7 +73,7 @@ class CheckedFile:
         return self.bytes[start:stop]
 
     def verify(self, blocks: np.ndarray | None = None) -> None:
-        """Compares the given blocks, or all, unless that was done. Raises ValueError for damage."""
+        """Compares the given blocks, or all, unless that was done. Raises DamagedData for damage."""
         self._check_size()
         if blocks is None:
             blocks = np.arange(len(self._verified))
@@ -80,7 +82,7 @@ class CheckedFile:
             data = self.bytes[start : start + BLOCK_BYTES]
             expected = self._digests[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES]
             if (digest := _digest(data)) != expected:
-                raise ValueError(
+                raise DamagedData(
                     f"{self.path} is damaged in bytes {start} to {start + len(data)}: expected "
                     f"checksum {expected.hex()}, got {digest.hex()}. Delete the folder and copy it "
                     "again, or rerun --run_mode=passages."
@@ -89,7 +91,7 @@ class CheckedFile:
 
     def _check_size(self) -> None:
         if (size := self._map.size()) < len(self.bytes):
-            raise ValueError(
+            raise DamagedData(
                 f"{self.path} was truncated from {len(self.bytes)} to {size} bytes while it was open. "
                 "Copy the folder again, and replace files instead of changing them."
             )
@@ -101,10 +103,10 @@ class CheckedArray:
     def __init__(self, file: CheckedFile, dtype: np.dtype, length: int):
         """Checks the header: it must be the one that a file of this dtype and length has.
 
-        Raises ValueError for any other header, or a damaged first block.
+        Raises DamagedData for any other header, or a damaged first block.
         """
         if file.read(0, NPY_HEADER_BYTES).tobytes() != npy_header(dtype, length):
-            raise ValueError(
+            raise DamagedData(
                 f"{file.path}: expected the .npy header of {length} values of {dtype}, found another. "
                 "Delete the folder and copy it again, or rerun --run_mode=passages."
             )
@@ -112,14 +114,14 @@ class CheckedArray:
         self._values = file.bytes[NPY_HEADER_BYTES:].view(dtype)
 
     def take(self, indices: np.ndarray) -> np.ndarray:
-        """The values at indices, any shape, as a copy. Raises ValueError for a damaged block."""
+        """The values at indices, any shape, as a copy. Raises DamagedData for a damaged block."""
         # Item sizes divide the header and the block, so a value lies in one block.
         first_bytes = NPY_HEADER_BYTES + indices * self._values.itemsize
         self._file.verify((first_bytes // BLOCK_BYTES).ravel())
         return np.asarray(self._values[indices])
 
     def slice(self, start: int, stop: int) -> np.ndarray:
-        """The values [start, stop), without a copy. Raises ValueError for a damaged block."""
+        """The values [start, stop), without a copy. Raises DamagedData for a damaged block."""
         size = self._values.itemsize
         self._file.read(NPY_HEADER_BYTES + start * size, NPY_HEADER_BYTES + stop * size)
         return np.asarray(self._values[start:stop])

@@ -17,6 +17,7 @@ that the manifest gives.
 
 import contextlib
 import functools
+import glob
 import hashlib
 import logging
 import os
@@ -44,7 +45,9 @@ def restore_backup(target: Path) -> None:
     """Renames the backup of a folder back, where a writer was killed before replacing the folder."""
     if target.exists() or not target.parent.is_dir():
         return
-    for backup in sorted(target.parent.glob(f".{target.name}.writing-*{BACKUP_SUFFIX}")):
+    for backup in sorted(
+        target.parent.glob(f".{glob.escape(target.name)}.writing-*{BACKUP_SUFFIX}")
+    ):
         if not (backup / MANIFEST).is_file():
             continue
         working = backup.with_name(backup.name.removesuffix(BACKUP_SUFFIX))
@@ -120,6 +123,11 @@ class Passages:
     def fingerprint(self) -> str:
         """Fingerprint of the vocabulary."""
         return str(self.manifest["vocabulary_fingerprint"])
+
+    @property
+    def corpus_sha256(self) -> str:
+        """Hash of the passages' records: ids, titles and texts, but not tokens."""
+        return str(self.manifest["files"]["passages.jsonl"]["sha256"])
 
     @property
     def have_pages(self) -> bool:

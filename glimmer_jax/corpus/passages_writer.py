@@ -1,6 +1,7 @@
 """Writes a passages folder (`passages`) atomically: complete and on disk before it gets its name."""
 
 import contextlib
+import glob
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -110,7 +111,7 @@ def write_passages(
         if lock is not None:
             os.close(lock)
     # The new folder is in place, so what killed writers left behind is useless.
-    for stale in target.parent.glob(f".{target.name}.writing-*"):
+    for stale in target.parent.glob(f".{glob.escape(target.name)}.writing-*"):
         if not stale.is_dir():  # removing a pipe as a folder would block
             continue
         # Without locks it is unknown whether a writer is running, so its folder stays.

@@ -45,7 +45,7 @@ def write_note(path: Any, content: Path, passages: Passages, request: Mapping[st
       request: everything that determines it.
     """
     note: dict[str, Any] = {
-        "corpus_sha256": corpus_sha256(passages),
+        "corpus_sha256": passages.corpus_sha256,
         "passages_dir": passages.place,
         "request_sha256": _digest(request),
     }
@@ -75,7 +75,7 @@ def check(path: Any, passages: Passages) -> None:
         if data is None:
             continue
         note = parse_line(data, f"{folder.url}{name}")
-        if note.get("corpus_sha256") != corpus_sha256(passages):
+        if note.get("corpus_sha256") != passages.corpus_sha256:
             raise ValueError(
                 f"{folder.url}{name.removesuffix(_SUFFIX)}.jsonl was retrieved from "
                 f"{note.get('passages_dir')}, and {passages.place} holds another corpus. Set "
@@ -111,11 +111,6 @@ def check_content(path: Any, content: Path, wanted: str | None) -> None:
             "or rerun that mode; if it was changed on purpose, remove "
             f"{_note_name(of_file(path)[1])} beside it."
         )
-
-
-def corpus_sha256(passages: Passages) -> str:
-    """Hash of ids, titles and texts."""
-    return str(passages.manifest["files"]["passages.jsonl"]["sha256"])
 
 
 def _notes(path: Any) -> tuple[ts.KvStore, list[str]]:

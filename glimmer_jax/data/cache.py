@@ -1,25 +1,21 @@
 """Writes seqio's task cache without Beam, for files that take minutes to read, such as T-REx.
 
-    python -m glimmer_jax.data.cache kilt_glimmer --module=tasks.kilt --data_dir=DIR
-    --cache_dir=CACHE
-
-Training and evaluation read it with `--seqio_additional_cache_dirs=CACHE
---gin.USE_CACHED_TASKS=True`. The cache holds examples before an answer is drawn and before text is
-tokenised, so it serves any vocabulary and lengths. A rerun after a kill resumes at the first
-incomplete task. The format is that of seqio's own `seqio_cache_tasks`.
+The cache holds examples before an answer is drawn and before text is tokenised, so it serves any
+vocabulary and lengths. The format is that of seqio's own `seqio_cache_tasks`. Beside seqio's files,
+COMPLETED holds what the cache was written from, so that a task that changed since is noticed.
 """
 
-import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import seqio
 import tensorflow as tf
 from etils import epath
 
-from glimmer_jax.data import pipeline, retrieved_tasks
+from glimmer_jax.data.retrieved_tasks import RetrievedFiles
 from glimmer_jax.storage.folder import open_folder, read_file
 
 SPLITS = ("train", "validation")
@@ -28,7 +24,11 @@ WRITER = "glimmer_jax"  # in the info file of a split, whose other fields are se
 
 
 def write(
-    task_name: str, cache_dir: str | Path, splits: Sequence[str] = SPLITS, num_shards: int = 16
+    task_name: str,
+    cache_dir: str | Path,
+    splits: Sequence[str] = SPLITS,
+    num_shards: int = 16,
+    polling: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> dict[str, int]:
     """Caches the splits of a task; returns the number of examples of each split.
 
@@ -40,6 +40,7 @@ def write(
       cache_dir: gets a folder for the task.
       splits: the splits to cache; those that the task does not have are skipped.
       num_shards: files per split.
+      polling: is given the examples, and may stop between two of them (`STOP.polling`).
 
     Raises:
       ValueError: the task does not support caching or is already cached, or a data file is missing
@@ -51,51 +52,82 @@ def write(
             f"{task_name} does not support caching: its examples are generated when they are read. "
             "Leave it out."
         )
-    folder = _folder(task_name, cache_dir)
+    folder = folder_of(task_name, cache_dir)
     if is_complete(task_name, cache_dir):
         raise ValueError(
             f"{folder} already holds a complete cache of {task_name}. Remove it to rebuild the cache."
         )
     folder.mkdir(parents=True, exist_ok=True)
     counts = {
-        split: _write_split(task, split, folder, num_shards)
+        split: _write_split(task, split, folder, num_shards, polling)
         for split in task.splits
         if split in splits
     }
     # seqio asks only whether this file exists.
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    (folder / COMPLETED).write_text(json.dumps({"bytes": sizes}, indent=2) + "\n")
+    table = {"bytes": sizes, "sources": {split: _source(task, split) for split in counts}}
+    (folder / COMPLETED).write_text(json.dumps(table, indent=2) + "\n")
     return counts
 
 
-def check(task: seqio.Task) -> None:
-    """Compares the task's cache with its table of sizes; seqio reads what is there.
+def check(task: seqio.Task, folder: Any = None, splits: Sequence[str] = ()) -> None:
+    """Compares a cache with its table, and what it was written from with the task of today.
 
-    A cache that seqio's own tool wrote has no table.
+    seqio reads what is there. A cache that seqio's own tool wrote has no table.
+
+    Args:
+      task: from seqio's registry.
+      folder: of the task's cache; None for the one that seqio finds.
+      splits: the cache must have them.
 
     Raises:
-      ValueError: files are missing or cut, or the table is damaged.
+      ValueError: there is no cache or it lacks a split, files are missing or cut, the table is damaged,
+        or the retrieved files or MIN_BLEU_SCORE are not those that it was written from.
       StorageError: the table cannot be read.
     """
-    folder = epath.Path(task.cache_dir)
+    folder = folder or task.cache_dir
+    remedy = "Write it with --run_mode=cache, or set USE_CACHED_TASKS=False."
+    if folder is None:
+        raise ValueError(
+            f"USE_CACHED_TASKS: there is no complete cache of {task.name} in the folders of "
+            f"--seqio_additional_cache_dirs. {remedy}"
+        )
+    folder = epath.Path(folder)
+    for split in splits:
+        if not epath.Path(seqio.utils.get_cached_info_path(str(folder), split)).exists():
+            raise ValueError(f"USE_CACHED_TASKS: {folder} has no {split} examples. {remedy}")
+    again = f"Remove {folder} and run --run_mode=cache again."
     data = read_file(open_folder(folder), COMPLETED)
-    sizes: dict[str, int] = {}
-    if data or _is_ours(folder):
-        try:
-            sizes = dict(json.loads(data or b"")["bytes"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise ValueError(
-                f"The cache of {task.name} is damaged: {folder / COMPLETED} holds no table of sizes. "
-                f"Remove {folder} and run python -m glimmer_jax.data.cache again."
-            ) from None
+    if not data and not _is_ours(folder):
+        return
+    try:
+        table = json.loads(data or b"")
+        sizes, sources = dict(table["bytes"]), dict(table.get("sources", {}))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(
+            f"The cache of {task.name} is damaged: {folder / COMPLETED} holds no table of sizes. {again}"
+        ) from None
     for name, size in sizes.items():
         path = folder / name
         found = path.stat().length if path.exists() else 0
         if found != size:
             raise ValueError(
                 f"The cache of {task.name} is damaged: {path} has {found} bytes instead of {size}. "
-                f"Remove {folder} and run python -m glimmer_jax.data.cache again."
+                f"{again}"
             )
+    for split, source in sources.items():
+        for name, now in _source(task, split).items():
+            before = source.get(name) if isinstance(source, dict) else None
+            if None not in (before, now) and before != now:
+                raise ValueError(
+                    f"The cache of {task.name} in {folder} was written from other examples of {split}: "
+                    f"{name} was {before} and is {now}. {again}"
+                )
+
+
+def _source(task: seqio.Task, split: str) -> dict[str, Any]:
+    """What the cached examples of a split depend on, as far as it is known."""
+    return task.source.describe(split) if isinstance(task.source, RetrievedFiles) else {}
 
 
 def _is_ours(folder: epath.Path) -> bool:
@@ -106,14 +138,21 @@ def _is_ours(folder: epath.Path) -> bool:
 
 def is_complete(task_name: str, cache_dir: str | Path) -> bool:
     """Whether the task's cache is complete."""
-    return (_folder(task_name, cache_dir) / COMPLETED).exists()
+    return (folder_of(task_name, cache_dir) / COMPLETED).exists()
 
 
-def _folder(task_name: str, cache_dir: str | Path) -> Path:
+def folder_of(task_name: str, cache_dir: str | Path) -> Path:
+    """The folder of a task's cache."""
     return Path(cache_dir) / seqio.get_task_dir_from_name(task_name)
 
 
-def _write_split(task: seqio.Task, split: str, folder: Path, num_shards: int) -> int:
+def _write_split(
+    task: seqio.Task,
+    split: str,
+    folder: Path,
+    num_shards: int,
+    polling: Callable[[Iterable[Any]], Iterable[Any]],
+) -> int:
     ds = task.preprocess_precache(
         task.source.get_dataset(split, shuffle=split == "train", seed=0), seed=0
     )
@@ -124,7 +163,7 @@ def _write_split(task: seqio.Task, split: str, folder: Path, num_shards: int) ->
             stack.enter_context(tf.io.TFRecordWriter(f"{prefix}-{n:05d}-of-{num_shards:05d}"))
             for n in range(num_shards)
         ]
-        for example in ds.as_numpy_iterator():
+        for example in polling(ds.as_numpy_iterator()):
             record = seqio.dict_to_tfexample(example).SerializeToString()
             writers[count % num_shards].write(record)
             count += 1
@@ -141,35 +180,3 @@ def _write_split(task: seqio.Task, split: str, folder: Path, num_shards: int) ->
 
 def _dump(path: str, value: dict) -> None:
     Path(path).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Caches all incomplete tasks of a mixture; prints the number of examples of each split."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("name", help="a task or mixture")
-    parser.add_argument(
-        "--module", required=True, help="the module that registers it, such as tasks.kilt"
-    )
-    parser.add_argument("--data_dir", required=True, help="the folder of retrieved files")
-    parser.add_argument("--cache_dir", required=True, help="the folder to write")
-    parser.add_argument("--min_bleu_score", type=float, help="the MIN_BLEU_SCORE of training")
-    args = parser.parse_args(argv)
-    try:
-        _cache_all(args)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-
-
-def _cache_all(args: argparse.Namespace) -> None:
-    retrieved_tasks.configure(args.data_dir, args.min_bleu_score)
-    pipeline.import_tasks(args.module)
-    for task in seqio.get_subtasks(pipeline.find_mixture_or_task(args.name)):
-        if is_complete(task.name, args.cache_dir):
-            print(f"{task.name}: already cached")
-            continue
-        counts = write(task.name, args.cache_dir)
-        print(f"{task.name}: " + ", ".join(f"{split} {n}" for split, n in counts.items()))
-
-
-if __name__ == "__main__":
-    main()

@@ -56,9 +56,9 @@ def check_fit(
       passages of a folder.
 
     Raises:
-      ValueError: a task has another vocabulary, it names passages by id but there is no folder or
-        memory, no example has an answer, no example has K passages, or more than `max_cut` of the
-        questions or answers are longer than Q or T.
+      ValueError: a task has another vocabulary, its cache is unusable (`cache.check`), it names passages
+        by id but there is no folder or memory, no example has an answer, no example has K passages, or
+        more than `max_cut` of the questions or answers are longer than Q or T.
     """
     checked = check_lengths(lengths)
     names = ("examples", "questions_cut", "answers_cut", "passages_cut", "without_gold")
@@ -66,9 +66,10 @@ def check_fit(
     check_vocabulary(mixture_or_task_name, vocabulary)
     for task in seqio.get_subtasks(find_mixture_or_task(mixture_or_task_name)):
         _check_task(task, split, has_passages)
-        if use_cached and task.cache_dir is not None:
-            cache.check(task)
-        ds = task.get_dataset(None, split, use_cached, shuffle=False, num_epochs=1)
+        cached = use_cached and task.supports_caching
+        if cached:
+            cache.check(task, splits=[split])
+        ds = task.get_dataset(None, split, cached, shuffle=False, num_epochs=1)
         first = ds.take(-1 if examples is None else examples).as_numpy_iterator()
         counts = _count(first, checked, vocabulary)
         _check_examples(task.name, split, counts, checked)

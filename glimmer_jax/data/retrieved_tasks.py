@@ -167,7 +167,7 @@ def _read_file(
     return kept
 
 
-class _RetrievedFiles(IndexedSource):
+class RetrievedFiles(IndexedSource):
     """The files of a task; knows their numbers of lines, which mixing rates are computed from."""
 
     def __init__(
@@ -184,6 +184,15 @@ class _RetrievedFiles(IndexedSource):
         """Raises ValueError where there is no file."""
         known = super().num_input_examples(split)
         return _count_lines(retrieved_file(self._file_task, split)) if known is None else known
+
+    def describe(self, split: str) -> dict[str, Any]:
+        """What the examples of a split depend on; None for what is unknown.
+
+        Raises ValueError for a damaged note.
+        """
+        sha256 = retrieved_notes.file_sha256(_place(self._file_task, split))
+        minimum = settings().min_bleu_score if split == "train" else None
+        return {"file_sha256": sha256, "min_bleu_score": minimum}
 
 
 def _count_lines(path: Path) -> int:
@@ -245,7 +254,7 @@ def register(
     ids = seqio.PassThroughVocabulary(size=2**63 - 1)
     return seqio.TaskRegistry.add(
         name,
-        source=_RetrievedFiles(file_task, dataset_fn, stream_fn, num_input_examples),
+        source=RetrievedFiles(file_task, dataset_fn, stream_fn, num_input_examples),
         preprocessors=[
             seqio.CacheDatasetPlaceholder(),
             preprocessors.draw_answer,

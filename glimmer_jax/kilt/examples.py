@@ -180,6 +180,6 @@ def _output(output: Mapping[str, Any]) -> dict[str, Any]:
 def _provenance(place: Mapping[str, Any]) -> dict[str, Any]:
     texts = {name: place[name] for name in _TEXTS if place.get(name)}
     numbers = {name: place[name] for name in _NUMBERS if place.get(name) is not None}
-    # What is no number stays, and is rejected with its line.
-    absent = {name for name, x in numbers.items() if isinstance(x, int | float) and x < 0}
+    # What is no number stays, and is rejected with its line. NaN is how pandas writes null.
+    absent = {name for name, x in numbers.items() if isinstance(x, int | float) and not x >= 0}
     return texts | {name: number for name, number in numbers.items() if name not in absent}

@@ -200,12 +200,20 @@ def read_task(
       questions: by id, for files that hold only ids (`read_questions`).
       words: most words of entity-linking and dialogue inputs (`shorten`); None keeps all.
 
-    Raises ValueError for an invalid line.
+    Raises ValueError for an invalid line, and for an id that two files have.
     """
+    seen: set[str] = set()
     task = TASKS.get(name.rsplit("-", 1)[0])
     dialogue = task is not None and task.kind == DIALOGUE
     for path in paths:
         for example in read_examples(path, questions):
+            if len(paths) > 1:
+                if example["id"] in seen:
+                    raise ValueError(
+                        f"QUESTIONS: {path} repeats the id {example['id']!r:.80} of an earlier file of "
+                        f"{name}. Was a file copied under two names? Narrow the pattern."
+                    )
+                seen.add(example["id"])
             if words is not None:
                 example = {**example, "input": shorten(example["input"], words, dialogue)}
             yield example

@@ -72,11 +72,14 @@ class Lookup(abc.ABC):
     def reopened(self) -> "Lookup":
         """A lookup over the newest version of the store; this one, if that is its version.
 
-        Raises ValueError for a store of another encoder or vocabulary.
+        Raises ValueError for a store of another encoder, vocabulary or codec.
         """
         identity = self.store.manifest.identity
         store = MemoryStore.open(
-            self.store.path, identity.encoder_fingerprint, identity.vocabulary_fingerprint
+            self.store.path,
+            identity.encoder_fingerprint,
+            identity.vocabulary_fingerprint,
+            codec=identity.codec,
         )
         return self if store.manifest == self.store.manifest else self._over(store)
 

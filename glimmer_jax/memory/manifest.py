@@ -30,6 +30,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from glimmer_jax.storage import folder
+from glimmer_jax.storage.errors import DamagedData
 from glimmer_jax.storage.json_lines import parse_line
 
 FORMAT_VERSION = 4
@@ -46,7 +47,7 @@ _REBUILD_SHARD = (
 )
 
 
-class DamagedStore(ValueError):
+class DamagedStore(DamagedData):
     """Bytes of a store are missing, or differ from those that were written."""
 
 

@@ -24,6 +24,12 @@ def required(**values: Any) -> None:
         )
 
 
+def seed(value: int) -> None:
+    """Raises ValueError for a seed that jax would cut, or numpy reject."""
+    if not 0 <= value < 2**32:
+        raise ValueError(f"RANDOM_SEED must be from 0 to {2**32 - 1}, got {value}.")
+
+
 def open_passages(
     passages_dir: str | None, data_dir: str | None, vocabulary: Vocabulary
 ) -> Passages | None:

@@ -49,6 +49,7 @@ def learn_codebooks(
     """
     encoder.check_given()
     checks.required(OUTPUT_PATH=output_path)
+    checks.seed(seed)
     place = outputs.params_file_place(output_path, overwrite)
     place.check_early()
     trained = encoder.read()

@@ -124,10 +124,14 @@ def _write(
 ) -> None:
     """Writes `predictions-<task>.jsonl`, `config.gin` and, last, `metrics.json`.
 
-    Metrics of an evaluation that is replaced are removed first: they must not lie beside new answers.
+    An evaluation that is replaced is removed first: its metrics, and answers of other tasks, must not
+    lie beside new ones.
     """
     output = folder.open_folder(output_dir)
     folder.remove_file(output, "metrics.json")
+    for name in folder.list_files(output, "predictions-"):
+        if name.endswith(".jsonl"):
+            folder.remove_file(output, name)
     for task, rows in predictions.items():
         write_json_lines(os.path.join(output_dir, f"predictions-{task}.jsonl"), rows)
     folder.write_file(output, "config.gin", config_text.encode())

@@ -56,6 +56,8 @@ def preflight(
         raise ValueError("--run_mode=preflight needs --topology, such as v5p:4x4x4 or v6e:16x16.")
     if json_path is not None and not Path(json_path).absolute().parent.is_dir():
         raise ValueError(f"--json={json_path}: its folder does not exist. Create it first.")
+    if json_path is not None and Path(json_path).exists() and not Path(json_path).is_file():
+        raise ValueError(f"--json={json_path} is no regular file. Choose another path.")
     settings = flatten(settings)
     # There is no checkpoint to take it from.
     checks.required(MODEL=settings["model"])
@@ -179,7 +181,10 @@ def _report(
     network = received * chip.devices / chip.ici_bandwidth
     memory = compiled.memory_traffic * chip.devices / chip.hbm_bandwidth
     # Without overlap: the compiler estimates computation, but not collectives.
-    seconds = compiled.cycles / chip.clock + network if compiled.cycles else None
+    parts = {part: cycles / chip.clock for part, cycles in compiled.cycles.items()}
+    if parts:
+        parts["collectives"] = network
+    seconds = sum(parts.values()) if parts else None
     batch = settings["batch_size"] * (len(devices) if job == "build_memory" else 1)
     return Report(
         job=job,
@@ -201,6 +206,7 @@ def _report(
         network_seconds=None if rejected else network,
         estimated_step_seconds=seconds,
         model_flop_utilisation=model_flops / peak / seconds if seconds else None,
+        estimated_parts=dict(sorted(parts.items(), key=lambda part: -part[1])),
         kernels=compiled.kernels,
         why_not=compiled.why_not,
     )

@@ -96,7 +96,7 @@ def retrieve(
         raise ValueError(f"QUESTIONS: {', '.join(empty)} has no questions. Leave the file out.")
     passages = Passages.open(passages_dir)
     request = {
-        "corpus": retrieved_notes.corpus_sha256(passages),
+        "corpus": passages.corpus_sha256,
         "num_passages": num_passages,
         **_used_settings(retriever),
         "question_words": question_words,
@@ -159,7 +159,7 @@ def _used_settings(retriever: RetrieverConfig) -> dict[str, Any]:
 def _files(folder: str | None) -> list[Any]:
     """Checksums of the weights and settings in a local folder: others are another encoder."""
     found = sorted(Path(str(folder)).rglob("*"))
-    kinds = (".safetensors", ".json", ".model")
+    kinds = (".safetensors", ".msgpack", ".json", ".model")
     files = [path for path in found if path.suffix in kinds and path.is_file()]
     return [[str(path.relative_to(str(folder))), _sha256(path)] for path in files]
 

@@ -32,6 +32,7 @@ def score(
     Raises:
       ValueError: a file is missing or malformed, or `output_path` holds something else.
     """
+    checks.seed(seed)
     predictions_path = checks.existing_file("PREDICTIONS", predictions)
     scores = score_file(predictions_path, checks.existing_file("QUESTIONS", questions), seed)
     for name, row in scores.items():

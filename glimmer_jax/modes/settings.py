@@ -166,8 +166,7 @@ class AnsweringConfig(CheckpointConfig):
     seed: int = 0  # of sampled answers
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"RANDOM_SEED must be from 0 to {2**32 - 1}, got {self.seed}.")
+        checks.seed(self.seed)
 
     def prepare(
         self, corpus: CorpusConfig, feature_lengths: Mapping[str, Any] | None, batch_size: int

@@ -104,6 +104,7 @@ def train(
     """
     # Settings, without reading anything.
     checks.required(MODEL_DIR=model_dir, MIXTURE_OR_TASK_NAME=dataset.mixture_or_task_name)
+    checks.seed(loop_config.seed)
     lengths = checks.lengths_for(model.config, dataset.task_feature_lengths)
     devices = make_mesh(mesh)
     dev_batch = evaluation.batch_size or dataset.batch_size

@@ -31,7 +31,7 @@ class Compiled:
     traffic: dict[str, Traffic]
     between_slices: int  # bytes that a device receives from other slices
     memory_traffic: int  # bytes that a device at least reads from and writes to its memory
-    cycles: int  # the compiler's estimate; 0 without one
+    cycles: dict[str, int]  # the compiler's estimate by part of the model; empty without one
     kernels: int  # executions of custom kernels, which have no estimate
     why_not: str | None = None  # the compiler's message if there is not enough memory
 
@@ -52,7 +52,7 @@ def compile_program(program: Program, mesh: Mesh) -> Compiled:
             kinds = {**given, "activations": max(used - sum(given.values()), 0), "total": used}
             if program.then is not None:
                 flops += flops_of(program.then(traced.out_info), mesh)
-            return Compiled(kinds, 0, flops, {}, 0, 0, 0, 0, message)
+            return Compiled(kinds, 0, flops, {}, 0, 0, {}, 0, message)
     memory = compiled.memory_analysis()
     returned = memory.output_size_in_bytes - memory.alias_size_in_bytes
     # Arguments are padded. Unused arguments occupy memory as well.
@@ -105,10 +105,14 @@ def in_sequence(first: Compiled, second: Compiled) -> Compiled:
         both,
         first.between_slices + second.between_slices,
         first.memory_traffic + second.memory_traffic,
-        first.cycles + second.cycles if first.cycles and second.cycles else 0,
+        _sums(first.cycles, second.cycles) if first.cycles and second.cycles else {},
         first.kernels + second.kernels,
         why_not,
     )
+
+
+def _sums(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
+    return {name: first.get(name, 0) + second.get(name, 0) for name in first | second}
 
 
 def flops_of(program: Program, mesh: Mesh) -> int:

@@ -28,6 +28,11 @@ _CALLED = re.compile(
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+# Modules have names in lower case, and methods follow a dot.
+_MODULE = re.compile(r"([a-z][a-z0-9_]*?)(?:_\d+)?(?:\..*)?")
+_NO_PART = ("layers", "dropout", "while", "body", "cond", "closed_call", "checkpoint")
+_NO_PART += ("rematted_computation",)
 _IOTA = re.compile(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?")
 _AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 _LISTED = re.compile(r"replica_groups=\{(\{[0-9,{} ]*\})\}")
@@ -111,18 +116,30 @@ def from_other_slices(text: str) -> tuple[int, int]:
     return count, size
 
 
-def estimated_cycles(text: str) -> int:
-    """The TPU compiler's estimate of cycles per call; 0 without estimates.
+def estimated_cycles(text: str) -> dict[str, int]:
+    """The TPU compiler's estimate of cycles per call, by part of the model; empty without estimates.
 
     An instruction's estimate includes the computations it calls, except for loops, whose bodies are
-    counted once per iteration. Collectives and custom kernels have no estimate.
+    counted once per iteration. Collectives and custom kernels have no estimate. A fusion counts for
+    the part of its last operation.
     """
-    total = 0
+    parts: dict[str, int] = {}
     for run in _runs(text, into=("body", "condition", "branch_computations")):
         cycles = _CYCLES.search(run.instruction.rest)
         if cycles and run.instruction.kind != "while":
-            total += int(cycles.group(1)) * run.times
-    return total
+            name = _OP_NAME.search(run.instruction.rest)
+            part = _part(name.group(1) if name else "")
+            parts[part] = parts.get(part, 0) + int(cycles.group(1)) * run.times
+    return parts
+
+
+def _part(op_name: str) -> str:
+    """`jit(step)/jvp(Glimmer)/Glimmer.read/live_encoder.last/live_b/layers_3/mlp/wo/dot_general` to
+    `live_encoder/live_b/mlp/wo`: the modules, of which any layer counts for all. Otherwise `other`.
+    """
+    names = [_MODULE.fullmatch(scope) for scope in op_name.split("/")[:-1]]
+    modules = [name.group(1) for name in names if name and name.group(1) not in _NO_PART]
+    return "/".join(dict.fromkeys(modules)) or "other"
 
 
 def reread_bytes(text: str) -> int:

@@ -6,6 +6,8 @@ from typing import Any
 
 from glimmer_jax.preflight.chips import GIB
 
+_PARTS = 8  # parts that the text names
+
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
@@ -43,6 +45,9 @@ class Report:
     # The compiler's cycles plus `network_seconds`; None without an estimate.
     estimated_step_seconds: float | None
     model_flop_utilisation: float | None  # at that time
+    # Its seconds by part of the model, the longest first: modules of any layer, `collectives`, and
+    # `other`, which includes the optimiser. Empty without an estimate.
+    estimated_parts: dict[str, float] = dataclasses.field(default_factory=dict)
     kernels: int = 0  # executions of custom kernels, which the estimate does not include
     # Gin macros that select this mesh; empty if the gin files give it.
     mesh_flags: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -93,6 +98,8 @@ class Report:
                 f"compiler's estimate {_seconds(self.estimated_step_seconds)}: "
                 f"{self.model_flop_utilisation or 0:.0%} of peak FLOPs, without recomputation"
             )
+        for part in list(self.estimated_parts)[:_PARTS]:
+            lines.append(f"  {part:36} {_seconds(self.estimated_parts[part])}")
         if self.kernels:
             lines.append(f"  without {self.kernels} custom kernels, which have no estimate")
         if self.why_not:

@@ -24,6 +24,7 @@ from glimmer_jax.server.batching import Batcher, Engine
 from glimmer_jax.server.config import ServerConfig
 from glimmer_jax.server.openapi import openapi
 from glimmer_jax.server.protocol import Limits, RequestError
+from glimmer_jax.storage.errors import classify_error
 
 PAGE = Path(__file__).parent / "page.html"
 # The page needs no other origin; a text of the corpus can neither load nor run anything.
@@ -193,8 +194,13 @@ class Server:
         async with self._reloading:
             try:
                 changed = await run_in_threadpool(self._engine.reload)
-            except ValueError as error:
-                raise RequestError(409, f"The old version stays in use: {error}") from None
+            except (ValueError, OSError) as error:
+                retry = 60 if classify_error(error) == "temporary" else None
+                raise RequestError(
+                    503 if retry else 409,
+                    f"The old version stays in use: {error}",
+                    retry_after=retry,
+                ) from None
         return JSONResponse({"changed": changed, "version": self._engine.describe()})
 
     async def _answers(self, request: Request) -> Response:

@@ -19,6 +19,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Protocol
 
 from glimmer_jax.server.protocol import Question, RequestError
+from glimmer_jax.storage.errors import DamagedData
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,14 @@ class Batcher:
             thread.join()
 
     def check_room(self, count: int) -> None:
-        """Raises RequestError (429, with seconds to wait) where `count` more questions do not fit."""
+        """Raises RequestError (429, with seconds to wait) where `count` more questions do not fit.
+
+        A request that never fits gets a 422.
+        """
+        if count > self._max_queue:
+            raise RequestError(
+                422, f"A request may have at most {self._max_queue} questions, got {count}."
+            )
         with self._changed:
             waiting = len(self._waiting)
         if waiting + count > self._max_queue:
@@ -211,6 +219,8 @@ class Batcher:
             return
         try:
             prepared = self._engine.prepare([item.question for item in live])
+        except DamagedData as error:  # the server's fault, not the question's
+            self._fail(live, error)
         except ValueError as error:
             if len(live) == 1:
                 _finish(live[0], error=RequestError(422, str(error)))

@@ -50,15 +50,19 @@ class ServerConfig:
             )
 
     def token(self) -> str | None:
-        """The bearer token, or None. Raises ValueError for a file that is missing or unusable."""
+        """The bearer token, or None. Raises ValueError for one that is missing or unusable."""
         if self.token_file is None:
-            return os.environ.get(TOKEN_VARIABLE) or None
-        try:
-            token = Path(regular_file(self.token_file)).read_text("utf-8").strip()
-        except (OSError, ValueError) as error:
-            raise ValueError(f"TOKEN_FILE: {self.token_file} cannot be read: {error}.") from None
+            text, place = os.environ.get(TOKEN_VARIABLE), TOKEN_VARIABLE
+            if not text:
+                return None
+        else:
+            place = f"TOKEN_FILE: {self.token_file}"
+            try:
+                text = Path(regular_file(self.token_file)).read_text("utf-8")
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{place} cannot be read: {error}.") from None
+        token = text.strip()
+        # No header can hold anything else.
         if not token or not token.isascii() or not token.isprintable():
-            raise ValueError(
-                f"TOKEN_FILE: {self.token_file} must hold one line of printable ASCII characters."
-            )
+            raise ValueError(f"{place} must hold one line of printable ASCII characters.")
         return token

@@ -28,6 +28,8 @@ def bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        # Before it listens, another server may bind the same address.
+        listener.listen()
     except (OSError, OverflowError) as error:
         listener.close()
         raise ValueError(

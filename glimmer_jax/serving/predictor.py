@@ -200,10 +200,15 @@ class Predictor:
             lookup = lookup.reopened()
             if passages is not None:
                 lookup.store.check_passages(passages_fingerprint(passages.manifest))
+        same = passages is self.passages or (
+            passages is not None
+            and self.passages is not None
+            and passages.manifest == self.passages.manifest
+        )
+        if same and lookup is self._lookup:
+            return self
         other = copy.copy(self)
         other.passages, other._lookup = passages, lookup
-        if other.describe() == self.describe():
-            return self
         other._retriever = None
         other._predict = self._predict.over(lookup)
         return other
@@ -215,10 +220,11 @@ class Predictor:
         return other
 
     def describe(self) -> dict[str, Any]:
-        """Fingerprints of encoder, passages and memory, and the memory's version."""
+        """Fingerprints of encoder, passages, their texts and memory, and the memory's version."""
         described: dict[str, Any] = {}
         if self.passages is not None:
             described["passages"] = passages_fingerprint(self.passages.manifest)
+            described["corpus"] = f"sha256:{self.passages.corpus_sha256}"
         if self._lookup is not None:
             manifest = self._lookup.store.manifest
             described["memory_version"] = manifest.version

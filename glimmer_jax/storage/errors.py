@@ -29,17 +29,22 @@ _TEMPORARY = re.compile(
     r"(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED): |(Unavailable|DeadlineExceeded|Aborted)Error$"
 )
 # The status of a rate limit (HTTP 429) is that of a full disk, without its words.
-_LIMITED = re.compile(r"RESOURCE_EXHAUSTED: ")
+_LIMITED = re.compile(r"RESOURCE_EXHAUSTED: |ResourceExhaustedError$")
 _DENIED = re.compile(
     r"(PERMISSION_DENIED|UNAUTHENTICATED): |(PermissionDenied|Unauthenticated)Error$"
 )
 _DAMAGED = re.compile(r"DataLossError$")
+_MISSING = re.compile(r"NotFoundError$")
 _FULL = re.compile(r"No space left on device|Disk quota exceeded")
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 
 
 class StorageError(OSError):
     """A file could not be read or written; raised from the library's error, which says why."""
+
+
+class DamagedData(ValueError):
+    """Bytes of a file are missing, or differ from those that were written."""
 
 
 def storage_error(where: str, error: Exception) -> StorageError:
@@ -104,7 +109,8 @@ def _kind(error: BaseException) -> Kind | None:
         return "permanent"
     if _TEMPORARY.match(status) or _LIMITED.match(status):
         return "temporary"
-    return "permanent" if _DENIED.match(status) or _DAMAGED.match(status) else None
+    permanent = _DENIED.match(status) or _DAMAGED.match(status) or _MISSING.match(status)
+    return "permanent" if permanent else None
 
 
 def _errno(error: BaseException) -> int | None:
@@ -117,7 +123,8 @@ def _errno(error: BaseException) -> int | None:
 
 def _is_full(error: BaseException) -> bool:
     return _errno(error) in _FULL_ERRNO or (
-        isinstance(error, ValueError) and bool(_FULL.search(str(error)))
+        (isinstance(error, ValueError) or bool(_LIMITED.match(_status(error))))
+        and bool(_FULL.search(str(error)))
     )
 
 

@@ -5,6 +5,7 @@ import math
 import pathlib
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
@@ -16,6 +17,8 @@ from glimmer_jax.runtime.progress import Progress
 from glimmer_jax.storage.folder import in_bucket
 from glimmer_jax.storage.lines import is_regular_file
 from glimmer_jax.training.goodput import Goodput, PreviousRuns
+
+FLUSH_SECONDS = 10.0  # between TensorBoard's values on disk
 
 
 class NonFiniteError(Exception):
@@ -194,12 +197,13 @@ class MetricWriter:
 
     Opened at a step, it drops the lines of later steps, which a kill undid; `previous` keeps their
     time. Buckets cannot append to a file, so that both files are rewritten there after every line.
-    TensorBoard's file in a bucket may lack the newest values until the next line.
+    Elsewhere, TensorBoard's file may lack the values of the last seconds.
     """
 
     def __init__(self, directory: Any, start_step: int = 0):
         self.previous = PreviousRuns()
         self._tensorboard: Any = None
+        self._next_flush = 0.0
         self._file: TextIO | None = None
         # TensorBoard's library writes to a local disk only; its file is copied from here.
         self._local_copy: tempfile.TemporaryDirectory[str] | None = None
@@ -227,19 +231,22 @@ class MetricWriter:
             self._file = self._log.open("a")
         # Imported here, because it imports torch if torch is installed, which takes seconds.
         try:
-            import tensorboardX
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event
+            from tensorboardX.proto.summary_pb2 import Summary
         except ModuleNotFoundError:
             print_once(
                 "TensorBoard files are not written, only metrics.jsonl. To write them: pip install "
                 "'glimmer-jax[tensorboard]'"
             )
             return
-        self._tensorboard = tensorboardX.SummaryWriter(
-            str(self._path) if self._local_copy is None else self._local_copy.name,
-            purge_step=start_step + 1,
-            # File names have a resolution of one second: two starts must not share a name.
-            filename_suffix=f".{start_step}",
-        )
+        # Not SummaryWriter: it writes from a thread, whose death, as by a full disk, blocks us.
+        place = str(self._path) if self._local_copy is None else self._local_copy.name
+        # File names have a resolution of one second: two starts must not share a name.
+        self._tensorboard = EventsWriter(f"{place}/events", f".{start_step}")
+        self._event, self._summary = Event, Summary
+        # Hides what an earlier run logged from this step on.
+        self._add(Event(step=start_step + 1, file_version="brain.Event:2"))
 
     def write(self, step: int, scalars: Mapping[str, float], prefix: str) -> None:
         """Logs `prefix/name` for each scalar at a step."""
@@ -247,18 +254,17 @@ class MetricWriter:
             return
         named = {f"{prefix}/{name}": float(value) for name, value in scalars.items()}
         line = json.dumps({"step": step, **named})
-        for name, value in named.items():
-            if self._tensorboard is not None:
-                self._tensorboard.add_scalar(name, value, step)
         if self._file is not None:
             self._file.write(f"{line}\n")
             self._file.flush()
-            return
-        self._lines.append(line)
-        self._log.write_text(_join(self._lines))
+        else:
+            self._lines.append(line)
+            self._log.write_text(_join(self._lines))
         if self._tensorboard is not None:
-            self._tensorboard.flush()
-        self._copy()
+            values = [self._summary.Value(tag=tag, simple_value=x) for tag, x in named.items()]
+            self._add(self._event(step=step, summary=self._summary(value=values)))
+        if self._local_copy is not None:
+            self._copy()
 
     def close(self) -> None:
         """Closes all files."""
@@ -270,8 +276,15 @@ class MetricWriter:
             self._copy()
             self._local_copy.cleanup()
 
+    def _add(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._tensorboard.write_event(event)
+        # A flush waits for the disk.
+        if self._local_copy is not None or time.monotonic() > self._next_flush:
+            self._tensorboard.flush()
+            self._next_flush = time.monotonic() + FLUSH_SECONDS
+
     def _copy(self) -> None:
-        # The library writes from a thread: values it has not written yet come with a later copy.
         assert self._local_copy is not None
         for file in pathlib.Path(self._local_copy.name).iterdir():
             (self._path / file.name).write_bytes(file.read_bytes())

@@ -13,6 +13,7 @@ from typing import Any
 
 from etils import epath
 
+from glimmer_jax.storage.errors import DamagedData
 from glimmer_jax.storage.folder import in_bucket, open_folder, read_file, sync
 from glimmer_jax.storage.lines import is_regular_file
 
@@ -21,7 +22,7 @@ _PARTIAL = ".partial"  # suffix of files that are being written, which nothing r
 _CHUNK = 1 << 22
 
 
-class DamagedCheckpoint(ValueError):
+class DamagedCheckpoint(DamagedData):
     """The files of a checkpoint are not those that were written."""
 
 

@@ -149,11 +149,18 @@ def save(
     for name, leaf in t5_names.flat_from(params).items():
         leaves[names.their_name(name, config)] = (name, leaf)
     files = _divide({theirs: 4 * leaf.size for theirs, (_, leaf) in leaves.items()}, file_bytes)
+    count = len(files)
+    written = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    if count == 1:
+        written = [SAFETENSORS]
+    elif folder.exists(kvstore, SAFETENSORS):
+        # Readers prefer it to an index.
+        raise ValueError(
+            f"{path} holds {SAFETENSORS} of an export that did not end. Remove it, or choose another "
+            "folder."
+        )
     weight_map: dict[str, str] = {}
-    for number, part in enumerate(files, 1):
-        file = SAFETENSORS
-        if len(files) > 1:
-            file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+    for file, part in zip(written, files, strict=True):
         tensors = {}
         for theirs in part:
             STOP.poll()
@@ -161,7 +168,7 @@ def save(
         data = safetensors.numpy.save(tensors, metadata={"format": "pt"})
         folder.write_file(kvstore, file, data)
         weight_map |= dict.fromkeys(part, file)
-    if len(files) > 1:
+    if count > 1:
         size = sum(4 * leaf.size for _, leaf in leaves.values())
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         folder.write_file(kvstore, SAFETENSORS + INDEX, folder.dump_json(index))

@@ -34,7 +34,7 @@ def test_the_script_writes_a_row_and_prints_it(tmp_path, capfd):
     assert "| glimmer | bfloat16 |" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("system", ["fid", "lumen"])
+@pytest.mark.parametrize("system", ["fid", "lumen", "glimmer_memory"])
 def test_a_step_updates_what_is_not_frozen(system):
     with contextlib.closing(JaxTraining(system, "float32", TINY)) as ours:
         before = jax.tree.map(np.array, ours._state.params)
@@ -43,6 +43,7 @@ def test_a_step_updates_what_is_not_frozen(system):
         assert all(jax.tree.leaves(changed)) == (system == "fid")
         assert all(jax.tree.leaves(changed["decoder"]))
         assert ours.flops(6) > 0
+        assert ("passage_memory" in ours.batch(6)) == (system == "glimmer_memory")
 
 
 @pytest.mark.parity

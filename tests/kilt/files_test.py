@@ -57,6 +57,17 @@ def test_parquet_parts_are_one_file_in_order(tmp_path):
         files.find_files(f"{tmp_path}/*/*.parquet")
 
 
+def test_an_id_in_two_parts_is_rejected(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    paths = [tmp_path / f"train-0000{n}-of-00002.parquet" for n in range(2)]
+    for path in paths:
+        row = {"id": "a", "input": "who", "output": [{"answer": "x"}]}
+        parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    with pytest.raises(ValueError, match="00001-of-00002.*repeats the id 'a'.*trex-train.jsonl"):
+        list(files.read_task("trex-train.jsonl", paths))
+
+
 def test_two_files_of_one_split_are_rejected(tmp_path):
     touch(tmp_path, "nq-dev-kilt.jsonl", "nq-dev.jsonl")
     with pytest.raises(ValueError, match=r"nq-dev\.jsonl .*both nq-dev\.jsonl"):

@@ -57,6 +57,11 @@ PLACE = {"wikipedia_id": "7", "title": "T", "bleu_score": -1.0}
             [{"answer": "x", "provenance": [PLACE]}],
             [{"answer": "x", "provenance": [{"wikipedia_id": "7", "title": "T"}]}],
         ),
+        # How pandas writes null.
+        (
+            [{"answer": "x", "provenance": [{**PLACE, "bleu_score": float("nan")}]}],
+            [{"answer": "x", "provenance": [{"wikipedia_id": "7", "title": "T"}]}],
+        ),
         ([{"answer": "x"}], [{"answer": "x", "provenance": []}]),
         ([{"provenance": [PLACE]}], [{"provenance": [{"wikipedia_id": "7", "title": "T"}]}]),
     ],

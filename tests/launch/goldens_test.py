@@ -54,6 +54,7 @@ def plan(options, monkeypatch, flags=FLAGS):
     monkeypatch.setattr(os, "getcwd", lambda: "/home/me/my checkout")
     monkeypatch.setattr(sys, "executable", "/venv/bin/python")
     monkeypatch.setattr("tempfile.tempdir", "/tmp")
+    monkeypatch.setattr("os.getuid", lambda: 1000)
     args = command_line.parser().parse_args(shlex.split(options))
     if getattr(args, "slices", 1) > 1:
         flags = [*flags, f"--gin.MESH_SLICE={args.slices}"]

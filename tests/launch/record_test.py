@@ -71,6 +71,28 @@ def test_what_git_cannot_read_is_not_left_out_in_silence(checkout, monkeypatch, 
     assert "launch: git could not read" in capsys.readouterr().err
 
 
+def test_a_checkout_that_git_does_not_read_is_reported(checkout, monkeypatch, capsys):
+    # As for another user's checkout, or where git is missing.
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(checkout.parent))
+    (checkout / ".git" / "HEAD").unlink()
+    with pytest.raises(ValueError, match="is a checkout, but git cannot read it.*safe.directory"):
+        record.code(checkout)
+    monkeypatch.setattr(launch_command, "ROOT", checkout)
+    assert launch_command.main(["local", "--num_processes=1", "--", "--run_mode=train"]) == 2
+    assert "could not be recorded" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_code_that_cannot_be_packed_is_reported(checkout, tmp_path, monkeypatch):
+    code = record.code(checkout)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert f"glimmer-{os.getuid()}-" in record.archive_path(code)
+    with pytest.raises(ValueError, match="git could not pack the code"):
+        record.pack(
+            checkout, record.Code(code.commit, "0" * 40, b""), str(tmp_path / "code.tar.gz")
+        )
+    assert not (tmp_path / "code.tar.gz").exists()
+
+
 def test_of_a_folder_inside_another_checkout_nothing_is_known(checkout):
     (checkout / "site-packages").mkdir()
     assert record.code(checkout / "site-packages") == record.Code(None, None, b"")

@@ -158,3 +158,10 @@ def test_without_axes_there_is_one_unit():
         ("local", "--", "--gin.MODEL_DIR='runs/a'", "--gin.MODEL_DIR='runs/a/1'"),
     )
     assert os.sep not in made.units[0][0]
+
+
+def test_a_sweep_over_parameter_files_numbers_their_names():
+    flags = ["--run_mode=codebooks", "--gin.OUTPUT_PATH='runs/pq.safetensors'"]
+    made = sweep.plan([("RANDOM_SEED", [0, 1])], ["local"], None, flags, parallel=1)
+    paths = [unit[-1] for unit in made.units]
+    assert paths == [f"--gin.OUTPUT_PATH='runs/pq-{number}.safetensors'" for number in (1, 2)]

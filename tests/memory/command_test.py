@@ -185,14 +185,18 @@ def test_a_memory_is_built_appended_repaired_withdrawn_and_merged(
     whole = tmp_path / "whole"
     capsys.readouterr()
     for action, wrong, message in (
-        ("withdraw", {"IDS": 3}, 'IDS must be list, got 3. Set for example --gin.IDS="[0, 1]"'),
+        (
+            "withdraw",
+            {"IDS": 3},
+            'IDS must be list of int | str, got 3. Set for example --gin.IDS="[0, 1]"',
+        ),
         ("withdraw", {"IDS": []}, "This mode requires IDS"),
         ("withdraw", {"IDS": [-1]}, "IDS: `id` must be from 0 to 2**63 - 1, got -1"),
         ("withdraw", {"IDS": [0, 2**63]}, "got 9223372036854775808"),
         (
             "merge",
             {"PARTS": str(more)},
-            "PARTS must be list, got ",
+            "PARTS must be list of str, got ",
         ),
     ):
         assert run("memory", "runs/memory", ACTION=action, MEMORY_DIR=str(whole), **wrong) == 2

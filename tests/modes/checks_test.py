@@ -28,9 +28,11 @@ def test_a_search_and_candidates_exclude_each_other():
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
-def test_seeds_of_answers_are_in_range(seed):
+def test_seeds_are_in_range(seed):
     with pytest.raises(ValueError, match="RANDOM_SEED must be from 0 to 4294967295, got"):
         AnsweringConfig("model", seed=seed)
+    with pytest.raises(ValueError, match="RANDOM_SEED must be from 0 to 4294967295, got"):
+        checks.seed(seed)
 
 
 def test_values_that_only_a_memory_would_use_are_checked_without_one():

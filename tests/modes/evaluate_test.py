@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from glimmer_jax.modes.evaluate import _Throughput
+from glimmer_jax.modes.evaluate import _Throughput, _write
 
 
 class Predictor:
@@ -21,6 +21,14 @@ class Predictor:
     def predict(self, batch):
         self.seen.append(batch["number"])
         return np.zeros((2, 1), np.int32), {}
+
+
+def test_answers_of_a_replaced_evaluation_are_removed(tmp_path):
+    _write(str(tmp_path), {"nq": [{"id": "a"}], "trex": [{"id": "b"}]}, {"em": 0.5}, "X = 1")
+    (tmp_path / "notes.txt").write_text("mine")
+    _write(str(tmp_path), {"nq": [{"id": "a"}]}, {"em": 0.6}, "X = 2")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"predictions-nq.jsonl", "config.gin", "metrics.json", "notes.txt"}
 
 
 def batches(count, slow=None, error=None):

@@ -112,8 +112,28 @@ def test_what_hosts_hand_over_came_from_other_slices():
 
 
 def test_cycles_of_loops_are_counted_each_time():
-    assert hlo.estimated_cycles(TEXT) == 3 * 10 + 7
-    assert hlo.estimated_cycles("ENTRY %main (x: f32[]) -> f32[] {\n}\n") == 0
+    assert hlo.estimated_cycles(TEXT) == {"other": 3 * 10 + 7}
+    assert hlo.estimated_cycles("ENTRY %main (x: f32[]) -> f32[] {\n}\n") == {}
+
+
+@pytest.mark.parametrize(
+    "op_name, part",
+    [
+        ("jit(step)/jvp(Glimmer)/Glimmer.decode/decoder/layers_11/mlp/wi_0/dot", "decoder/mlp/wi"),
+        (
+            "jit(step)/transpose(jvp(Glimmer))/Glimmer.read/live_encoder.last/live_b/while/body/"
+            "closed_call/checkpoint/rematted_computation/layers/attention/dropout/Dropout_0/mul",
+            "live_encoder/live_b/attention",
+        ),
+        ("jit(step)/jvp(Glimmer)/jit(take_along_axis)/gather", "other"),
+        ("copy.7", "other"),
+    ],
+)
+def test_cycles_count_for_the_part_of_the_model(op_name, part):
+    named = f', metadata={{op_name="{op_name}"}}, backend_config={{"estimated_cycles":"7"}}'
+    text = TEXT.replace(', backend_config={"estimated_cycles":"7"}', named)
+    cycles = {part: 7, "other": 30} if part != "other" else {"other": 37}
+    assert hlo.estimated_cycles(text) == cycles
 
 
 def test_what_xla_writes_of_a_scan_is_understood():
@@ -163,13 +183,14 @@ ENTRY %main (x: bf16[8,16]) -> bf16[8,16] {
 
 @pytest.mark.parametrize("limit, trips", [(8, 4), (7, 4), (1, 1)])
 def test_a_loop_runs_limit_over_step_times_rounded_up(limit, trips):
-    assert hlo.estimated_cycles(STEPS_BY_TWO.replace("LIMIT", str(limit))) == 10 * trips
+    text = STEPS_BY_TWO.replace("LIMIT", str(limit))
+    assert hlo.estimated_cycles(text) == {"other": 10 * trips}
 
 
 def test_custom_kernels_are_counted_in_loops():
     kernel = '%y = bf16[8,16]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"\n'
     text = re.sub(r"%y = .*\n", kernel, STEPS_BY_TWO.replace("LIMIT", "8"))
-    assert hlo.custom_kernels(text) == 4 and hlo.estimated_cycles(text) == 0
+    assert hlo.custom_kernels(text) == 4 and not hlo.estimated_cycles(text)
 
 
 DECODING = """HloModule jit_decode

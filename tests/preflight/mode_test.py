@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 
 import gin
@@ -52,7 +53,9 @@ def test_a_training_step_compiles_without_the_target_slice(tmp_path, capfd):
     # FSDP: parameters are gathered, gradients summed.
     assert report["collectives"]["all-gather"]["bytes"] > 0
     assert report["memory_seconds"] > 0 and report["kernels"] == 0
-    assert report["estimated_step_seconds"] is None or report["estimated_step_seconds"] > 0
+    parts = report["estimated_parts"]
+    assert {"memory_encoder/attention", "decoder/mlp/wo", "collectives"} <= set(parts)
+    assert report["estimated_step_seconds"] == pytest.approx(sum(parts.values()))
     said = capfd.readouterr()
     assert "train on v5e:2x2: fits." in said.out
     assert "run it with: --gin.MESH_DATA=1 --gin.MESH_FSDP=4\n" in said.out
@@ -114,6 +117,14 @@ def test_invalid_requests_are_reported_in_one_line(tmp_path, flags, message, cap
     code, report = preflight(tmp_path, *flags)
     assert code == 2 and report is None
     assert message in capfd.readouterr().err
+
+
+def test_a_report_replaces_only_a_file(tmp_path, capfd):
+    os.mkfifo(tmp_path / "pipe")
+    run = ["--gin_file=gin/runs/finetune.gin", "--topology=v5p:2x2x1"]
+    flags = ["--run_mode=preflight", f"--json={tmp_path / 'pipe'}", *TINY, *SETTINGS, *run]
+    assert command_line.main(flags) == 2
+    assert "pipe is no regular file" in capfd.readouterr().err
 
 
 def test_a_job_without_a_program_is_reported(capfd):

@@ -16,7 +16,8 @@ from starlette.testclient import TestClient
 from glimmer_jax.server.app import Server
 from glimmer_jax.server.config import TOKEN_VARIABLE, ServerConfig
 from glimmer_jax.server.openapi import openapi
-from glimmer_jax.server.protocol import Limits
+from glimmer_jax.server.protocol import Limits, RequestError
+from glimmer_jax.storage.errors import StorageError
 from tests.server.fake_engine import FakeEngine
 
 LIMITS = Limits(body_bytes=2000, questions=4, characters=100, candidates=3, passages=3, kept=(1, 2))
@@ -143,10 +144,23 @@ def test_probes_follow_warm_up_and_stop(served):
 
 
 def test_a_full_queue_is_a_429_with_retry_after(engine):
-    for client, _ in serving(engine, max_queue=2):
-        response = ask(client, "a", "b", "c")
-        assert response.status_code == 429 and int(response.headers["retry-after"]) >= 1
+    for client, server in serving(engine, max_queue=2):
         assert ask(client, "a", "b").status_code == 200
+        # It would never fit.
+        response = ask(client, "a", "b", "c")
+        assert response.status_code == 422 and "at most 2 questions, got 3" in response.text
+        with server.batcher._changed:  # Its thread takes none meanwhile.
+            server.batcher._waiting.extend([None, None])
+            with pytest.raises(RequestError) as full:
+                server.batcher.check_room(1)
+            server.batcher._waiting.clear()
+
+        def no_room(count):
+            raise full.value
+
+        server.batcher.check_room = no_room
+        response = ask(client, "a")
+        assert response.status_code == 429 and int(response.headers["retry-after"]) >= 1
 
 
 def test_a_question_without_an_answer_in_time_is_a_504(engine):
@@ -159,6 +173,25 @@ def test_a_reload_changes_the_version_that_answers_name(client):
     assert ask(client, "a").json()["answers"][0]["version"] == {"memory_version": 1}
     assert client.post("/v1/reload").json() == {"changed": True, "version": {"memory_version": 2}}
     assert ask(client, "a").json()["answers"][0]["version"] == {"memory_version": 2}
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ValueError("Shard 0 is damaged."), 409),
+        (StorageError("gs://b/m: permission denied"), 409),
+        (ConnectionResetError("by peer"), 503),
+    ],
+)
+def test_a_reload_that_fails_keeps_the_old_version(engine, client, error, status):
+    def fail():
+        raise error
+
+    engine.reload = fail
+    answer = client.post("/v1/reload")
+    assert answer.status_code == status and "The old version stays in use" in answer.text
+    assert ("retry-after" in answer.headers) == (status == 503)
+    assert ask(client, "a").json()["answers"][0]["version"] == {"memory_version": 1}
 
 
 def test_a_token_guards_everything_but_page_and_probes(engine):
@@ -262,8 +295,12 @@ def test_settings_out_of_bounds_are_rejected_by_macro(macro, setting, value):
 def test_the_token_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     assert ServerConfig().token() is None
-    monkeypatch.setenv(TOKEN_VARIABLE, "from-environment")
+    # As a secret made with `echo | base64` is.
+    monkeypatch.setenv(TOKEN_VARIABLE, "from-environment\n")
     assert ServerConfig().token() == "from-environment"
+    monkeypatch.setenv(TOKEN_VARIABLE, "\u00e9")
+    with pytest.raises(ValueError, match=f"{TOKEN_VARIABLE} must hold one line"):
+        ServerConfig().token()
     file = tmp_path / "token"
     file.write_text("from-file\n")
     assert ServerConfig(token_file=str(file)).token() == "from-file"

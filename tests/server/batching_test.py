@@ -119,10 +119,11 @@ def test_an_invalid_question_does_not_fail_its_batch():
     assert isinstance(fault, RequestError) and fault.status == 422 and "7" in str(fault)
 
 
-def test_a_bug_fails_its_batch_and_not_the_next():
+@pytest.mark.parametrize("cause", ["bug", "damaged"])
+def test_a_fault_of_the_server_fails_its_batch_and_not_the_next(cause):
     async def work(batcher, engine):
         with pytest.raises(RequestError) as caught:
-            await batcher.answer(asked("bug"), 10)
+            await batcher.answer(asked(cause), 10)
         assert caught.value.status == 500
         return await batcher.answer(asked("a"), 10)
 

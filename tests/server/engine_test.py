@@ -159,6 +159,13 @@ def test_a_reload_serves_new_passages_and_compiles_nothing(
             assert all(p["title"].startswith("new ") for p in found["passages"])
             assert sum(passage["kept"] for passage in found["passages"]) == kept
     assert len(opened) == 2 and "ompil" not in caplog.text
+    # The same tokens: only the text behind the last of them differs.
+    for ending in ("one", "two"):
+        records = [{"id": 0, "title": "red", "text": f"{'red ' * 40} {ending}"}]
+        write_passages(folder, records, encode, fingerprint, 16, vocab_size=2048, overwrite=True)
+        before = served.describe()
+        assert served.reload() is True and served.describe() != before
+        assert answers(served, question("red"))[0]["passages"][0]["text"].endswith(ending)
 
 
 def _over(predictor, folder):

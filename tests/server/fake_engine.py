@@ -9,6 +9,7 @@ from glimmer_jax.server import run
 from glimmer_jax.server.app import Server
 from glimmer_jax.server.config import ServerConfig
 from glimmer_jax.server.protocol import Limits, RequestError
+from glimmer_jax.storage.errors import DamagedData
 
 PASSAGES = [
     {
@@ -49,6 +50,8 @@ class FakeEngine:
     def prepare(self, questions):
         if any(question.input == "withdrawn" for question in questions):
             raise ValueError("Passage 7 was withdrawn.")
+        if any(question.input == "damaged" for question in questions):
+            raise DamagedData("Shard 0 is damaged.")
         return self.version, questions
 
     def compute(self, prepared):

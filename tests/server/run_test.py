@@ -30,7 +30,6 @@ def test_accepted_connections_send_small_packets_at_once():
 
 def test_an_address_in_use_is_rejected():
     with run.bind("127.0.0.1", 0) as taken:
-        taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"HOST='127.0.0.1', PORT={port}"):
             run.bind("127.0.0.1", port)

@@ -18,6 +18,14 @@ class UnavailableError(Exception):
     """Named as TensorFlow's."""
 
 
+class ResourceExhaustedError(Exception):
+    """Likewise."""
+
+
+class NotFoundError(Exception):
+    """Likewise."""
+
+
 @pytest.mark.parametrize(
     "error, kind",
     [
@@ -28,6 +36,9 @@ class UnavailableError(Exception):
         (ValueError("UNAVAILABLE: 503"), "temporary"),
         (ValueError("RESOURCE_EXHAUSTED: 429"), "temporary"),
         (ValueError("RESOURCE_EXHAUSTED: No space left on device"), "permanent"),
+        (ResourceExhaustedError("429"), "temporary"),
+        (ResourceExhaustedError("dev/x.jsonl; No space left on device"), "permanent"),
+        (NotFoundError("cache/info.test.json"), "permanent"),
         (ValueError("UNAUTHENTICATED: token"), "permanent"),
         (OSError(errno.ENOSPC, "full"), "permanent"),
         (OSError(errno.ELOOP, "loop"), "permanent"),

@@ -1,5 +1,6 @@
 """The training loop: bit-exact resumption, stopping, checkpoints and logs."""
 
+import errno
 import itertools
 import json
 import os
@@ -340,6 +341,26 @@ def read_events(path):
         (size,) = struct.unpack_from("<Q", data)
         yield event_pb2.Event.FromString(data[12 : 12 + size])
         data = data[16 + size :]
+
+
+def test_a_full_disk_ends_the_log_and_keeps_its_line(tmp_path, monkeypatch):
+    """TensorBoard's own writer has a thread, which the error would end without a word."""
+    monkeypatch.setattr(log, "FLUSH_SECONDS", 0.0)
+    before = threading.active_count()
+    writer = MetricWriter(tmp_path)
+    assert threading.active_count() == before
+    writer.write(1, {"loss": 0.5}, "train")
+
+    def full(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(writer._tensorboard), "flush", full)
+    with pytest.raises(OSError, match="No space"):
+        writer.write(2, {"loss": 0.4}, "train")
+    monkeypatch.undo()
+    writer.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
 
 
 def test_in_a_bucket_both_log_files_are_rewritten(tmp_path, monkeypatch):

@@ -106,6 +106,13 @@ def test_several_files_with_an_index_are_read_bit_exactly(folder):
     loaded = load(folder)
     tiny.assert_trees_equal(loaded.params, want)
     assert f"({len(files)} safetensors files)" in loaded.what
+    # A killed export of fewer files: readers would prefer its weights.
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="holds model.safetensors of an export that did not end"):
+        save(folder, tiny.FID, file_bytes=20_000)
+    (folder / "model.safetensors").unlink()
+    save(folder, tiny.FID, file_bytes=20_000)
     (folder / files[1]).unlink()
     with pytest.raises(ValueError, match=rf"lacks.*{files[1]}.*model.safetensors.index"):
         load(folder)
