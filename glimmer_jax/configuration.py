@@ -395,8 +395,9 @@ def check_types() -> None:
             if isinstance(value, str) and not value_types.is_text(value):
                 raise ConfigError(f"{name} holds NUL or half of a surrogate pair: {value!r:.80}")
             hint = hints.get(parameter, Any)
-            parts = value if isinstance(value, list | tuple) else (value,)
-            is_object = any(isinstance(part, gin_config.ConfigurableReference) for part in parts)
+            if isinstance(value, list | tuple):
+                value = [x for x in value if not isinstance(x, gin_config.ConfigurableReference)]
+            is_object = isinstance(value, gin_config.ConfigurableReference)
             if not is_object and not value_types.conforms(value, hint):
                 raise ConfigError(
                     f"{name} must be {value_types.name_of(hint)}, got {value!r}. Set for example "

@@ -31,7 +31,7 @@ def conforms(value: Any, hint: Any) -> bool:
         return isinstance(value, hint)
     if origin in (Sequence, list, tuple):
         return isinstance(value, list | tuple) and all(
-            conforms(item, choices[0]) for item in value if choices
+            item is not None and conforms(item, choices[0]) for item in value if choices
         )
     if origin in (Mapping, dict):
         return isinstance(value, dict)

@@ -24,6 +24,7 @@ OUTPUTS = {
     "build_memory": "MEMORY_DIR",
     "passages": "PASSAGES_DIR",
     "retrieve": "DATA_DIR",
+    "cache": "CACHE_DIR",
     "infer": "INFER_OUTPUT_DIR",
     "export": "OUTPUT_PATH",
     "codebooks": "OUTPUT_PATH",
@@ -63,7 +64,7 @@ def code(root: Path) -> Code:
     if top is None and (root / ".git").exists():
         raise ValueError(
             f"{root} is a checkout, but git cannot read it, so that the code of this run could not be "
-            f"recorded. See what git -C {root} status says: git may be missing, or the checkout "
+            f"recorded. See what git -C {root} status says: git may be missing, or the checkout may "
             "belong to another user (git config --global --add safe.directory)."
         )
     commit = _git(root, "rev-parse", "HEAD")

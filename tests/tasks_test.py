@@ -420,11 +420,12 @@ def test_a_cache_gives_the_same_examples(data_dir, tmp_path, capsys):
         assert task.num_input_examples("train") == 10
         assert task.get_cached_stats("train") == {"examples": 10}
         cache.check(task, splits=["train", "validation"])
-        with pytest.raises(ValueError, match="has no test examples.*--run_mode=cache"):
+        with pytest.raises(ValueError, match="has no test examples.*writes train and validation"):
             cache.check(task, splits=["test"])
         retrieved_tasks.configure(data_dir, 0.25)
         with pytest.raises(ValueError, match="train: min_bleu_score was 0.5 and is 0.25"):
             cache.check(task)
+        cache.check(task, splits=["validation"])  # which has no filter
         retrieved_tasks.configure(data_dir)
         # As another retrieval would leave it.
         note.write_text(json.dumps({"file_sha256": "other"}))
@@ -477,6 +478,8 @@ def test_a_cache_gives_the_same_examples(data_dir, tmp_path, capsys):
     assert "which_test: already cached" in capsys.readouterr().out
     with pytest.raises(ValueError, match="min_bleu_score was 0.5 and is 0.1"):
         cache_tasks(TASK, "tests.tasks_test", data_dir, folder, 0.1)
+    with pytest.raises(ValueError, match="CACHE_DIR is written to a local disk, got gs://b/c"):
+        cache_tasks(TASK, "tests.tasks_test", data_dir, "gs://b/c")
     retrieved_tasks.configure(data_dir)
     (data_dir / "which-dev.jsonl").unlink()
     with pytest.raises(ValueError, match="DATA_DIR.*which-dev"):

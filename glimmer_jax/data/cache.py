@@ -58,14 +58,15 @@ def write(
             f"{folder} already holds a complete cache of {task_name}. Remove it to rebuild the cache."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    counts = {
-        split: _write_split(task, split, folder, num_shards, polling)
-        for split in task.splits
-        if split in splits
-    }
+    counts, sources = {}, {}
+    for split in task.splits:
+        if split in splits:
+            # Before it is read: what replaces it meanwhile is not what was cached.
+            sources[split] = _source(task, split)
+            counts[split] = _write_split(task, split, folder, num_shards, polling)
     # seqio asks only whether this file exists.
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    table = {"bytes": sizes, "sources": {split: _source(task, split) for split in counts}}
+    table = {"bytes": sizes, "sources": sources}
     (folder / COMPLETED).write_text(json.dumps(table, indent=2) + "\n")
     return counts
 
@@ -78,7 +79,7 @@ def check(task: seqio.Task, folder: Any = None, splits: Sequence[str] = ()) -> N
     Args:
       task: from seqio's registry.
       folder: of the task's cache; None for the one that seqio finds.
-      splits: the cache must have them.
+      splits: the cache must have them, and only their origin is compared; none given: that of all.
 
     Raises:
       ValueError: there is no cache or it lacks a split, files are missing or cut, the table is damaged,
@@ -86,16 +87,19 @@ def check(task: seqio.Task, folder: Any = None, splits: Sequence[str] = ()) -> N
       StorageError: the table cannot be read.
     """
     folder = folder or task.cache_dir
-    remedy = "Write it with --run_mode=cache, or set USE_CACHED_TASKS=False."
     if folder is None:
         raise ValueError(
             f"USE_CACHED_TASKS: there is no complete cache of {task.name} in the folders of "
-            f"--seqio_additional_cache_dirs. {remedy}"
+            "--seqio_additional_cache_dirs. Write it with --run_mode=cache, or set "
+            "USE_CACHED_TASKS=False."
         )
     folder = epath.Path(folder)
     for split in splits:
         if not epath.Path(seqio.utils.get_cached_info_path(str(folder), split)).exists():
-            raise ValueError(f"USE_CACHED_TASKS: {folder} has no {split} examples. {remedy}")
+            raise ValueError(
+                f"USE_CACHED_TASKS: {folder} has no {split} examples; --run_mode=cache writes "
+                f"{' and '.join(SPLITS)}. Set USE_CACHED_TASKS=False."
+            )
     again = f"Remove {folder} and run --run_mode=cache again."
     data = read_file(open_folder(folder), COMPLETED)
     if not data and not _is_ours(folder):
@@ -115,7 +119,8 @@ def check(task: seqio.Task, folder: Any = None, splits: Sequence[str] = ()) -> N
                 f"The cache of {task.name} is damaged: {path} has {found} bytes instead of {size}. "
                 f"{again}"
             )
-    for split, source in sources.items():
+    for split in splits or sources:
+        source = sources.get(split)
         for name, now in _source(task, split).items():
             before = source.get(name) if isinstance(source, dict) else None
             if None not in (before, now) and before != now:

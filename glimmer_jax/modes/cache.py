@@ -1,9 +1,8 @@
 """Mode `cache`: seqio's task caches, which shorten the start of training on large files."""
 
-from pathlib import Path
-
 from glimmer_jax.modes import checks, outputs
 from glimmer_jax.runtime.preemption import STOP
+from glimmer_jax.storage import folder
 
 
 def cache_tasks(
@@ -31,6 +30,7 @@ def cache_tasks(
     checks.required(
         MIXTURE_OR_TASK_NAME=mixture_or_task_name, DATA_DIR=data_dir, CACHE_DIR=cache_dir
     )
+    place = folder.local("CACHE_DIR", cache_dir)
     import seqio
 
     from glimmer_jax.data import cache, pipeline, retrieved_tasks
@@ -38,13 +38,13 @@ def cache_tasks(
     retrieved_tasks.configure(data_dir, min_bleu_score)
     pipeline.import_tasks(mixture_or_task_module)
     tasks = seqio.get_subtasks(pipeline.find_mixture_or_task(mixture_or_task_name))
-    Path(cache_dir).mkdir(parents=True, exist_ok=True)
-    with outputs.locked(cache_dir, in_place=True) as check_lock:
+    place.mkdir(parents=True, exist_ok=True)
+    with outputs.locked(str(place), in_place=True) as check_lock:
         for task in tasks:
-            if cache.is_complete(task.name, cache_dir):
-                cache.check(task, cache.folder_of(task.name, cache_dir))
+            if cache.is_complete(task.name, place):
+                cache.check(task, cache.folder_of(task.name, place))
                 print(f"{task.name}: already cached")
                 continue
             check_lock()
-            counts = cache.write(task.name, cache_dir, polling=STOP.polling)
+            counts = cache.write(task.name, place, polling=STOP.polling)
             print(f"{task.name}: " + ", ".join(f"{split} {n}" for split, n in counts.items()))

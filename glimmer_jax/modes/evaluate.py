@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+import tensorstore as ts
 
 from glimmer_jax.axes import Lengths
 from glimmer_jax.metrics import qa
@@ -124,18 +125,26 @@ def _write(
 ) -> None:
     """Writes `predictions-<task>.jsonl`, `config.gin` and, last, `metrics.json`.
 
-    An evaluation that is replaced is removed first: its metrics, and answers of other tasks, must not
+    An evaluation that is replaced is removed first: its metrics, and answers to other tasks, must not
     lie beside new ones.
     """
     output = folder.open_folder(output_dir)
+    for task in _evaluated_tasks(output):
+        folder.remove_file(output, f"predictions-{task}.jsonl")
     folder.remove_file(output, "metrics.json")
-    for name in folder.list_files(output, "predictions-"):
-        if name.endswith(".jsonl"):
-            folder.remove_file(output, name)
     for task, rows in predictions.items():
         write_json_lines(os.path.join(output_dir, f"predictions-{task}.jsonl"), rows)
     folder.write_file(output, "config.gin", config_text.encode())
     folder.write_file(output, "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+
+
+def _evaluated_tasks(output: ts.KvStore) -> set[str]:
+    """The tasks of the evaluation in a folder; none if there is none, or its metrics are damaged."""
+    try:
+        names = json.loads(folder.read_file(output, "metrics.json") or b"{}")
+    except (ValueError, RecursionError):
+        return set()
+    return {name.partition("/")[0] for name in names if "/" in name}
 
 
 class _Throughput:

@@ -31,8 +31,7 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 # Modules have names in lower case, and methods follow a dot.
 _MODULE = re.compile(r"([a-z][a-z0-9_]*?)(?:_\d+)?(?:\..*)?")
-_NO_PART = ("layers", "dropout", "while", "body", "cond", "closed_call", "checkpoint")
-_NO_PART += ("rematted_computation",)
+_NO_PART = re.compile("layers|dropout|while|body|cond|closed_call|checkpoint|rematted_computation")
 _IOTA = re.compile(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?")
 _AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 _LISTED = re.compile(r"replica_groups=\{(\{[0-9,{} ]*\})\}")
@@ -138,7 +137,7 @@ def _part(op_name: str) -> str:
     `live_encoder/live_b/mlp/wo`: the modules, of which any layer counts for all. Otherwise `other`.
     """
     names = [_MODULE.fullmatch(scope) for scope in op_name.split("/")[:-1]]
-    modules = [name.group(1) for name in names if name and name.group(1) not in _NO_PART]
+    modules = [name.group(1) for name in names if name and not _NO_PART.fullmatch(name[1])]
     return "/".join(dict.fromkeys(modules)) or "other"
 
 

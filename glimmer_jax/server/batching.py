@@ -219,9 +219,10 @@ class Batcher:
             return
         try:
             prepared = self._engine.prepare([item.question for item in live])
-        except DamagedData as error:  # the server's fault, not the question's
-            self._fail(live, error)
         except ValueError as error:
+            if len(live) == 1 and isinstance(error, DamagedData):
+                self._fail(live, error)  # the server's fault, not the question's
+                return
             if len(live) == 1:
                 _finish(live[0], error=RequestError(422, str(error)))
                 return

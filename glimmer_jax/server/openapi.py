@@ -42,7 +42,9 @@ def openapi(limits: Limits, secured: bool) -> dict[str, Any]:
                     "responses": {
                         "200": {"description": "Opened", "content": _json({})},
                         "409": _failure("The newest version cannot be served."),
-                        "503": errors["503"],
+                        "503": _failure(
+                            "The server is not ready, or the storage did not answer.", retry=True
+                        ),
                     },
                 }
             },

@@ -29,7 +29,7 @@ _TEMPORARY = re.compile(
     r"(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED): |(Unavailable|DeadlineExceeded|Aborted)Error$"
 )
 # The status of a rate limit (HTTP 429) is that of a full disk, without its words.
-_LIMITED = re.compile(r"RESOURCE_EXHAUSTED: |ResourceExhaustedError$")
+_LIMITED = re.compile(r"RESOURCE_EXHAUSTED: ")
 _DENIED = re.compile(
     r"(PERMISSION_DENIED|UNAUTHENTICATED): |(PermissionDenied|Unauthenticated)Error$"
 )
@@ -123,7 +123,7 @@ def _errno(error: BaseException) -> int | None:
 
 def _is_full(error: BaseException) -> bool:
     return _errno(error) in _FULL_ERRNO or (
-        (isinstance(error, ValueError) or bool(_LIMITED.match(_status(error))))
+        (isinstance(error, ValueError) or type(error).__name__ == "ResourceExhaustedError")
         and bool(_FULL.search(str(error)))
     )
 

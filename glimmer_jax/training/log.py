@@ -197,7 +197,7 @@ class MetricWriter:
 
     Opened at a step, it drops the lines of later steps, which a kill undid; `previous` keeps their
     time. Buckets cannot append to a file, so that both files are rewritten there after every line.
-    Elsewhere, TensorBoard's file may lack the values of the last seconds.
+    Elsewhere, TensorBoard's file may lack values until a line that comes `FLUSH_SECONDS` later.
     """
 
     def __init__(self, directory: Any, start_step: int = 0):
@@ -232,7 +232,7 @@ class MetricWriter:
         # Imported here, because it imports torch if torch is installed, which takes seconds.
         try:
             from tensorboardX.event_file_writer import EventsWriter
-            from tensorboardX.proto.event_pb2 import Event
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
             from tensorboardX.proto.summary_pb2 import Summary
         except ModuleNotFoundError:
             print_once(
@@ -246,7 +246,8 @@ class MetricWriter:
         self._tensorboard = EventsWriter(f"{place}/events", f".{start_step}")
         self._event, self._summary = Event, Summary
         # Hides what an earlier run logged from this step on.
-        self._add(Event(step=start_step + 1, file_version="brain.Event:2"))
+        started = SessionLog(status=SessionLog.START)
+        self._add(Event(step=start_step + 1, session_log=started))
 
     def write(self, step: int, scalars: Mapping[str, float], prefix: str) -> None:
         """Logs `prefix/name` for each scalar at a step."""

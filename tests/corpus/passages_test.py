@@ -145,6 +145,8 @@ def test_a_folder_is_replaced_only_with_overwrite(folder):
 
 @pytest.mark.fault
 def test_a_backup_that_was_never_replaced_is_restored(folder):
+    # The name is no pattern.
+    folder = folder.rename(folder.with_name("passages[1]"))
     aside = folder.parent / f".{folder.name}.writing-1-old"
     for start in (lambda: Passages.open(folder).verify(), lambda: write(folder, overwrite=True)):
         # Of a writer that is dead: what it was writing is locked by nobody.

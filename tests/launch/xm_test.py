@@ -123,7 +123,9 @@ def test_what_stops_the_experiment_stops_its_units(home, number):
         f"with Interrupts() as interrupts:\n    sys.exit(run([('sh', '-c', {job!r})], interrupts))\n"
     )
     code = (
-        "import pathlib, sys; from glimmer_jax import shipped; from launch import sweep, xm; "
+        # Should it ever hang, this shows where.
+        "import faulthandler, pathlib, sys; faulthandler.dump_traceback_later(200); "
+        "from glimmer_jax import shipped; from launch import sweep, xm; "
         f"shipped.root = lambda: pathlib.Path({str(stand_in.parent)!r}); "
         "sys.exit(xm.run(sweep.Sweep((('a',), ('b',)), 1), 'title'))"
     )

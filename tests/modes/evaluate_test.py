@@ -24,11 +24,19 @@ class Predictor:
 
 
 def test_answers_of_a_replaced_evaluation_are_removed(tmp_path):
-    _write(str(tmp_path), {"nq": [{"id": "a"}], "trex": [{"id": "b"}]}, {"em": 0.5}, "X = 1")
-    (tmp_path / "notes.txt").write_text("mine")
-    _write(str(tmp_path), {"nq": [{"id": "a"}]}, {"em": 0.6}, "X = 2")
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"predictions-nq.jsonl", "config.gin", "metrics.json", "notes.txt"}
+    _write(
+        str(tmp_path),
+        {"nq": [{"id": "a"}], "trex": [{"id": "b"}]},
+        {"nq/em": 0.5, "trex/em": 0.4, "mean": 0.45},
+        "X = 1",
+    )
+    # Mode infer may write into the same folder.
+    (tmp_path / "predictions-fever.jsonl").write_text("of infer")
+    _write(str(tmp_path), {"nq": [{"id": "a"}]}, {"nq/em": 0.6}, "X = 2")
+    names = {path.name for path in tmp_path.iterdir()} - {"config.gin", "metrics.json"}
+    assert names == {"predictions-nq.jsonl", "predictions-fever.jsonl"}
+    (tmp_path / "metrics.json").write_text("{")
+    _write(str(tmp_path), {"nq": [{"id": "a"}]}, {"nq/em": 0.6}, "X = 2")
 
 
 def batches(count, slow=None, error=None):

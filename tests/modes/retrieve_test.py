@@ -14,7 +14,7 @@ from glimmer_jax.corpus.passages import Passages
 from glimmer_jax.corpus.passages_writer import write_passages
 from glimmer_jax.corpus.reading import Reading, read_passages
 from glimmer_jax.data.retrieved_tasks import configure, read_split
-from glimmer_jax.modes.retrieve import retrieve
+from glimmer_jax.modes.retrieve import _files, retrieve
 from glimmer_jax.retrieval import retriever as retrievers
 from glimmer_jax.retrieval.bm25 import Bm25Retriever
 from glimmer_jax.retrieval.config import RetrieverConfig
@@ -222,6 +222,14 @@ def test_the_command_builds_the_index_and_rejects_another_encoder(work, tmp_path
     code, shown = run(tiny_gtr.write(tmp_path / "other", seed=1))
     assert code == 2 and "INDEX_DIR" in shown.err and "encoder" in shown.err
     assert shown.err.count("sha256:") >= 2
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "flax_model.msgpack", "config.json"])
+def test_another_encoder_is_another_request(tmp_path, name):
+    (tmp_path / name).write_bytes(b"one")
+    before = _files(str(tmp_path))
+    (tmp_path / name).write_bytes(b"two")
+    assert _files(str(tmp_path)) != before
 
 
 def test_passages_without_pages_have_no_scores_of_pages(work, tmp_path, capsys):

@@ -36,7 +36,7 @@ class NotFoundError(Exception):
         (ValueError("UNAVAILABLE: 503"), "temporary"),
         (ValueError("RESOURCE_EXHAUSTED: 429"), "temporary"),
         (ValueError("RESOURCE_EXHAUSTED: No space left on device"), "permanent"),
-        (ResourceExhaustedError("429"), "temporary"),
+        (ResourceExhaustedError("OOM when allocating"), None),
         (ResourceExhaustedError("dev/x.jsonl; No space left on device"), "permanent"),
         (NotFoundError("cache/info.test.json"), "permanent"),
         (ValueError("UNAUTHENTICATED: token"), "permanent"),

@@ -374,6 +374,10 @@ def test_in_a_bucket_both_log_files_are_rewritten(tmp_path, monkeypatch):
     lines = (tmp_path / "b" / "train" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 4]
     events = sorted((tmp_path / "b" / "train").glob("events.out.tfevents.*"))
+    starts = [
+        [event.step for event in read_events(path) if event.session_log.status] for path in events
+    ]
+    assert starts == [[1], [4]]  # TensorBoard hides what was logged from there on.
     values = [
         (event.step, value.tag, round(value.simple_value, 3))
         for path in events
