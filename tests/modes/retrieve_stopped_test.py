@@ -1,6 +1,7 @@
 """SIGTERM while questions are searched for: 42, and no file that was not finished."""
 
 import json
+import re
 
 import pytest
 
@@ -47,5 +48,6 @@ def test_a_search_that_is_stopped_ends_with_42_and_leaves_no_half_file(
         RETRIEVER=retriever,
         **(dense if retriever == "dense" else {}),
     )
-    assert code == 42 and "glimmer: Stopped by SIGTERM" in said, said
+    # At once, where a busy machine compiles the search for longer than a stop waits.
+    assert code == 42 and re.search("glimmer: Stopped (at once )?by SIGTERM", said), said
     assert not list((tmp_path / "out").glob("*"))
