@@ -36,6 +36,7 @@ GLIMMER = ("sizes/tiny", "models/glimmer")
 # The modes whose output each mode reads.
 INPUTS = {
     "retrieve": ("passages",),
+    "cache": ("passages", "retrieve"),
     "train": ("passages", "retrieve"),
     "build_memory": ("passages", "train"),
     "codebooks": ("passages", "train"),
@@ -83,6 +84,11 @@ class Commands:
         places = {"QUESTIONS": f"{self.folder}/questions/*.jsonl", "DATA_DIR": f"{out}/retrieved"}
         passages = {"PASSAGES_DIR": f"{self.folder}/passages", "NUM_PASSAGES": 3}
         return command("retrieve", "runs/retrieve", **places, **passages)
+
+    def cache(self, out):
+        task = {"MIXTURE_OR_TASK_NAME": "pydocs", "MIXTURE_OR_TASK_MODULE": "tasks.pydocs"}
+        places = {"DATA_DIR": self.data["DATA_DIR"], "CACHE_DIR": f"{out}/cache"}
+        return command("cache", "runs/cache", **task, **places)
 
     def train(self, out):
         # Other modes need a checkpoint only.

@@ -169,7 +169,8 @@ def _write_split(
             for n in range(num_shards)
         ]
         for example in polling(ds.as_numpy_iterator()):
-            record = seqio.dict_to_tfexample(example).SerializeToString()
+            # A rerun must write the same bytes.
+            record = seqio.dict_to_tfexample(example).SerializeToString(deterministic=True)
             writers[count % num_shards].write(record)
             count += 1
     features = {
