@@ -71,7 +71,7 @@ FLOPs in the time of a byte of its HBM, the others 166 (v5p) to 313 (tpu7x): so 
 a quarter of peak. Of FiD Large's 546 ms there, attention takes 263, and the rest alone would just
 reach a quarter. `ATTENTION = "tpu"` keeps the logits on the chip: by the schedules below the
 encoder's attention would take 42 ms instead of 247. The rows of v5p, v5e and v4 that have the last
-columns reach 0.23 to 0.30 without it.
+columns reach 0.23 to 0.31 without it.
 
 """
 KERNEL = """
