@@ -67,9 +67,9 @@ the products), collectives, and all that belongs to no part of the model; rows w
 older. To update a row, delete it and run the command again.
 
 Training is limited by attention's float32 logits, which pass through main memory. v6e computes 560
-FLOPs in the time of a byte of its HBM, the others 166 (v5p) to 313 (tpu7x): so its rows stay below
-a quarter of peak. Of FiD Large's 546 ms there, attention takes 263, and the rest alone would just
-reach a quarter. `ATTENTION = "tpu"` keeps the logits on the chip: by the schedules below the
+FLOPs in the time of a byte of its HBM, the others 166 (v5p) to 313 (tpu7x): so Large stays below a
+quarter of peak there. Of FiD Large's 546 ms there, attention takes 263, and the rest alone would
+just reach a quarter. `ATTENTION = "tpu"` keeps the logits on the chip: by the schedules below the
 encoder's attention would take 42 ms instead of 247. The rows of v5p, v5e and v4 that have the last
 columns reach 0.23 to 0.31 without it.
 

@@ -124,7 +124,7 @@ def t5_config(setting: Setting, dtype: str, on_cpu: bool, **decoder: Any) -> T5C
 
 def glimmer_config(system: str, setting: Setting, dtype: str, on_cpu: bool) -> GlimmerConfig:
     """The cut and the decoder of one of our systems."""
-    ours = dict.fromkeys((*JAX_SYSTEMS, *TRAINING_SYSTEMS[1:]))
+    ours = (*JAX_SYSTEMS, "glimmer_memory")
     if system not in ours:
         raise ValueError(f"system must be one of {', '.join(ours)}; got {system!r}.")
     t5 = t5_config(setting, dtype, on_cpu, **(FIDO if system == "glimmer_fido" else {}))

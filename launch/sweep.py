@@ -83,9 +83,9 @@ def plan(
     units = []
     for number, values in enumerate(itertools.product(*(v for _, v in axes)), start=1):
         changed: dict[str, Any] = dict(zip(names, values, strict=True))
-        name_of_file, suffix = os.path.splitext(folder)
-        of_unit = f"{name_of_file}-{number}{suffix}" if suffix == ".safetensors" else None
-        changed[macro] = of_unit or f"{folder}/{number}"
+        stem, suffix = os.path.splitext(folder)
+        is_file = suffix == ".safetensors"
+        changed[macro] = f"{stem}-{number}{suffix}" if is_file else f"{folder}/{number}"
         # As in gin, the last binding counts.
         own = target if name is None else [*target, f"--name={check_name(f'{name}-{number}')}"]
         bindings = [f"--gin.{axis}={value!r}" for axis, value in changed.items()]
